@@ -1,0 +1,80 @@
+# Two commands do everything:  make quickstart [samples=N]   and   make test
+# Both create .venv when it is missing and install into it only when pyproject.toml or a constraints file changed.
+#
+#   PYTHON=python3.12    interpreter that the environments are made with (3.11 or newer)
+#   TORCH_INDEX=URL      a further package index for torch, for a build that the default index does not offer
+#   samples=N            evaluation samples per task in the quickstart
+
+FIND_PYTHON = for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
+PYTHON ?= $(or $(shell $(FIND_PYTHON)),python3)
+TORCH_INDEX ?=
+samples ?=
+
+VENV := .venv
+COMPAT := .venv-compat
+PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
+TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+HEURISTICS := $(filter-out configs/policies/full.yaml,$(wildcard configs/policies/*.yaml))
+
+.PHONY: help quickstart test test-compat format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/python train.py config=quickstart
+	$(VENV)/bin/python eval.py config=quickstart --ckpt runs/quickstart/policy \
+		$(addprefix --ckpt ,$(HEURISTICS)) $(if $(samples),samples=$(samples))
+
+# Nothing in the tests may reach for a network; two threads, because more only fight each other on a small machine.
+test test-compat: export OMP_NUM_THREADS := 2
+test test-compat: export HF_HUB_OFFLINE := 1
+test test-compat: export WANDB_MODE := offline
+test test-compat: export TOKENIZERS_PARALLELISM := false
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy src
+	$(VENV)/bin/python -m pytest
+
+test-compat: $(COMPAT)/.dev
+	$(COMPAT)/bin/python -m pytest -m compat
+
+format: $(VENV)/.dev
+	$(VENV)/bin/python -m ruff check --fix .
+	$(VENV)/bin/python -m ruff format .
+
+clean:
+	rm -rf $(VENV) $(COMPAT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# An environment with nothing in it. A broken one (an interrupted `venv`) is made anew.
+%/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "learnkv needs Python 3.11 or newer, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1 | tail -n 1)"; exit 2; }
+	rm -rf $*
+	$(PYTHON) -m venv $*
+	touch $@
+
+# torch first and alone: whatever is installed later finds it there and keeps that build.
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	touch $(VENV)/.installed $@
+
+$(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
+	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt $(TORCH_SOURCE) torch
+	touch $@
+
+$(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
+	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e . pytest hypothesis
+	touch $@
