@@ -21,7 +21,7 @@ HEURISTICS := $(filter-out configs/policies/full.yaml,$(wildcard configs/policie
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py config=quickstart
@@ -50,11 +50,9 @@ format: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) $(COMPAT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# An environment with nothing in it. A broken one (an interrupted `venv`) is made anew.
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "learnkv needs Python 3.11 or newer, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1 | tail -n 1)"; exit 2; }
-	rm -rf $*
 	$(PYTHON) -m venv $*
 	touch $@
 
