@@ -1,0 +1,73 @@
+"""The wheel carries all that the package needs: it works in a folder that has no checkout near it."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(*arguments: str, cwd: Path, path: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python elsewhere, with ``path`` before everything that is installed."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout, unpacked."""
+    built, unpacked = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("unpacked")
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(built)]
+    made = python("-m", "pip", "wheel", *options, str(ROOT), cwd=built, path="")
+    assert made.returncode == 0, made.stderr
+    (file,) = built.glob("learnkv-*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(unpacked)
+    return unpacked
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_wheel_holds_the_package_and_the_configs_byte_for_byte(wheel):
+    package = contents(ROOT / "src" / "learnkv")
+    configs = {f"configs/{name}": data for name, data in contents(ROOT / "configs").items()}
+    assert {"py.typed", "reference/model/config.json", "reference/model/model.safetensors"} <= package.keys()
+    assert {"configs/train/quickstart.yaml", "configs/policies/snapkv.yaml"} <= configs.keys()
+    assert contents(wheel / "learnkv") == package | configs
+
+
+def test_package_is_imported_from_the_wheel_alone(wheel, tmp_path):
+    code = "import learnkv; from learnkv import attach, prefill, load_policy; print(learnkv.__file__)"
+    done = python("-c", code, cwd=tmp_path, path=str(wheel))
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == wheel / "learnkv" / "__init__.py"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["learnkv.train", "config=quickstart", "keep=1.5"],
+        ["learnkv.eval", "config=quickstart", "--ckpt", "configs/policies/snapkv.yaml", "keep=1.5"],
+    ],
+)
+def test_bare_names_of_configs_are_found_without_the_repository(wheel, tmp_path, command):
+    """The complaint is about keep, not about a missing file."""
+    done = python("-m", *command, cwd=tmp_path, path=str(wheel))
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "keep" in line
+    assert "1.5" in line
