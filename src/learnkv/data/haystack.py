@@ -1,0 +1,64 @@
+"""Text that hides needles: sentences of noise, of essays, and of the documentation that every CPython carries."""
+
+import ast
+import gzip
+import re
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+
+NOISE = "The lamp is lit. The kettle is warm. The street is quiet. Rain falls and stops. Nothing else happens here."
+
+
+def fold(text: str) -> str:
+    """`text` with every run of whitespace replaced by one space."""
+    return " ".join(text.split())
+
+
+def sentences(text: str) -> list[str]:
+    """Whitespace-folded `text` cut after '.', '!' or '?' followed by a space; nothing is lost but that space."""
+    return [part for part in re.split(r"(?<=[.!?]) ", fold(text)) if part]
+
+
+@lru_cache(maxsize=4)
+def essay(path: str | None = None) -> tuple[str, ...]:
+    """Sentences of the evaluation's haystack: a .txt or .txt.gz file, or CPython's own help topics.
+
+    The help topics (`pydoc_data.topics`, natural English of about 460 KB) are for evaluation only and are never
+    trained on. Raises ValueError for a file without text and OSError for one that cannot be read.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        text = " ".join(topics[name] for name in sorted(topics))
+    else:
+        with gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8") as f:
+            text = f.read()
+    found = tuple(sentences(text))
+    if not found:
+        raise ValueError(f"haystack={path}: expected a text file with at least one sentence, it is empty")
+    return found
+
+
+@lru_cache(maxsize=1)
+def docstrings() -> tuple[str, ...]:
+    """Training text on every machine: English docstrings of the standard library, whitespace folded, in path order.
+
+    Test packages and the help topics that evaluation hides its needles in are left out.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "site-packages", "dist-packages", "turtledemo"}
+    found: dict[str, None] = {}
+    for path in sorted(root.rglob("*.py")):
+        if skip & set(path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = fold(ast.get_docstring(node, clean=False) or "")
+                if len(text) >= 200 and text.isascii():
+                    found[text] = None
+    return tuple(found)
