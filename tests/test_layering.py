@@ -18,7 +18,7 @@ LAYERS = [
     {"errors"},
     {"observation", "ops"},
     {"scorers", "allocators", "pages"},
-    {"cache"},
+    {"segments", "layer", "cache"},
     {"policy", "attention", "generation"},
     {"config", "io", "models"},
     {"data"},
@@ -27,9 +27,10 @@ LAYERS = [
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 STRANGERS = [{"scorers", "allocators", "pages"}, {"training", "evaluation"}]  # on one layer, yet never each other
+PRIVATE = {"segments": {"layer", "cache"}}  # how a cache is laid out is its own affair
 LIBRARY_TOP = HEIGHT["models"]  # `import learnkv` gives what a program needs, not training or evaluation
 
-TRANSFORMERS = ["cache.py", "attention.py", "generation.py", "models.py", "reference/*"]
+TRANSFORMERS = ["layer.py", "cache.py", "attention.py", "generation.py", "models.py", "reference/*"]
 LIGHTNING = ["training/*", "evaluation/report.py", "train.py", "eval.py", "export.py", "reference/*"]
 ALLOWED_IN = {
     "transformers": TRANSFORMERS,
@@ -99,6 +100,8 @@ def faults(file: str, found: tuple[Import, ...]) -> Iterator[str]:
             yield f"{file}:{line}: {here} imports {there}, which lies above it"
         elif there != here and any({here, there} <= group for group in STRANGERS):
             yield f"{file}:{line}: {here} and {there} never import each other"
+        if here not in PRIVATE.get(there, {here}) | {there}:
+            yield f"{file}:{line}: {there} is private to {', '.join(sorted(PRIVATE[there]))}"
         if fnmatch(module, "learnkv.ops.*.triton*") and not lazy:
             yield f"{file}:{line}: a kernel is imported when it is called, inside the function"
         if fnmatch(file, "ops/*/triton.py") and "reference" in module.split("."):
@@ -126,6 +129,7 @@ def test_entry_points_at_the_root_are_thin(file):
         ("scorers/snapkv.py", "from ..allocators import base", "never import each other"),
         ("training/module.py", "from learnkv import evaluation", "never import each other"),
         ("ops/select/reference.py", "from ...observation import Observation\nfrom ...cache import x", "above"),
+        ("policy.py", "from learnkv.segments import Segment", "private"),
         ("policy.py", "from learnkv import attach", "face"),
         ("__init__.py", "from .training import module", "above"),
         ("brandnew.py", "", "no layer"),
