@@ -1,0 +1,8 @@
+"""Allocators: how is the budget split over layers and heads."""
+
+from learnkv.allocators.adakv import AdaKV
+from learnkv.allocators.base import Allocator
+from learnkv.allocators.pyramid import Pyramid
+from learnkv.allocators.uniform import Uniform
+
+__all__ = ["AdaKV", "Allocator", "Pyramid", "Uniform"]

@@ -1,0 +1,77 @@
+"""How the learned budgets depend on the budget itself and on the prompt."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from learnkv.observation import Observation
+from learnkv.ops.window_scores import window_scores
+
+KNOTS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
+"""Kept fractions at which learned budgets are stored; between them they are linear in log keep, outside constant."""
+
+_TOP = 0.05  # fraction of the entries that counts as the top of a head's attention
+_SINKS = 4
+
+
+def hats(keep: Tensor) -> Tensor:
+    """Hat functions of log keep, [B, M] for keep [B]: non-negative, sum to 1, one of them is 1 at each of the knots."""
+    knots = torch.tensor(KNOTS, dtype=torch.float64, device=keep.device).log()
+    at = keep.double().clamp(KNOTS[0], KNOTS[-1]).log()
+    right = torch.searchsorted(knots, at).clamp(1, len(KNOTS) - 1)
+    share = ((at - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
+    basis = torch.zeros(keep.shape[0], len(KNOTS), dtype=torch.float64, device=keep.device)
+    return basis.scatter(1, (right - 1)[:, None], (1 - share)[:, None]).scatter(1, right[:, None], share[:, None]).float()
+
+
+def attention_features(seen: Observation, window: int) -> Tensor:
+    """How concentrated the attention of the last `window` prompt queries is, [B, H, 3] float32, each within [0, 1].
+
+    Entropy over its maximum, mass of the top 5 % of the entries, mass of the first 4 entries.
+    """
+    attention = window_scores(
+        seen.queries[:, :, -window:],
+        seen.keys,
+        query_positions=seen.query_positions[:, -window:],
+        positions=seen.positions,
+        valid=seen.valid,
+        scaling=seen.scaling,
+        kernel_size=1,
+    )
+    share = attention / attention.sum(-1, keepdim=True).clamp_min(1e-30)
+    entries = seen.valid.sum(-1)
+    entropy = -torch.special.xlogy(share, share).sum(-1) / entries.clamp_min(2).log()
+    mass = share.sort(dim=-1, descending=True).values.cumsum(-1)
+    top = mass.gather(-1, ((entries * _TOP).ceil().long() - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    sinks = torch.where(seen.valid & (seen.positions < _SINKS), share, 0.0).sum(-1)
+    return torch.stack([entropy, top, sinks], -1)
+
+
+class Conditioner(nn.Module):
+    """A correction of budget logits from features of the prompt: one small network for all places, zero at first.
+
+    Args:
+        places: layers, or (layer, head) pairs, that get a correction; each has an embedding of its own.
+        width: hidden units.
+    """
+
+    FEATURES = 3
+
+    def __init__(self, places: int, width: int = 16, embedding: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(places, embedding)
+        self.hidden = nn.Linear(self.FEATURES + 2 + embedding, width)
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Tensor, keep: Tensor, entries: Tensor) -> Tensor:
+        """Corrections [B, P] of features [B, P, 3] at kept fractions [B] of prompts with [B] entries."""
+        batch, places, _ = features.shape
+        known = torch.stack([keep.clamp_min(1e-6).log() / math.log(10), entries.clamp_min(1).log() / math.log(1e4)], -1)
+        known = known.float()[:, None].expand(batch, places, 2)
+        place = self.embedding.weight.expand(batch, places, -1)
+        inputs = torch.cat([features, known, place], -1)
+        corrections: Tensor = self.out(nn.functional.gelu(self.hidden(inputs))).squeeze(-1)
+        return corrections

@@ -1,0 +1,115 @@
+"""Learned budgets: head importance and layer budget on top of a heuristic allocation."""
+
+import torch
+from torch import Tensor, nn
+
+from learnkv.allocators.base import Allocator
+from learnkv.allocators.conditioning import KNOTS, Conditioner, attention_features, hats
+from learnkv.observation import Observation
+from learnkv.ops.allocate import allocate
+from learnkv.ops.fit import fit
+
+
+class HeadImportance(nn.Module):
+    """How much of its layer's budget each kv head deserves: logits [L, B, H] that sum to 0 over the heads of a layer.
+
+    Args:
+        num_layers: L.
+        num_heads: H, kv heads per layer.
+        conditioned: add a correction from the attention features of the prompt.
+    """
+
+    def __init__(self, num_layers: int, num_heads: int, conditioned: bool = False) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(len(KNOTS), num_layers, num_heads))
+        self.conditioner = Conditioner(num_layers * num_heads) if conditioned else None
+
+    def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor) -> Tensor:
+        """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt."""
+        logits = torch.einsum("bm,mlh->lbh", hats(keep), self.logits)
+        if self.conditioner is not None:
+            assert features is not None
+            layers, batch, heads, _ = features.shape
+            rows = features.transpose(0, 1).flatten(1, 2)  # [B, L*H, 3]
+            logits = logits + self.conditioner(rows, keep, entries).view(batch, layers, heads).transpose(0, 1)
+        return logits - logits.mean(-1, keepdim=True)
+
+
+class LayerBudget(nn.Module):
+    """How much of the budget each layer deserves: logits [L, B, 1].
+
+    Args:
+        num_layers: L.
+        conditioned: add a correction from the attention features of the prompt, averaged over heads.
+    """
+
+    def __init__(self, num_layers: int, conditioned: bool = False) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(len(KNOTS), num_layers))
+        self.conditioner = Conditioner(num_layers) if conditioned else None
+
+    def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor) -> Tensor:
+        """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt."""
+        logits = torch.einsum("bm,ml->lb", hats(keep), self.logits)
+        if self.conditioner is not None:
+            assert features is not None
+            logits = logits + self.conditioner(features.mean(2).transpose(0, 1), keep, entries).T
+        return logits.unsqueeze(-1)
+
+
+class LearnedAllocator(Allocator):
+    """A heuristic's budgets moved by learned head importance and layer budget; they spend the same, exactly.
+
+    The logit of the heuristic's share of a head is its starting point. Both corrections are added and one threshold,
+    solved with its implicit gradient, brings the shares back to the budget: never below the protected entries, never
+    above the prompt. Corrections start at zero, where `fit` gives the heuristic's own integers back.
+
+    Args:
+        base: the heuristic allocation to start from.
+        num_layers: layers of the model.
+        num_heads: kv heads per layer.
+        conditioned: let both corrections depend on the prompt's attention as well as on the budget.
+        window: last prompt queries whose attention is summarised, when conditioned.
+    """
+
+    def __init__(
+        self, base: Allocator, num_layers: int, num_heads: int, conditioned: bool = False, window: int = 16
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.head_importance = HeadImportance(num_layers, num_heads, conditioned)
+        self.layer_budget = LayerBudget(num_layers, conditioned)
+        self.conditioned = conditioned
+        self.static = base.static and not conditioned
+        self.window = max(base.window, window if conditioned else 0)
+        self._own_window = window
+
+    def features(self, seen: Observation) -> Tensor | None:
+        """[B, H, 3 + F]: attention features, then the F features of the heuristic; None where neither wants any."""
+        theirs = self.base.features(seen)
+        if not self.conditioned:
+            return theirs
+        own = attention_features(seen, self._own_window)
+        return own if theirs is None else torch.cat([own, theirs], -1)
+
+    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
+        layers, batch, heads, _ = scores.shape
+        own, theirs = None, features
+        if self.conditioned:
+            assert features is not None
+            own, theirs = features[..., : Conditioner.FEATURES], features[..., Conditioner.FEATURES :]
+        entries = (scores[0, :, 0] > -torch.inf).sum(-1)
+        protected = (scores[0, :, 0] == torch.inf).sum(-1)
+        total = torch.round(budget.double() * (layers * heads)).long()
+        start = fit(self.base(scores, theirs, budget), entries, total, protected)
+
+        keep = budget.double() / entries
+        moved = self.layer_budget(own, keep, entries) + self.head_importance(own, keep, entries)
+        # Half a slot in all of distance from the bounds, where logits would be infinite; rounding to slots hides it.
+        margin = 1 / (4 * entries.double() * layers * heads)
+        low = protected / entries.double()
+        share = (start / entries.double().view(1, batch, 1)).transpose(0, 1).flatten(1)  # [B, L*H]
+        open_share = ((share - low[:, None]) / (1 - low[:, None])).clamp(margin[:, None], 1 - margin[:, None])
+        logits = torch.logit(open_share) + moved.double().transpose(0, 1).flatten(1)
+        shares = allocate(logits, total / (entries.double() * layers * heads), low)
+        return shares.view(batch, layers, heads).transpose(0, 1) * entries.double().view(1, batch, 1)

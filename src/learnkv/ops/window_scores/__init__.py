@@ -1,0 +1,73 @@
+"""How much attention the last prompt queries give to every cache entry, pooled over neighbours and query heads."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from learnkv.ops.dispatch import Impl, choose
+from learnkv.ops.window_scores import reference
+
+Pooling = Literal["avg", "max"]
+WindowReduce = Literal["mean", "sum"]
+GroupReduce = Literal["mean", "max", "sum"]
+
+
+def window_scores(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    query_positions: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    scaling: float,
+    kernel_size: int,
+    pooling: Pooling = "avg",
+    window_reduce: WindowReduce = "mean",
+    group_reduce: GroupReduce = "mean",
+    group_first: bool = True,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Scores [B, H, S], float32 whatever the inputs are; 0 where an entry is not valid.
+
+    A query sees the valid entries at its own position and before; its softmax runs in float32 over all of them, those
+    of the window included. The weights are reduced over the queries of the window, then over the G query heads of a kv
+    head and over neighbouring slots, in the order that `group_first` says.
+
+    The entries before the window ("the past") are pooled as the methods in print do it: nothing beyond the first and
+    the last of them (zeros, counted in the mean, or -inf for the maximum). Padding and evicted entries count as nothing
+    too, so a left-padded row gets what it gets alone.
+
+    The window's own entries are seen by some of its queries only. A plain mean or sum would rank the last prompt tokens
+    by how many queries come after them, so theirs is the mean over the queries that can see the entry (times the number
+    of queries for a sum). They are pooled among themselves: their weights, high as they are for neighbours, would
+    otherwise lift the last entries of the past.
+
+    Args:
+        queries: [B, H*G, W, D] after RoPE; query heads h*G .. h*G+G-1 read kv head h.
+        keys: [B, H, S, D] after RoPE, slots in position order.
+        query_positions: [B, W] prompt position of each query, negative where it is padding.
+        positions: [B, H, S] prompt position of each entry.
+        valid: [B, H, S] bool, False where there is no entry.
+        scaling: factor on query-key products.
+        kernel_size: slots that are pooled, odd.
+        pooling: mean or maximum over the slots.
+        window_reduce: mean or sum over the queries of the window.
+        group_reduce: mean, maximum or sum over the query heads of a kv head.
+        group_first: whether the heads are reduced before the slots are pooled.
+    """
+    assert kernel_size % 2 == 1, kernel_size
+    assert queries.shape[1] % keys.shape[1] == 0, (queries.shape, keys.shape)
+    choose("window_scores", impl, ("reference",), keys.is_cuda)
+    return reference.window_scores(
+        queries,
+        keys,
+        query_positions=query_positions,
+        positions=positions,
+        valid=valid,
+        scaling=scaling,
+        kernel_size=kernel_size,
+        pooling=pooling,
+        window_reduce=window_reduce,
+        group_reduce=group_reduce,
+        group_first=group_first,
+    )

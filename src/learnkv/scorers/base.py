@@ -1,0 +1,24 @@
+"""The importance of cache entries."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from learnkv.observation import Observation
+
+
+class Scorer(nn.Module, ABC):
+    """Gives every entry of one layer a score; entries with higher scores are kept.
+
+    A heuristic is a scorer without parameters. A scorer must not look at entries that are not `valid` and must give a
+    row of a batch the scores that the row would get alone; what it returns for entries that are not valid is ignored.
+    """
+
+    needs: frozenset[str] = frozenset()
+    """Costly parts of the observation that are only recorded on demand: `hidden`."""
+    window: int = 0
+    """Number of last prompt queries that the scorer reads (0: none)."""
+
+    @abstractmethod
+    def forward(self, seen: Observation) -> Tensor:
+        """Scores [B, H, S], float32."""

@@ -1,0 +1,13 @@
+"""Scores from the norm of the keys."""
+
+from torch import Tensor
+
+from learnkv.observation import Observation
+from learnkv.scorers.base import Scorer
+
+
+class Knorm(Scorer):
+    """Minus the L2 norm of the key: entries with small keys attract attention (arXiv 2406.11430)."""
+
+    def forward(self, seen: Observation) -> Tensor:
+        return -seen.keys.float().norm(dim=-1)

@@ -1,0 +1,89 @@
+"""A learned correction of a heuristic's scores, entry by entry."""
+
+import torch
+from torch import Tensor, nn
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.window_scores import window_scores
+from learnkv.scorers.base import Scorer
+
+
+class LearnedScorer(Scorer):
+    """Normal scores of a heuristic's ranks plus a small network per (layer, kv head) that sees the entry.
+
+    The network reads the normalised key before RoPE, the normalised value, the attention of the last prompt queries in
+    logs, and the heuristic's own normal score. Its last layer starts at zero, so that at first every order, within a
+    head and between the heads of a layer, is the heuristic's, ties included. Allocators that use the size of scores
+    and not only their order get normal scores to see.
+
+    Args:
+        base: the heuristic to start from.
+        num_layers: layers of the model.
+        num_heads: kv heads per layer.
+        head_dim: D of the model.
+        width: hidden units per head.
+        window: last prompt queries whose attention is a feature.
+    """
+
+    def __init__(
+        self, base: Scorer, num_layers: int, num_heads: int, head_dim: int, width: int = 16, window: int = 16
+    ) -> None:
+        super().__init__()
+        if width < 1 or window < 1:
+            raise UserError(f"width={width}, window={window}: expected at least 1 of each")
+        self.base = base
+        self.needs = base.needs | {"rope"}
+        self.window = max(base.window, window)
+        self._own_window = window
+        features = 2 * head_dim + 3
+        self.weight_in = nn.Parameter(torch.randn(num_layers, num_heads, features, width) * features**-0.5)
+        self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, 1, width))
+        self.weight_out = nn.Parameter(torch.zeros(num_layers, num_heads, width, 1))
+
+    def forward(self, seen: Observation) -> Tensor:
+        with torch.no_grad():
+            prior = normal_scores(self.base(seen), seen.valid)
+            inputs = torch.cat([self._entries(seen), self._attention(seen), prior.unsqueeze(-1)], -1)
+        layer = seen.layer_idx
+        hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
+        return prior + (hidden @ self.weight_out[layer]).squeeze(-1)
+
+    def _entries(self, seen: Observation) -> Tensor:
+        """Keys before RoPE and values, each of mean square 1, [B, H, S, 2D]."""
+        assert seen.rope is not None
+        keys, values = seen.rope(seen.keys).float(), seen.values.float()
+        return torch.cat([x * x.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for x in (keys, values)], -1)
+
+    def _attention(self, seen: Observation) -> Tensor:
+        """Log attention relative to an even spread, mean and maximum over the query heads of a kv head, [B, H, S, 2]."""
+        reduced = [
+            window_scores(
+                seen.queries[:, :, -self._own_window :],
+                seen.keys,
+                query_positions=seen.query_positions[:, -self._own_window :],
+                positions=seen.positions,
+                valid=seen.valid,
+                scaling=seen.scaling,
+                kernel_size=1,
+                group_reduce=how,
+            )
+            for how in ("mean", "max")
+        ]
+        entries = seen.valid.sum(-1, keepdim=True).unsqueeze(-1)
+        # Five decades below an even spread nothing is worth telling apart; /5 brings the range near to the others'.
+        return (torch.stack(reduced, -1) * entries).clamp_min(1e-5).log() / 5
+
+
+def normal_scores(scores: Tensor, valid: Tensor) -> Tensor:
+    """Normal quantiles of the ranks that the valid entries have in their layer, [B, H, S] float32.
+
+    Ranks are taken over all heads of a row together, so that heads stay comparable; equal scores share their mean rank.
+    """
+    flat = scores.float().masked_fill(~valid, torch.inf).flatten(1)
+    ordered = flat.sort(dim=-1).values
+    count = valid.flatten(1).sum(-1, keepdim=True)
+    below = torch.searchsorted(ordered, flat)
+    not_above = torch.searchsorted(ordered, flat, right=True).minimum(count)
+    share = ((below + not_above).double() / 2 / count.clamp_min(1)).clamp(1e-9, 1 - 1e-9)
+    return torch.special.ndtri(share).float().view_as(scores)

@@ -1,0 +1,57 @@
+"""SnapKV scores."""
+
+from torch import Tensor
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.window_scores import GroupReduce, Pooling, WindowReduce, window_scores
+from learnkv.scorers.base import Scorer
+
+
+class SnapKV(Scorer):
+    """Attention that the last prompt queries give to an entry and its neighbours (SnapKV, arXiv 2404.14469).
+
+    Args:
+        window: number of last prompt queries that are asked.
+        kernel_size: neighbouring entries that are pooled, odd.
+        pooling: mean or maximum over the neighbours.
+        window_reduce: mean or sum over the queries; the order within a head is the same.
+        group_reduce: mean, maximum or sum over the query heads that share a kv head.
+        group_first: reduce the query heads before the neighbours are pooled.
+    """
+
+    def __init__(
+        self,
+        window: int = 32,
+        kernel_size: int = 7,
+        pooling: Pooling = "avg",
+        window_reduce: WindowReduce = "mean",
+        group_reduce: GroupReduce = "mean",
+        group_first: bool = True,
+    ) -> None:
+        super().__init__()
+        if window < 1:
+            raise UserError(f"window={window}: SnapKV needs at least one query")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(f"kernel_size={kernel_size}: expected an odd number, so that an entry is in the middle")
+        self.window = window
+        self.kernel_size = kernel_size
+        self.pooling = pooling
+        self.window_reduce = window_reduce
+        self.group_reduce = group_reduce
+        self.group_first = group_first
+
+    def forward(self, seen: Observation) -> Tensor:
+        return window_scores(
+            seen.queries[:, :, -self.window :],
+            seen.keys,
+            query_positions=seen.query_positions[:, -self.window :],
+            positions=seen.positions,
+            valid=seen.valid,
+            scaling=seen.scaling,
+            kernel_size=self.kernel_size,
+            pooling=self.pooling,
+            window_reduce=self.window_reduce,
+            group_reduce=self.group_reduce,
+            group_first=self.group_first,
+        )
