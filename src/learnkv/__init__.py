@@ -1,0 +1,8 @@
+"""Trainable KV-cache compression: heuristics and learned predictors on one eviction path."""
+
+from learnkv.attention import attach, detach
+from learnkv.cache import CompressedCache
+from learnkv.generation import continuation, generate, prefill
+from learnkv.policy import Policy
+
+__all__ = ["CompressedCache", "Policy", "attach", "continuation", "detach", "generate", "prefill"]

@@ -1,0 +1,216 @@
+"""The cache decides: a transformers cache that owns what is retained of a prompt."""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+
+from learnkv.errors import UserError
+from learnkv.layer import CompressedLayer
+from learnkv.ops.gather_kv import gather_kv
+from learnkv.ops.select import select
+from learnkv.segments import Segment
+
+
+class CompressedCache(Cache):
+    """An ordinary `past_key_values` that retains, per layer and kv head, only what a policy kept of the prompt.
+
+    While the prompt is read nothing is evicted. `seal` ends the prompt, `evict` keeps a part of it, `relax` gates it;
+    tokens read afterwards are appended to tails. Sliding-window layers of a hybrid model stay transformers' own.
+    """
+
+    def __init__(self, config: PretrainedConfig, window: int = 64, record_hidden: bool = False) -> None:
+        layers = DynamicCache(config=config).layers
+        text = config.get_text_config(decoder=True)
+        hybrid = len(set(getattr(text, "layer_types", None) or ())) > 1
+        own = [not (hybrid and getattr(layer, "is_sliding", False)) for layer in layers]
+        super().__init__(
+            layers=[
+                CompressedLayer(window, record_hidden) if mine else layer
+                for mine, layer in zip(own, layers, strict=True)
+            ]
+        )
+        self.compressible = [index for index, mine in enumerate(own) if mine]
+        self.prompt_mask: Tensor | None = None
+        self.prompt_lengths: list[int] = []
+        self.tail_mask: Tensor | None = None
+        self.tail_padded = False
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.budgets: Tensor | None = None
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    def compressed_layers(self) -> list[CompressedLayer]:
+        """The layers that a policy decides about, in order."""
+        return [self.layers[index] for index in self.compressible]
+
+    @property
+    def sealed(self) -> bool:
+        """True once the prompt is complete."""
+        return all(layer.sealed for layer in self.compressed_layers())
+
+    def set_prompt(self, mask: Tensor | None, lengths: Sequence[int]) -> None:
+        """Remember which slots [B, S] of the prompt are tokens and how many tokens each row has."""
+        self.prompt_mask, self.prompt_lengths = mask, list(lengths)
+
+    def seal(self) -> None:
+        """End the prompt. What is read from now on goes to the tails; nothing is copied or freed."""
+        if self.sealed:
+            return
+        first = self.compressed_layers()[0]
+        if first.keys is None:
+            raise UserError("the cache is empty: read a prompt first")
+        if not self.prompt_lengths:
+            valid = first.slot_positions() >= 0
+            if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+                raise UserError("the prompt is padded on the right: expected left padding")
+            self.set_prompt(None if first.valid is None else valid, valid.sum(-1).tolist())
+        for layer in self.compressed_layers():
+            layer.seal()
+
+    def evict(self, scores: Tensor, budgets: Tensor, first: int = 0) -> None:
+        """Keep the `budgets[l, b, h]` highest-scored entries of every head of layers first, first + 1, …
+
+        Args:
+            scores: [L, B, H, S] float32, +inf protected, -inf no entry.
+            budgets: [L, B, H] int64.
+            first: index of the first of these layers among the compressible ones.
+        """
+        for at, group in self._groups(first, scores.shape[0]):
+            self._evict_group([self.layers[i] for i in group], scores[at], budgets[at])
+
+    def _groups(self, first: int, count: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Layers that share a pool: same device and head dimension."""
+        groups: dict[tuple[object, int], tuple[list[int], list[int]]] = {}
+        for at, index in enumerate(self.compressible[first : first + count]):
+            keys = self.layers[index].keys
+            if keys is None:
+                raise UserError("the prompt has already been compressed: fork the cache before compressing it")
+            rows, layers = groups.setdefault((keys.device, keys.shape[-1]), ([], []))
+            rows.append(at)
+            layers.append(index)
+        yield from groups.values()
+
+    @staticmethod
+    def _evict_group(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor) -> None:
+        device = layers[0].keys.device
+        count, batch, heads, slots = scores.shape
+        dim = layers[0].keys.shape[-1]
+        length = budgets.to(device).reshape(count, batch * heads)
+        ends = length.flatten().cumsum(0)
+        start = (ends - length.flatten()).view_as(length)
+        longest = length.amax(-1).tolist()
+        total = int(ends[-1])
+        index = select(scores.to(device).reshape(count * batch * heads, slots), length.flatten(), total)
+        pool_keys = layers[0].keys.new_empty(total, dim)
+        pool_values = layers[0].values.new_empty(total, dim)
+        row = (index // slots) // heads % batch
+        positions = layers[0].slot_positions()[row, index % slots].to(torch.int32)
+        for at, layer in enumerate(layers):
+            shape = (batch * heads, slots, dim)
+            keys, values = layer.keys.reshape(shape), layer.values.reshape(shape)
+            first_row = at * batch * heads
+            gather_kv(keys, values, index, first_row, start[at], length[at], pool_keys, pool_values)
+            layer.evict(Segment(pool_keys, pool_values, positions, start[at], length[at], longest[at]))
+
+    def fork(self) -> "CompressedCache":
+        """A cache of its own that shares storage with this one; only tables and tails are copied."""
+        twin = copy.copy(self)
+        twin.layers = [
+            layer.fork() if index in self.compressible else copy.copy(layer) for index, layer in enumerate(self.layers)
+        ]
+        return twin
+
+    # -- continuation ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_sliding_layers(self) -> bool:
+        """True for hybrid models, whose sliding layers are transformers' own."""
+        return len(self.compressible) < len(self.layers)
+
+    @property
+    def tail_length(self) -> int:
+        """Slots read after the prompt."""
+        return self.layers[self.compressible[0]].tail_length
+
+    def next_positions(self) -> Tensor:
+        """[B] position of the next token of every row."""
+        said = self.tail_mask.sum(-1) if self.tail_mask is not None else torch.full((len(self.prompt_lengths),), 0)
+        return torch.tensor(self.prompt_lengths, device=said.device) + said
+
+    def extend_tail_mask(self, new: Tensor) -> Tensor:
+        """Remember which of the next T slots [B, T] are tokens; returns the mask of the whole tail [B, M]."""
+        old = self.tail_mask
+        if old is None:
+            old = new.new_ones(new.shape[0], self.tail_length)
+        elif old.shape[1] < self.tail_length:  # read by transformers' own generate()
+            old = torch.cat([old, old.new_ones(old.shape[0], self.tail_length - old.shape[1])], 1)
+        self.tail_mask = torch.cat([old[:, : self.tail_length].to(new.device), new.bool()], 1)
+        self.tail_padded = self.tail_padded or not bool(new.all())
+        return self.tail_mask
+
+    def _select_rows(self, rows: Tensor) -> None:
+        self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
+        for name in ("prompt_mask", "tail_mask"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[rows.to(held.device)])
+        if self.pending is not None:
+            ids, mask = self.pending
+            self.pending = (ids[rows.to(ids.device)], mask[rows.to(mask.device)])
+        if self.budgets is not None:
+            self.budgets = self.budgets[:, rows.to(self.budgets.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies adjacent; the prompt is shared, tails are copied."""
+        self._select_rows(torch.arange(len(self.prompt_lengths)).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows `indices` [B'] of the batch."""
+        self._select_rows(indices)
+        super().batch_select_indices(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows `beam_idx` [B] continue."""
+        self._select_rows(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    # -- what it costs -----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held for the compressible layers."""
+        for layer in self.compressed_layers():
+            yield from layer.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of unique storage held: kept entries, positions, tables and the allocated tails."""
+        storages = {held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for held in self.tensors()}
+        return sum(storages.values())
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of the keys and values of all tokens of the prompts, padding not counted."""
+        first = next(layer for layer in self.compressed_layers())
+        held = first.segment.keys if first.segment is not None else first.keys
+        per_token = sum(2 * layer.heads * held.shape[-1] * held.element_size() for layer in self.compressed_layers())
+        return per_token * sum(self.prompt_lengths)
+
+    @property
+    def spent(self) -> list[float]:
+        """Fraction of each row's prompt entries that is retained."""
+        if self.budgets is None:
+            return [1.0] * len(self.prompt_lengths)
+        layers, _, heads = self.budgets.shape
+        kept = self.budgets.sum((0, 2)).tolist()
+        return [one / (n * layers * heads) for one, n in zip(kept, self.prompt_lengths, strict=True)]
+
+    def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
+        """Ascending prompt positions [K] of what one head of model layer `layer_idx` retains."""
+        layer = self.layers[layer_idx]
+        if layer.segment is None:
+            raise UserError(f"layer {layer_idx} retains its whole prompt")
+        return layer.segment.row_positions(row * layer.heads + head).to(torch.int64)

@@ -1,0 +1,9 @@
+"""What a user is told in one line."""
+
+
+class UserError(ValueError):
+    """Bad input: one line that names the argument as typed, what was expected and what came; exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on (NaN in the model's output, no space left on disk): one line; exit code 1."""

@@ -1,0 +1,265 @@
+"""Reading a prompt once, continuing from what is retained of it, and generating."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnkv.attention import attach
+from learnkv.cache import CompressedCache
+from learnkv.errors import RunError, UserError
+from learnkv.policy import Policy, check_budget
+
+CHECK_EVERY = 16
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    window: int = 64,
+    policy: Policy | None = None,
+    keep: float | None = None,
+    budget: float | None = None,
+) -> CompressedCache:
+    """Read prompts with full attention and return a cache that holds all of them, or what `policy` keeps.
+
+    Args:
+        model: a causal language model; `attach` is called if it was not.
+        input_ids: [B, S] left-padded.
+        attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
+        chunk_size: tokens read at once; None: all. Chunks may end anywhere.
+        window: last queries to record for scorers; at least what `policy` needs.
+        policy: compress when the prompt has been read, to `keep` or `budget`.
+
+    Raises:
+        UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
+    """
+    lengths = _check_prompt(model, input_ids, attention_mask)
+    attach(model)
+    if policy is not None:
+        check_budget(keep, budget)
+        window = max(window, policy.window)
+    cache = CompressedCache(model.config, window, record_hidden=policy is not None and policy.records_hidden)
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    cache.set_prompt(mask, lengths)
+    slots = input_ids.shape[1]
+    positions = torch.arange(slots, device=input_ids.device).expand_as(input_ids)
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    step = chunk_size or slots
+    for begin in range(0, slots, step):
+        end = min(begin + step, slots)
+        model(
+            input_ids=input_ids[:, begin:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    cache.seal()
+    return cache if policy is None else policy.compress(cache, keep, budget)
+
+
+def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise UserError(f"input_ids of shape {list(input_ids.shape)}: expected [batch, tokens] with at least one token")
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = [input_ids.shape[1]] * input_ids.shape[0]
+    if mask is not None:
+        if mask.shape != input_ids.shape:
+            raise UserError(
+                f"attention_mask of shape {list(mask.shape)}: expected {list(input_ids.shape)}, the shape of input_ids"
+            )
+        valid = mask.bool()
+        if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+            raise UserError("attention_mask: expected left padding, found padding after a token")
+        lengths = valid.sum(-1).tolist()
+    if 0 in lengths:
+        raise UserError(f"prompt {lengths.index(0)} is empty: expected at least one token")
+    if context is not None and max(lengths) > context:
+        raise UserError(f"prompt of {max(lengths)} tokens: the model's context is {context}")
+    return lengths
+
+
+def continuation(
+    model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Logits [B, T, V] of tokens read after the prompt; they are appended to the cache's tail.
+
+    Gradients flow where they are enabled.
+
+    Args:
+        input_ids: [B, T] continuations, right-padded where their lengths differ.
+        attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+    """
+    attach(model)
+    new = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if input_ids.shape[0] != len(cache.prompt_lengths):
+        raise UserError(
+            f"{input_ids.shape[0]} continuations for {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
+        )
+    cache.seal()
+    positions = cache.next_positions().to(input_ids.device).unsqueeze(-1) + (new.cumsum(-1) - 1).clamp_min(0)
+    _check_context(model, cache, input_ids.shape[1])
+    tail = cache.extend_tail_mask(new)
+    return model(
+        input_ids=input_ids,
+        attention_mask=_forward_mask(cache, tail, input_ids.shape[1]),
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+
+
+def _check_context(model: PreTrainedModel, cache: CompressedCache, new: int) -> None:
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    reached = max(cache.prompt_lengths) + cache.tail_length + new
+    if context is not None and reached > context:
+        raise UserError(f"{reached} tokens with the continuation: the model's context is {context}")
+
+
+def _forward_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | None:
+    """What the model is told of padding: nothing where the tail has none, else a mask of the tail only."""
+    if cache.has_sliding_layers:
+        prompt = cache.prompt_mask
+        if prompt is None:
+            prompt = tail.new_ones(tail.shape[0], cache.get_seq_length(cache.compressible[0]) - cache.tail_length)
+        return torch.cat([prompt.to(tail.device), tail], 1)
+    if not cache.tail_padded:
+        return None
+    slot = torch.arange(tail.shape[1], device=tail.device)
+    causal = slot <= slot[tail.shape[1] - new :].unsqueeze(-1)
+    # A padded query sees itself, so that its softmax is over something.
+    itself = slot == slot[tail.shape[1] - new :].unsqueeze(-1)
+    return ((causal & tail.unsqueeze(1)) | itself).unsqueeze(1)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: CompressedCache,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    num_beams: int = 1,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    stop: Callable[[Tensor], Tensor] | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Continue every prompt with `input_ids` and generate up to `max_new_tokens` tokens: [B, new].
+
+    The cache remembers what was said, so that a further call is the next turn of a conversation.
+
+    Args:
+        input_ids: [B, T] the question, left- or right-padded where lengths differ.
+        attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
+        do_sample, temperature, top_k, top_p: sampling; greedy otherwise. `seed` makes it repeatable.
+        num_beams: beam search over as many beams (greedy scores), by transformers' own search.
+        eos_token_id: ends a row; None: what the model's generation config says. Rows that ended are padded.
+        stop: called with the new tokens [B, new] after every step, True [B] ends a row.
+
+    Raises:
+        RunError: NaN in the model's output, looked for in the first and every 16th step.
+    """
+    settings = model.generation_config
+    eos = eos_token_id if eos_token_id is not None else settings.eos_token_id
+    ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=torch.long).view(-1)
+    pad = pad_token_id if pad_token_id is not None else settings.pad_token_id
+    pad = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
+    ids, mask = _with_pending(input_ids, attention_mask, cache)
+    if num_beams > 1:
+        return _beam_search(model, ids, mask, cache, max_new_tokens, num_beams, ends.tolist() or None, pad)
+    ids, mask = _right_padded(ids, mask)
+    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
+    logits = continuation(model, ids, cache, mask)
+    logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))[:, 0]
+    said: list[Tensor] = []
+    live = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+    for step in range(max_new_tokens):
+        if step % CHECK_EVERY == 0 and bool(logits.isnan().any()):
+            raise RunError(f"the model's output is NaN after {step} new tokens")
+        token = _next_token(logits, do_sample, temperature, top_k, top_p, generator)
+        said.append(torch.where(live, token, pad))
+        was_live, live = live, live & ~torch.isin(token, ends)
+        if stop is not None:
+            live = live & ~stop(torch.stack(said, 1))
+        cache.pending = (said[-1].unsqueeze(1), was_live.unsqueeze(1))
+        if step + 1 == max_new_tokens or not bool(live.any()):
+            break
+        logits = continuation(model, said[-1].unsqueeze(1), cache, was_live.unsqueeze(1))[:, -1]
+    return torch.stack(said, 1)
+
+
+def _with_pending(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor]:
+    """Put the last token of the turn before, which the model has not read yet, in front."""
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if not bool(mask.any(-1).all()):
+        raise UserError("empty question: expected at least one token in every row")
+    if cache.pending is not None:
+        last, told = cache.pending
+        ids, mask = torch.cat([last, ids], 1), torch.cat([told, mask], 1)
+        cache.pending = None
+    return ids, mask
+
+
+def _right_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    order = (~mask).to(torch.int8).argsort(dim=-1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def _next_token(
+    logits: Tensor, do_sample: bool, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    if not do_sample:
+        return logits.argmax(-1)
+    logits, order = (logits.float() / temperature).sort(dim=-1, descending=True)
+    probabilities = logits.softmax(-1)
+    outside = probabilities.cumsum(-1) - probabilities >= top_p
+    if top_k:
+        outside[:, top_k:] = True
+    drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=generator)
+    return order.gather(1, drawn)[:, 0]
+
+
+def _beam_search(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: CompressedCache,
+    max_new_tokens: int,
+    num_beams: int,
+    eos: list[int] | None,
+    pad: int,
+) -> Tensor:
+    """transformers' beam search on a cache whose rows are the beams; the caller's cache is left as it was."""
+    order = mask.to(torch.int8).argsort(dim=-1, stable=True)
+    ids, mask = ids.gather(1, order), mask.gather(1, order)
+    cache.seal()
+    beams = cache.fork()
+    prompt = cache.get_seq_length(cache.compressible[0]) - cache.tail_length
+    before = torch.ones(ids.shape[0], prompt, dtype=torch.bool) if cache.prompt_mask is None else cache.prompt_mask
+    tail = cache.fork().extend_tail_mask(mask)
+    beams.batch_repeat_interleave(num_beams)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.cat([before.to(mask.device), tail], 1).long(),
+        past_key_values=beams,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    return output[:, ids.shape[1] :]

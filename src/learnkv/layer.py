@@ -1,0 +1,254 @@
+"""One layer of a compressed cache: the prompt as it was read, then what was retained of it, and the tail."""
+
+import copy
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.gated_attention import gated_attention
+from learnkv.segments import Segment, Tail
+
+
+class CompressedLayer(CacheLayerMixin):
+    """Reads a prompt like an ordinary layer, then is sealed, and evicted or gated; new tokens go to the tail.
+
+    `window` last queries of the prompt are kept for scorers until eviction, `hidden` states only on demand.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, window: int = 0, record_hidden: bool = False) -> None:
+        super().__init__()
+        self.window = window
+        self.record_hidden = record_hidden
+        self.queries: Tensor | None = None
+        self.hidden: Tensor | None = None
+        self.output_weight: Tensor | None = None
+        self.rotations: tuple[tuple[Tensor, Tensor], ...] = ()
+        self.scaling = 1.0
+        self.valid: Tensor | None = None
+        self.gates: Tensor | None = None
+        self.segment: Segment | None = None
+        self.tail: Tail | None = None
+        self.prompt = 0
+        self.heads = 0
+
+    # -- transformers' interface -------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.heads = key_states.shape[1]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.sealed:
+            if self.tail is None:
+                self.tail = Tail.empty_like(key_states, value_states)
+            self.tail.append(key_states, value_states)
+            return key_states, value_states
+        if self.keys is None:
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = torch.cat([self.keys, key_states], 2)
+            self.values = torch.cat([self.values, value_states], 2)
+        self.prompt = self.keys.shape[2]
+        return self.keys, self.values
+
+    def get_seq_length(self, *args: object) -> int:
+        return self.prompt + self.tail_length
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # transformers 5.17 hands over positions, later releases a length.
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        if self.sealed:
+            return self.tail_length + new, self.prompt
+        return self.prompt + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.__init__(self.window, self.record_hidden)  # type: ignore[misc]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        keep = self.tail_length - abs(tokens_to_remove)
+        if tokens_to_remove > 0 or keep < 0:
+            raise UserError(
+                f"crop({tokens_to_remove}): only the {self.tail_length} tokens read after compression can be removed, "
+                "as a negative number"
+            )
+        if self.tail is not None:
+            self.tail.crop(keep)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        batch = torch.arange(self.batch).repeat_interleave(repeats)
+        if self.gates is None:
+            self.batch_select_indices(batch)
+        elif self.tail is not None:  # the prompt of a relaxed layer is shared by its continuations
+            self.tail = self.tail.rows(batch)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.segment is not None:
+            self.segment = self.segment.rows(indices, self.heads)
+        if self.tail is not None:
+            self.tail = self.tail.rows(indices)
+        for name in ("valid", "queries", "hidden", "gates", *(() if self.holds_view else ("keys", "values"))):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held[indices.to(held.device)])
+        if self.holds_view:
+            self.keys = self.values = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    @property
+    def sealed(self) -> bool:
+        """True once the prompt is complete."""
+        return self.segment is not None or self.gates is not None
+
+    @property
+    def holds_view(self) -> bool:
+        """True while the segment is a view of the complete prompt."""
+        return self.segment is not None and self.keys is not None
+
+    @property
+    def tail_length(self) -> int:
+        """Slots of the tail."""
+        return 0 if self.tail is None else self.tail.length
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        if self.tail is not None:
+            return self.tail.keys.shape[0]
+        if self.segment is not None:
+            return self.segment.start.shape[0] // self.heads
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    def observe(self, query: Tensor, mask: Tensor | None) -> None:
+        """Keep the last `window` queries of the prompt and which slots are padding, from the mask attention used."""
+        if mask is not None:
+            if mask.dtype != torch.bool:
+                raise UserError(f"attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
+            self.valid = mask[:, 0, -1].expand(query.shape[0], -1).clone()
+        if self.window:
+            new = query[:, :, -self.window :].detach()
+            both = new if self.queries is None else torch.cat([self.queries, new], 2)
+            self.queries = both[:, :, -self.window :].clone()
+
+    def record(self, hidden: Tensor) -> None:
+        """Keep the attention block's input [B, T, E] for scorers that need it."""
+        new = hidden.detach()
+        self.hidden = new if self.hidden is None else torch.cat([self.hidden, new], 1)
+
+    def slot_positions(self) -> Tensor:
+        """Prompt position of each slot, -1 for padding: [B, S] int64."""
+        assert self.keys is not None
+        shape = (self.keys.shape[0], self.keys.shape[2])
+        valid = torch.ones(shape, dtype=torch.bool, device=self.device) if self.valid is None else self.valid
+        return torch.where(valid, valid.cumsum(-1) - 1, -1)
+
+    def observation(self, layer_idx: int) -> Observation:
+        """What a scorer may see; only while the prompt is complete."""
+        assert self.keys is not None and self.values is not None
+        positions = self.slot_positions()
+        batch, heads, slots, dim = self.keys.shape
+        queries = self.queries if self.queries is not None else self.keys.new_empty(batch, heads, 0, dim)
+        return Observation(
+            layer_idx=layer_idx,
+            queries=queries,
+            query_positions=positions[:, slots - queries.shape[2] :],
+            keys=self.keys,
+            values=self.values,
+            scaling=self.scaling,
+            valid=(positions >= 0).unsqueeze(1).expand(batch, heads, slots),
+            positions=positions.unsqueeze(1).expand(batch, heads, slots),
+            output_weight=self.output_weight,
+            hidden=self.hidden,
+            rope=self._unrotate if self.rotations else None,
+        )
+
+    def _unrotate(self, keys: Tensor) -> Tensor:
+        """Keys [B, H, S, D] before RoPE (halves rotated against each other, possibly of the first channels only)."""
+        cos, sin = (torch.cat(part, 1).unsqueeze(1).to(keys.dtype) for part in zip(*self.rotations, strict=True))
+        rotated, rest = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
+        first, second = rotated.chunk(2, -1)
+        return torch.cat([rotated * cos - torch.cat([-second, first], -1) * sin, rest], -1)
+
+    def seal(self) -> None:
+        """End the prompt: its entries become rows of a pool without being copied."""
+        if self.sealed or self.keys is None or self.values is None:
+            return
+        batch, heads, slots, dim = self.keys.shape
+        self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+        positions = self.slot_positions()
+        padding = (positions < 0).sum(-1)
+        start = torch.arange(batch * heads, device=self.device) * slots + padding.repeat_interleave(heads)
+        self.segment = Segment(
+            self.keys.view(-1, dim),
+            self.values.view(-1, dim),
+            positions.to(torch.int32).unsqueeze(1).expand(batch, heads, slots).reshape(-1),
+            start,
+            (slots - padding).repeat_interleave(heads),
+            slots,
+        )
+
+    def evict(self, segment: Segment) -> None:
+        """Hold `segment` and nothing else of the prompt."""
+        self.segment = segment
+        self.keys = self.values = self.queries = self.hidden = self.valid = None
+        self.rotations = ()
+
+    def relax(self, gates: Tensor) -> None:
+        """Multiply every entry's softmax weight by its gate, [B, H, S]; nothing is freed."""
+        self.gates, self.segment = gates, None
+
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention [B, H*G, T, D] of the newest T tokens to what is retained and to the tail."""
+        assert self.tail is not None
+        if self.gates is not None:
+            assert self.keys is not None and self.values is not None
+            return gated_attention(
+                query, self.keys, self.values, self.gates, self.tail.keys, self.tail.values, mask, scaling
+            )
+        assert self.segment is not None
+        held = self.segment
+        return decode_attention(
+            query,
+            held.keys,
+            held.values,
+            held.start,
+            held.length,
+            held.longest,
+            self.tail.keys,
+            self.tail.values,
+            mask,
+            scaling,
+        )[0]
+
+    def fork(self) -> "CompressedLayer":
+        """A layer that shares storage with this one until either changes."""
+        twin = copy.copy(self)
+        if self.tail is not None:
+            twin.tail = self.tail.fork()
+        return twin
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held."""
+        held: list[Tensor | None] = [self.keys, self.values, self.queries, self.hidden, self.valid, self.gates]
+        parts = [tensor for tensor in held if tensor is not None]
+        for part in (self.segment, self.tail):
+            parts += [] if part is None else part.tensors()
+        return parts

@@ -1,0 +1,53 @@
+"""Whole numbers of entries per head that spend a budget exactly."""
+
+import torch
+from torch import Tensor
+
+_SMALLEST_WISH = 1e-6
+_DECIMALS = 9
+
+
+def fit(wanted: Tensor, entries: Tensor, total: Tensor, protected: Tensor) -> Tensor:
+    """Turn wished budgets into integers that sum to `total` exactly, with no host sync.
+
+    The wishes of a row are scaled by one factor until, clamped to [protected, entries], they sum to `total`; the
+    fractions are settled by largest remainder, ties by (layer, head). A plain clamp without the factor would leave
+    part of the budget unspent wherever a head wants more entries than the prompt has.
+
+    Args:
+        wanted: [L, B, H] wished entries per head, non-negative; proportions matter, not the scale.
+        entries: [B] integer, entries that every head of the row has.
+        total: [B] integer, entries to spend in the row, within [L*H*protected, L*H*entries].
+        protected: [B] integer, entries that every head of the row keeps in any case.
+
+    Returns:
+        [L, B, H] int64.
+    """
+    layers, batch, heads = wanted.shape
+    wish = wanted.detach().to(torch.float64).transpose(0, 1).reshape(batch, layers * heads)
+    wish = wish.clamp_min(0) + _SMALLEST_WISH
+    low = protected.to(torch.float64).view(batch, 1)
+    high = entries.to(torch.float64).view(batch, 1)
+    share = (wish * _factor(wish, low, high, total.to(torch.float64).view(batch, 1))).clamp(low, high)
+    share = torch.round(share, decimals=_DECIMALS)
+    whole = share.floor()
+    remainder = torch.where(whole < high, share - whole, -torch.ones_like(share))
+    missing = total.view(batch, 1) - whole.sum(-1, keepdim=True).to(torch.int64)
+    order = remainder.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    slots = whole.to(torch.int64) + (rank < missing)
+    return slots.view(batch, layers, heads).transpose(0, 1).contiguous()
+
+
+def _factor(wish: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
+    """The factor [B, 1] at which the clamped wishes [B, N] sum to `total`: piecewise linear, solved at its corners."""
+    corner = torch.cat([low / wish, high / wish], -1)
+    slope = torch.cat([wish, -wish], -1)
+    corner, order = corner.sort(dim=-1, stable=True)
+    slope = slope.gather(-1, order).cumsum(-1)
+    rise = slope[:, :-1] * corner.diff(dim=-1)
+    reached = low * wish.shape[-1] + torch.cat([torch.zeros_like(low), rise.cumsum(-1)], -1)
+    at = (reached < total).sum(-1, keepdim=True).sub(1).clamp(min=0)
+    gap = (total - reached.gather(-1, at)).clamp_min(0)
+    climb = slope.gather(-1, at)
+    return corner.gather(-1, at) + torch.where(climb > 0, gap / climb.clamp_min(1e-300), torch.zeros_like(gap))

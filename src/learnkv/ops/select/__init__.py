@@ -1,0 +1,21 @@
+"""Exact top-k over ragged rows."""
+
+from torch import Tensor
+
+from learnkv.ops.dispatch import Impl, choose
+from learnkv.ops.select import reference
+
+
+def select(scores: Tensor, budget: Tensor, total: int, *, impl: Impl = "auto") -> Tensor:
+    """The `budget[r]` highest entries of every row, ties to the lower slot, with no host sync.
+
+    Args:
+        scores: [R, S] float32; -inf where there is no entry, +inf for entries that are kept in any case.
+        budget: [R] int64, at most the number of entries of the row.
+        total: sum of `budget`, known on the host.
+
+    Returns:
+        [total] int64 flat indices `row * S + slot`: rows in order, slots ascending within a row.
+    """
+    choose("select", impl, ("reference",), scores.is_cuda)
+    return reference.select(scores, budget, total)

@@ -1,0 +1,186 @@
+"""A policy: what every heuristic and every learned predictor is at deployment and in training."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from learnkv.allocators.base import Allocator
+from learnkv.allocators.uniform import Uniform
+from learnkv.cache import CompressedCache
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.fit import fit
+from learnkv.ops.select import select
+from learnkv.ops.soft_topk import soft_topk
+from learnkv.scorers.base import Scorer
+from learnkv.scorers.learned import normal_scores
+
+TEMPERATURE = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep of a prompt, before anything is kept."""
+
+    scores: Tensor
+    """[L, B, H, S] float32; +inf protected, -inf no entry."""
+    wanted: Tensor
+    """[L, B, H] entries as the allocator asks for them, differentiable."""
+    budgets: Tensor
+    """[L, B, H] int64, each row sums to its budget exactly."""
+    protected: Tensor
+    """[B] entries per head that every policy keeps: sinks and most recent."""
+
+
+class Policy(nn.Module):
+    """Scorer, allocator and protected tokens; heuristics have no parameters.
+
+    Args:
+        scorer: importance of entries; None retains the whole prompt.
+        allocator: how the budget is split over layers and heads; None is uniform.
+        sinks: first tokens of the prompt that are always kept, per head.
+        recent: last tokens of the prompt that are always kept, per head. Both count towards the budget and are
+            clipped, recent tokens first served, to half of a row's budget.
+    """
+
+    def __init__(
+        self, scorer: Scorer | None, allocator: Allocator | None = None, sinks: int = 4, recent: int = 8
+    ) -> None:
+        super().__init__()
+        if sinks < 0 or recent < 0:
+            raise UserError(f"sinks={sinks} recent={recent}: expected numbers of tokens >= 0")
+        self.scorer = scorer
+        self.allocator = allocator if allocator is not None else Uniform()
+        self.sinks, self.recent = sinks, recent
+
+    @property
+    def window(self) -> int:
+        """Last prompt queries that have to be recorded for this policy."""
+        return max(self.scorer.window if self.scorer is not None else 0, self.allocator.window)
+
+    @property
+    def records_hidden(self) -> bool:
+        """Whether hidden states have to be recorded for this policy."""
+        return self.scorer is not None and "hidden" in self.scorer.needs
+
+    def plan(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> Plan:
+        """Score every layer, split the budget once over all of them, and make it exact.
+
+        Args:
+            cache: holds a complete prompt, nothing evicted.
+            keep: fraction of each row's prompt entries to keep, 0 < keep <= 1; or
+            budget: tokens per head on average.
+
+        Raises:
+            UserError: for a budget below one entry per head, or a cache that has been compressed already.
+        """
+        assert self.scorer is not None
+        cache.seal()
+        layers = cache.compressed_layers()
+        seen = [layer.observation(index) for index, layer in zip(cache.compressible, layers, strict=True)]
+        total = entries_to_keep(cache, len(layers) * layers[0].heads, keep, budget)
+        protected = [
+            min(self.sinks + self.recent, kept // (2 * len(layers) * layers[0].heads), n)
+            for kept, n in zip(total, cache.prompt_lengths, strict=True)
+        ]
+        device = layers[0].device
+        scores = torch.stack([self._score(one, protected).to(device) for one in seen])
+        features = [self.allocator.features(one) for one in seen]
+        known = [one.to(device) for one in features if one is not None]
+        per_head = torch.tensor(total, dtype=torch.float64, device=device) / (len(layers) * layers[0].heads)
+        wanted = self.allocator(scores, torch.stack(known) if known else None, per_head)
+        budgets = self._fit(wanted, cache, total, protected)
+        return Plan(scores, wanted, budgets, torch.tensor(protected, device=device))
+
+    @staticmethod
+    def _fit(wanted: Tensor, cache: CompressedCache, total: list[int], protected: list[int]) -> Tensor:
+        entries, spend, at_least = (
+            torch.tensor(numbers, device=wanted.device) for numbers in (cache.prompt_lengths, total, protected)
+        )
+        return fit(wanted, entries, spend, at_least)
+
+    def _score(self, seen: Observation, protected: list[int]) -> Tensor:
+        """Scores [B, H, S] of one layer with protected entries at +inf and absent ones at -inf."""
+        assert self.scorer is not None
+        scores = self.scorer(seen).float()
+        return scores.masked_fill(~seen.valid, float("-inf")).masked_fill(self._protects(seen, protected), float("inf"))
+
+    def _protects(self, seen: Observation, protected: list[int]) -> Tensor:
+        """[B, H, S] True for the first `sinks` and last `recent` tokens, clipped to `protected` per row."""
+        both = torch.tensor(protected, device=seen.positions.device).view(-1, 1, 1)
+        recent = both.clamp(max=self.recent)
+        length = seen.valid.sum(-1, keepdim=True)
+        inside = seen.positions < both - recent
+        return ((inside & (self.sinks > 0)) | (seen.positions >= length - recent)) & seen.valid
+
+    def compress(
+        self, cache: CompressedCache, keep: float | None = None, budget: float | None = None
+    ) -> CompressedCache:
+        """Evict in place everything that the plan does not keep; forks of the cache are not touched."""
+        check_budget(keep, budget)
+        cache.seal()
+        if self.scorer is None or keep == 1:
+            return cache
+        with torch.no_grad():
+            plan = self.plan(cache, keep, budget)
+            cache.evict(plan.scores, plan.budgets)
+        cache.budgets = plan.budgets
+        return cache
+
+    def relax(
+        self, cache: CompressedCache, keep: float | None = None, budget: float | None = None
+    ) -> CompressedCache:
+        """A fork whose entries are gated: the deployed set in the forward, the soft top-k's gradient in the backward.
+
+        Gates are `hard + soft - stop_gradient(soft)`, so attention computes what it will compute after `compress`, and
+        both scores and budgets get a gradient from kept and evicted entries alike.
+        """
+        check_budget(keep, budget)
+        plan = self.plan(cache, keep, budget)
+        layers, batch, heads, slots = plan.scores.shape
+        flat = plan.scores.detach().reshape(-1, slots)
+        index = select(flat, plan.budgets.flatten(), int(plan.budgets.sum()))
+        hard = torch.zeros(flat.numel(), device=flat.device).index_fill_(0, index, 1.0).view(plan.scores.shape)
+        soft = soft_topk(_unit_scale(plan.scores), plan.wanted, TEMPERATURE)
+        gates = hard + soft - soft.detach()
+        student = cache.fork()
+        for layer, gate in zip(student.compressed_layers(), gates, strict=True):
+            layer.relax(gate.to(layer.device))
+        student.budgets = plan.budgets
+        return student
+
+
+def _unit_scale(scores: Tensor) -> Tensor:
+    """Scores whose size means the same in every head: learned ones as they are, a heuristic's as normal scores."""
+    if scores.requires_grad:
+        return scores
+    layers, batch, heads, slots = scores.shape
+    free = scores.isfinite()
+    normal = normal_scores(scores.reshape(-1, 1, slots), free.reshape(-1, 1, slots))
+    return torch.where(free, normal.view_as(scores), scores)
+
+
+def check_budget(keep: float | None, budget: float | None) -> None:
+    """Raise unless exactly one of `keep` and `budget` is given and in range."""
+    if (keep is None) == (budget is None):
+        raise UserError(f"keep={keep} budget={budget}: expected exactly one of them")
+    if keep is not None and not 0 < keep <= 1:
+        raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries with 0 < keep <= 1")
+    if budget is not None and budget < 1:
+        raise UserError(f"budget={budget:g}: expected at least one entry per head")
+
+
+def entries_to_keep(cache: CompressedCache, heads: int, keep: float | None, budget: float | None) -> list[int]:
+    """Entries to keep in each row over all `heads` heads of all layers: keep * n * heads, rounded half to even."""
+    check_budget(keep, budget)
+    total = []
+    for row, n in enumerate(cache.prompt_lengths):
+        asked = keep * n * heads if keep is not None else min(float(budget or 0), n) * heads
+        total.append(round(asked))
+        if total[-1] < heads:
+            raise UserError(
+                f"keep={keep:g}: leaves {asked / heads:.2f} entries per head of a prompt of {n} tokens (row {row}), "
+                "expected at least one"
+            )
+    return total

@@ -1,0 +1,105 @@
+"""Storage of a compressed prompt (one pool, ragged rows) and of what is said after it (tails)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TAIL_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The kept entries of one layer: rows of a shared pool. Row r = b * H + h; rows may alias."""
+
+    keys: Tensor
+    """[N, D] pool, shared by all layers on the device."""
+    values: Tensor
+    """[N, D]."""
+    positions: Tensor
+    """[N] int32 prompt position of every entry."""
+    start: Tensor
+    """[B*H] int64."""
+    length: Tensor
+    """[B*H] int64."""
+    longest: int
+    """Upper bound of `length`, known on the host."""
+
+    def rows(self, batch: Tensor, heads: int) -> "Segment":
+        """The segment of batch rows `batch` [B'], sharing the pool."""
+        start = self.start.view(-1, heads)[batch.to(self.start.device)].flatten()
+        length = self.length.view(-1, heads)[batch.to(self.start.device)].flatten()
+        return Segment(self.keys, self.values, self.positions, start, length, self.longest)
+
+    def row_positions(self, row: int) -> Tensor:
+        """Ascending prompt positions [length] of one row (host sync)."""
+        start = int(self.start[row])
+        return self.positions[start : start + int(self.length[row])]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held."""
+        return [self.keys, self.values, self.positions, self.start, self.length]
+
+
+class Tail:
+    """Keys and values read after compression: buffers [B, H, capacity, D] that grow by chunks.
+
+    Without gradients new entries are written in place; with gradients the buffers are extended functionally.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+        self._keys, self._values, self.length = keys, values, length
+
+    @classmethod
+    def empty_like(cls, keys: Tensor, values: Tensor) -> "Tail":
+        """A tail without capacity for entries shaped like [B, H, T, D]."""
+        return cls(keys[:, :, :0].detach().clone(), values[:, :, :0].detach().clone(), 0)
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add [B, H, T, D]."""
+        end = self.length + keys.shape[2]
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad or self._keys.requires_grad):
+            self._keys = torch.cat([self.keys, keys], 2)
+            self._values = torch.cat([self.values, values], 2)
+        else:
+            if end > self._keys.shape[2]:
+                self._grow(-(-end // TAIL_CHUNK) * TAIL_CHUNK)
+            self._keys[:, :, self.length : end] = keys
+            self._values[:, :, self.length : end] = values
+        self.length = end
+
+    def _grow(self, capacity: int) -> None:
+        for name in ("_keys", "_values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, H, length, D]."""
+        return self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, H, length, D]."""
+        return self._values[:, :, : self.length]
+
+    def fork(self) -> "Tail":
+        """An independent copy."""
+        if self._keys.requires_grad:
+            return Tail(self._keys, self._values, self.length)
+        return Tail(self._keys.clone(), self._values.clone(), self.length)
+
+    def rows(self, batch: Tensor) -> "Tail":
+        """A tail of batch rows `batch` [B']."""
+        at = batch.to(self._keys.device)
+        return Tail(self._keys[at], self._values[at], self.length)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` entries."""
+        self.length = length
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held, allocated capacity included."""
+        return [self._keys, self._values]
