@@ -52,7 +52,7 @@ clean:
 
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "learnkv needs Python 3.11 or newer, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1 | tail -n 1)"; exit 2; }
+		echo "learnkv needs Python 3.11 or newer, but PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1 | head -n 1)"; exit 2; }
 	$(PYTHON) -m venv $*
 	touch $@
 
