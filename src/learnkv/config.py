@@ -1,0 +1,157 @@
+"""The one config system: `config=NAME|PATH key=value …` and `--key value …`, parsed into frozen dataclasses."""
+
+import dataclasses
+import difflib
+import errno
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from learnkv.errors import RunError, UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if p.is_dir()), _PACKAGE / "configs")
+"""Folder of our YAML files: inside the package in an installed wheel, at the root in a checkout."""
+
+
+def find_config(kind: str, name: str, key: str = "config") -> Path:
+    """The YAML file that `key=name` means: a path, or the bare name of a file in `configs/<kind>/`.
+
+    Raises UserError, with the nearest known name, where there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = _names(kind)
+    if name in known:
+        return CONFIGS / kind / f"{name}.yaml"
+    raise UserError(f"{key}={name}: expected a YAML file or one of: {', '.join(known)}{_nearest(path.stem, known)}")
+
+
+def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
+    """An instance of the dataclass `schema` from command line words, and its complete resolved YAML.
+
+    Words are `key=value`, `--key=value` or `--key value`; keys of nested dataclasses are dotted; `config=` is read
+    first wherever it stands. Lists (fields of tuple or list type) are written `keep=0.5,0.25`, `--keep 0.5 0.25` or by
+    repeating the key. A dict field with the metadata `arguments_of` takes the constructor arguments of that class
+    (Lightning's Trainer), checked but not built. Every field has a default. Raises UserError where a word does not fit.
+    """
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, prog=f"learnkv {kind}", description=schema.__doc__)
+    parser.add_argument("--config", action="config", help=f"YAML file, or a name in configs/{kind}/")
+    foreign = {f.name: f.metadata["arguments_of"] for f in dataclasses.fields(schema) if "arguments_of" in f.metadata}
+    parser.add_class_arguments(schema, None, as_group=False, skip=set(foreign))
+    for name, owner in foreign.items():
+        parser.add_class_arguments(owner, name, instantiate=False)
+    if not {"-h", "--help"}.isdisjoint(argv):
+        parser.parse_args(["--help"])
+    fields = dict(_fields(schema))
+    known = [*fields, *(key for key, _ in parser.get_defaults().items() if key not in fields)]
+    lists, typed = {key for key, is_list in fields.items() if is_list}, dict[str, list[str]]()
+    for key, values in _pairs(argv, lists):
+        typed[key] = typed.get(key, []) + values if key in lists or key == "config" else values
+    files = [f"--config={find_config(kind, name)}" for name in typed.get("config", [])]
+    words = [f"--{k}={json.dumps(v) if k in lists else v[0]}" for k, v in typed.items() if k != "config"]
+    try:
+        at = f"config={','.join(typed.get('config', []))}: "
+        parser.parse_args(files)  # alone first: what is wrong here was not typed
+        at = ""
+        parsed = parser.parse_args(files + words)
+    except ArgumentError as error:
+        raise UserError(at + _explain(str(error), {} if at else typed, known)) from None
+    built = vars(parser.instantiate(parsed))
+    arguments = {
+        f.name: built[f.name].as_dict() if f.name in foreign else built[f.name] for f in dataclasses.fields(schema)
+    }
+    del parsed["config"]
+    return schema(**arguments), parser.dump(parsed, skip_unset=False)
+
+
+def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, kind: str) -> int:
+    """Call `function(config, resolved_yaml)`, its first annotation being the schema of `argv`; gives the exit code.
+
+    Bad input is one line and 2; a run that cannot go on is one line and 1; a bug keeps its traceback.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if not words:
+            raise UserError(f"no arguments: expected config=NAME|PATH or key=value; names: {', '.join(_names(kind))}")
+        function(*parse(next(iter(get_type_hints(function).values())), words, kind))
+    except UserError as error:
+        return _say(error, 2)
+    except RunError as error:
+        return _say(error, 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _say(f"no space left on disk for {error.filename or 'the output'}", 1)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    return 0
+
+
+def _say(error: Exception | str, code: int) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+def _names(kind: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """Dotted name of every field, and whether it is a list."""
+    for name, hint in get_type_hints(schema).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        yield prefix + name, any(get_origin(part) in (list, tuple) for part in parts)
+        for part in parts:
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                yield from _fields(part, f"{prefix}{name}.")
+
+
+def _pairs(argv: Sequence[str], lists: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Keys and their values as typed; `--ckpt a b` takes words up to the next key."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        values = [value]
+        if not equals:
+            ends = (i for i, w in enumerate(words) if w.startswith("--") or (i and re.match(r"[\w.]+=", w)))
+            values = words[: next(ends, None) if key in lists else 1]
+            del words[: len(values)]
+            if not word.startswith("--") or not values or values[0].startswith("--"):
+                raise UserError(f"{word}: expected key=value or --key value")
+        yield (
+            key,
+            [p for v in values for p in map(str.strip, v.strip("[]").split(",")) if p] if key in lists else values,
+        )
+
+
+def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str:
+    """One line from jsonargparse's message: the key as typed, what was expected, what came."""
+    path = list(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)|Option '([^']+)' is not accepted", message)
+    if unknown:
+        path.append(unknown[1] or unknown[2])
+    key = ".".join(path)
+    shown = f"{key}={','.join(typed[key])}" if key in typed else key
+    if unknown:
+        return f"{shown}: unknown key{_nearest(key, known)}"
+    problem = re.search(r"Expected an? (.+?)\. Got value: (.*)", message)
+    if key and problem:
+        wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", problem[1])
+        wanted = wanted.replace("tuple", "list")
+        wanted = re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", wanted)
+        return f"{shown}: expected {wanted}, got {problem[2] or 'nothing'}"
+    return f"{shown}: {message}" if key else message
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1) or [k for k in known if k.endswith(f".{name}")]
+    return f"; did you mean {near[0]}?" if near else ""
