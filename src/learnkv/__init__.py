@@ -3,6 +3,17 @@
 from learnkv.attention import attach, detach
 from learnkv.cache import CompressedCache
 from learnkv.generation import continuation, generate, prefill
+from learnkv.io import load_policy, save_policy
 from learnkv.policy import Policy
 
-__all__ = ["CompressedCache", "Policy", "attach", "continuation", "detach", "generate", "prefill"]
+__all__ = [
+    "CompressedCache",
+    "Policy",
+    "attach",
+    "continuation",
+    "detach",
+    "generate",
+    "load_policy",
+    "prefill",
+    "save_policy",
+]

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from learnkv.allocators.base import Allocator
 from learnkv.allocators.uniform import Uniform
 from learnkv.cache import CompressedCache
+from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.fit import fit
@@ -33,7 +34,7 @@ class Plan:
     """[B] entries per head that every policy keeps: sinks and most recent."""
 
 
-class Policy(nn.Module):
+class Policy(Component):
     """Scorer, allocator and protected tokens; heuristics have no parameters.
 
     Args:

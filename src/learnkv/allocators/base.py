@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from learnkv.component import Component
 from learnkv.observation import Observation
 
 
-class Allocator(nn.Module, ABC):
+class Allocator(Component, ABC):
     """Says how many entries each kv head of each layer should keep; `fit` then makes the wish exact.
 
     `static` allocators read nothing of `scores` but its shape and which entries are valid, so that a layer can be

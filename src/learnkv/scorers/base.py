@@ -2,12 +2,13 @@
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from learnkv.component import Component
 from learnkv.observation import Observation
 
 
-class Scorer(nn.Module, ABC):
+class Scorer(Component, ABC):
     """Gives every entry of one layer a score; entries with higher scores are kept.
 
     A heuristic is a scorer without parameters. A scorer must not look at entries that are not `valid` and must give a
