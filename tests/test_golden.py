@@ -33,9 +33,6 @@ class Case:
         self.params, self.inputs = record["params"], inputs
         self.unread = {name: arrays[f"{record['id']}__{name}"] for name in record["outputs"]}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.unread
-
     def __getitem__(self, name: str) -> np.ndarray:
         return self.unread.pop(name)
 
@@ -153,7 +150,7 @@ def past_and_protected(case: Case, policy) -> tuple[np.ndarray, Tensor]:
     scores = scored(case, policy)
     past = max(scores.shape[-1] - case.params["window"], 0)
     ours = scores[..., :past].numpy().copy()
-    golden = case["scores"] if "scores" in case else ours
+    golden = case.unread.pop("scores", ours)
     assert_scores(ours, golden)
     scores[..., past:] = torch.inf
     return golden, scores

@@ -1,0 +1,156 @@
+"""Window scores against the definition written out in loops, in float64."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from observations import observe
+from torch import Tensor
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.window_scores import window_scores
+
+REDUCE = {"mean": lambda x: sum(x) / len(x), "max": max, "sum": sum}
+
+
+def run(seen: Observation, kernel_size: int = 3, **options) -> Tensor:
+    return window_scores(
+        seen.queries,
+        seen.keys,
+        query_positions=seen.query_positions,
+        positions=seen.positions,
+        valid=seen.valid,
+        scaling=seen.scaling,
+        kernel_size=kernel_size,
+        **options,
+    )
+
+
+def pooled(row: list[float], kernel_size: int, pooling: str) -> list[float]:
+    half, result = kernel_size // 2, []
+    for j in range(len(row)):
+        near = row[max(j - half, 0) : j + half + 1]
+        result.append(max(near) if pooling == "max" else sum(near) / kernel_size)
+    return result
+
+
+def by_definition(
+    seen: Observation, row: int, head: int, kernel_size, pooling, window_reduce, group_reduce, group_first
+) -> list[float]:
+    """Scores of the valid entries of one head, which must be a stretch of slots without holes."""
+    there = seen.valid[row, head]
+    keys, positions = seen.keys[row, head, there].double(), seen.positions[row, head, there].tolist()
+    asking = [i for i, at in enumerate(seen.query_positions[row].tolist()) if at >= 0]
+    start = int(seen.query_positions[row, asking[0]])
+    group = seen.queries.shape[1] // seen.keys.shape[1]
+    per_query_head = []
+    for query_head in range(head * group, (head + 1) * group):
+        given: dict[int, list[float]] = {at: [] for at in positions}
+        for i in asking:
+            query, at = seen.queries[row, query_head, i].double(), int(seen.query_positions[row, i])
+            powers = {
+                p: math.exp(seen.scaling * float(query @ key))
+                for p, key in zip(positions, keys, strict=True)
+                if p <= at
+            }
+            for p, power in powers.items():
+                given[p].append(power / sum(powers.values()))
+        factor = len(asking) if window_reduce == "sum" else 1
+        per_query_head.append([factor * sum(seen_by) / len(seen_by) for seen_by in given.values()])
+
+    past = sum(at < start for at in positions)
+
+    def apart(scores: list[float]) -> list[float]:
+        return pooled(scores[:past], kernel_size, pooling) + pooled(scores[past:], kernel_size, pooling)
+
+    if group_first:
+        return apart([REDUCE[group_reduce](column) for column in zip(*per_query_head, strict=True)])
+    return [REDUCE[group_reduce](column) for column in zip(*map(apart, per_query_head), strict=True)]
+
+
+OPTIONS = list(itertools.product([1, 5], ["avg", "max"], ["mean", "sum"], ["mean", "max", "sum"], [True, False]))
+
+
+@pytest.mark.parametrize(("kernel_size", "pooling", "window_reduce", "group_reduce", "group_first"), OPTIONS)
+def test_every_option_against_the_definition(kernel_size, pooling, window_reduce, group_reduce, group_first):
+    seen = observe([19, 11, 6, 3, 1], window=6, dim=4)
+    options = {
+        "pooling": pooling,
+        "window_reduce": window_reduce,
+        "group_reduce": group_reduce,
+        "group_first": group_first,
+    }
+    got = run(seen, kernel_size, **options)
+    for row, head in itertools.product(range(5), range(2)):
+        want = by_definition(seen, row, head, kernel_size, **options)
+        there = seen.valid[row, head]
+        torch.testing.assert_close(got[row, head, there].double(), torch.tensor(want).double(), rtol=1e-5, atol=1e-7)
+        assert (got[row, head, ~there] == 0).all()
+
+
+def test_even_attention_by_hand():
+    """Zero keys: a query at position p gives 1/(p+1) to each of the entries it sees."""
+    seen = observe([5], window=2, heads=1)
+    seen = dataclasses.replace(seen, keys=torch.zeros_like(seen.keys))
+    past = (1 / 4 + 1 / 5) / 2
+    flat = run(seen, kernel_size=1).flatten()
+    torch.testing.assert_close(flat, torch.tensor([past, past, past, past, 1 / 5]))
+    mean = run(seen, kernel_size=3).flatten()
+    window = (past + 1 / 5) / 3
+    torch.testing.assert_close(mean, torch.tensor([past * 2 / 3, past, past * 2 / 3, window, window]))
+
+
+def test_neither_past_nor_window_is_pooled_with_the_other():
+    """A spike on the last entry of the past must not reach the window, nor one in the window the past."""
+    seen = observe([12], window=4, heads=1, group=1, dim=1)
+    spiked = torch.zeros_like(seen.keys)
+    spiked[..., 7, :] = 30.0
+    queries = torch.ones_like(seen.queries)
+    scores = run(dataclasses.replace(seen, keys=spiked, queries=queries, scaling=1.0), 5, pooling="max").flatten()
+    assert (scores[5:8] > 0.99).all()
+    assert (scores[:5] < 1e-6).all()
+    assert (scores[8:] < 1e-6).all()
+    spiked = spiked.roll(1, dims=2)
+    scores = run(dataclasses.replace(seen, keys=spiked, queries=queries, scaling=1.0), 5, pooling="max").flatten()
+    assert (scores[8:11] > 0.99).all()
+    assert (scores[:8] < 1e-6).all()
+
+
+def test_entries_of_the_window_are_seen_by_later_queries_only():
+    """The second query must not see the third's key, however well it fits."""
+    seen = observe([6], window=3, heads=1, group=1, dim=1)
+    keys = torch.zeros_like(seen.keys)
+    keys[..., 5, :] = 50.0
+    scores = run(dataclasses.replace(seen, keys=keys, queries=torch.ones_like(seen.queries), scaling=1.0), 1).flatten()
+    torch.testing.assert_close(scores[5], torch.tensor(1.0))
+    torch.testing.assert_close(scores[0], torch.tensor((1 / 4 + 1 / 5) / 3))
+
+
+def test_evicted_entries_leave_a_gap_and_take_no_attention():
+    """Holes: the others get what they get when the entries between were never there, but for the pooling."""
+    seen = observe([20], window=4, heads=1)
+    there = torch.ones(20, dtype=torch.bool)
+    there[[2, 3, 7, 11]] = False
+    holes = dataclasses.replace(seen, valid=there.expand(1, 1, 20))
+    without = dataclasses.replace(
+        seen, keys=seen.keys[:, :, there], valid=holes.valid[:, :, there], positions=seen.positions[:, :, there]
+    )
+    torch.testing.assert_close(run(holes, 1)[:, :, there], run(without, 1))
+    assert (run(holes, 1)[0, 0, ~there] == 0).all()
+
+
+def test_the_softmax_is_in_float32():
+    """In bfloat16, whose steps near 1 are 1/128, weights of 1/512 would come out rounded."""
+    seen = observe([511], window=1, heads=1)
+    seen = dataclasses.replace(seen, keys=torch.zeros_like(seen.keys).bfloat16(), queries=seen.queries.bfloat16())
+    scores = run(seen, 1)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, torch.full_like(scores, 1 / 511), rtol=1e-6, atol=0)
+
+
+def test_an_implementation_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="impl='nonsense'"):
+        run(observe([5]), impl="nonsense")
