@@ -52,3 +52,11 @@ SPAN_QUESTIONS = (
     "\nGo on reading aloud from the words: {start}",
     "\nWhat was written after this? {start}",
 )
+
+FILLER = (
+    "Leaves move a little.",
+    "A door closes far away.",
+    "Somebody hums an old tune.",
+    "The bread is still fresh.",
+    "It will be dark before long.",
+)

@@ -13,7 +13,7 @@ def parse(arguments: list[str]) -> ReferenceConfig:
     parser = ArgumentParser(prog="python -m learnkv.reference", description=ReferenceConfig.__doc__)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(ReferenceConfig, None, as_group=False)
-    values = parser.instantiate_classes(parser.parse_args([f"--{a}" for a in arguments])).as_dict()
+    values = vars(parser.instantiate(parser.parse_args([f"--{a}" for a in arguments])))
     values.pop("config", None)
     return ReferenceConfig(**values)
 

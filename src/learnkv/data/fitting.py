@@ -1,0 +1,31 @@
+"""Filling a prompt up to a length."""
+
+from collections.abc import Callable
+
+
+def largest_fitting(size: Callable[[int], int], limit: int, most: int | None = None) -> int | None:
+    """Largest n >= 0 (and <= most) with size(n) <= limit, for a size that grows about linearly; None if not even 0.
+
+    `size` costs a tokenisation, so the search interpolates and halves in turn instead of only halving.
+    """
+    low, low_size = 0, size(0)
+    if low_size > limit:
+        return None
+    first_size, high, high_size, halve = low_size, None, 0, False
+    while most is None or low < most:
+        if high is None:
+            slope = (low_size - first_size) / low if low else 0.0
+            n = low + max(1, int((limit - low_size) / slope)) + 1 if slope else low + 16
+            n = n if most is None else min(n, most)
+        elif high - low <= 1:
+            break
+        else:
+            share = 0.5 if halve else (limit - low_size) / (high_size - low_size)
+            n = min(high - 1, max(low + 1, low + int(share * (high - low))))
+            halve = not halve
+        n_size = size(n)
+        if n_size <= limit:
+            low, low_size = n, n_size
+        else:
+            high, high_size = n, n_size
+    return low

@@ -1,0 +1,118 @@
+"""RULER's 13 task types for any tokenizer and length, in wording of our own (Hsieh et al. 2024, arXiv 2404.06654)."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from learnkv.data.fitting import largest_fitting
+from learnkv.data.ruler_lists import chain, coded_words, common_words
+from learnkv.data.ruler_needles import Needles
+from learnkv.data.ruler_qa import Documents, Question, documents, read_documents
+from learnkv.data.sample import Draft, Metric, Sample
+from learnkv.data.words import Split
+
+NEEDLES: dict[str, Needles] = {
+    "niah_single_1": Needles(haystack="noise"),
+    "niah_single_2": Needles(),
+    "niah_single_3": Needles(value_kind="uuids"),
+    "niah_multikey_1": Needles(keys=4),
+    "niah_multikey_2": Needles(haystack="needle"),
+    "niah_multikey_3": Needles(haystack="needle", key_kind="uuids", value_kind="uuids"),
+    "niah_multivalue": Needles(values=4),
+    "niah_multiquery": Needles(queries=4),
+}
+QA_LAYOUT = {"qa_1": "squad", "qa_2": "hotpotqa"}
+NEW_TOKENS: dict[str, int] = {
+    **dict.fromkeys(NEEDLES, 128),
+    "vt": 30,
+    "cwe": 120,
+    "fwe": 50,
+    **dict.fromkeys(QA_LAYOUT, 32),
+}
+TASKS: tuple[str, ...] = tuple(NEW_TOKENS)
+
+
+class Ruler:
+    """Generator of RULER prompts: `sample(task, index)` is a function of its arguments and of the ones here.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer; it only counts.
+        length: tokens of the complete prompt with room for the answer, filled as closely as the task's units allow.
+        seed: of everything drawn.
+        split: "eval", or "train" for other words, numbers, UUIDs and names than any evaluation has.
+        haystack: .txt or .txt.gz file of essays; CPython's help topics if None.
+        qa: files with the documents of qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout), .json or .json.gz.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        length: int,
+        *,
+        seed: int = 42,
+        split: Split = "eval",
+        haystack: str | None = None,
+        qa: str | list[str] | None = None,
+    ):
+        self.tokenizer, self.length, self.seed, self.split, self.haystack = tokenizer, length, seed, split, haystack
+        self.qa = [qa] if isinstance(qa, str) else list(qa or [])
+        self._askable: dict[str, tuple[list[Question], Iterator[Question]]] = {}
+
+    def sample(self, task: str, index: int) -> Sample:
+        """Prompt number `index` of `task`.
+
+        Raises ValueError for an unknown task, a length in which the task does not fit, and QA without its file.
+        """
+        if task not in NEW_TOKENS:
+            raise ValueError(f"task {task!r}: expected one of {', '.join(TASKS)}")
+        rng = random.Random(f"{self.seed}:{self.split}:{task}:{index}")
+        draft, most = self._drafts(task, index, rng)
+        limit = self.length - NEW_TOKENS[task]
+        units = largest_fitting(lambda n: self.tokens(draft(n)), limit, most)
+        if units is None:
+            least = self.tokens(draft(0)) + NEW_TOKENS[task]
+            raise ValueError(f"{task}: this prompt needs {least} tokens of this tokenizer, length is {self.length}")
+        metric: Metric = "part" if task in QA_LAYOUT else "all"
+        return Sample(**vars(draft(units)), task=task, max_new_tokens=NEW_TOKENS[task], metric=metric)
+
+    def tokens(self, draft: Draft) -> int:
+        """Tokens of a prompt: context with the tokenizer's special tokens, the rest without."""
+        after = self.tokenizer(draft.question + draft.answer_prefix, add_special_tokens=False)
+        return len(self.tokenizer(draft.context)["input_ids"]) + len(after["input_ids"])
+
+    def _drafts(self, task: str, index: int, rng: random.Random) -> tuple[Callable[[int], Draft], int | None]:
+        if task in NEEDLES:
+            return NEEDLES[task](rng, self.split, self.haystack), None
+        if task == "vt":
+            return chain(rng, self.split), None
+        if task == "cwe":
+            return common_words(rng, self.split, self.length), None
+        if task == "fwe":
+            return coded_words(rng, self.split, self.length), None
+        data = self._documents(task)
+        return documents(rng, data, self._question(task, index, data))
+
+    def _documents(self, task: str) -> Documents:
+        if self.split != "eval":
+            raise ValueError(f"{task}: its questions are for evaluation only, split is {self.split!r}")
+        found = [data for data in map(read_documents, self.qa) if data.layout == QA_LAYOUT[task]]
+        if not found:
+            given = ", ".join(self.qa) or "none"
+            raise ValueError(f"{task}: needs a file in {QA_LAYOUT[task]}'s layout, qa=FILE; given: {given}")
+        return found[0]
+
+    def _question(self, task: str, index: int, data: Documents) -> Question:
+        """The index-th of the shuffled questions whose own documents fit."""
+        if task not in self._askable:
+            order = list(data.questions)
+            random.Random(f"{self.seed}:{task}").shuffle(order)
+            limit = self.length - NEW_TOKENS[task]
+            rng = random.Random(0)
+            self._askable[task] = [], (q for q in order if self.tokens(documents(rng, data, q)[0](0)) <= limit)
+        known, more = self._askable[task]
+        while len(known) <= index:
+            question = next(more, None)
+            if question is None:
+                raise ValueError(f"{task}: only {len(known)} questions fit in {self.length} tokens, asked for {index}")
+            known.append(question)
+        return known[index]

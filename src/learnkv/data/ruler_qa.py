@@ -1,0 +1,83 @@
+"""RULER's question answering: the paragraphs that answer a question among other paragraphs of the same file."""
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from learnkv.data import ruler_text as text
+from learnkv.data.sample import Draft
+
+Layout = Literal["squad", "hotpotqa"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, the answers that count, and the indices of its own documents."""
+
+    question: str
+    answers: list[str]
+    own: list[int]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """All documents of a file and the questions on them."""
+
+    layout: Layout
+    texts: list[str]
+    questions: list[Question]
+
+
+@lru_cache(maxsize=4)
+def read_documents(path: str) -> Documents:
+    """A .json or .json.gz file of SQuAD's or HotpotQA's layout. Raises ValueError for any other."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        return _squad(data) if isinstance(data, dict) else _hotpotqa(data)
+    except (KeyError, TypeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"qa={path}: expected JSON in SQuAD's or HotpotQA's layout ({error!r})") from error
+
+
+def _squad(data: dict[str, Any]) -> Documents:
+    place: dict[str, int] = {}
+    questions = []
+    for paragraph in (paragraph for article in data["data"] for paragraph in article["paragraphs"]):
+        own = place.setdefault(paragraph["context"], len(place))
+        for asked in paragraph["qas"]:
+            if not asked.get("is_impossible", False):
+                answers = list(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                questions.append(Question(asked["question"], answers, [own]))
+    return Documents("squad", list(place), questions)
+
+
+def _hotpotqa(data: list[dict[str, Any]]) -> Documents:
+    place: dict[str, int] = {}
+    questions = []
+    for item in data:
+        paragraphs = [f"{title}\n{''.join(parts)}" for title, parts in item["context"]]
+        own = [place.setdefault(paragraph, len(place)) for paragraph in paragraphs]
+        supporting = {title for title, _ in item["supporting_facts"]} if "supporting_facts" in item else None
+        if supporting:
+            own = [i for i, (title, _) in zip(own, item["context"], strict=True) if title in supporting]
+        questions.append(Question(item["question"], [item["answer"]], own))
+    return Documents("hotpotqa", list(place), questions)
+
+
+def documents(rng: random.Random, data: Documents, asked: Question) -> tuple[Callable[[int], Draft], int]:
+    """Drafts of a question with any number of other documents (the units), and how many there are."""
+    others = [i for i in range(len(data.texts)) if i not in set(asked.own)]
+    rng.shuffle(others)
+    order = rng.getrandbits(64)
+
+    def draft(units: int) -> Draft:
+        chosen = asked.own + others[:units]
+        random.Random(order).shuffle(chosen)
+        context = text.DOCUMENTS_INTRO + "".join(text.document(n, data.texts[i]) for n, i in enumerate(chosen, 1))
+        return Draft(context, text.documents_question(asked.question), text.DOCUMENTS_PREFIX, asked.answers)
+
+    return draft, len(others)
