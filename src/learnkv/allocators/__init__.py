@@ -2,7 +2,8 @@
 
 from learnkv.allocators.adakv import AdaKV
 from learnkv.allocators.base import Allocator
+from learnkv.allocators.learned import LearnedAllocator
 from learnkv.allocators.pyramid import Pyramid
 from learnkv.allocators.uniform import Uniform
 
-__all__ = ["AdaKV", "Allocator", "Pyramid", "Uniform"]
+__all__ = ["AdaKV", "Allocator", "LearnedAllocator", "Pyramid", "Uniform"]

@@ -1,0 +1,110 @@
+"""What the policy relies on, for every allocator there is."""
+
+import pytest
+import torch
+from observations import observe, randomised, subclasses
+from torch import Tensor
+
+import learnkv.allocators
+from learnkv.allocators import AdaKV, Allocator, Pyramid
+from learnkv.ops.fit import fit
+
+LAYERS, HEADS = 3, 4
+LENGTHS, BUDGETS = [70, 41, 12, 3, 1], [14.0, 30.5, 1.0, 2.0, 1.0]
+PROTECTED = [4, 4, 0, 1, 0]
+
+NEEDS_ARGUMENTS = {
+    "LearnedAllocator": lambda cls: cls(Pyramid(), num_layers=LAYERS, num_heads=HEADS, conditioned=True, window=8),
+}
+KNOWS_ITS_HEAD = {"LearnedAllocator"}  # a head's number is an input of these
+
+ALLOCATORS = subclasses(learnkv.allocators, Allocator)
+every_allocator = pytest.mark.parametrize("cls", ALLOCATORS)
+
+
+def build(cls: type[Allocator]) -> Allocator:
+    return randomised(NEEDS_ARGUMENTS.get(cls.__name__, lambda cls: cls())(cls))
+
+
+def scores_of(lengths: list[int], protected: list[int], seed: int = 0) -> Tensor:
+    """Scores [L, B, H, S] of left-padded rows as the policy hands them over; a row depends on its length and seed."""
+    scores = torch.full((LAYERS, len(lengths), HEADS, max(lengths)), -torch.inf)
+    for row, (length, first) in enumerate(zip(lengths, protected, strict=True)):
+        generator = torch.Generator().manual_seed(1000 * seed + length)
+        own = torch.rand(LAYERS, HEADS, length, generator=generator) ** 4
+        own[..., :first] = torch.inf
+        scores[:, row, :, max(lengths) - length :] = own
+    return scores
+
+
+def wanted(
+    allocator: Allocator, lengths: list[int], budgets: list[float], protected: list[int], seed: int = 0
+) -> Tensor:
+    seen = [observe(lengths, heads=HEADS, group=2, layer_idx=layer) for layer in range(LAYERS)]
+    features = [allocator.features(one) for one in seen]
+    known = [one for one in features if one is not None]
+    budget = torch.tensor(budgets, dtype=torch.float64)
+    return allocator(scores_of(lengths, protected, seed), torch.stack(known) if known else None, budget)
+
+
+def test_the_walk_finds_the_allocators():
+    assert {"AdaKV", "Pyramid", "Uniform"} <= {cls.__name__ for cls in ALLOCATORS}
+
+
+@every_allocator
+def test_a_padded_row_gets_what_it_gets_alone(cls):
+    allocator = build(cls)
+    together = wanted(allocator, LENGTHS, BUDGETS, PROTECTED)
+    for row, (length, budget, protected) in enumerate(zip(LENGTHS, BUDGETS, PROTECTED, strict=True)):
+        alone = wanted(allocator, [length], [budget], [protected])
+        torch.testing.assert_close(together[:, row : row + 1], alone, rtol=1e-4, atol=1e-6)
+
+
+@every_allocator
+def test_wishes_can_be_made_exact(cls):
+    wishes = wanted(build(cls), LENGTHS, BUDGETS, PROTECTED)
+    assert wishes.shape == (LAYERS, len(LENGTHS), HEADS)
+    assert wishes.dtype == torch.float64
+    assert wishes.isfinite().all()
+    assert (wishes >= 0).all()
+    total = torch.tensor(BUDGETS).mul(LAYERS * HEADS).round().long()
+    slots = fit(wishes, torch.tensor(LENGTHS), total, torch.tensor(PROTECTED))
+    assert torch.equal(slots.sum((0, 2)), total)
+
+
+@every_allocator
+def test_keeping_everything_asks_for_everything(cls):
+    full = [float(length) for length in LENGTHS]
+    slots = fit(
+        wanted(build(cls), LENGTHS, full, PROTECTED),
+        torch.tensor(LENGTHS),
+        torch.tensor(LENGTHS) * LAYERS * HEADS,
+        torch.tensor(PROTECTED),
+    )
+    assert torch.equal(slots, torch.tensor(LENGTHS).view(1, -1, 1).expand_as(slots))
+
+
+@every_allocator
+def test_a_static_allocator_sees_no_scores_and_the_others_do(cls):
+    allocator = build(cls)
+    one, other = (wanted(allocator, LENGTHS, BUDGETS, PROTECTED, seed) for seed in (0, 1))
+    if allocator.static:
+        assert torch.equal(one, other)
+    elif cls.__name__ not in NEEDS_ARGUMENTS:
+        assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("cls", [cls for cls in ALLOCATORS if cls.__name__ not in KNOWS_ITS_HEAD])
+def test_permuted_heads_give_permuted_wishes(cls):
+    allocator, order = build(cls), [2, 0, 3, 1]
+    scores, budget = scores_of([50, 20], [3, 3]), torch.tensor([11.0, 9.0], dtype=torch.float64)
+    got = allocator(scores[:, :, order], None, budget)
+    torch.testing.assert_close(got, allocator(scores, None, budget)[:, :, order])
+
+
+@pytest.mark.parametrize("base", [cls for cls in ALLOCATORS if cls is not AdaKV])
+def test_adakv_wraps_any_other(base):
+    inner = build(base)
+    both = wanted(AdaKV(inner), LENGTHS, BUDGETS, PROTECTED)
+    alone = wanted(inner, LENGTHS, BUDGETS, PROTECTED)
+    torch.testing.assert_close(both.sum(-1), alone.sum(-1).clamp(min=HEADS * torch.tensor(PROTECTED)))

@@ -1,0 +1,38 @@
+"""The heuristics as users name them."""
+
+import pytest
+
+from learnkv.allocators import AdaKV, Pyramid, Uniform
+from learnkv.config import CONFIGS
+from learnkv.io import load_policy
+from learnkv.scorers import Knorm, Random, SnapKV, StreamingLLM
+
+MADE_OF = {
+    "full": (type(None), Uniform),
+    "streaming_llm": (StreamingLLM, Uniform),
+    "snapkv": (SnapKV, Uniform),
+    "pyramidkv": (SnapKV, Pyramid),
+    "adakv": (SnapKV, AdaKV),
+    "knorm": (Knorm, Uniform),
+    "random": (Random, Uniform),
+}
+
+
+def test_these_are_all():
+    assert {path.stem for path in (CONFIGS / "policies").glob("*.yaml")} == set(MADE_OF)
+
+
+@pytest.mark.parametrize("name", MADE_OF)
+def test_a_heuristic_is_made_of_what_its_name_says_and_has_nothing_to_train(name):
+    policy = load_policy(name)
+    assert (type(policy.scorer), type(policy.allocator)) == MADE_OF[name]
+    assert not list(policy.parameters())
+    assert (policy.sinks, policy.recent) == (4, 8)
+
+
+def test_comparisons_differ_in_one_thing_only():
+    """Budgets are compared on the same scores, and the pyramid leaves out what the policy protects."""
+    snapkv, pyramidkv, adakv = (load_policy(name) for name in ("snapkv", "pyramidkv", "adakv"))
+    assert snapkv.scorer.spec() == pyramidkv.scorer.spec() == adakv.scorer.spec()
+    assert pyramidkv.allocator.protected == pyramidkv.sinks + pyramidkv.recent
+    assert load_policy("streaming_llm").scorer.sinks == snapkv.sinks
