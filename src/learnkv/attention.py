@@ -96,7 +96,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         )
     before = config._attn_implementation
     if before not in ("sdpa", NAME):
-        warnings.warn(f"attention implementation {before!r} is replaced by sdpa while learnkv is attached", stacklevel=2)
+        warnings.warn(
+            f"attention implementation {before!r} is replaced by sdpa while learnkv is attached", stacklevel=2
+        )
     AttentionInterface.register(NAME, compressed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)

@@ -34,7 +34,8 @@ def prefill(
         attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
         chunk_size: tokens read at once; None: all. Chunks may end anywhere.
         window: last queries to record for scorers; at least what `policy` needs.
-        policy: compress when the prompt has been read, to `keep` or `budget`.
+        policy: compress to `keep` or `budget`; with a static allocator every layer is evicted as soon as it has been
+            read, so that the full prompt never exists for more than one layer.
 
     Raises:
         UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
@@ -52,8 +53,11 @@ def prefill(
     if mask is not None:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
     step = chunk_size or slots
+    one_shot = policy is not None and policy.scorer is not None and policy.allocator.static and keep != 1
     for begin in range(0, slots, step):
         end = min(begin + step, slots)
+        if one_shot and end == slots:
+            policy.compress_when_read(cache, keep, budget)
         model(
             input_ids=input_ids[:, begin:end],
             attention_mask=None if mask is None else mask[:, :end],
@@ -63,7 +67,7 @@ def prefill(
             logits_to_keep=1,
         )
     cache.seal()
-    return cache if policy is None else policy.compress(cache, keep, budget)
+    return cache if policy is None or one_shot else policy.compress(cache, keep, budget)
 
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:

@@ -235,4 +235,3 @@ def static_budgets(policy: Policy, shapes: Mapping[str, int]) -> dict[float, lis
             wanted = policy.allocator(scores, None, torch.tensor([keep * n], dtype=torch.float64))
             table[keep] = (wanted[:, 0] * (keep * layers * heads / wanted.sum())).tolist()
     return table
-

@@ -1,6 +1,7 @@
 """One layer of a compressed cache: the prompt as it was read, then what was retained of it, and the tail."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class CompressedLayer(CacheLayerMixin):
         self.gates: Tensor | None = None
         self.segment: Segment | None = None
         self.tail: Tail | None = None
+        self.when_read: Callable[[], None] | None = None
         self.prompt = 0
         self.heads = 0
 
@@ -46,7 +48,9 @@ class CompressedLayer(CacheLayerMixin):
         self.heads = key_states.shape[1]
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.sealed:
@@ -138,7 +142,10 @@ class CompressedLayer(CacheLayerMixin):
         return 0 if self.keys is None else self.keys.shape[0]
 
     def observe(self, query: Tensor, mask: Tensor | None) -> None:
-        """Keep the last `window` queries of the prompt and which slots are padding, from the mask attention used."""
+        """Keep the last `window` queries of the prompt and which slots are padding, from the mask attention used.
+
+        A layer that was told to evict `when_read` does so now.
+        """
         if mask is not None:
             if mask.dtype != torch.bool:
                 raise UserError(f"attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
@@ -147,6 +154,9 @@ class CompressedLayer(CacheLayerMixin):
             new = query[:, :, -self.window :].detach()
             both = new if self.queries is None else torch.cat([self.queries, new], 2)
             self.queries = both[:, :, -self.window :].clone()
+        if self.when_read is not None:
+            self.when_read()
+            self.when_read = None
 
     def record(self, hidden: Tensor) -> None:
         """Keep the attention block's input [B, T, E] for scorers that need it."""

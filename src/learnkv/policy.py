@@ -1,5 +1,6 @@
 """A policy: what every heuristic and every learned predictor is at deployment and in training."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -80,26 +81,42 @@ class Policy(Component):
         cache.seal()
         layers = cache.compressed_layers()
         seen = [layer.observation(index) for index, layer in zip(cache.compressible, layers, strict=True)]
-        total = entries_to_keep(cache, len(layers) * layers[0].heads, keep, budget)
-        protected = [
-            min(self.sinks + self.recent, kept // (2 * len(layers) * layers[0].heads), n)
-            for kept, n in zip(total, cache.prompt_lengths, strict=True)
-        ]
+        total, protected = self._spending(cache, keep, budget)
         device = layers[0].device
         scores = torch.stack([self._score(one, protected).to(device) for one in seen])
         features = [self.allocator.features(one) for one in seen]
         known = [one.to(device) for one in features if one is not None]
-        per_head = torch.tensor(total, dtype=torch.float64, device=device) / (len(layers) * layers[0].heads)
-        wanted = self.allocator(scores, torch.stack(known) if known else None, per_head)
-        budgets = self._fit(wanted, cache, total, protected)
+        wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
         return Plan(scores, wanted, budgets, torch.tensor(protected, device=device))
 
-    @staticmethod
-    def _fit(wanted: Tensor, cache: CompressedCache, total: list[int], protected: list[int]) -> Tensor:
+    def _spending(
+        self, cache: CompressedCache, keep: float | None, budget: float | None
+    ) -> tuple[list[int], list[int]]:
+        """Entries to keep in each row, and how many per head are protected."""
+        layers = cache.compressed_layers()
+        heads = layers[0].heads * len(layers)
+        total = entries_to_keep(cache, heads, keep, budget)
+        protected = [
+            min(self.sinks + self.recent, kept // (2 * heads), n)
+            for kept, n in zip(total, cache.prompt_lengths, strict=True)
+        ]
+        return total, protected
+
+    def _allocate(
+        self,
+        cache: CompressedCache,
+        scores: Tensor,
+        features: Tensor | None,
+        total: list[int],
+        protected: list[int],
+    ) -> tuple[Tensor, Tensor]:
+        """What the allocator wants [L, B, H] and the integers that spend the budget exactly."""
         entries, spend, at_least = (
-            torch.tensor(numbers, device=wanted.device) for numbers in (cache.prompt_lengths, total, protected)
+            torch.tensor(numbers, device=scores.device) for numbers in (cache.prompt_lengths, total, protected)
         )
-        return fit(wanted, entries, spend, at_least)
+        per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
+        wanted = self.allocator(scores, features, per_head)
+        return wanted, fit(wanted, entries, spend, at_least)
 
     def _score(self, seen: Observation, protected: list[int]) -> Tensor:
         """Scores [B, H, S] of one layer with protected entries at +inf and absent ones at -inf."""
@@ -129,9 +146,32 @@ class Policy(Component):
         cache.budgets = plan.budgets
         return cache
 
-    def relax(
+    def compress_when_read(
         self, cache: CompressedCache, keep: float | None = None, budget: float | None = None
-    ) -> CompressedCache:
+    ) -> None:
+        """Make every layer evict as soon as it has read the prompt, before the next layer reads it.
+
+        Only for static allocators: the split is made before anything is read, so that the full prompt never exists
+        for more than one layer. What is kept is what `compress` would keep.
+        """
+        assert self.scorer is not None and self.allocator.static
+        split: list[Tensor] = []
+
+        def evict(at: int) -> None:
+            layer = cache.compressed_layers()[at]
+            total, protected = self._spending(cache, keep, budget)
+            scores = self._score(layer.observation(cache.compressible[at]), protected)
+            if not split:
+                like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
+                shape = (len(cache.compressible), -1, layer.heads, -1)
+                split.append(self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1])
+                cache.budgets = split[0]
+            cache.evict(scores.unsqueeze(0), split[0][at : at + 1].to(scores.device), first=at)
+
+        for at, layer in enumerate(cache.compressed_layers()):
+            layer.when_read = functools.partial(evict, at)
+
+    def relax(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> CompressedCache:
         """A fork whose entries are gated: the deployed set in the forward, the soft top-k's gradient in the backward.
 
         Gates are `hard + soft - stop_gradient(soft)`, so attention computes what it will compute after `compress`, and

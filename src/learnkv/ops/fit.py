@@ -34,7 +34,9 @@ def fit(wanted: Tensor, entries: Tensor, total: Tensor, protected: Tensor) -> Te
     remainder = torch.where(whole < high, share - whole, -torch.ones_like(share))
     missing = total.view(batch, 1) - whole.sum(-1, keepdim=True).to(torch.int64)
     order = remainder.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     slots = whole.to(torch.int64) + (rank < missing)
     return slots.view(batch, layers, heads).transpose(0, 1).contiguous()
 
