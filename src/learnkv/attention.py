@@ -91,8 +91,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         raise UserError(f"{config.model_type}: attention sinks as weights (s_aux) are not supported by learnkv")
     if len(layers) != config.num_hidden_layers:
         raise UserError(
-            f"{config.model_type}: found {len(layers)} attention layers of {config.num_hidden_layers}; learnkv supports "
-            "decoder-only models that attend in every layer"
+            f"{config.model_type}: found {len(layers)} attention layers of {config.num_hidden_layers}; learnkv "
+            "supports decoder-only models that attend in every layer"
         )
     before = config._attn_implementation
     if before not in ("sdpa", NAME):

@@ -53,11 +53,11 @@ def prefill(
     if mask is not None:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
     step = chunk_size or slots
-    one_shot = policy is not None and policy.scorer is not None and policy.allocator.static and keep != 1
+    one_shot = policy if policy is not None and policy.reads_once and keep != 1 else None
     for begin in range(0, slots, step):
         end = min(begin + step, slots)
-        if one_shot and end == slots:
-            policy.compress_when_read(cache, keep, budget)
+        if one_shot is not None and end == slots:
+            one_shot.compress_when_read(cache, keep, budget)
         model(
             input_ids=input_ids[:, begin:end],
             attention_mask=None if mask is None else mask[:, :end],
@@ -67,7 +67,7 @@ def prefill(
             logits_to_keep=1,
         )
     cache.seal()
-    return cache if policy is None or one_shot else policy.compress(cache, keep, budget)
+    return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget)
 
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:

@@ -26,6 +26,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def __init__(self, window: int = 0, record_hidden: bool = False) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.window = window
         self.record_hidden = record_hidden
         self.queries: Tensor | None = None
@@ -48,9 +50,7 @@ class CompressedLayer(CacheLayerMixin):
         self.heads = key_states.shape[1]
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.sealed:
@@ -58,7 +58,7 @@ class CompressedLayer(CacheLayerMixin):
                 self.tail = Tail.empty_like(key_states, value_states)
             self.tail.append(key_states, value_states)
             return key_states, value_states
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             self.keys, self.values = key_states, value_states
         else:
             self.keys = torch.cat([self.keys, key_states], 2)

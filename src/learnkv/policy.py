@@ -66,6 +66,11 @@ class Policy(Component):
         """Whether hidden states have to be recorded for this policy."""
         return self.scorer is not None and "hidden" in self.scorer.needs
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether a layer can be evicted before the next one has read the prompt."""
+        return self.scorer is not None and self.allocator.static
+
     def plan(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> Plan:
         """Score every layer, split the budget once over all of them, and make it exact.
 
@@ -154,7 +159,7 @@ class Policy(Component):
         Only for static allocators: the split is made before anything is read, so that the full prompt never exists
         for more than one layer. What is kept is what `compress` would keep.
         """
-        assert self.scorer is not None and self.allocator.static
+        assert self.reads_once
         split: list[Tensor] = []
 
         def evict(at: int) -> None:
@@ -179,8 +184,7 @@ class Policy(Component):
         """
         check_budget(keep, budget)
         plan = self.plan(cache, keep, budget)
-        layers, batch, heads, slots = plan.scores.shape
-        flat = plan.scores.detach().reshape(-1, slots)
+        flat = plan.scores.detach().flatten(0, 2)
         index = select(flat, plan.budgets.flatten(), int(plan.budgets.sum()))
         hard = torch.zeros(flat.numel(), device=flat.device).index_fill_(0, index, 1.0).view(plan.scores.shape)
         soft = soft_topk(_unit_scale(plan.scores), plan.wanted, TEMPERATURE)
@@ -196,9 +200,8 @@ def _unit_scale(scores: Tensor) -> Tensor:
     """Scores whose size means the same in every head: learned ones as they are, a heuristic's as normal scores."""
     if scores.requires_grad:
         return scores
-    layers, batch, heads, slots = scores.shape
     free = scores.isfinite()
-    normal = normal_scores(scores.reshape(-1, 1, slots), free.reshape(-1, 1, slots))
+    normal = normal_scores(scores.flatten(0, 2).unsqueeze(1), free.flatten(0, 2).unsqueeze(1))
     return torch.where(free, normal.view_as(scores), scores)
 
 
