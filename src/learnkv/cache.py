@@ -86,9 +86,7 @@ class CompressedCache(Cache):
         """Layers that share a pool: same device and head dimension."""
         groups: dict[tuple[object, int], tuple[list[int], list[int]]] = {}
         for at, index in enumerate(self.compressible[first : first + count]):
-            keys = self.layers[index].keys
-            if keys is None:
-                raise UserError("the prompt has already been compressed: fork the cache before compressing it")
+            keys, _ = self.layers[index].whole_prompt()
             rows, layers = groups.setdefault((keys.device, keys.shape[-1]), ([], []))
             rows.append(at)
             layers.append(index)
@@ -96,22 +94,20 @@ class CompressedCache(Cache):
 
     @staticmethod
     def _evict_group(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor) -> None:
-        device = layers[0].keys.device
+        first_keys, first_values = layers[0].whole_prompt()
+        device, dim = first_keys.device, first_keys.shape[-1]
         count, batch, heads, slots = scores.shape
-        dim = layers[0].keys.shape[-1]
         length = budgets.to(device).reshape(count, batch * heads)
         ends = length.flatten().cumsum(0)
         start = (ends - length.flatten()).view_as(length)
         longest = length.amax(-1).tolist()
         total = int(ends[-1])
         index = select(scores.to(device).reshape(count * batch * heads, slots), length.flatten(), total)
-        pool_keys = layers[0].keys.new_empty(total, dim)
-        pool_values = layers[0].values.new_empty(total, dim)
+        pool_keys, pool_values = first_keys.new_empty(total, dim), first_values.new_empty(total, dim)
         row = (index // slots) // heads % batch
         positions = layers[0].slot_positions()[row, index % slots].to(torch.int32)
         for at, layer in enumerate(layers):
-            shape = (batch * heads, slots, dim)
-            keys, values = layer.keys.reshape(shape), layer.values.reshape(shape)
+            keys, values = (held.reshape(batch * heads, slots, dim) for held in layer.whole_prompt())
             first_row = at * batch * heads
             gather_kv(keys, values, index, first_row, start[at], length[at], pool_keys, pool_values)
             layer.evict(Segment(pool_keys, pool_values, positions, start[at], length[at], longest[at]))
@@ -194,10 +190,7 @@ class CompressedCache(Cache):
     @property
     def full_nbytes(self) -> int:
         """Bytes of the keys and values of all tokens of the prompts, padding not counted."""
-        first = next(layer for layer in self.compressed_layers())
-        held = first.segment.keys if first.segment is not None else first.keys
-        per_token = sum(2 * layer.heads * held.shape[-1] * held.element_size() for layer in self.compressed_layers())
-        return per_token * sum(self.prompt_lengths)
+        return sum(layer.token_nbytes for layer in self.compressed_layers()) * sum(self.prompt_lengths)
 
     @property
     def spent(self) -> list[float]:

@@ -42,12 +42,14 @@ class CompressedLayer(CacheLayerMixin):
         self.when_read: Callable[[], None] | None = None
         self.prompt = 0
         self.heads = 0
+        self.token_nbytes = 0
 
     # -- transformers' interface -------------------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.heads = key_states.shape[1]
+        self.token_nbytes = (key_states[0, :, :1].numel() + value_states[0, :, :1].numel()) * key_states.element_size()
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -163,25 +165,31 @@ class CompressedLayer(CacheLayerMixin):
         new = hidden.detach()
         self.hidden = new if self.hidden is None else torch.cat([self.hidden, new], 1)
 
+    def whole_prompt(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, D]; raises UserError once they have been evicted."""
+        if self.keys is None or self.values is None:
+            raise UserError("the prompt has already been compressed: fork the cache before compressing it")
+        return self.keys, self.values
+
     def slot_positions(self) -> Tensor:
         """Prompt position of each slot, -1 for padding: [B, S] int64."""
-        assert self.keys is not None
-        shape = (self.keys.shape[0], self.keys.shape[2])
+        keys, _ = self.whole_prompt()
+        shape = (keys.shape[0], keys.shape[2])
         valid = torch.ones(shape, dtype=torch.bool, device=self.device) if self.valid is None else self.valid
         return torch.where(valid, valid.cumsum(-1) - 1, -1)
 
     def observation(self, layer_idx: int) -> Observation:
         """What a scorer may see; only while the prompt is complete."""
-        assert self.keys is not None and self.values is not None
+        keys, values = self.whole_prompt()
         positions = self.slot_positions()
-        batch, heads, slots, dim = self.keys.shape
-        queries = self.queries if self.queries is not None else self.keys.new_empty(batch, heads, 0, dim)
+        batch, heads, slots, dim = keys.shape
+        queries = self.queries if self.queries is not None else keys.new_empty(batch, heads, 0, dim)
         return Observation(
             layer_idx=layer_idx,
             queries=queries,
             query_positions=positions[:, slots - queries.shape[2] :],
-            keys=self.keys,
-            values=self.values,
+            keys=keys,
+            values=values,
             scaling=self.scaling,
             valid=(positions >= 0).unsqueeze(1).expand(batch, heads, slots),
             positions=positions.unsqueeze(1).expand(batch, heads, slots),
