@@ -2,6 +2,7 @@
 
 import math
 import random
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from learnkv.reference.config import ReferenceConfig, Shape
 from learnkv.reference.corpus import prepare
-from learnkv.reference.rows import IGNORE, RowMaker
+from learnkv.reference.rows import IGNORE, READ, RowMaker
 
 
 def build_model(shape: Shape, seed: int) -> LlamaForCausalLM:
@@ -63,7 +64,7 @@ class ReferenceTraining:
         rng = random.Random(f"{self.config.seed}:{step}")
         stage = self.config.stage_at(step)
         length = rng.choices(list(stage.lengths), list(stage.lengths.values()))[0]
-        make = RowMaker(self.tokenizer, self.pool, stage, rng)
+        make = RowMaker(self.tokenizer, self.pool, stage.level, rng)
         kinds = rng.choices(
             list(stage.kinds), list(stage.kinds.values()), k=max(1, self.config.tokens_per_step // length)
         )
@@ -81,10 +82,8 @@ class ReferenceTraining:
             logits = self.model.lm_head(hidden[wanted]).float()
         targets = labels[wanted]
         row = wanted.nonzero()[:, 0]
-        count = wanted.sum(1).clamp(min=1)
-        per_row = torch.zeros(len(ids), device=self.device)
-        losses = per_row.index_add(0, row, F.cross_entropy(logits, targets, reduction="none")) / count
-        loss = losses.mean()
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        loss = (losses * self._weights(wanted, kinds)[row]).sum()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"step {self.step}: the loss is {loss.item()}")
         for optimizer in self.optimizers:
@@ -96,11 +95,25 @@ class ReferenceTraining:
                 group["lr"] = self.config.rate_at(self.step)
             optimizer.step()
         self.step += 1
-        right = per_row.index_add(0, row, (logits.argmax(-1) == targets).float()) / count
+        each = torch.zeros(2, len(ids), device=self.device)
+        each.index_add_(1, row, torch.stack((losses.detach(), (logits.argmax(-1) == targets).float())))
+        each /= wanted.sum(1)
         seen = defaultdict(list)
-        for kind, pair in zip(kinds, zip(losses.tolist(), right.tolist(), strict=True), strict=True):
-            seen[kind].append(pair)
+        for kind, pair in zip(kinds, each.T.tolist(), strict=True):
+            seen[kind].append(tuple(pair))
         return seen
+
+    def _weights(self, wanted: Tensor, kinds: list[str]) -> Tensor:
+        """Weight of a label of each row [B]: kinds count by their rows and, within a kind, every label the same.
+
+        All kinds with questions are one, so that long answers weigh more than short ones.
+        """
+        groups = [kind if kind in READ else "asked" for kind in kinds]
+        rows = {group: [i for i, other in enumerate(groups) if other == group] for group in groups}
+        weights = torch.zeros(len(kinds), device=wanted.device)
+        for members in rows.values():
+            weights[members] = len(members) / len(kinds) / wanted[members].sum()
+        return weights
 
     def save(self, path: Path) -> None:
         """Checkpoint of plain tensors, written beside `path` and moved over it."""
@@ -142,7 +155,14 @@ def train(config: ReferenceConfig, say: Callable[[str], None] = print) -> Path:
     say(f"{run.model.num_parameters():,} parameters, {len(run.pool):,} tokens of text, {config.steps} steps")
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
     started = logged = saved = time.monotonic()
-    while run.step < config.steps:
+    stopping = False
+
+    def stop(signal_number: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    while run.step < config.steps and not stopping:
         for kind, pairs in run.train_step().items():
             seen[kind] += pairs
         now = time.monotonic()
@@ -151,8 +171,9 @@ def train(config: ReferenceConfig, say: Callable[[str], None] = print) -> Path:
             parts = " ".join(f"{k} {np.mean(v, 0)[0]:.3f}/{np.mean(v, 0)[1]:.3f}" for k, v in sorted(seen.items()))
             say(f"step {run.step}/{config.steps} {parts} {rate:.0f} tok/s {(now - started) / 60:.1f} min")
             seen, logged = defaultdict(list), now
-        if now - saved > 60 * config.checkpoint_minutes or run.step == config.steps:
+        if now - saved > 60 * config.checkpoint_minutes or run.step == config.steps or stopping:
             run.save(checkpoint)
             run.export(folder / "model")
             saved = now
+    signal.signal(signal.SIGTERM, previous)
     return folder / "model"
