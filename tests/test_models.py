@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
+from learnkv import models as models_module
 from learnkv.errors import UserError
-from learnkv.models import config_hash, format_prompt, load_model, torch_device, torch_dtype
+from learnkv.models import config_hash, describe_model, format_prompt, load_model, torch_device, torch_dtype
 
 WORDS = ["<s>", "</s>", "<unk>", "red", "blue", "which", "it", "is", ":", "user", "reply", "\n"]
 TEMPLATE = (
@@ -127,6 +128,14 @@ def test_config_hash_sees_sizes_only(stored):
     assert config_hash(load_model(str(stored), dtype="bfloat16")[0]) == here
     for changes in ({"num_key_value_heads": 4}, {"num_hidden_layers": 1}, {"vocab_size": 14}, {"head_dim": 8}):
         assert config_hash(LlamaForCausalLM(config_of(**changes))) != here
+
+
+def test_a_model_is_described_by_name_hash_and_shapes(stored, monkeypatch):
+    model, _ = load_model(str(stored))
+    shapes = {"layers": 2, "heads": 2, "head_dim": 4}
+    assert describe_model(model) == {"id": str(stored), "config_hash": config_hash(model), "shapes": shapes}
+    monkeypatch.setattr(models_module, "REFERENCE", stored)
+    assert describe_model(load_model("reference")[0])["id"] == "reference"
 
 
 @pytest.mark.parametrize(("begins", "context"), [(True, "<s>red"), (False, "red")])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -119,6 +120,24 @@ def config_hash(model: PreTrainedModel) -> str:
     config = model.config.get_text_config(decoder=True)
     shape = {key: getattr(config, key, None) for key in SHAPE_KEYS}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
+    """What a policy's manifest says of its model: id, config hash, and the layers and kv heads that are compressed."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    sliding = kinds.count("sliding_attention") if len(set(kinds)) > 1 else 0  # those of a hybrid model stay as they are
+    name = model.config._name_or_path
+    return {
+        "id": "reference" if name == str(REFERENCE) else name,
+        "config_hash": config_hash(model),
+        "shapes": {
+            "layers": config.num_hidden_layers - sliding,
+            "heads": heads,
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        },
+    }
 
 
 def format_prompt(
