@@ -13,10 +13,10 @@ from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.fit import fit
+from learnkv.ops.normal_scores import normal_scores
 from learnkv.ops.select import select
 from learnkv.ops.soft_topk import soft_topk
 from learnkv.scorers.base import Scorer
-from learnkv.scorers.learned import normal_scores
 
 TEMPERATURE = 0.5
 

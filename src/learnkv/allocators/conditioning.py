@@ -22,7 +22,9 @@ def hats(keep: Tensor) -> Tensor:
     right = torch.searchsorted(knots, at).clamp(1, len(KNOTS) - 1)
     share = ((at - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
     basis = torch.zeros(keep.shape[0], len(KNOTS), dtype=torch.float64, device=keep.device)
-    return basis.scatter(1, (right - 1)[:, None], (1 - share)[:, None]).scatter(1, right[:, None], share[:, None]).float()
+    return (
+        basis.scatter(1, (right - 1)[:, None], (1 - share)[:, None]).scatter(1, right[:, None], share[:, None]).float()
+    )
 
 
 def attention_features(seen: Observation, window: int) -> Tensor:

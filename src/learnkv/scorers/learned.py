@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from learnkv.errors import UserError
 from learnkv.observation import Observation
+from learnkv.ops.normal_scores import normal_scores
 from learnkv.ops.window_scores import window_scores
 from learnkv.scorers.base import Scorer
 
@@ -12,7 +13,7 @@ from learnkv.scorers.base import Scorer
 class LearnedScorer(Scorer):
     """Normal scores of a heuristic's ranks plus a small network per (layer, kv head) that sees the entry.
 
-    The network reads the normalised key before RoPE, the normalised value, the attention of the last prompt queries in
+    The network reads the normalised key and value, the attention of the last prompt queries in
     logs, and the heuristic's own normal score. Its last layer starts at zero, so that at first every order, within a
     head and between the heads of a layer, is the heuristic's, ties included. Allocators that use the size of scores
     and not only their order get normal scores to see.
@@ -33,7 +34,7 @@ class LearnedScorer(Scorer):
         if width < 1 or window < 1:
             raise UserError(f"width={width}, window={window}: expected at least 1 of each")
         self.base = base
-        self.needs = base.needs | {"rope"}
+        self.needs = base.needs
         self.window = max(base.window, window)
         self._own_window = window
         features = 2 * head_dim + 3
@@ -50,9 +51,8 @@ class LearnedScorer(Scorer):
         return prior + (hidden @ self.weight_out[layer]).squeeze(-1)
 
     def _entries(self, seen: Observation) -> Tensor:
-        """Keys before RoPE and values, each of mean square 1, [B, H, S, 2D]."""
-        assert seen.rope is not None
-        keys, values = seen.rope(seen.keys).float(), seen.values.float()
+        """Keys and values, each of mean square 1, [B, H, S, 2D]."""
+        keys, values = seen.keys.float(), seen.values.float()
         return torch.cat([x * x.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for x in (keys, values)], -1)
 
     def _attention(self, seen: Observation) -> Tensor:
@@ -73,17 +73,3 @@ class LearnedScorer(Scorer):
         entries = seen.valid.sum(-1, keepdim=True).unsqueeze(-1)
         # Five decades below an even spread nothing is worth telling apart; /5 brings the range near to the others'.
         return (torch.stack(reduced, -1) * entries).clamp_min(1e-5).log() / 5
-
-
-def normal_scores(scores: Tensor, valid: Tensor) -> Tensor:
-    """Normal quantiles of the ranks that the valid entries have in their layer, [B, H, S] float32.
-
-    Ranks are taken over all heads of a row together, so that heads stay comparable; equal scores share their mean rank.
-    """
-    flat = scores.float().masked_fill(~valid, torch.inf).flatten(1)
-    ordered = flat.sort(dim=-1).values
-    count = valid.flatten(1).sum(-1, keepdim=True)
-    below = torch.searchsorted(ordered, flat)
-    not_above = torch.searchsorted(ordered, flat, right=True).minimum(count)
-    share = ((below + not_above).double() / 2 / count.clamp_min(1)).clamp(1e-9, 1 - 1e-9)
-    return torch.special.ndtri(share).float().view_as(scores)
