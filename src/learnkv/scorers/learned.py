@@ -56,7 +56,7 @@ class LearnedScorer(Scorer):
         return torch.cat([x * x.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for x in (keys, values)], -1)
 
     def _attention(self, seen: Observation) -> Tensor:
-        """Log attention relative to an even spread, mean and maximum over the query heads of a kv head, [B, H, S, 2]."""
+        """Log attention over an even spread's, mean and maximum over the query heads of a kv head: [B, H, S, 2]."""
         reduced = [
             window_scores(
                 seen.queries[:, :, -self._own_window :],
