@@ -7,6 +7,8 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
+from learnkv.errors import UserError
+
 NOISE = "The lamp is lit. The kettle is warm. The street is quiet. Rain falls and stops. Nothing else happens here."
 
 
@@ -32,11 +34,13 @@ def essay(path: str | None = None) -> tuple[str, ...]:
 
         text = " ".join(topics[name] for name in sorted(topics))
     else:
-        with gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8") as f:
+        with (
+            gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8") as f
+        ):
             text = f.read()
     found = tuple(sentences(text))
     if not found:
-        raise ValueError(f"haystack={path}: expected a text file with at least one sentence, it is empty")
+        raise UserError(f"haystack={path}: expected a text file with at least one sentence, it is empty")
     return found
 
 

@@ -13,7 +13,8 @@ from itertools import cycle, islice
 from learnkv.data import words
 from learnkv.data.fitting import largest_fitting
 from learnkv.data.haystack import docstrings, sentences
-from learnkv.data.retrieval_text import CHAIN_LINK, CHAIN_QUESTION, FACTS, FILLER, SPAN_QUESTIONS, Fact
+from learnkv.data.retrieval_text import CHAIN_LINK, CHAIN_QUESTION, FACTS, FILLER, SPAN_QUESTIONS
+from learnkv.errors import UserError
 
 Continuation = tuple[str, str]
 
@@ -70,9 +71,9 @@ class Retrieval:
         self.kinds = self.kinds if kinds is None else dict(kinds)
         unknown = sorted(set(self.kinds) - set(self.KINDS))
         if unknown or not any(weight > 0 for weight in self.kinds.values()):
-            raise ValueError(f"kinds={kinds}: expected weights, one above 0, of {', '.join(self.KINDS)}")
+            raise UserError(f"kinds={kinds}: expected weights, one above 0, of {', '.join(self.KINDS)}")
         if continuations < 1:
-            raise ValueError(f"continuations={continuations}: expected at least 1")
+            raise UserError(f"continuations={continuations}: expected at least 1")
         self.length, self.count, self.seed, self.most = length, count, seed, continuations
 
     def episode(self, index: int) -> Episode:
@@ -128,7 +129,7 @@ class Retrieval:
 
         units = largest_fitting(lambda n: self.count(context(n)), self.length)
         if units is None:
-            raise ValueError(f"length={self.length}: the facts of an episode take {self.count(context(0))}")
+            raise UserError(f"length={self.length}: the facts of an episode take {self.count(context(0))}")
         return context(units)
 
     def _text(self, hidden: Hidden, rng: random.Random) -> Callable[[int], list[str]]:

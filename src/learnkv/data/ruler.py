@@ -10,6 +10,7 @@ from learnkv.data.ruler_needles import Needles
 from learnkv.data.ruler_qa import Documents, Question, documents, read_documents
 from learnkv.data.sample import Draft, Metric, Sample
 from learnkv.data.words import Split
+from learnkv.errors import UserError
 
 NEEDLES: dict[str, Needles] = {
     "niah_single_1": Needles(haystack="noise"),
@@ -64,14 +65,14 @@ class Ruler:
         Raises ValueError for an unknown task, a length in which the task does not fit, and QA without its file.
         """
         if task not in NEW_TOKENS:
-            raise ValueError(f"task {task!r}: expected one of {', '.join(TASKS)}")
+            raise UserError(f"task {task!r}: expected one of {', '.join(TASKS)}")
         rng = random.Random(f"{self.seed}:{self.split}:{task}:{index}")
         draft, most = self._drafts(task, index, rng)
         limit = self.length - NEW_TOKENS[task]
         units = largest_fitting(lambda n: self.tokens(draft(n)), limit, most)
         if units is None:
             least = self.tokens(draft(0)) + NEW_TOKENS[task]
-            raise ValueError(f"{task}: this prompt needs {least} tokens of this tokenizer, length is {self.length}")
+            raise UserError(f"{task}: this prompt needs {least} tokens of this tokenizer, length is {self.length}")
         metric: Metric = "part" if task in QA_LAYOUT else "all"
         return Sample(**vars(draft(units)), task=task, max_new_tokens=NEW_TOKENS[task], metric=metric)
 
@@ -94,11 +95,11 @@ class Ruler:
 
     def _documents(self, task: str) -> Documents:
         if self.split != "eval":
-            raise ValueError(f"{task}: its questions are for evaluation only, split is {self.split!r}")
+            raise UserError(f"{task}: its questions are for evaluation only, split is {self.split!r}")
         found = [data for data in map(read_documents, self.qa) if data.layout == QA_LAYOUT[task]]
         if not found:
             given = ", ".join(self.qa) or "none"
-            raise ValueError(f"{task}: needs a file in {QA_LAYOUT[task]}'s layout, qa=FILE; given: {given}")
+            raise UserError(f"{task}: needs a file in {QA_LAYOUT[task]}'s layout, qa=FILE; given: {given}")
         return found[0]
 
     def _question(self, task: str, index: int, data: Documents) -> Question:
@@ -113,6 +114,6 @@ class Ruler:
         while len(known) <= index:
             question = next(more, None)
             if question is None:
-                raise ValueError(f"{task}: only {len(known)} questions fit in {self.length} tokens, asked for {index}")
+                raise UserError(f"{task}: only {len(known)} questions fit in {self.length} tokens, asked for {index}")
             known.append(question)
         return known[index]

@@ -45,9 +45,7 @@ class Needles:
             told = hay(units)
             for depth, needle in zip(reversed(depths), reversed(needles), strict=True):
                 told.insert(round(len(told) * depth / 100), needle)
-            return Draft(
-                wording.intro + " ".join(told), wording.question(asked), wording.answer_prefix(asked), answers
-            )
+            return Draft(wording.intro + " ".join(told), wording.question(asked), wording.answer_prefix(asked), answers)
 
         return draft
 

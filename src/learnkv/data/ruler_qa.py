@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from learnkv.data import ruler_text as text
 from learnkv.data.sample import Draft
+from learnkv.errors import UserError
 
 Layout = Literal["squad", "hotpotqa"]
 
@@ -40,7 +41,7 @@ def read_documents(path: str) -> Documents:
             data = json.load(file)
         return _squad(data) if isinstance(data, dict) else _hotpotqa(data)
     except (KeyError, TypeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"qa={path}: expected JSON in SQuAD's or HotpotQA's layout ({error!r})") from error
+        raise UserError(f"qa={path}: expected JSON in SQuAD's or HotpotQA's layout ({error!r})") from error
 
 
 def _squad(data: dict[str, Any]) -> Documents:

@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 
+from learnkv.errors import UserError
+
 FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -41,10 +43,10 @@ def text_windows(
     """
     rows = _load(source, name, split, streaming)
     if rows.column_names is not None and column not in rows.column_names:
-        raise ValueError(f"column={column!r}: {source} has {', '.join(rows.column_names)}")
+        raise UserError(f"column={column!r}: {source} has {', '.join(rows.column_names)}")
     head = _prompt_head(tokenizer)
     if window <= len(head):
-        raise ValueError(f"window={window}: expected more than {len(head)} tokens")
+        raise UserError(f"window={window}: expected more than {len(head)} tokens")
     options: dict[str, Any] = {}
     if not streaming:
         # The library's own hash of a tokenizer changes with its padding state, which would tokenise again.
@@ -59,7 +61,7 @@ def text_windows(
         **options,
     )
     if not streaming and len(windows) == 0:
-        raise ValueError(f"text {source}: no window of {window} tokens in it")
+        raise UserError(f"text {source}: no window of {window} tokens in it")
     return windows.with_format("torch")
 
 
@@ -67,14 +69,14 @@ def _load(source: str | Iterable[str], name: str | None, split: str, streaming: 
     patterns = [source] if isinstance(source, str) else list(source)
     if not all(_is_local(pattern) for pattern in patterns):
         if len(patterns) != 1:
-            raise ValueError(f"text {patterns}: expected local files, or one hub id alone")
+            raise UserError(f"text {patterns}: expected local files, or one hub id alone")
         return datasets.load_dataset(patterns[0], name, split=split, streaming=streaming)
     files = [file for pattern in patterns for file in sorted(glob(pattern))]
     if not files:
-        raise ValueError(f"text {', '.join(patterns)}: no such file")
+        raise UserError(f"text {', '.join(patterns)}: no such file")
     formats = {FORMATS[_suffix(file)] for file in files}
     if len(formats) > 1:
-        raise ValueError(f"text {', '.join(patterns)}: expected files of one format, found {', '.join(sorted(formats))}")
+        raise UserError(f"text {', '.join(patterns)}: expected files of one format, found {', '.join(sorted(formats))}")
     kind = formats.pop()
     options = {"sample_by": "document"} if kind == "text" else {}
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=streaming, **options)
@@ -85,7 +87,7 @@ def _is_local(pattern: str) -> bool:
     if _suffix(pattern) in FORMATS:
         return True
     if Path(pattern).exists():
-        raise ValueError(f"text {pattern}: expected one of {', '.join(FORMATS)} or these with .gz")
+        raise UserError(f"text {pattern}: expected one of {', '.join(FORMATS)} or these with .gz")
     return False
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from learnkv.data import words
 from learnkv.data.haystack import NOISE
 from learnkv.data.retrieval_text import SPAN_QUESTIONS
+from learnkv.errors import UserError
 from learnkv.reference.asks import Ask, Asker, Difficulty, Ids
 
 IGNORE = -100
@@ -39,7 +40,7 @@ class Stage:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.kinds) - {*READ, *ASKED}):
-            raise ValueError(f"kinds={', '.join(unknown)}: expected some of {', '.join(READ + ASKED)}")
+            raise UserError(f"kinds={', '.join(unknown)}: expected some of {', '.join(READ + ASKED)}")
 
 
 class RowMaker:
@@ -121,7 +122,7 @@ class RowMaker:
             ask: Ask = getattr(asker, kind)()
             if ask.size <= length:
                 return ask
-        raise ValueError(f"lengths: no row of kind {kind} fits in {length + 1} tokens")
+        raise UserError(f"lengths: no row of kind {kind} fits in {length + 1} tokens")
 
     def _hide(self, ask: Ask, length: int) -> tuple[Ids, Ids]:
         """Needles at random places of text that fills the row, then the questions."""

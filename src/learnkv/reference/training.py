@@ -155,6 +155,7 @@ def train(config: ReferenceConfig, say: Callable[[str], None] = print) -> Path:
     say(f"{run.model.num_parameters():,} parameters, {len(run.pool):,} tokens of text, {config.steps} steps")
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
     started = logged = saved = time.monotonic()
+    logged_step = run.step
     stopping = False
 
     def stop(signal_number: int, frame: object) -> None:
@@ -167,10 +168,10 @@ def train(config: ReferenceConfig, say: Callable[[str], None] = print) -> Path:
             seen[kind] += pairs
         now = time.monotonic()
         if run.step % config.log_every == 0:
-            rate = config.log_every * config.tokens_per_step / (now - logged)
+            rate = (run.step - logged_step) * config.tokens_per_step / (now - logged)
             parts = " ".join(f"{k} {np.mean(v, 0)[0]:.3f}/{np.mean(v, 0)[1]:.3f}" for k, v in sorted(seen.items()))
             say(f"step {run.step}/{config.steps} {parts} {rate:.0f} tok/s {(now - started) / 60:.1f} min")
-            seen, logged = defaultdict(list), now
+            seen, logged, logged_step = defaultdict(list), now, run.step
         if now - saved > 60 * config.checkpoint_minutes or run.step == config.steps or stopping:
             run.save(checkpoint)
             run.export(folder / "model")
