@@ -19,7 +19,7 @@ LAYERS = [
     {"component", "observation", "ops"},
     {"scorers", "allocators", "pages"},
     {"segments", "layer", "cache"},
-    {"policy", "attention", "generation"},
+    {"policy", "attention", "decoding", "generation"},
     {"config", "io", "models"},
     {"data"},
     {"training", "evaluation"},
@@ -30,7 +30,7 @@ STRANGERS = [{"scorers", "allocators", "pages"}, {"training", "evaluation"}]  # 
 PRIVATE = {"segments": {"layer", "cache"}}  # how a cache is laid out is its own affair
 LIBRARY_TOP = HEIGHT["models"]  # `import learnkv` gives what a program needs, not training or evaluation
 
-TRANSFORMERS = ["layer.py", "cache.py", "attention.py", "generation.py", "models.py", "reference/*"]
+TRANSFORMERS = ["layer.py", "cache.py", "attention.py", "decoding.py", "generation.py", "models.py", "reference/*"]
 LIGHTNING = ["training/*", "evaluation/report.py", "train.py", "eval.py", "export.py", "reference/*"]
 ALLOWED_IN = {
     "transformers": TRANSFORMERS,

@@ -63,8 +63,11 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not isinstance(cache, CompressedCache) or module.layer_idx not in cache.compressible:
         return None
     layer = cache.layers[module.layer_idx]
+    layer.announced = True
     if not layer.sealed:
-        layer.output_weight = getattr(getattr(module, "o_proj", None), "weight", None)
+        weight = getattr(module.o_proj, "weight", None)
+        # Quantised layers have a packed weight, or a method of that name.
+        layer.output_weight = weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
         if (rotation := kwargs.get("position_embeddings")) is not None:
             layer.rotations += (rotation,)
         if layer.record_hidden:

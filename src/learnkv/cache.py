@@ -34,7 +34,6 @@ class CompressedCache(Cache):
             ]
         )
         self.compressible = [index for index, mine in enumerate(own) if mine]
-        self.prompt_mask: Tensor | None = None
         self.prompt_lengths: list[int] = []
         self.tail_mask: Tensor | None = None
         self.tail_padded = False
@@ -52,9 +51,15 @@ class CompressedCache(Cache):
         """True once the prompt is complete."""
         return all(layer.sealed for layer in self.compressed_layers())
 
-    def set_prompt(self, mask: Tensor | None, lengths: Sequence[int]) -> None:
-        """Remember which slots [B, S] of the prompt are tokens and how many tokens each row has."""
-        self.prompt_mask, self.prompt_lengths = mask, list(lengths)
+    def set_prompt(self, lengths: Sequence[int]) -> None:
+        """Remember how many tokens each row of the prompt has; what precedes them is padding."""
+        self.prompt_lengths = list(lengths)
+
+    @property
+    def prompt_mask(self) -> Tensor:
+        """[B, S] True where a slot of the prompt is a token."""
+        slots = self.layers[self.compressible[0]].prompt
+        return torch.arange(slots) >= slots - torch.tensor(self.prompt_lengths).unsqueeze(-1)
 
     def seal(self) -> None:
         """End the prompt. What is read from now on goes to the tails; nothing is copied or freed."""
@@ -67,7 +72,7 @@ class CompressedCache(Cache):
             valid = first.slot_positions() >= 0
             if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
                 raise UserError("the prompt is padded on the right: expected left padding")
-            self.set_prompt(None if first.valid is None else valid, valid.sum(-1).tolist())
+            self.set_prompt(valid.sum(-1).tolist())
         for layer in self.compressed_layers():
             layer.seal()
 
@@ -134,25 +139,57 @@ class CompressedCache(Cache):
 
     def next_positions(self) -> Tensor:
         """[B] position of the next token of every row."""
-        said = self.tail_mask.sum(-1) if self.tail_mask is not None else torch.full((len(self.prompt_lengths),), 0)
+        said = self._said().sum(-1)
         return torch.tensor(self.prompt_lengths, device=said.device) + said
 
     def extend_tail_mask(self, new: Tensor) -> Tensor:
         """Remember which of the next T slots [B, T] are tokens; returns the mask of the whole tail [B, M]."""
-        old = self.tail_mask
-        if old is None:
-            old = new.new_ones(new.shape[0], self.tail_length)
-        elif old.shape[1] < self.tail_length:  # read by transformers' own generate()
-            old = torch.cat([old, old.new_ones(old.shape[0], self.tail_length - old.shape[1])], 1)
-        self.tail_mask = torch.cat([old[:, : self.tail_length].to(new.device), new.bool()], 1)
-        self.tail_padded = self.tail_padded or not bool(new.all())
+        self.tail_mask = torch.cat([self._said().to(new.device), new.bool()], 1)
+        self.tail_padded = not bool(self.tail_mask.all())
         return self.tail_mask
+
+    def _said(self) -> Tensor:
+        """[B, M] which slots of the tail are tokens, also where transformers' own generate() read them."""
+        first = self.compressed_layers()[0]
+        device = first.device
+        known = torch.ones(first.batch, 0, dtype=torch.bool) if self.tail_mask is None else self.tail_mask
+        known = known.to(device)[:, : first.tail_length]
+        new = torch.ones(known.shape[0], first.tail_length - known.shape[1], dtype=torch.bool, device=device)
+        if first.tail is not None and first.tail.seen is not None and new.shape[1]:
+            new = first.tail.seen[:, known.shape[1] :]
+        return torch.cat([known, new], 1)
+
+    def refuse_gaps(self, seen: Tensor) -> None:
+        """Raise where padding within [B, S + M] would count as distance in the sliding layers of a hybrid model."""
+        windows = [layer.sliding_window for at, layer in enumerate(self.layers) if at not in self.compressible]
+        gap = ~seen[:, 1:] & seen[:, :-1]
+        if seen.shape[1] > min(windows) and bool((gap.cumsum(-1).bool() & seen[:, 1:]).any()):
+            raise UserError(
+                f"padding between the tokens of a row, {seen.shape[1]} slots, and layers that attend to the last "
+                f"{min(windows)} slots: continue prompts one by one, or with questions of one length"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens of the tail, given as a negative number; the prompt stays."""
+        for layer in self.layers:
+            if layer.is_sliding and layer.get_seq_length() >= layer.sliding_window:
+                raise UserError(f"crop({tokens_to_remove}): the sliding window of {layer.sliding_window} has moved on")
+        super().crop(tokens_to_remove)
+        self.pending = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.prompt_lengths, self.tail_mask, self.pending, self.budgets = [], None, None, None
+
+    def activate_past_recording(self) -> None:
+        """Asked for by assisted decoding, which would read the prompt again."""
+        raise UserError("assisted decoding does not work with a CompressedCache: use learnkv.generate")
 
     def _select_rows(self, rows: Tensor) -> None:
         self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
-        for name in ("prompt_mask", "tail_mask"):
-            if (held := getattr(self, name)) is not None:
-                setattr(self, name, held[rows.to(held.device)])
+        if self.tail_mask is not None:
+            self.tail_mask = self.tail_mask[rows.to(self.tail_mask.device)]
         if self.pending is not None:
             ids, mask = self.pending
             self.pending = (ids[rows.to(ids.device)], mask[rows.to(mask.device)])
@@ -203,7 +240,4 @@ class CompressedCache(Cache):
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of what one head of model layer `layer_idx` retains."""
-        layer = self.layers[layer_idx]
-        if layer.segment is None:
-            raise UserError(f"layer {layer_idx} retains its whole prompt")
-        return layer.segment.row_positions(row * layer.heads + head).to(torch.int64)
+        return self.layers[layer_idx].kept_positions(row, head)

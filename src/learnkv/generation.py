@@ -8,10 +8,9 @@ from transformers import PreTrainedModel
 
 from learnkv.attention import attach
 from learnkv.cache import CompressedCache
-from learnkv.errors import RunError, UserError
+from learnkv.decoding import beam_search, check_numbers, check_settings, next_token
+from learnkv.errors import UserError
 from learnkv.policy import Policy, check_budget
-
-CHECK_EVERY = 16
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def prefill(
         model: a causal language model; `attach` is called if it was not.
         input_ids: [B, S] left-padded.
         attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
-        chunk_size: tokens read at once; None: all. Chunks may end anywhere.
+        chunk_size: tokens read at once, at least 1; None: all. Chunks may end anywhere.
         window: last queries to record for scorers; at least what `policy` needs.
         policy: compress to `keep` or `budget`; with a static allocator every layer is evicted as soon as it has been
             read, so that the full prompt never exists for more than one layer.
@@ -41,13 +40,15 @@ def prefill(
         UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
     """
     lengths = _check_prompt(model, input_ids, attention_mask)
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size={chunk_size}: expected at least 1 token")
     attach(model)
     if policy is not None:
         check_budget(keep, budget)
         window = max(window, policy.window)
     cache = CompressedCache(model.config, window, record_hidden=policy is not None and policy.records_hidden)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-    cache.set_prompt(mask, lengths)
+    cache.set_prompt(lengths)
     slots = input_ids.shape[1]
     positions = torch.arange(slots, device=input_ids.device).expand_as(input_ids)
     if mask is not None:
@@ -102,39 +103,63 @@ def continuation(
         input_ids: [B, T] continuations, right-padded where their lengths differ.
         attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
     """
-    attach(model)
-    new = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if input_ids.shape[0] != len(cache.prompt_lengths):
-        raise UserError(
-            f"{input_ids.shape[0]} continuations for {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
-        )
+    ids, mask = _with_pending(*_check_continuation(input_ids, attention_mask, cache), cache)
+    return _read(model, ids, mask, cache)[:, ids.shape[1] - input_ids.shape[1] :]
+
+
+def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor]:
+    if not isinstance(cache, CompressedCache):
+        raise UserError(f"expected a CompressedCache, as prefill returns it, got {type(cache).__name__}")
     cache.seal()
-    positions = cache.next_positions().to(input_ids.device).unsqueeze(-1) + (new.cumsum(-1) - 1).clamp_min(0)
-    _check_context(model, cache, input_ids.shape[1])
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise UserError(f"input_ids of shape {list(ids.shape)}: expected [batch, tokens] with at least one token")
+    if mask is not None and mask.shape != ids.shape:
+        raise UserError(f"attention_mask of shape {list(mask.shape)}: expected {list(ids.shape)}, as input_ids")
+    if ids.shape[0] != len(cache.prompt_lengths):
+        raise UserError(
+            f"{ids.shape[0]} continuations for {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
+        )
+    return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _with_pending(ids: Tensor, mask: Tensor, cache: CompressedCache) -> tuple[Tensor, Tensor]:
+    """Put what was said in the turn before and the model has not read yet in front."""
+    if cache.pending is not None:
+        unread, said = cache.pending
+        ids, mask = torch.cat([unread, ids], 1), torch.cat([said, mask], 1)
+        cache.pending = None
+    return ids, mask
+
+
+def _read(model: PreTrainedModel, ids: Tensor, new: Tensor, cache: CompressedCache) -> Tensor:
+    """Logits [B, T, V] of tokens [B, T], of which those count that are `new` [B, T]."""
+    attach(model)
+    positions = cache.next_positions().to(ids.device).unsqueeze(-1) + (new.cumsum(-1) - 1).clamp_min(0)
+    _check_context(model, cache, positions)
     tail = cache.extend_tail_mask(new)
     return model(
-        input_ids=input_ids,
-        attention_mask=_forward_mask(cache, tail, input_ids.shape[1]),
+        input_ids=ids,
+        attention_mask=_forward_mask(cache, tail, ids.shape[1]),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     ).logits
 
 
-def _check_context(model: PreTrainedModel, cache: CompressedCache, new: int) -> None:
+def _check_context(model: PreTrainedModel, cache: CompressedCache, positions: Tensor) -> None:
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    reached = max(cache.prompt_lengths) + cache.tail_length + new
-    if context is not None and reached > context:
+    reached = max(cache.prompt_lengths) + cache.tail_length + positions.shape[1]
+    # The bound counts padding; only where it is exceeded is the true number worth a host sync.
+    if context is not None and reached > context and (reached := int(positions.max()) + 1) > context:
         raise UserError(f"{reached} tokens with the continuation: the model's context is {context}")
 
 
 def _forward_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | None:
     """What the model is told of padding: nothing where the tail has none, else a mask of the tail only."""
     if cache.has_sliding_layers:
-        prompt = cache.prompt_mask
-        if prompt is None:
-            prompt = tail.new_ones(tail.shape[0], cache.get_seq_length(cache.compressible[0]) - cache.tail_length)
-        return torch.cat([prompt.to(tail.device), tail], 1)
+        seen = torch.cat([cache.prompt_mask.to(tail.device), tail], 1)
+        cache.refuse_gaps(seen)
+        return seen
     if not cache.tail_padded:
         return None
     slot = torch.arange(tail.shape[1], device=tail.device)
@@ -170,100 +195,50 @@ def generate(
         input_ids: [B, T] the question, left- or right-padded where lengths differ.
         attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
         do_sample, temperature, top_k, top_p: sampling; greedy otherwise. `seed` makes it repeatable.
-        num_beams: beam search over as many beams (greedy scores), by transformers' own search.
+        num_beams: beam search over as many beams, by transformers' own search; not with sampling or `stop`.
         eos_token_id: ends a row; None: what the model's generation config says. Rows that ended are padded.
         stop: called with the new tokens [B, new] after every step, True [B] ends a row.
 
     Raises:
         RunError: NaN in the model's output, looked for in the first and every 16th step.
     """
+    check_settings(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, stop)
     settings = model.generation_config
     eos = eos_token_id if eos_token_id is not None else settings.eos_token_id
     ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=torch.long).view(-1)
     pad = pad_token_id if pad_token_id is not None else settings.pad_token_id
     pad = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
-    ids, mask = _with_pending(input_ids, attention_mask, cache)
+    ids, mask = _check_continuation(input_ids, attention_mask, cache)
+    if not bool(mask.any(-1).all()):
+        raise UserError("empty question: expected at least one token in every row")
+    ids, mask = _with_pending(ids, mask, cache)
     if num_beams > 1:
-        return _beam_search(model, ids, mask, cache, max_new_tokens, num_beams, ends.tolist() or None, pad)
-    ids, mask = _right_padded(ids, mask)
+        attach(model)
+        found = beam_search(model, *_packed(ids, mask, "left"), cache, max_new_tokens, num_beams, ends.tolist(), pad)
+        over = torch.isin(found, ends).cumsum(-1) - torch.isin(found, ends).long() > 0
+        cache.pending = (torch.cat([ids, found], 1), torch.cat([mask, ~over], 1))
+        return found
+    ids, mask = _packed(ids, mask, "right")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    logits = continuation(model, ids, cache, mask)
+    logits = _read(model, ids, mask, cache)
     logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))[:, 0]
     said: list[Tensor] = []
     live = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
-        if step % CHECK_EVERY == 0 and bool(logits.isnan().any()):
-            raise RunError(f"the model's output is NaN after {step} new tokens")
-        token = _next_token(logits, do_sample, temperature, top_k, top_p, generator)
+        check_numbers(logits, step)
+        token = next_token(logits, do_sample, temperature, top_k, top_p, generator)
         said.append(torch.where(live, token, pad))
         was_live, live = live, live & ~torch.isin(token, ends)
         if stop is not None:
             live = live & ~stop(torch.stack(said, 1))
-        cache.pending = (said[-1].unsqueeze(1), was_live.unsqueeze(1))
         if step + 1 == max_new_tokens or not bool(live.any()):
             break
-        logits = continuation(model, said[-1].unsqueeze(1), cache, was_live.unsqueeze(1))[:, -1]
+        logits = _read(model, said[-1].unsqueeze(1), was_live.unsqueeze(1), cache)[:, -1]
+    cache.pending = (said[-1].unsqueeze(1), was_live.unsqueeze(1))
     return torch.stack(said, 1)
 
 
-def _with_pending(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor]:
-    """Put the last token of the turn before, which the model has not read yet, in front."""
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if not bool(mask.any(-1).all()):
-        raise UserError("empty question: expected at least one token in every row")
-    if cache.pending is not None:
-        last, told = cache.pending
-        ids, mask = torch.cat([last, ids], 1), torch.cat([told, mask], 1)
-        cache.pending = None
-    return ids, mask
-
-
-def _right_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    order = (~mask).to(torch.int8).argsort(dim=-1, stable=True)
+def _packed(ids: Tensor, mask: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """The same rows with all their padding on one side."""
+    order = (mask if side == "left" else ~mask).to(torch.int8).argsort(dim=-1, stable=True)
     return ids.gather(1, order), mask.gather(1, order)
-
-
-def _next_token(
-    logits: Tensor, do_sample: bool, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
-    if not do_sample:
-        return logits.argmax(-1)
-    logits, order = (logits.float() / temperature).sort(dim=-1, descending=True)
-    probabilities = logits.softmax(-1)
-    outside = probabilities.cumsum(-1) - probabilities >= top_p
-    if top_k:
-        outside[:, top_k:] = True
-    drawn = torch.multinomial(probabilities.masked_fill(outside, 0), 1, generator=generator)
-    return order.gather(1, drawn)[:, 0]
-
-
-def _beam_search(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    cache: CompressedCache,
-    max_new_tokens: int,
-    num_beams: int,
-    eos: list[int] | None,
-    pad: int,
-) -> Tensor:
-    """transformers' beam search on a cache whose rows are the beams; the caller's cache is left as it was."""
-    order = mask.to(torch.int8).argsort(dim=-1, stable=True)
-    ids, mask = ids.gather(1, order), mask.gather(1, order)
-    cache.seal()
-    beams = cache.fork()
-    prompt = cache.get_seq_length(cache.compressible[0]) - cache.tail_length
-    before = torch.ones(ids.shape[0], prompt, dtype=torch.bool) if cache.prompt_mask is None else cache.prompt_mask
-    tail = cache.fork().extend_tail_mask(mask)
-    beams.batch_repeat_interleave(num_beams)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.cat([before.to(mask.device), tail], 1).long(),
-        past_key_values=beams,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        eos_token_id=eos,
-        pad_token_id=pad,
-    )
-    return output[:, ids.shape[1] :]

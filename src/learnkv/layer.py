@@ -22,7 +22,7 @@ class CompressedLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = True
+    is_croppable = False  # only the tail is
 
     def __init__(self, window: int = 0, record_hidden: bool = False) -> None:
         super().__init__()
@@ -40,7 +40,9 @@ class CompressedLayer(CacheLayerMixin):
         self.segment: Segment | None = None
         self.tail: Tail | None = None
         self.when_read: Callable[[], None] | None = None
+        self.announced = False
         self.prompt = 0
+        self.copies = 1
         self.heads = 0
         self.token_nbytes = 0
 
@@ -53,6 +55,9 @@ class CompressedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        if not self.announced:
+            raise UserError("a CompressedCache works with the model that learnkv.attach was called on, not without it")
+        self.announced = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.sealed:
@@ -100,17 +105,20 @@ class CompressedLayer(CacheLayerMixin):
         batch = torch.arange(self.batch).repeat_interleave(repeats)
         if self.gates is None:
             self.batch_select_indices(batch)
-        elif self.tail is not None:  # the prompt of a relaxed layer is shared by its continuations
-            self.tail = self.tail.rows(batch)
+        else:  # the prompt of a relaxed layer is shared by its continuations
+            self.tail = self.tail.rows(batch) if self.tail is not None else None
+            self.copies *= repeats
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.segment is not None:
             self.segment = self.segment.rows(indices, self.heads)
         if self.tail is not None:
             self.tail = self.tail.rows(indices)
+        prompts, self.copies = indices // self.copies, 1
         for name in ("valid", "queries", "hidden", "gates", *(() if self.holds_view else ("keys", "values"))):
             if (held := getattr(self, name)) is not None:
-                setattr(self, name, held[indices.to(held.device)])
+                setattr(self, name, held[prompts.to(held.device)])
+        self.rotations = tuple((_rows(cos, prompts), _rows(sin, prompts)) for cos, sin in self.rotations)
         if self.holds_view:
             self.keys = self.values = None
 
@@ -137,11 +145,9 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def batch(self) -> int:
         """Rows of the batch."""
-        if self.tail is not None:
-            return self.tail.keys.shape[0]
         if self.segment is not None:
             return self.segment.start.shape[0] // self.heads
-        return 0 if self.keys is None else self.keys.shape[0]
+        return 0 if self.keys is None else self.keys.shape[0] * self.copies
 
     def observe(self, query: Tensor, mask: Tensor | None) -> None:
         """Keep the last `window` queries of the prompt and which slots are padding, from the mask attention used.
@@ -165,10 +171,21 @@ class CompressedLayer(CacheLayerMixin):
         new = hidden.detach()
         self.hidden = new if self.hidden is None else torch.cat([self.hidden, new], 1)
 
+    def kept_positions(self, row: int, head: int) -> Tensor:
+        """Ascending prompt positions [K] of what one head retains."""
+        if self.gates is not None:
+            prompt = row // self.copies
+            return self.slot_positions()[prompt][self.gates[prompt, head] > 0.5]
+        if self.segment is None:
+            raise UserError("the prompt has not been read to its end")
+        return self.segment.row_positions(row * self.heads + head).to(torch.int64)
+
     def whole_prompt(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, S, D]; raises UserError once they have been evicted."""
         if self.keys is None or self.values is None:
-            raise UserError("the prompt has already been compressed: fork the cache before compressing it")
+            raise UserError(
+                "the prompt has already been compressed, or its rows repeated or reordered: compress a fork before that"
+            )
         return self.keys, self.values
 
     def slot_positions(self) -> Tensor:
@@ -236,6 +253,7 @@ class CompressedLayer(CacheLayerMixin):
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens to what is retained and to the tail."""
         assert self.tail is not None
+        self.tail.seen = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1)
         if self.gates is not None:
             assert self.keys is not None and self.values is not None
             return gated_attention(
@@ -270,3 +288,7 @@ class CompressedLayer(CacheLayerMixin):
         for part in (self.segment, self.tail):
             parts += [] if part is None else part.tensors()
         return parts
+
+
+def _rows(held: Tensor, rows: Tensor) -> Tensor:
+    return held if held.shape[0] == 1 else held[rows.to(held.device)]

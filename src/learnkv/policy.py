@@ -86,6 +86,7 @@ class Policy(Component):
         cache.seal()
         layers = cache.compressed_layers()
         seen = [layer.observation(index) for index, layer in zip(cache.compressible, layers, strict=True)]
+        self._check_recorded(seen[0])
         total, protected = self._spending(cache, keep, budget)
         device = layers[0].device
         scores = torch.stack([self._score(one, protected).to(device) for one in seen])
@@ -93,6 +94,17 @@ class Policy(Component):
         known = [one.to(device) for one in features if one is not None]
         wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
         return Plan(scores, wanted, budgets, torch.tensor(protected, device=device))
+
+    def _check_recorded(self, seen: Observation) -> None:
+        """Raise where a scorer would silently judge by less than it asks for."""
+        recorded, slots = seen.queries.shape[2], seen.keys.shape[2]
+        if recorded < min(self.window, slots):
+            raise UserError(
+                f"window={recorded}: the policy reads the last {self.window} queries of a prompt; "
+                f"prefill it with window={self.window}"
+            )
+        if self.records_hidden and seen.hidden is None:
+            raise UserError("the policy reads hidden states: hand it to prefill as policy=")
 
     def _spending(
         self, cache: CompressedCache, keep: float | None, budget: float | None
@@ -183,6 +195,9 @@ class Policy(Component):
         both scores and budgets get a gradient from kept and evicted entries alike.
         """
         check_budget(keep, budget)
+        cache.seal()
+        if self.scorer is None or keep == 1:
+            return cache.fork()
         plan = self.plan(cache, keep, budget)
         flat = plan.scores.detach().flatten(0, 2)
         index = select(flat, plan.budgets.flatten(), int(plan.budgets.sum()))
@@ -211,7 +226,7 @@ def check_budget(keep: float | None, budget: float | None) -> None:
         raise UserError(f"keep={keep} budget={budget}: expected exactly one of them")
     if keep is not None and not 0 < keep <= 1:
         raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries with 0 < keep <= 1")
-    if budget is not None and budget < 1:
+    if budget is not None and not 1 <= budget < float("inf"):
         raise UserError(f"budget={budget:g}: expected at least one entry per head")
 
 

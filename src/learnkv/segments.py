@@ -1,5 +1,6 @@
 """Storage of a compressed prompt (one pool, ragged rows) and of what is said after it (tails)."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +45,14 @@ class Segment:
 class Tail:
     """Keys and values read after compression: buffers [B, H, capacity, D] that grow by chunks.
 
-    Without gradients new entries are written in place; with gradients the buffers are extended functionally.
+    Without gradients new entries are written in place; with gradients the buffers are extended functionally, because
+    what was saved for a backward pass must not change. A fork shares the buffers until either tail grows.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
-        self._keys, self._values, self.length = keys, values, length
+    def __init__(self, keys: Tensor, values: Tensor, length: int, writable: bool = False) -> None:
+        self._keys, self._values, self.length, self._writable = keys, values, length, writable
+        self.seen: Tensor | None = None
+        """[B, length] slots that the newest token saw; None: all."""
 
     @classmethod
     def empty_like(cls, keys: Tensor, values: Tensor) -> "Tail":
@@ -58,11 +62,12 @@ class Tail:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add [B, H, T, D]."""
         end = self.length + keys.shape[2]
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad or self._keys.requires_grad):
+        if torch.is_grad_enabled():
             self._keys = torch.cat([self.keys, keys], 2)
             self._values = torch.cat([self.values, values], 2)
+            self._writable = False
         else:
-            if end > self._keys.shape[2]:
+            if end > self._keys.shape[2] or not self._writable:
                 self._grow(-(-end // TAIL_CHUNK) * TAIL_CHUNK)
             self._keys[:, :, self.length : end] = keys
             self._values[:, :, self.length : end] = values
@@ -74,6 +79,7 @@ class Tail:
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
+        self._writable = True
 
     @property
     def keys(self) -> Tensor:
@@ -86,19 +92,21 @@ class Tail:
         return self._values[:, :, : self.length]
 
     def fork(self) -> "Tail":
-        """An independent copy."""
-        if self._keys.requires_grad:
-            return Tail(self._keys, self._values, self.length)
-        return Tail(self._keys.clone(), self._values.clone(), self.length)
+        """An independent tail."""
+        self._writable = False
+        return copy.copy(self)
 
     def rows(self, batch: Tensor) -> "Tail":
         """A tail of batch rows `batch` [B']."""
         at = batch.to(self._keys.device)
-        return Tail(self._keys[at], self._values[at], self.length)
+        chosen = Tail(self._keys[at], self._values[at], self.length, writable=not torch.is_grad_enabled())
+        chosen.seen = None if self.seen is None else self.seen[at]
+        return chosen
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` entries."""
         self.length = length
+        self.seen = None if self.seen is None else self.seen[:, :length]
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held, allocated capacity included."""
