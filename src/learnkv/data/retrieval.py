@@ -123,8 +123,9 @@ class Retrieval:
 
         def context(units: int) -> str:
             told = text(units)
+            size = len(told) + 1
             for place, fact in zip(reversed(places), reversed(hidden.facts), strict=True):
-                told.insert(int(place * (len(told) + 1)), fact)
+                told.insert(int(place * size), fact)
             return " ".join(told)
 
         units = largest_fitting(lambda n: self.count(context(n)), self.length)

@@ -43,8 +43,9 @@ class Needles:
 
         def draft(units: int) -> Draft:
             told = hay(units)
+            size = len(told)
             for depth, needle in zip(reversed(depths), reversed(needles), strict=True):
-                told.insert(round(len(told) * depth / 100), needle)
+                told.insert(round(size * depth / 100), needle)
             return Draft(wording.intro + " ".join(told), wording.question(asked), wording.answer_prefix(asked), answers)
 
         return draft

@@ -42,8 +42,9 @@ def text_windows(
     unknown format, a missing column and a text without one whole window.
     """
     rows = _load(source, name, split, streaming)
-    if rows.column_names is not None and column not in rows.column_names:
-        raise UserError(f"column={column!r}: {source} has {', '.join(rows.column_names)}")
+    columns = rows.column_names or list(next(iter(rows)))  # a stream may not know its columns before its first row
+    if column not in columns:
+        raise UserError(f"column={column!r}: {source} has {', '.join(columns)}")
     head = _prompt_head(tokenizer)
     if window <= len(head):
         raise UserError(f"window={window}: expected more than {len(head)} tokens")
@@ -56,7 +57,7 @@ def text_windows(
         _cut,
         batched=True,
         batch_size=1000,
-        remove_columns=rows.column_names,
+        remove_columns=columns,
         fn_kwargs={"tokenizer": tokenizer, "window": window, "column": column, "head": head},
         **options,
     )

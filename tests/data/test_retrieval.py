@@ -1,0 +1,102 @@
+import ast
+import inspect
+import re
+from dataclasses import fields
+
+import pytest
+
+from learnkv.data import retrieval_text, ruler_text
+from learnkv.data.haystack import NOISE, docstrings, essay, sentences
+from learnkv.data.retrieval import NEXT_WORDS, Retrieval, count_words
+from learnkv.data.ruler_text import NeedleWording
+from learnkv.data.words import split_of
+from learnkv.errors import UserError
+
+
+def episodes(kind, length=220, count=20, **options):
+    return [Retrieval(length, kinds={kind: 1}, **options).episode(index) for index in range(count)]
+
+
+@pytest.mark.parametrize("kind", Retrieval.KINDS)
+def test_an_episode_fills_its_length_and_depends_on_seed_and_index(kind):
+    made = episodes(kind)
+    assert made == episodes(kind) and made != episodes(kind, seed=1)
+    assert len({episode.context for episode in made}) == len(made)
+    for episode in made:
+        assert episode.kind == kind and 1 <= len(episode.continuations) <= 4
+        # One unit more would not have fitted: the longest is a fact of seven words.
+        assert 213 <= count_words(episode.context) <= 220
+
+
+@pytest.mark.parametrize("kind", ["needle", "crowd", "values", "chain", "span"])
+def test_every_part_of_an_answer_stands_in_the_context(kind):
+    for episode in episodes(kind):
+        for question, answer in episode.continuations:
+            assert question.startswith("\n") and answer.startswith(" ")
+            told = answer.strip()
+            if kind == "span":
+                assert question.split(": ")[-1].split("? ")[-1] + answer in " " + episode.context
+            else:
+                parts = re.split(r",? ", told.removesuffix("."))
+                places = [episode.context.find(part) for part in parts]
+                assert -1 not in places and places == sorted(places)
+                assert {split_of(part) for part in parts} == {"train"}
+
+
+def test_a_fact_and_its_question_share_the_words_before_the_value():
+    for fact in retrieval_text.FACTS:
+        before = fact.sentence.split("{value}")[0].rstrip()
+        assert fact.question.endswith(before) and fact.question_all.endswith(before)
+
+
+def test_next_text_continues_the_context():
+    text = " ".join(" ".join(docstrings()).split())
+    for episode in episodes("next", count=5):
+        [(question, answer)] = episode.continuations
+        assert question == "" and len(answer.split()) == NEXT_WORDS
+        joint = " ".join((episode.context + answer).split()[-NEXT_WORDS - 5 : -NEXT_WORDS + 5])
+        assert joint in text + " " + text[:2000]
+
+
+def test_a_tokenizer_may_count():
+    made = Retrieval(900, count=len).episode(0)
+    assert 900 - 100 < len(made.context) <= 900
+
+
+def literals(module):
+    """Runs of three words in the strings that a wording module is made of, docstrings aside."""
+    tree = ast.parse(inspect.getsource(module))
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    runs = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
+            words = re.findall(r"[a-z]+", re.sub(r"\{.*?\}", " ", node.value).lower())
+            runs |= {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+    return runs
+
+
+def test_training_and_evaluation_share_no_wording():
+    training, evaluation = literals(retrieval_text), literals(ruler_text)
+    assert len(training) > 60 and len(evaluation) > 60
+    assert not training & evaluation
+    assert not set(retrieval_text.FILLER) & set(sentences(NOISE))
+    told = " ".join(episode.context for kind in Retrieval.KINDS for episode in episodes(kind, count=10))
+    shown = [NeedleWording(kind).needle("", "").split(" of ")[0] for kind in ("words", "numbers", "uuids")]
+    assert len(fields(NeedleWording)) == 2 and not any(words in told for words in [*shown, "Copy "])
+
+
+def test_the_evaluations_essays_are_not_training_text():
+    seen = set(sentences(" ".join(docstrings())))
+    long = [sentence for sentence in essay() if len(sentence) > 60]
+    shared = [sentence for sentence in long if sentence in seen]
+    # The help topics quote a docstring here and there.
+    assert len(long) > 2000 and len(shared) < len(long) / 50
+
+
+def test_one_line_says_what_is_wrong():
+    with pytest.raises(UserError, match="kinds=.*expected weights, one above 0, of needle, crowd"):
+        Retrieval(200, kinds={"riddle": 1})
+    with pytest.raises(UserError, match="expected at least 1"):
+        Retrieval(200, continuations=0)
+    with pytest.raises(UserError, match="length=5: the facts of an episode take"):
+        Retrieval(5, kinds={"chain": 1}).episode(0)
