@@ -31,7 +31,7 @@ def find_config(kind: str, name: str, key: str = "config") -> Path:
     known = _names(kind)
     if name in known:
         return CONFIGS / kind / f"{name}.yaml"
-    raise UserError(f"{key}={name}: expected a YAML file or one of: {', '.join(known)}{_nearest(path.stem, known)}")
+    raise UserError(f"{key}={name}: expected a YAML file or one of: {', '.join(known)}{nearest(path.stem, known)}")
 
 
 def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
@@ -142,7 +142,7 @@ def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str
     key = ".".join(path)
     shown = f"{key}={','.join(typed[key])}" if key in typed else key
     if unknown:
-        return f"{shown}: unknown key{_nearest(key, known)}"
+        return f"{shown}: unknown key{nearest(key, known)}"
     problem = re.search(r"Expected an? (.+?)\. Got value: (.*)", message)
     if key and problem:
         wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", problem[1])
@@ -152,6 +152,7 @@ def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str
     return f"{shown}: {message}" if key else message
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ "; did you mean X?" for a mistyped name, nothing where no known one is near."""
     near = difflib.get_close_matches(name, known, 1) or [k for k in known if k.endswith(f".{name}")]
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,103 @@
+"""`python -m learnkv.eval --ckpt PATH [config=…] [key=value …]`: compare compression policies on one model."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learnkv.attention import attach
+from learnkv.config import run_main
+from learnkv.errors import UserError
+from learnkv.evaluation import pictures, report, runner, tasks
+from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.results import FULL, Record, rows_of
+from learnkv.evaluation.store import Store, replacing
+from learnkv.io import describe_policy_file, load_policy
+from learnkv.models import describe_model, load_model
+from learnkv.policy import Policy
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; gives the exit code."""
+    return run_main(evaluate, argv, "eval")
+
+
+def evaluate(config: EvalConfig, resolved: str) -> None:
+    """Run a comparison and write `config.yaml`, `samples.jsonl`, `results.json`, `results.md` and pictures.
+
+    The report is written too when the run is interrupted, from what is finished by then.
+    """
+    model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
+    attach(model)
+    policies = load_policies(config, describe_model(model))
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    families = tasks.load(config, tokenizer, context)
+    output = Path(config.output).expanduser()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"output={config.output}: expected a folder that can be written ({error})") from None
+    with replacing(output / "config.yaml") as part:
+        part.write_text(resolved, encoding="utf-8")
+    jobs = runner.jobs_of(model, policies, config.budgets)
+    store = Store(output / "samples.jsonl")
+    try:
+        runner.run(model, families, jobs, store, config.batch_size)
+    finally:
+        write_report(output, model, policies, runner.finished(families, jobs, store))
+
+
+def load_policies(config: EvalConfig, model: Mapping[str, Any]) -> dict[str, Policy]:
+    """Every policy that `config.ckpt` names, by the name it has in tables; the full cache is always compared to."""
+    found: dict[str, Policy] = {}
+    for path in dict.fromkeys(config.ckpt):
+        policy = load_policy(path, config.allow, model)
+        name = describe_policy_file(path)
+        if name == FULL:
+            continue
+        if name in found:
+            raise UserError(f"ckpt={path}: a second policy that is called {name}, expected files of different names")
+        found[name] = policy
+    return found
+
+
+def write_report(output: Path, model: Any, policies: Mapping[str, Policy], records: Sequence[Record]) -> None:
+    """Results for machines and for people, each file replaced in one step."""
+    rows = rows_of(records)
+    name = describe_model(model)["id"]
+    result = {"schema": 1, "model": name, "environment": environment(model), "rows": rows}
+    with replacing(output / "results.json") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with replacing(output / "results.md") as part:
+        part.write_text(report.markdown(name, rows, records, runner.starting_points(policies)), encoding="utf-8")
+    written = ["results.json", "results.md"]
+    if rows:
+        pictures.pareto(rows, output / "pareto.png")
+        written.append("pareto.png")
+    for policy in policies:
+        if pictures.heatmap(records, policy, output / f"heatmap-{policy}.png"):
+            written.append(f"heatmap-{policy}.png")
+    print((output / "results.md").read_text(encoding="utf-8").split(report.EVERY_TASK)[0])
+    print("\n".join(str(output / file) for file in written))
+
+
+def environment(model: Any) -> dict[str, str]:
+    """What else a result depends on."""
+    versions = {}
+    for package in ("learnkv", "torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+    about = {"dtype": str(model.dtype).removeprefix("torch."), "attn": str(model.config._attn_implementation)}
+    return {"python": platform.python_version(), **versions, "device": device, **about}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What a comparison of policies consists of: the keys of `eval.py`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from learnkv.errors import UserError
+
+Setting = Literal["query_agnostic", "query_aware"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a prompt to keep: a fraction of its entries, or entries per head on average."""
+
+    keep: float | None = None
+    tokens: int | None = None
+
+    def __str__(self) -> str:
+        return f"keep {self.keep:g}" if self.keep is not None else f"budget {self.tokens}"
+
+    def asked(self, entries: int) -> float:
+        """Asked fraction of a prompt of `entries` tokens."""
+        return self.keep if self.keep is not None else min(1.0, (self.tokens or 0) / entries)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Compare KV-cache compression policies on one model, beside the full cache.
+
+    Args:
+        ckpt: policies: Lightning checkpoint, exported folder, heuristic's YAML or its bare name, `reference`.
+        model: hub id, folder, or `reference`.
+        revision: branch, tag or commit of a hub id.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda, cuda:N or mps.
+        attn: transformers' attention implementation.
+        keep: fractions of the prompt's entries to keep (default 0.5,0.25,0.1,0.05 where no budget is given).
+        budget: entries to keep per head on average, in tokens.
+        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, or tables: a hub id or a jsonl, csv
+            or parquet file with the columns context, question, answer_prefix, answer, task, max_new_tokens.
+        lengths: prompt lengths in tokens, the answer included.
+        setting: query_agnostic reads the question after compression, query_aware before it.
+        samples: per task and length.
+        batch_size: prompts read at once.
+        text: hub id or text, jsonl or parquet file for the task `text`.
+        haystack: text file that needles are hidden in; CPython's help topics if not given.
+        qa: files for qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout).
+        output: folder for results; the same command continues what it holds.
+        seed: of everything drawn.
+        allow: module prefixes besides learnkv whose classes a policy's file may name.
+    """
+
+    ckpt: tuple[str, ...] = ()
+    model: str = "reference"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    attn: str = "sdpa"
+    keep: tuple[float, ...] = ()
+    budget: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ("ruler",)
+    lengths: tuple[int, ...] = (1024,)
+    setting: tuple[Setting, ...] = ("query_agnostic",)
+    samples: int = 50
+    batch_size: int = 16
+    text: str | None = None
+    haystack: str | None = None
+    qa: tuple[str, ...] = ()
+    output: str = "runs/eval"
+    seed: int = 42
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for keep in self.keep:
+            if not 0 < keep <= 1:
+                raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries, above 0 and at most 1")
+        for key in ("budget", "lengths", "samples", "batch_size"):
+            value = getattr(self, key)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number < 1:
+                    raise UserError(f"{key}={number}: expected at least 1")
+        for key in ("tasks", "lengths", "setting"):
+            if not getattr(self, key):
+                raise UserError(f"{key}=: expected at least one, got none")
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Everything that is asked of every policy, largest first."""
+        keeps = self.keep or (() if self.budget else (0.5, 0.25, 0.1, 0.05))
+        fractions = [Budget(keep=keep) for keep in sorted(set(keeps), reverse=True)]
+        return fractions + [Budget(tokens=tokens) for tokens in sorted(set(self.budget), reverse=True)]

@@ -1,0 +1,173 @@
+"""What a person reads: `results.md` from the rows and samples of a comparison."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from learnkv.evaluation.results import FULL, Estimate, Record, estimate, mean_of_tasks, paired_difference
+
+Row = Mapping[str, Any]
+TITLES = {
+    "query_agnostic": "Query-agnostic: the question is read after compression",
+    "query_aware": "Query-aware: the question is compressed with the context",
+}
+LEARNED = "learned"
+EVERY_TASK = "## Every task"
+
+
+def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], starts: Mapping[str, str]) -> str:
+    """Tables per setting and length: mean over tasks, learned minus heuristic paired by prompt; then every task.
+
+    Args:
+        model: its name.
+        rows: of `rows_of(records)`.
+        records: finished samples.
+        starts: for a learned policy, the heuristic that it is on top of.
+    """
+    lines = [f"# Compressed caches of {model}", ""]
+    details: list[str] = []
+    if not rows:
+        lines += ["No sample is finished."]
+    for (is_text, setting, length), chosen in panels(rows).items():
+        samples = [r for r in records if ("loss" in r, r["setting"], r["length"]) == (is_text, setting, length)]
+        if is_text:
+            lines += [f"## Text, {length:,} tokens: KL to the full cache in nats per token", ""]
+            lines += _comparison(chosen, _text_cell)
+            lines += _differences(samples, starts, "kl", "lower is better")
+        else:
+            lines += [f"## {TITLES[setting]}, {length:,} tokens", ""]
+            lines += _comparison(chosen, _score_cell)
+            lines += _differences(samples, starts, "score", "higher is better")
+            details += [f"### {TITLES[setting]}, {length:,} tokens", "", *_per_task(chosen)]
+    if details:
+        lines += [EVERY_TASK, "", *details]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def panels(rows: Iterable[Row]) -> dict[tuple[bool, str, int], list[Row]]:
+    """Rows that may be compared with each other: by kind (text or not), setting and length."""
+    found: dict[tuple[bool, str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["kl"] is not None, row["setting"], row["length"]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])))
+
+
+def asked(row: Row) -> str:
+    """What was asked of a policy, as a column's head."""
+    return f"keep {row['keep']:g}" if row["budget"] is None else f"budget {row['budget']}"
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def score_of(rows: Sequence[Row]) -> Estimate:
+    """Mean over the tasks of one policy at one budget."""
+    return mean_of_tasks(Estimate(row["score"], _number(row["stderr"]), row["n"]) for row in rows)
+
+
+def mean(rows: Sequence[Row], key: str) -> float:
+    """Mean of a column over tasks."""
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def grouped(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows by policy, then by what was asked."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row["policy"], {}).setdefault(asked(row), []).append(row)
+    return found
+
+
+def _number(stderr: float | None) -> float:
+    return float("nan") if stderr is None else stderr
+
+
+def _score_cell(rows: Sequence[Row]) -> str:
+    return f"**{_pm(score_of(rows))}** · {size(mean(rows, 'bytes'))} · {mean(rows, 'spent'):.3f}"
+
+
+def _text_cell(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    return f"**{row['kl']:.4f}** · ppl {row['perplexity']:.2f} · {size(row['bytes'])} · {row['spent']:.3f}"
+
+
+def _pm(one: Estimate, sign: str = "", digits: int = 1) -> str:
+    spread = "" if one.stderr != one.stderr else f" ± {one.stderr:.{digits}f}"
+    return f"{one.mean:{sign}.{digits}f}{spread}"
+
+
+def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str]) -> Iterator[str]:
+    by_policy = grouped(rows)
+    (full,) = by_policy.pop(FULL).values()
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    what = tasks[0] if len(tasks) == 1 else f"Mean over {len(tasks)} tasks ({', '.join(tasks)})"
+    counts = sorted({row["n"] for row in full})
+    many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+    yield f"{what}, {many} samples each. Full cache: {cell(full)}."
+    yield ""
+    yield "Cells: value ± standard error · bytes held per prompt · fraction of entries kept."
+    yield ""
+    if not by_policy:
+        return
+    columns = list(dict.fromkeys(column for found in by_policy.values() for column in found))
+    yield from _table(
+        ["policy", *columns],
+        ([name, *(cell(found[column]) for column in columns)] for name, found in by_policy.items()),
+    )
+
+
+def _differences(records: Sequence[Record], starts: Mapping[str, str], value: str, better: str) -> Iterator[str]:
+    """Every learned policy against every heuristic at the same budget."""
+    by_policy: dict[str, dict[tuple[Any, Any], list[Record]]] = {}
+    for record in records:
+        if record["policy"] != FULL:
+            found = by_policy.setdefault(record["policy"], {})
+            found.setdefault((record["keep"], record["budget"]), []).append(record)
+    heuristics = [name for name in by_policy if not name.startswith(LEARNED)]
+    for name in by_policy:
+        if name in heuristics or not heuristics:
+            continue
+        yield f"### {name} minus heuristic, paired by prompt ({better} for the first)"
+        yield ""
+        columns = list(by_policy[name])
+        table = []
+        for other in heuristics:
+            label = f"{other} (it starts from this)" if starts.get(name) == other else other
+            pairs = [paired_difference(by_policy[name][c], by_policy[other][c], value) for c in columns]
+            table.append([label, *(_pm(pair, "+", 4 if value == "kl" else 1) for pair in pairs)])
+        best = max if value == "score" else min
+        of = [best(heuristics, key=lambda other: _mean(by_policy[other][c], value)) for c in columns]
+        table.append(["best heuristic", *of])
+        heads = [f"keep {keep:g}" if keep is not None else f"budget {tokens}" for keep, tokens in columns]
+        yield from _table(["minus", *heads], table)
+
+
+def _per_task(rows: Sequence[Row]) -> Iterator[str]:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    yield from _table(
+        ["policy", "asked", "bytes", *tasks],
+        (
+            [name, column, size(mean(found, "bytes")), *(_pm(score_of([row])) for row in found)]
+            for name, columns in grouped(rows).items()
+            for column, found in columns.items()
+        ),
+    )
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"| --- |{' ---: |' * (len(head) - 1)}"
+    for cells in body:
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _mean(records: Sequence[Record], value: str) -> float:
+    by_task: dict[str, list[float]] = {}
+    for record in records:
+        by_task.setdefault(record["task"], []).append(record[value])
+    return mean_of_tasks(map(estimate, by_task.values())).mean

@@ -1,0 +1,146 @@
+"""One prefill per batch, then every policy and every budget on a fork of it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from learnkv.cache import CompressedCache
+from learnkv.evaluation.config import Budget
+from learnkv.evaluation.results import FULL, Record
+from learnkv.evaluation.store import SLOT, Store
+from learnkv.evaluation.tasks.base import Family, Prompt, pad
+from learnkv.generation import prefill
+from learnkv.models import describe_model
+from learnkv.policy import Policy
+
+OBSERVED = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """A policy at a budget; without a policy, the full cache."""
+
+    name: str
+    policy: Policy | None
+    budget: Budget
+    digest: str
+    """Of the model, the policy with its weights, and the budget."""
+
+    def fingerprint(self, prompt: Prompt) -> str:
+        """Of everything that determines what this job makes of a prompt."""
+        return hashlib.sha256(f"{self.digest}{prompt.digest}".encode()).hexdigest()[:20]
+
+    def slot(self, prompt: Prompt) -> dict[str, Any]:
+        """What a record of this job on a prompt is about."""
+        about = (self.name, prompt.task, prompt.length, prompt.setting, prompt.index)
+        return dict(zip(SLOT, (*about, self.budget.keep, self.budget.tokens), strict=True))
+
+
+def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget]) -> list[Job]:
+    """The full cache, then every policy at every budget."""
+    base = model_digest(model)
+    jobs = [Job(FULL, None, Budget(keep=1.0), f"{base}{FULL}")]
+    for name, policy in policies.items():
+        weights = b"".join(held.cpu().numpy().tobytes() for held in policy.state_dict().values())
+        digest = hashlib.sha256(json.dumps(policy.spec(), sort_keys=True).encode() + weights).hexdigest()
+        jobs += [Job(name, policy, budget, f"{base}{digest}{budget}") for budget in budgets]
+    return jobs
+
+
+def starting_points(policies: Mapping[str, Policy]) -> dict[str, str]:
+    """For each policy on top of another one (a component with a `base`), the name of that one if it is compared too."""
+    found = {}
+    for name, policy in policies.items():
+        plain = {key: _without_top(part) for key, part in policy.spec().items()}
+        for other, heuristic in policies.items():
+            if other != name and heuristic.spec() == plain:
+                found[name] = other
+    return found
+
+
+def _without_top(part: Any) -> Any:
+    """The specification of a component below everything that is built on it."""
+    arguments = part.get("init_args", {}) if isinstance(part, dict) else {}
+    return _without_top(arguments["base"]) if "base" in arguments else part
+
+
+def model_digest(model: Any) -> str:
+    """Of what a model computes, without reading all of its weights: description, number format, some of each matrix."""
+    about = json.dumps([describe_model(model), str(model.dtype), model.config._attn_implementation], sort_keys=True)
+    digest = hashlib.sha256(about.encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Store, batch_size: int) -> None:
+    """Let every job measure every prompt that `store` does not hold yet; finished batches are stored at once."""
+    store.forget_outdated(
+        (j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs
+    )
+    batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size)]
+    window = max([OBSERVED, *(job.policy.window for job in jobs if job.policy is not None)])
+    with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
+        for family, todo, prompts in batches:
+            ids, mask = pad([prompt.read for prompt in prompts], "left", model.device)
+            progress.set_description(f"reading {len(prompts)} prompts of {prompts[0].setting}")
+            cache = prefill(model, ids, mask, window=window)
+            full: Any = None
+            if todo[0].policy is None or family.needs_full:
+                measured, full = family.measure(model, prompts, cache.fork(), None)
+            for job in todo:
+                progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
+                held = _full(cache)
+                if job.policy is not None:
+                    fork = job.policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+                    held = _held(fork, any(True for _ in job.policy.parameters()))
+                    measured, _ = family.measure(model, prompts, fork, full)
+                store.add([_record(job, *row) for row in zip(prompts, held, measured, strict=True)])
+                progress.update()
+
+
+def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> list[Record]:
+    """The records of all prompts that every job has finished, jobs outermost."""
+    done = [p for f in families for p in f.prompts if all(job.fingerprint(p) in store for job in jobs)]
+    return [store[job.fingerprint(prompt)] for job in jobs for prompt in done]
+
+
+def _unfinished(
+    family: Family, jobs: Sequence[Job], store: Store, size: int
+) -> Iterator[tuple[list[Job], list[Prompt]]]:
+    """Batches of prompts for which the same jobs are still to be done."""
+    groups: dict[tuple[int, ...], list[Prompt]] = {}
+    for prompt in family.prompts:
+        todo = tuple(at for at, job in enumerate(jobs) if job.fingerprint(prompt) not in store)
+        if todo:
+            groups.setdefault(todo, []).append(prompt)
+    for todo, prompts in groups.items():
+        for begin in range(0, len(prompts), size):
+            yield [jobs[at] for at in todo], prompts[begin : begin + size]
+
+
+def _full(cache: CompressedCache) -> list[dict[str, Any]]:
+    """What each row of the full cache holds, padding not counted."""
+    tokens = sum(cache.prompt_lengths)
+    each = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
+    return [{"spent": 1.0, "bytes": size, "bytes_full": size} for size in each]
+
+
+def _held(cache: CompressedCache, with_budgets: bool) -> list[dict[str, Any]]:
+    """What each row retains; a batch's bytes belong to its rows in proportion to what they kept."""
+    rows, kept = _full(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
+    for at, row in enumerate(rows):
+        row["spent"] = cache.spent[at]
+        row["bytes"] = cache.nbytes * kept[at] / sum(kept)
+        if with_budgets and cache.budgets is not None:
+            row["budgets"] = (cache.budgets[:, at] / cache.prompt_lengths[at]).tolist()
+    return rows
+
+
+def _record(job: Job, prompt: Prompt, held: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    record = {**job.slot(prompt), "asked": job.budget.asked(len(prompt.read)), **held, "haystack": prompt.haystack}
+    return {**record, **measured, "fingerprint": job.fingerprint(prompt)}

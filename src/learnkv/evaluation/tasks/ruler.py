@@ -1,0 +1,45 @@
+"""RULER's tasks, generated for the model's own tokenizer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from learnkv.data.ruler import NEEDLES, QA_LAYOUT, TASKS, Ruler
+from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.tasks.answers import tokenised
+from learnkv.evaluation.tasks.base import Prompt
+from learnkv.models import format_prompt
+
+GROUPS = {"niah": tuple(NEEDLES), "ruler": TASKS}
+
+
+def tasks_named(names: Sequence[str], qa: Sequence[str]) -> list[str]:
+    """RULER task names with groups written out; a group holds the QA tasks only if there are documents for them."""
+    found = [
+        task
+        for name in names
+        for task in GROUPS.get(name, (name,))
+        if name not in GROUPS or qa or task not in QA_LAYOUT
+    ]
+    return list(dict.fromkeys(found))
+
+
+def prompts(config: EvalConfig, tasks: Sequence[str], length: int, tokenizer: Any) -> list[Prompt]:
+    """`config.samples` prompts of every task in every setting, at most `length` tokens with room for the answer."""
+    head, tail, _ = format_prompt(tokenizer, "", "") if tokenizer.chat_template is not None else ("", "", "")
+    template = len(tokenizer(head + tail, add_special_tokens=False).input_ids)
+    maker = Ruler(tokenizer, length - template, seed=config.seed, haystack=config.haystack, qa=list(config.qa))
+    found: list[Prompt] = []
+    for task in tasks:
+        numbered = [(index, maker.sample(task, index)) for index in range(config.samples)]
+        for setting in config.setting:
+            found += tokenised(numbered, setting, length, tokenizer, haystack=haystack(task, config.haystack))
+    return found
+
+
+def haystack(task: str, file: str | None) -> str | None:
+    """What a task hides its needles in, as results name it."""
+    if task not in NEEDLES:
+        return "noise" if task == "vt" else None
+    kind = NEEDLES[task].haystack
+    return f"essay:{Path(file).name if file else 'pydoc_data.topics'}" if kind == "essay" else kind
