@@ -40,7 +40,7 @@ class Pyramid(Allocator):
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         layers, batch, heads, _ = scores.shape
-        entries = (scores > -torch.inf).sum(-1).amax((0, 2)).to(torch.float64)  # [B] of the prompt
+        entries = (scores[0, :, 0] > -torch.inf).sum(-1).to(torch.float64)  # [B], the same in every head
         wanted = self._table(layers, budget.to(torch.float64), entries)
         return wanted.unsqueeze(-1).expand(layers, batch, heads)
 
