@@ -1,16 +1,54 @@
 """The choice between the implementations of an op."""
 
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from learnkv.errors import UserError
 
 Impl = Literal["auto", "reference", "triton"]
 
+_auto: ContextVar[Impl] = ContextVar("auto", default="auto")
 
-def choose(op: str, impl: Impl, available: tuple[str, ...], prefer_triton: bool) -> str:
-    """Name of the implementation to run; an explicit choice that is not available raises, it never falls back."""
+
+@contextmanager
+def using(impl: Impl) -> Iterator[None]:
+    """Within the block, ops that are called with impl="auto" and have `impl` run it."""
+    token = _auto.set(impl)
+    try:
+        yield
+    finally:
+        _auto.reset(token)
+
+
+def implementation(op: str, impl: Impl, available: tuple[str, ...], *tensors: Tensor) -> ModuleType:
+    """The module that computes `op` on `tensors`.
+
+    "auto" is Triton where the tensors are on a CUDA device and ask for no gradient, which only a reference computes.
+
+    Raises:
+        UserError: for an explicit choice that cannot be met; it never falls back.
+    """
+    differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    if impl == "auto" and _auto.get() in available:
+        impl = _auto.get()
     if impl == "auto":
-        return "triton" if prefer_triton and "triton" in available else "reference"
-    if impl not in available:
+        prefer_triton = "triton" in available and tensors[0].is_cuda and not differentiable
+        impl = "triton" if prefer_triton else "reference"
+    elif impl not in available:
         raise UserError(f"impl={impl!r}: {op} has {', '.join(available)}")
-    return impl
+    elif impl == "triton":
+        if differentiable:
+            raise UserError(f"impl='triton': {op} computes no gradients, expected torch.no_grad() or impl='reference'")
+        if tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError(
+                f"impl='triton': {op} needs a CUDA device, got tensors on the CPU (TRITON_INTERPRET=1 not set)"
+            )
+    return importlib.import_module(f"learnkv.ops.{op}.{impl}")

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from learnkv.ops.decode_attention import reference
-from learnkv.ops.dispatch import Impl, choose
+from learnkv.ops.dispatch import Impl, implementation
 
 
 def decode_attention(
@@ -17,6 +16,7 @@ def decode_attention(
     tail_values: Tensor,
     tail_mask: Tensor | None,
     scaling: float,
+    tail_length: Tensor | None = None,
     *,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -28,14 +28,17 @@ def decode_attention(
             `keys[start[r] : start[r] + length[r]]`. Rows may share entries (beams, forks).
         start, length: [B*H].
         longest: upper bound of `length`, known on the host.
-        tail_keys, tail_values: [B, H, M, D], the last T are the new tokens.
+        tail_keys, tail_values: [B, H, M, D], M >= T; the last T in use are the new tokens.
         tail_mask: [B, 1, T, M] True where a new token sees a tail slot; None: causal, nothing padded.
         scaling: factor on query-key products.
+        tail_length: [1] integer on the device, slots of the tail in use, where it has a fixed capacity M (a CUDA graph
+            for the whole generation); the others are not read. None: all M.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
     """
-    choose("decode_attention", impl, ("reference",), query.is_cuda)
-    return reference.decode_attention(
-        query, keys, values, start, length, longest, tail_keys, tail_values, tail_mask, scaling
+    inputs = (query, keys, values, tail_keys, tail_values)
+    output, lse = implementation("decode_attention", impl, ("reference", "triton"), *inputs).decode_attention(
+        query, keys, values, start, length, longest, tail_keys, tail_values, tail_mask, scaling, tail_length
     )
+    return output, lse

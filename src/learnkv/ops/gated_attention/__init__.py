@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from learnkv.ops.dispatch import Impl, choose
-from learnkv.ops.gated_attention import reference
+from learnkv.ops.dispatch import Impl, implementation
 
 
 def gated_attention(
@@ -35,5 +34,8 @@ def gated_attention(
     Returns:
         [B*C, H*G, T, D].
     """
-    choose("gated_attention", impl, ("reference",), query.is_cuda)
-    return reference.gated_attention(query, keys, values, gates, tail_keys, tail_values, tail_mask, scaling)
+    inputs = (query, keys, values, gates, tail_keys, tail_values)
+    output: Tensor = implementation("gated_attention", impl, ("reference",), *inputs).gated_attention(
+        *inputs, tail_mask, scaling
+    )
+    return output

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from learnkv.ops.dispatch import Impl, choose
-from learnkv.ops.gather_kv import reference
+from learnkv.ops.dispatch import Impl, implementation
 
 
 def gather_kv(
@@ -27,5 +26,6 @@ def gather_kv(
         start, length: [R] where the segments of these rows lie in the pool; the rows of a layer are contiguous.
         out_keys, out_values: [N, D], written in place.
     """
-    choose("gather_kv", impl, ("reference",), keys.is_cuda)
-    reference.gather_kv(keys, values, index, first_row, start, length, out_keys, out_values)
+    implementation("gather_kv", impl, ("reference", "triton"), keys, values).gather_kv(
+        keys, values, index, first_row, start, length, out_keys, out_values
+    )

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from learnkv.ops.dispatch import Impl, choose
-from learnkv.ops.select import reference
+from learnkv.ops.dispatch import Impl, implementation
 
 
 def select(scores: Tensor, budget: Tensor, total: int, *, impl: Impl = "auto") -> Tensor:
@@ -17,5 +16,7 @@ def select(scores: Tensor, budget: Tensor, total: int, *, impl: Impl = "auto") -
     Returns:
         [total] int64 flat indices `row * S + slot`: rows in order, slots ascending within a row.
     """
-    choose("select", impl, ("reference",), scores.is_cuda)
-    return reference.select(scores, budget, total)
+    chosen: Tensor = implementation("select", impl, ("reference", "triton"), scores.detach()).select(
+        scores, budget, total
+    )
+    return chosen

@@ -4,8 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from learnkv.ops.dispatch import Impl, choose
-from learnkv.ops.window_scores import reference
+from learnkv.ops.dispatch import Impl, implementation
 
 Pooling = Literal["avg", "max"]
 WindowReduce = Literal["mean", "sum"]
@@ -25,6 +24,7 @@ def window_scores(
     window_reduce: WindowReduce = "mean",
     group_reduce: GroupReduce = "mean",
     group_first: bool = True,
+    lse: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Scores [B, H, S], float32 whatever the inputs are; 0 where an entry is not valid.
@@ -54,11 +54,12 @@ def window_scores(
         window_reduce: mean or sum over the queries of the window.
         group_reduce: mean, maximum or sum over the query heads of a kv head.
         group_first: whether the heads are reduced before the slots are pooled.
+        lse: [B, H*G, W] log-sum-exp of every query's scaled products with the valid entries it sees, where the
+            attention to the prompt has left them; None: computed, for another reading of the keys.
     """
     assert kernel_size % 2 == 1, kernel_size
     assert queries.shape[1] % keys.shape[1] == 0, (queries.shape, keys.shape)
-    choose("window_scores", impl, ("reference",), keys.is_cuda)
-    return reference.window_scores(
+    scores: Tensor = implementation("window_scores", impl, ("reference", "triton"), queries, keys).window_scores(
         queries,
         keys,
         query_positions=query_positions,
@@ -70,4 +71,6 @@ def window_scores(
         window_reduce=window_reduce,
         group_reduce=group_reduce,
         group_first=group_first,
+        lse=lse,
     )
+    return scores

@@ -18,16 +18,20 @@ def window_scores(
     window_reduce: str,
     group_reduce: str,
     group_first: bool,
+    lse: Tensor | None,
 ) -> Tensor:
-    grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # [B, H, G, W, D]
-    logits = scaling * torch.einsum("bhgwd,bhsd->bhgws", grouped, keys.float())
+    exact = torch.promote_types(keys.dtype, torch.float32)  # float64 inputs give the truth that kernels are judged by
+    grouped = queries.to(exact).unflatten(1, (keys.shape[1], -1))  # [B, H, G, W, D]
+    logits = scaling * torch.einsum("bhgwd,bhsd->bhgws", grouped, keys.to(exact))
 
     asks = query_positions >= 0  # [B, W]
     seen = positions.unsqueeze(2) <= query_positions[:, None, :, None]
     seen = seen & asks[:, None, :, None] & valid.unsqueeze(2)  # [B, H, W, S]
     unseen = ~seen.unsqueeze(2)
+    logits = logits.masked_fill(unseen, -torch.inf)
     # The second fill is for queries that see nothing, whose softmax is 0/0.
-    weights = logits.masked_fill(unseen, -torch.inf).softmax(-1).masked_fill(unseen, 0.0)
+    weights = logits.softmax(-1) if lse is None else (logits - lse.view(logits.shape[:-1]).unsqueeze(-1)).exp()
+    weights = weights.masked_fill(unseen, 0.0)
 
     queries_of_row = asks.sum(-1).clamp(min=1)[:, None, None]
     queries_of_entry = seen.sum(2).clamp(min=1)  # [B, H, S]

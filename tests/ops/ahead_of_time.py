@@ -1,0 +1,162 @@
+"""Compile what the ops would launch, without a GPU: `python ahead_of_time.py 90` prints one JSON line per kernel.
+
+The ops run on meta tensors, which hold no data: whatever would wait for the device raises. Every launch is turned
+into a compilation for the compute capability that is asked for.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.gather_kv import gather_kv
+from learnkv.ops.select import select
+from learnkv.ops.window_scores import window_scores
+
+HALF = torch.bfloat16
+
+
+class NoDevice:
+    """What triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def decode(dim: int, group: int, new: int = 1, dtype: torch.dtype = HALF, graphed: bool = False) -> None:
+    batch, heads = 8, 8
+    table = meta(batch * heads, dtype=torch.int64)
+    tail = meta(batch, heads, 64, dim, dtype=dtype)[:, :, :37]
+    decode_attention(
+        meta(batch, heads * group, new, dim, dtype=dtype),
+        *(meta(100_000, dim, dtype=dtype) for _ in range(2)),
+        table,
+        table,
+        2000,
+        tail,
+        tail,
+        meta(batch, 1, new, 37, dtype=torch.bool) if graphed else None,
+        dim**-0.5,
+        meta(1, dtype=torch.int32) if graphed else None,
+        impl="triton",
+    )
+
+
+def window(dim: int, group: int, queries: int = 32, **options: object) -> None:
+    heads, slots = 8, 32768
+    window_scores(
+        meta(1, heads * group, queries, dim),
+        meta(1, heads, slots, dim),
+        query_positions=meta(1, queries, dtype=torch.int64),
+        positions=meta(1, 1, slots, dtype=torch.int64).expand(1, heads, slots),
+        valid=meta(1, 1, slots, dtype=torch.bool).expand(1, heads, slots),
+        scaling=0.1,
+        kernel_size=7,
+        impl="triton",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def chosen() -> None:
+    select(meta(256, 32768, dtype=torch.float32), meta(256, dtype=torch.int64), 100_000, impl="triton")
+
+
+def gathered(dim: int) -> None:
+    table = meta(8, dtype=torch.int64)
+    held, pool = (meta(8, 32768, dim) for _ in range(2)), (meta(100_000, dim) for _ in range(2))
+    gather_kv(*held, meta(100_000, dtype=torch.int64), 16, table, table, *pool, impl="triton")
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "decode d128 g4": lambda: decode(128, 4),
+    "decode d128 g7 graphed": lambda: decode(128, 7, graphed=True),
+    "decode d64 g7": lambda: decode(64, 7),
+    "decode d256 g2": lambda: decode(256, 2),
+    "decode d96 g1": lambda: decode(96, 1),
+    "decode d128 g4 t5": lambda: decode(128, 4, 5),
+    "decode d128 g4 t64": lambda: decode(128, 4, 64),
+    "decode d256 g8 t64": lambda: decode(256, 8, 64),
+    "decode d128 g4 fp32": lambda: decode(128, 4, dtype=torch.float32),
+    "select": chosen,
+    "gather d128": lambda: gathered(128),
+    "gather d64": lambda: gathered(64),
+}
+CASES |= {
+    "window d128 g4": lambda: window(128, 4),
+    "window d128 g7 max": lambda: window(128, 7, group_reduce="max", pooling="max"),
+    "window d64 g7 w64": lambda: window(64, 7, 64, group_first=False, group_reduce="max", pooling="max"),
+}
+
+
+def resources(ptx: str, capability: int, folder: Path) -> dict[str, int]:
+    """Registers, spilled bytes and 16-byte accesses of a kernel."""
+    source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
+    source.write_text(ptx)
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    said = subprocess.run(
+        [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(source), "-o", str(binary)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    return {
+        "registers": int(re.findall(r"Used (\d+) registers", said)[0]),
+        "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
+        "wide_copies": len(re.findall(r"cp\.async\.cg\.shared\.global .*0x10", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", ptx)),
+        "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
+        "mma": len(re.findall(r"\bmma\.sync", ptx)),
+    }
+
+
+def main(capability: int, only: str = "") -> None:
+    driver.set_active(NoDevice(capability))
+    launch, compiled = JITFunction.run, []
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> None:
+        compiled.append((self.__name__, launch(self, *args, grid=grid, warmup=True, **options)))
+
+    JITFunction.run = compile_only
+    with tempfile.TemporaryDirectory() as folder:
+        for case, run in CASES.items():
+            if only not in case:
+                continue
+            compiled.clear()
+            run()
+            for name, kernel in compiled:
+                found = resources(kernel.asm["ptx"], capability, Path(folder))
+                row = {
+                    "case": case,
+                    "kernel": name,
+                    "shared": kernel.metadata.shared,
+                    "warps": kernel.metadata.num_warps,
+                }
+                print(json.dumps(row | found), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), *sys.argv[2:])

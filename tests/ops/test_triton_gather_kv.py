@@ -1,0 +1,57 @@
+"""Compaction on the kernel: the same bits as the reference, and not one of them outside of this layer's segments."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels import DEVICE, draw
+
+from learnkv.ops.gather_kv import gather_kv
+from learnkv.ops.select import select
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    heads=st.sampled_from([1, 2, 3]),
+    layers=st.sampled_from([1, 3]),
+    slots=st.sampled_from([1, 65, 700]),
+    dim=st.sampled_from([32, 40, 64, 80, 128, 256]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
+    """Of several layers that share a pool; segments of a random length, empty ones too; absent entries are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = layers * heads
+    length = torch.randint(0, slots + 1, (layers, heads), generator=generator)
+    length[torch.rand(layers, heads, generator=generator) < 0.2] = 0
+    total = int(length.sum())
+    start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
+    scores = torch.rand(rows, slots, generator=generator)
+    index = select(scores, length.flatten(), total, impl="reference")
+    held = [draw(heads, slots, dim, seed=seed + at, dtype=dtype) for at in range(2 * layers)]
+    absent = torch.ones(rows * slots, dtype=torch.bool).index_fill_(0, index, False).view(layers, heads, slots)
+    for at, one in enumerate(held):
+        one[absent[at // 2].to(DEVICE)] = torch.nan
+    pools = {impl: torch.full((2, total, dim), torch.nan, dtype=dtype, device=DEVICE) for impl in ("reference", "triton")}
+    for layer in range(layers):
+        for impl, (keys, values) in pools.items():
+            table = (start[layer].to(DEVICE), length[layer].to(DEVICE))
+            gather_kv(*held[2 * layer : 2 * layer + 2], index.to(DEVICE), layer * heads, *table, keys, values, impl=impl)
+        assert torch.equal(pools["triton"].nan_to_num(nan=7e7), pools["reference"].nan_to_num(nan=7e7))
+    assert not pools["triton"].isnan().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_offsets_beyond_32_bits():
+    slots, dim = 2**20, 128
+    held = torch.arange(17 * slots, device=DEVICE).remainder(251).bfloat16().view(17, slots, 1).expand(-1, -1, dim)
+    held = held.contiguous()
+    index = torch.tensor([16 * slots + 5, 17 * slots - 1], device=DEVICE)
+    start = torch.zeros(17, dtype=torch.int64, device=DEVICE)
+    length = torch.zeros_like(start)
+    length[-1] = 2
+    pool = torch.full((2, 2, dim), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    gather_kv(held, held, index, 0, start, length, *pool, impl="triton")
+    assert torch.equal(pool, (index % 251).bfloat16().view(1, 2, 1).expand(2, 2, dim))

@@ -1,0 +1,140 @@
+"""The window kernels against the reference in float64, within an error budget worked out from the inputs."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from kernels import DEVICE, ROUNDING, assert_within, poisoned
+from observations import observe
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from learnkv.observation import Observation
+from learnkv.ops.window_scores import window_scores
+
+DEFAULTS = {"kernel_size": 5, "pooling": "avg", "window_reduce": "mean", "group_reduce": "mean", "group_first": True}
+
+
+def on_device(seen: Observation, dtype: torch.dtype = torch.float32) -> Observation:
+    moved = {name: getattr(seen, name).to(DEVICE) for name in ("query_positions", "positions", "valid")}
+    made = {name: getattr(seen, name).to(DEVICE, dtype) for name in ("queries", "keys")}
+    return dataclasses.replace(seen, **moved, **made)
+
+
+def run(seen: Observation, impl: str, **options) -> Tensor:
+    return window_scores(
+        seen.queries,
+        seen.keys,
+        query_positions=seen.query_positions,
+        positions=seen.positions,
+        valid=seen.valid,
+        scaling=seen.scaling,
+        impl=impl,
+        **(DEFAULTS | options),
+    )
+
+
+def double(seen: Observation) -> Observation:
+    return dataclasses.replace(seen, queries=seen.queries.double(), keys=seen.keys.double())
+
+
+def check(seen: Observation, **options) -> None:
+    with poisoned():
+        got = run(seen, "triton", **options)
+    truth = run(double(seen), "reference", **options)
+    # Products of inputs are exact to 24 bits or better whatever the inputs are; as in the test of the decode kernel.
+    unit = ROUNDING[torch.float32]
+    norms = [held.double().nan_to_num().norm(dim=-1).max() for held in (seen.queries, seen.keys)]
+    score_error = 4 * unit * seen.scaling * float(norms[0] * norms[1])
+    sums = (seen.keys.shape[2] ** 0.5 + 24) * unit
+    assert got.dtype == torch.float32
+    assert_within(got, truth, (2 * score_error + sums) * truth)
+    assert (got[~seen.valid] == 0).all()
+
+
+# All combinations once, spread over shapes whose sizes are odd; padding is NaN in keys and queries alike.
+OPTIONS = list(itertools.product([1, 5], ["avg", "max"], ["mean", "sum"], ["mean", "max", "sum"], [True, False]))
+SHAPES = [
+    {"lengths": [150], "window": 8, "heads": 2, "group": 1, "dim": 32},
+    {"lengths": [70, 9], "window": 16, "heads": 1, "group": 2, "dim": 64},
+    {"lengths": [131, 5, 20], "window": 21, "heads": 1, "group": 4, "dim": 128},
+    {"lengths": [60], "window": 33, "heads": 1, "group": 7, "dim": 40},
+    {"lengths": [40], "window": 5, "heads": 2, "group": 8, "dim": 80},
+]
+
+
+@pytest.mark.parametrize("at", range(0, len(OPTIONS), 2))
+def test_every_option_against_the_truth(at):
+    for number in (at, at + 1):
+        kernel_size, pooling, window_reduce, group_reduce, group_first = OPTIONS[number]
+        check(
+            on_device(observe(**SHAPES[number % len(SHAPES)])),
+            kernel_size=kernel_size,
+            pooling=pooling,
+            window_reduce=window_reduce,
+            group_reduce=group_reduce,
+            group_first=group_first,
+        )
+
+
+@pytest.mark.parametrize("dim", [96, 256])
+def test_bfloat16(dim):
+    check(on_device(observe([300, 3], window=32, heads=1, group=2, dim=dim), torch.bfloat16))
+
+
+def test_a_window_of_more_than_one_tile():
+    check(on_device(observe([200], window=90, heads=1, group=2, dim=32)), group_reduce="max")
+
+
+def test_holes_and_a_head_without_entries():
+    """Entries that were evicted, differently in every head, leave holes; keys there are NaN."""
+    seen = observe([200, 90], window=12, heads=3, dim=32)
+    there = torch.rand(seen.valid.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    there[0, 1] = False
+    keys = seen.keys.masked_fill(~there.unsqueeze(-1), torch.nan)
+    for options in ({"pooling": "max"}, {"group_first": False, "group_reduce": "max", "kernel_size": 3}):
+        check(on_device(dataclasses.replace(seen, keys=keys, valid=seen.valid & there)), **options)
+
+
+def test_transposed_keys_and_queries_as_models_make_them():
+    seen = on_device(observe([100], window=8, heads=2, dim=32))
+    swapped = [held.transpose(1, 2).contiguous().transpose(1, 2) for held in (seen.queries, seen.keys)]
+    assert not swapped[1].is_contiguous()
+    check(dataclasses.replace(seen, queries=swapped[0], keys=swapped[1]))
+
+
+def test_the_normalisers_of_prefill_are_used():
+    """With them shifted by log 2 all weights are halved."""
+    seen = on_device(observe([120, 7], window=16, heads=2, group=4, dim=64))
+    exact = double(seen)
+    keys = exact.keys.masked_fill(~exact.valid.unsqueeze(-1), 0).repeat_interleave(4, 1)
+    logits = seen.scaling * exact.queries @ keys.transpose(-1, -2)
+    asked = seen.query_positions[:, None, :, None]
+    visible = seen.valid.repeat_interleave(4, 1).unsqueeze(2) & (
+        seen.positions.repeat_interleave(4, 1).unsqueeze(2) <= asked
+    )
+    lse = logits.masked_fill(~visible, -torch.inf).logsumexp(-1).float()
+    plain, given, halved = (run(seen, "triton", lse=one) for one in (None, lse, lse + 0.6931471805599453))
+    torch.testing.assert_close(given, plain, rtol=1e-5, atol=0)
+    torch.testing.assert_close(halved, plain / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(run(seen, "reference", lse=lse), plain, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("group_first", "per_slot"), [(True, 2), (False, 2 * 8)])
+def test_nothing_of_size_heads_by_window_by_slots_is_made(group_first, per_slot):
+    """The largest tensor is that of the scores, or what is pooled, never what the window's queries give one by one."""
+    seen = on_device(observe([400], window=8, heads=2, group=8, dim=4))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and "empty" in str(func):
+                largest = max(largest, made.numel())
+            return made
+
+    with Watch():
+        run(seen, "triton", pooling="max", group_first=group_first)
+    assert largest == per_slot * 400
