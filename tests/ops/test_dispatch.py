@@ -1,0 +1,51 @@
+"""Which implementation runs, and what is refused."""
+
+import pytest
+import torch
+
+from learnkv.errors import UserError
+from learnkv.ops.dispatch import Impl, implementation, using
+
+BOTH = ("reference", "triton")
+
+
+def name(impl: Impl, available: tuple[str, ...] = BOTH, **options) -> str:
+    return implementation("select", impl, available, torch.ones(1, **options)).__name__.rsplit(".", 1)[1]
+
+
+def test_on_the_cpu_auto_is_the_reference():
+    assert name("auto") == "reference"
+
+
+def test_auto_means_something_else_within_a_block():
+    with using("triton"):
+        assert name("auto") == "triton"
+        assert name("reference") == "reference"
+        assert name("auto", ("reference",)) == "reference"
+        with using("reference"):
+            assert name("auto") == "reference"
+        assert name("auto") == "triton"
+    assert name("auto") == "reference"
+
+
+def test_a_choice_ends_with_its_block_also_when_it_fails():
+    with pytest.raises(RuntimeError, match="inside"), using("triton"):
+        raise RuntimeError("inside")
+    assert name("auto") == "reference"
+
+
+def test_an_explicit_choice_never_falls_back(monkeypatch):
+    with pytest.raises(UserError, match="impl='triton': select has reference"):
+        name("triton", ("reference",))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        name("triton")
+
+
+def test_kernels_refuse_what_needs_a_gradient(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match="computes no gradients"):
+        name("triton", requires_grad=True)
+    assert name("auto", requires_grad=True) == "reference"
+    with torch.no_grad():
+        assert name("triton", requires_grad=True) == "triton"

@@ -1,0 +1,72 @@
+"""Every kernel compiles for sm_90 and sm_80 without a GPU; the hot ones without spilling and within shared memory."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED = {90: 227 * 1024, 80: 163 * 1024}
+"""Shared memory of a processor that programs may use, bytes."""
+
+REGISTERS = 65536
+
+Row = dict[str, int | str]
+
+
+@functools.cache
+def compiled(capability: int, *words: str) -> list[Row]:
+    script = Path(__file__).with_name("ahead_of_time.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, str(script), str(capability), *words], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def rows(kernel: str, case: str = "") -> list[Row]:
+    found = [row for row in compiled(90) if row["kernel"] == kernel and case in str(row["case"])]
+    assert found, (kernel, case)
+    return found
+
+
+def test_every_kernel_compiles_and_none_spills():
+    kernels = {"_attend", "_merge", "_count_digits", "_count_kept", "_write", "_gather"}
+    kernels |= {"_split_normalisers", "_join_normalisers", "_reduce_weights", "_pool"}
+    assert {row["kernel"] for row in compiled(90)} == kernels
+    assert [row for row in compiled(90) if row["spilled"] or int(row["shared"]) > SHARED[90]] == []
+
+
+def test_sm_80():
+    words = ("decode d128 g4", "select", "gather", "window d128")
+    assert len(compiled(80, *words)) == len([row for row in compiled(90) if any(w in str(row["case"]) for w in words)])
+    assert [row for row in compiled(80, *words) if row["spilled"] or int(row["shared"]) > SHARED[80]] == []
+
+
+@pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed"])
+def test_two_programs_of_a_decode_step_share_a_processor(case):
+    """The grid has two programs per processor, which must run at the same time."""
+    for row in rows("_attend", f"decode {case}"):
+        if row["case"] == f"decode {case}":
+            assert 2 * int(row["shared"]) <= SHARED[90]
+            assert 2 * int(row["registers"]) * 32 * int(row["warps"]) <= REGISTERS
+
+
+def test_keys_and_values_are_read_sixteen_bytes_at_a_time():
+    for row in rows("_attend"):
+        assert int(row["wide_copies"]) >= 8, row
+    for row in rows("_gather"):
+        assert int(row["wide_loads"]) >= 8, row
+    for row in rows("_split_normalisers"):
+        assert int(row["wide_copies"]) >= 6, row
+
+
+def test_tensor_cores_are_used():
+    """One step has too few rows for wgmma; questions and windows have enough."""
+    assert all(row["mma"] for row in rows("_attend", "decode d128 g4") if row["case"] == "decode d128 g4")
+    assert all(row["wgmma"] for row in rows("_attend", "t64"))
+    assert all(row["wgmma"] for name in ("_split_normalisers", "_reduce_weights") for row in rows(name))
