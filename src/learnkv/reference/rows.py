@@ -19,7 +19,7 @@ from learnkv.reference.asks import Ask, Asker, Difficulty, Ids
 
 IGNORE = -100
 READ = ("text", "repeat", "span")
-ASKED = ("single", "dense", "multivalue", "multiquery", "chain", "mixed")
+ASKED = ("single", "dense", "multivalue", "multiquery", "chain", "lists", "mixed")
 
 
 @dataclass(frozen=True)
