@@ -85,7 +85,7 @@ class Policy(Component):
         assert self.scorer is not None
         cache.seal()
         layers = cache.compressed_layers()
-        seen = [layer.observation(index) for index, layer in zip(cache.compressible, layers, strict=True)]
+        seen = [layer.observation(at) for at, layer in enumerate(layers)]
         self._check_recorded(seen[0])
         total, protected = self._spending(cache, keep, budget)
         device = layers[0].device
@@ -177,7 +177,7 @@ class Policy(Component):
         def evict(at: int) -> None:
             layer = cache.compressed_layers()[at]
             total, protected = self._spending(cache, keep, budget)
-            scores = self._score(layer.observation(cache.compressible[at]), protected)
+            scores = self._score(layer.observation(at), protected)
             if not split:
                 like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
                 shape = (len(cache.compressible), -1, layer.heads, -1)
