@@ -98,14 +98,15 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
 
 
 def describe_policy_file(path: str | Path) -> str:
-    """The name a policy goes by in tables: a heuristic's file name, `learned` or `learned-NAME` for a trained one."""
+    """The name a policy goes by in tables: a heuristic's file name, `learned` or `learned-RUN` for a trained one."""
     where = Path(path).expanduser()
-    if where.suffix == ".ckpt":
-        return f"learned-{where.resolve().parent.parent.name}"
-    if where.is_dir():
-        folder = where.resolve()
-        return f"learned-{(folder.parent if folder.name == 'policy' else folder).name}"
-    return "learned" if str(path) == "reference" else where.stem
+    if str(path) == "reference" and not where.exists():
+        return "learned"
+    if where.suffix != ".ckpt" and not where.is_dir():
+        return where.stem
+    folder = where.resolve()
+    run = folder.parent.parent if where.suffix == ".ckpt" else folder.parent if folder.name == "policy" else folder
+    return run.name if run.name.startswith("learned") else f"learned-{run.name}"
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
