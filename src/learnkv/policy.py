@@ -220,6 +220,15 @@ def _unit_scale(scores: Tensor) -> Tensor:
     return torch.where(free, normal.view_as(scores), scores)
 
 
+def heuristic_of(policy: Policy) -> Policy:
+    """The policy that a learned one starts from: its parts without their learned corrections."""
+    scorer, allocator = (
+        getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part
+        for part in (policy.scorer, policy.allocator)
+    )
+    return Policy(scorer, allocator, policy.sinks, policy.recent)
+
+
 def check_budget(keep: float | None, budget: float | None) -> None:
     """Raise unless exactly one of `keep` and `budget` is given and in range."""
     if (keep is None) == (budget is None):
