@@ -15,7 +15,7 @@ from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.generation import prefill
 from learnkv.models import describe_model
-from learnkv.policy import Policy
+from learnkv.policy import Policy, heuristic_of
 
 OBSERVED = 64
 
@@ -52,20 +52,14 @@ def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget
 
 
 def starting_points(policies: Mapping[str, Policy]) -> dict[str, str]:
-    """For each policy on top of another one (a component with a `base`), the name of that one if it is compared too."""
+    """For each policy with learned parts, the name of the heuristic below them, if that one is compared too."""
     found = {}
     for name, policy in policies.items():
-        plain = {key: _without_top(part) for key, part in policy.spec().items()}
+        plain = heuristic_of(policy).spec()
         for other, heuristic in policies.items():
             if other != name and heuristic.spec() == plain:
                 found[name] = other
     return found
-
-
-def _without_top(part: Any) -> Any:
-    """The specification of a component below everything that is built on it."""
-    arguments = part.get("init_args", {}) if isinstance(part, dict) else {}
-    return _without_top(arguments["base"]) if "base" in arguments else part
 
 
 def model_digest(model: Any) -> str:
