@@ -58,7 +58,7 @@ def train(config: TrainConfig, resolved: str) -> None:
     data = Data(config, tokenizer, getattr(text, "max_position_embeddings", None))
     assert config.policy is not None
     description = describe_model(model)
-    spec = sized(config.policy.spec(), description["shapes"], text.num_hidden_layers)
+    spec = sized(config.policy.spec(), description["shapes"])
     policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
     module = Distillation(
         model,
@@ -78,24 +78,17 @@ def train(config: TrainConfig, resolved: str) -> None:
     _finish(trainer, module, description, output)
 
 
-def sized(spec: Mapping[str, Any], shapes: Mapping[str, int], layers: int) -> dict[str, Any]:
-    """The policy's arguments with the model's sizes wherever a learned part has 0 for them.
+def sized(spec: Any, shapes: Mapping[str, int]) -> Any:
+    """A policy's arguments with the model's sizes wherever a learned part has 0 for them.
 
     Args:
-        spec: `Policy.spec()`.
+        spec: `Policy.spec()`, or a part of it.
         shapes: layers and kv heads that are compressed, and the head dimension.
-        layers: all layers of the model, which is what scorers count.
     """
+    if not isinstance(spec, dict):
+        return spec
     known = {"num_layers": shapes["layers"], "num_heads": shapes["heads"], "head_dim": shapes["head_dim"]}
-
-    def fill(node: Any, sizes: Mapping[str, int]) -> Any:
-        if not isinstance(node, dict):
-            return node
-        return {key: sizes[key] if key in sizes and value == 0 else fill(value, sizes) for key, value in node.items()}
-
-    return {
-        key: fill(value, known | ({"num_layers": layers} if key == "scorer" else {})) for key, value in spec.items()
-    }
+    return {key: known[key] if key in known and value == 0 else sized(value, shapes) for key, value in spec.items()}
 
 
 def modules_of(spec: Any) -> set[str]:
@@ -112,8 +105,8 @@ def _prepare(output: Path, checkpoint: Path, config: TrainConfig, training: Mapp
     resume = checkpoint.is_file() and stored.is_file() and not config.overwrite
     if resume and (changed := differing(yaml.safe_load(stored.read_text("utf-8")), training)):
         raise UserError(
-            f"output={config.output}: holds a run with another {', '.join(changed)}; expected the same settings, another "
-            "output=, or overwrite=true"
+            f"output={config.output}: holds a run with another {', '.join(changed)}; expected the same settings, "
+            "another output=, or overwrite=true"
         )
     try:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)

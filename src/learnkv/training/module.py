@@ -90,7 +90,7 @@ class Distillation(L.LightningModule):
             teacher = self._logits(cache.fork(), batch)
         sample, weights = self._tokens(cache, batch, teacher)
         losses, spent = [], []
-        for keep in self.keeps(batch.index):
+        for keep in self.keeps(batch.number):
             student = self.policy.relax(cache, keep=keep)
             spent.append(sum(student.spent) / len(student.spent) / keep)
             kl = forward_kl(teacher, self._logits(student, batch))
