@@ -75,15 +75,12 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
         part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     with replacing(output / "results.md") as part:
         part.write_text(report.markdown(name, rows, records, runner.starting_points(policies)), encoding="utf-8")
-    written = ["results.json", "results.md"]
-    if rows:
-        pictures.pareto(rows, output / "pareto.png")
-        written.append("pareto.png")
-    for policy in policies:
-        if pictures.heatmap(records, policy, output / f"heatmap-{policy}.png"):
-            written.append(f"heatmap-{policy}.png")
+    figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
+    figures |= {f"heatmap-{policy}.png": found for policy in policies if (found := pictures.heatmap(records, policy))}
+    for file, figure in figures.items():
+        pictures.save(figure, output / file)
     print((output / "results.md").read_text(encoding="utf-8").split(report.EVERY_TASK)[0])
-    print("\n".join(str(output / file) for file in written))
+    print("\n".join(str(output / file) for file in ("results.json", "results.md", *figures)))
 
 
 def environment(model: Any) -> dict[str, str]:

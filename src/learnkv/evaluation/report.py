@@ -32,11 +32,11 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], starts:
         if is_text:
             lines += [f"## Text, {length:,} tokens: KL to the full cache in nats per token", ""]
             lines += _comparison(chosen, _text_cell)
-            lines += _differences(samples, starts, "kl", "lower is better")
+            lines += _differences(samples, starts, "Text: KL")
         else:
             lines += [f"## {TITLES[setting]}, {length:,} tokens", ""]
             lines += _comparison(chosen, _score_cell)
-            lines += _differences(samples, starts, "score", "higher is better")
+            lines += _differences(samples, starts, TITLES[setting].split(":")[0])
             details += [f"### {TITLES[setting]}, {length:,} tokens", "", *_per_task(chosen)]
     if details:
         lines += [EVERY_TASK, "", *details]
@@ -120,8 +120,9 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str]) -> It
     )
 
 
-def _differences(records: Sequence[Record], starts: Mapping[str, str], value: str, better: str) -> Iterator[str]:
+def _differences(records: Sequence[Record], starts: Mapping[str, str], title: str) -> Iterator[str]:
     """Every learned policy against every heuristic at the same budget."""
+    value = "kl" if "loss" in records[0] else "score"
     by_policy: dict[str, dict[tuple[Any, Any], list[Record]]] = {}
     for record in records:
         if record["policy"] != FULL:
@@ -131,7 +132,7 @@ def _differences(records: Sequence[Record], starts: Mapping[str, str], value: st
     for name in by_policy:
         if name in heuristics or not heuristics:
             continue
-        yield f"### {name} minus heuristic, paired by prompt ({better} for the first)"
+        yield f"### {title}: {name} minus heuristic, paired by prompt"
         yield ""
         columns = list(by_policy[name])
         table = []
