@@ -12,6 +12,8 @@ from learnkv.decoding import beam_search, check_numbers, check_settings, next_to
 from learnkv.errors import UserError
 from learnkv.policy import Policy, check_budget
 
+CHECK_EVERY = 16
+
 
 @torch.no_grad()
 def prefill(
@@ -200,7 +202,7 @@ def generate(
         stop: called with the new tokens [B, new] after every step, True [B] ends a row.
 
     Raises:
-        RunError: NaN in the model's output, looked for in the first and every 16th step.
+        RunError: NaN in the model's output, looked for in the first, every 16th and the last step.
     """
     check_settings(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, stop)
     settings = model.generation_config
@@ -217,7 +219,7 @@ def generate(
         found = beam_search(model, *_packed(ids, mask, "left"), cache, max_new_tokens, num_beams, ends.tolist(), pad)
         over = torch.isin(found, ends).cumsum(-1) - torch.isin(found, ends).long() > 0
         cache.pending = (torch.cat([ids, found], 1), torch.cat([mask, ~over], 1))
-        return found
+        return found.masked_fill(over, pad)  # transformers takes another id for a pad_token_id of 0
     ids, mask = _packed(ids, mask, "right")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     logits = _read(model, ids, mask, cache)
@@ -225,7 +227,8 @@ def generate(
     said: list[Tensor] = []
     live = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
-        check_numbers(logits, step)
+        if step % CHECK_EVERY == 0:
+            check_numbers(logits, step)
         token = next_token(logits, do_sample, temperature, top_k, top_p, generator)
         said.append(torch.where(live, token, pad))
         was_live, live = live, live & ~torch.isin(token, ends)
@@ -234,6 +237,7 @@ def generate(
         if step + 1 == max_new_tokens or not bool(live.any()):
             break
         logits = _read(model, said[-1].unsqueeze(1), was_live.unsqueeze(1), cache)[:, -1]
+    check_numbers(logits, step)
     cache.pending = (said[-1].unsqueeze(1), was_live.unsqueeze(1))
     return torch.stack(said, 1)
 
