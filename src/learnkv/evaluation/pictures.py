@@ -18,8 +18,13 @@ COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#1
 def pareto(rows: Sequence[Row]) -> Figure:
     """Score (for text: KL) against bytes held per prompt, a panel per setting and length, a line per policy."""
     found = panels(rows)
-    figure = Figure(figsize=(1.5 + 5.2 * len(found), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    across = min(len(found), 3)
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(1.5 + 5.2 * across, 4.6 * down), layout="constrained")
+    every = figure.subplots(down, across, squeeze=False).flatten()
+    axes = every[: len(found)]
+    for unused in every[len(found) :]:
+        unused.remove()
     order = sorted({row["policy"] for row in rows} - {FULL}, key=lambda name: (not name.startswith(LEARNED), name))
     for axis, ((is_text, setting, length), chosen) in zip(axes, found.items(), strict=True):
         _panel(axis, chosen, order, is_text)

@@ -108,7 +108,7 @@ def _unfinished(
 ) -> Iterator[tuple[list[Job], list[Prompt]]]:
     """Batches of prompts for which the same jobs are still to be done."""
     groups: dict[tuple[int, ...], list[Prompt]] = {}
-    for prompt in family.prompts:
+    for prompt in sorted(family.prompts, key=family.effort):
         todo = tuple(at for at, job in enumerate(jobs) if job.fingerprint(prompt) not in store)
         if todo:
             groups.setdefault(todo, []).append(prompt)
