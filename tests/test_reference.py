@@ -40,8 +40,9 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def pool(tokenizer):
-    return np.array(tokenizer(TEXT, add_special_tokens=False)["input_ids"] * 4, dtype=np.int16)
+def pools(tokenizer):
+    ids = np.array(tokenizer(TEXT, add_special_tokens=False)["input_ids"] * 4, dtype=np.int16)
+    return [ids, ids[len(ids) // 2 :]]
 
 
 def test_single_digits_and_the_beginning_of_a_prompt(tokenizer):
@@ -51,9 +52,9 @@ def test_single_digits_and_the_beginning_of_a_prompt(tokenizer):
 
 
 @pytest.mark.parametrize("kind", READ + ASKED)
-def test_a_row_has_its_length_and_asks_for_what_stands_there(tokenizer, pool, kind):
+def test_a_row_has_its_length_and_asks_for_what_stands_there(tokenizer, pools, kind):
     for seed in range(5):
-        ids, labels = RowMaker(tokenizer, pool, Difficulty(), random.Random(seed)).row(kind, 480)
+        ids, labels = RowMaker(tokenizer, pools, Difficulty(), random.Random(seed)).row(kind, 480)
         assert ids.shape == labels.shape == (480,) and ids[0] == tokenizer.bos_token_id
         wanted = labels != IGNORE
         assert wanted.sum() > 0 and (ids[wanted] == labels[wanted]).all()
@@ -68,9 +69,9 @@ def test_a_row_has_its_length_and_asks_for_what_stands_there(tokenizer, pool, ki
             assert {split_of(value) for value in values} == {"train"}
 
 
-def test_a_question_that_cannot_fit_is_refused(tokenizer, pool):
+def test_a_question_that_cannot_fit_is_refused(tokenizer, pools):
     with pytest.raises(UserError, match="no row of kind mixed fits in 12 tokens"):
-        RowMaker(tokenizer, pool, Difficulty(), random.Random(0)).row("mixed", 12)
+        RowMaker(tokenizer, pools, Difficulty(), random.Random(0)).row("mixed", 12)
     with pytest.raises(UserError, match="kinds=riddle: expected some of text, "):
         Stage(steps=1, lengths={96: 1.0}, kinds={"riddle": 1.0})
 
@@ -81,26 +82,26 @@ def test_the_rate_is_a_trapezoid_over_the_stages():
     assert [config.stage_at(step) for step in range(6)] == [STAGES[0]] * 3 + [STAGES[1]] * 3
 
 
-def test_kinds_weigh_by_rows_and_questions_by_labels(tokenizer, pool):
-    run = ReferenceTraining(CONFIG, tokenizer, pool)
+def test_kinds_weigh_by_rows_and_questions_by_labels(tokenizer, pools):
+    run = ReferenceTraining(CONFIG, tokenizer, pools)
     wanted = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]]).bool()
     weights = run._weights(wanted, ["text", "single", "chain", "text"])
     assert weights.tolist() == pytest.approx([0.5 / 6, 0.5 / 3, 0.5 / 3, 0.5 / 6])
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tokenizer, pool, tmp_path):
-    whole = ReferenceTraining(CONFIG, tokenizer, pool)
+def test_a_resumed_run_equals_the_uninterrupted_one(tokenizer, pools, tmp_path):
+    whole = ReferenceTraining(CONFIG, tokenizer, pools)
     seen = [whole.train_step() for _ in range(5)]
-    first = ReferenceTraining(CONFIG, tokenizer, pool)
+    first = ReferenceTraining(CONFIG, tokenizer, pools)
     for _ in range(2):
         first.train_step()
     first.save(tmp_path / "checkpoint.pt")
-    resumed = ReferenceTraining(dataclasses.replace(CONFIG, seed=0), tokenizer, pool)
+    resumed = ReferenceTraining(dataclasses.replace(CONFIG, seed=0), tokenizer, pools)
     resumed.load(tmp_path / "checkpoint.pt")
     assert resumed.step == 2 and [resumed.train_step() for _ in range(3)] == seen[2:]
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
-    other = ReferenceTraining(dataclasses.replace(CONFIG, seed=1), tokenizer, pool)
+    other = ReferenceTraining(dataclasses.replace(CONFIG, seed=1), tokenizer, pools)
     assert not torch.equal(other.batch(0)[0], whole.batch(0)[0])
 
 
