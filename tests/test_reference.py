@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learnkv.config import parse
 from learnkv.data.words import split_of
 from learnkv.errors import UserError
 from learnkv.reference.asks import Difficulty
@@ -77,9 +78,10 @@ def test_a_question_that_cannot_fit_is_refused(tokenizer, pools):
 
 
 def test_the_rate_is_a_trapezoid_over_the_stages():
-    config = dataclasses.replace(CONFIG, learning_rate=1.0)
-    assert [config.rate_at(step) for step in range(6)] == pytest.approx([1 / 2, 1, 1, 1, 2 / 3, 1 / 3])
-    assert [config.stage_at(step) for step in range(6)] == [STAGES[0]] * 3 + [STAGES[1]] * 3
+    slower = dataclasses.replace(STAGES[0], rate=0.5)
+    config = dataclasses.replace(CONFIG, learning_rate=2.0, stages=[slower, STAGES[1]])
+    assert [config.rate_at(step) for step in range(6)] == pytest.approx([1 / 2, 1, 1, 2, 4 / 3, 2 / 3])
+    assert [CONFIG.stage_at(step) for step in range(6)] == [STAGES[0]] * 3 + [STAGES[1]] * 3
 
 
 def test_kinds_weigh_by_rows_and_questions_by_labels(tokenizer, pools):
@@ -145,3 +147,11 @@ def test_the_card_names_what_misses_its_bar():
     assert missed(figures) == ["vt"]
     assert "| vt | 80 | 10.0 ± 1.0 | 79.9 ± 1.0 |" in table(figures).split("\n")
     assert "| cwe | - | does not fit | 0.0 ± 0.0 |" in table(figures).split("\n")
+
+
+def test_the_shipped_recipe_parses():
+    config, resolved = parse(ReferenceConfig, ["config=reference", "text=a.txt,b.jsonl.gz"], "train")
+    assert config.text == ["a.txt", "b.jsonl.gz"] and config.stages[0].lengths == {96: 1.0}
+    assert {length for stage in config.stages for length in stage.lengths} >= {1024, 2048}
+    assert config.shape.num_hidden_layers * config.shape.num_key_value_heads >= 24
+    assert "cooldown: 600" in resolved

@@ -31,12 +31,14 @@ class Stage:
         lengths: row length in tokens -> weight; every step draws one and fills `tokens_per_step` with such rows.
         kinds: kind of row (of `READ` and `ASKED`) -> weight.
         level: how hard its questions are.
+        rate: factor on the learning rate.
     """
 
     steps: int
     lengths: dict[int, float]
     kinds: dict[str, float]
     level: Difficulty = field(default_factory=Difficulty)
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.kinds) - {*READ, *ASKED}):
