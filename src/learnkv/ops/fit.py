@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_SMALLEST_WISH = 1e-6
+_SMALLEST_WISH = 1e-9  # of the mean wish: who wishes nothing gets what nobody else can hold
 _DECIMALS = 9
 
 
@@ -25,7 +25,8 @@ def fit(wanted: Tensor, entries: Tensor, total: Tensor, protected: Tensor) -> Te
     """
     layers, batch, heads = wanted.shape
     wish = wanted.detach().to(torch.float64).transpose(0, 1).reshape(batch, layers * heads)
-    wish = wish.clamp_min(0) + _SMALLEST_WISH
+    wish = wish.clamp_min(0)
+    wish = wish / wish.mean(-1, keepdim=True).clamp_min(torch.finfo(wish.dtype).tiny) + _SMALLEST_WISH
     low = protected.to(torch.float64).view(batch, 1)
     high = entries.to(torch.float64).view(batch, 1)
     share = (wish * _factor(wish, low, high, total.to(torch.float64).view(batch, 1))).clamp(low, high)
