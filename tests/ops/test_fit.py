@@ -106,3 +106,16 @@ def test_only_proportions_matter(scale):
     wanted = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     arguments = torch.tensor([50, 30]), torch.tensor([200, 111]), torch.tensor([2, 0])
     assert torch.equal(fit(wanted * scale, *arguments), fit(wanted, *arguments))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_long_prompts_whose_heads_wish_nothing_or_very_much(seed):
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.randint(0, 3, (80, 3, 2), generator=generator) * 1e5
+    entries = torch.randint(10_000, 131_072, (3,), generator=generator)
+    protected = (entries * torch.rand(3, generator=generator) / 2).long()
+    total = (160 * (protected + (entries - protected) * torch.rand(3, generator=generator, dtype=torch.float64))).long()
+    budgets = fit(wanted, entries, total, protected)
+    assert torch.equal(budgets.sum((0, 2)), total)
+    assert (budgets >= protected.view(1, -1, 1)).all()
+    assert (budgets <= entries.view(1, -1, 1)).all()
