@@ -23,6 +23,7 @@ def prefill(
     *,
     chunk_size: int | None = None,
     window: int = 64,
+    record_hidden: bool = False,
     policy: Policy | None = None,
     keep: float | None = None,
     budget: float | None = None,
@@ -35,6 +36,7 @@ def prefill(
         attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
         chunk_size: tokens read at once, at least 1; None: all. Chunks may end anywhere.
         window: last queries to record for scorers; at least what `policy` needs.
+        record_hidden: record hidden states too, for a policy that `records_hidden` and compresses a fork later.
         policy: compress to `keep` or `budget`; with a static allocator every layer is evicted as soon as it has been
             read, so that the full prompt never exists for more than one layer.
 
@@ -47,8 +49,8 @@ def prefill(
     attach(model)
     if policy is not None:
         check_budget(keep, budget)
-        window = max(window, policy.window)
-    cache = CompressedCache(model.config, window, record_hidden=policy is not None and policy.records_hidden)
+        window, record_hidden = max(window, policy.window), record_hidden or policy.records_hidden
+    cache = CompressedCache(model.config, window, record_hidden)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     cache.set_prompt(lengths)
     slots = input_ids.shape[1]

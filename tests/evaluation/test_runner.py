@@ -13,8 +13,9 @@ from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.text import Text
 from learnkv.io import load_policy
+from learnkv.observation import Observation
 from learnkv.policy import Policy
-from learnkv.scorers import Knorm, SnapKV
+from learnkv.scorers import Knorm, Scorer, SnapKV
 
 KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]
 NAMES = ("snapkv", "adakv")
@@ -227,3 +228,20 @@ def test_the_heuristic_below_a_learned_policy_is_found():
     learned = Policy(SnapKV(window=32), LearnedAllocator(AdaKV(), num_layers=2, num_heads=2))
     others = {"adakv": Policy(SnapKV(window=32), AdaKV()), "snapkv": Policy(SnapKV(window=32), Uniform())}
     assert runner.starting_points({"learned": learned, **others}) == {"learned": "adakv"}
+
+
+class HiddenSize(Scorer):
+    """Scores entries by the size of their hidden states, which only some prefills record."""
+
+    needs = frozenset({"hidden"})
+
+    def forward(self, seen: Observation) -> torch.Tensor:
+        assert seen.hidden is not None
+        return seen.hidden.norm(dim=-1).unsqueeze(1).expand(seen.keys.shape[:3])
+
+
+def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded, tmp_path):
+    jobs = runner.jobs_of(loaded[0], {"hidden": Policy(HiddenSize())}, KEEPS[:1])
+    store = Store(tmp_path / "samples.jsonl")
+    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
+    assert sum(record["policy"] == "hidden" and record["kl"] > 0 for record in store.records.values()) == 2

@@ -17,8 +17,6 @@ from learnkv.generation import prefill
 from learnkv.models import describe_model
 from learnkv.policy import Policy, heuristic_of
 
-OBSERVED = 64
-
 
 @dataclass(frozen=True)
 class Job:
@@ -77,12 +75,14 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
         (j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs
     )
     batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size)]
-    window = max([OBSERVED, *(job.policy.window for job in jobs if job.policy is not None)])
+    policies = [job.policy for job in jobs if job.policy is not None]
+    window = max([0, *(policy.window for policy in policies)])
+    hidden = any(policy.records_hidden for policy in policies)
     with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
         for family, todo, prompts in batches:
             ids, mask = pad([prompt.read for prompt in prompts], "left", model.device)
             progress.set_description(f"reading {len(prompts)} prompts of {prompts[0].setting}")
-            cache = prefill(model, ids, mask, window=window)
+            cache = prefill(model, ids, mask, window=window, record_hidden=hidden)
             full: Any = None
             if todo[0].policy is None or family.needs_full:
                 measured, full = family.measure(model, prompts, cache.fork(), None)
