@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,11 +223,13 @@ def _unit_scale(scores: Tensor) -> Tensor:
 
 def heuristic_of(policy: Policy) -> Policy:
     """The policy that a learned one starts from: its parts without their learned corrections."""
-    scorer, allocator = (
-        getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part
-        for part in (policy.scorer, policy.allocator)
+    return Policy(
+        _without_correction(policy.scorer), _without_correction(policy.allocator), policy.sinks, policy.recent
     )
-    return Policy(scorer, allocator, policy.sinks, policy.recent)
+
+
+def _without_correction(part: Any) -> Any:
+    return getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part
 
 
 def check_budget(keep: float | None, budget: float | None) -> None:
