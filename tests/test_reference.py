@@ -7,13 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from learnkv.config import parse
+from learnkv.data.ruler import Ruler
 from learnkv.data.words import split_of
 from learnkv.errors import UserError
+from learnkv.models import REFERENCE, load_model
 from learnkv.reference.asks import Difficulty
 from learnkv.reference.card import missed, table
 from learnkv.reference.config import ReferenceConfig, Shape
 from learnkv.reference.corpus import train_tokenizer
-from learnkv.reference.measure import Figure, perplexity
+from learnkv.reference.measure import Figure, perplexity, ruler_figure
 from learnkv.reference.rows import ASKED, IGNORE, READ, RowMaker, Stage
 from learnkv.reference.training import ReferenceTraining, train
 
@@ -154,4 +156,16 @@ def test_the_shipped_recipe_parses():
     assert config.text == ["a.txt", "b.jsonl.gz"] and config.stages[0].lengths == {96: 1.0}
     assert {length for stage in config.stages for length in stage.lengths} >= {1024, 2048}
     assert config.shape.num_hidden_layers * config.shape.num_key_value_heads >= 24
-    assert "cooldown: 600" in resolved
+    assert "cooldown: 840" in resolved
+
+
+def test_the_shipped_model_retrieves():
+    weights = REFERENCE / "model.safetensors"
+    assert weights.stat().st_size < 10_000_000
+    model, tokenizer = load_model("reference")
+    config = model.config
+    assert config.num_hidden_layers * config.num_key_value_heads >= 24 and config.max_position_embeddings >= 2048
+    assert config.num_attention_heads > config.num_key_value_heads
+    found = ruler_figure(model, tokenizer, Ruler(tokenizer, 512), "niah_multikey_1", samples=4, batch=4)
+    assert found.score >= 75
+    assert (REFERENCE / "README.md").read_text().count("| niah_") == 8
