@@ -74,7 +74,10 @@ def train(config: TrainConfig, resolved: str) -> None:
         description={"format_version": FORMAT_VERSION, "policy": spec, "model": description, "training": training},
     )
     trainer = _trainer(config, output, training, step)
-    trainer.fit(module, data, ckpt_path=checkpoint if resume else None, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint if resume else None, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
     _finish(trainer, module, description, output)
 
 
@@ -153,7 +156,7 @@ def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], res
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
         "val_check_interval": min(every, given["max_steps"]) * accumulate,
-        "limit_val_batches": config.validation_batches,
+        "use_distributed_sampler": False,
         "inference_mode": False,
         "log_every_n_steps": given["log_every_n_steps"] or 10,
         "gradient_clip_val": 1.0 if given["gradient_clip_val"] is None else given["gradient_clip_val"],
@@ -166,8 +169,14 @@ def _quiet() -> None:
     """Leave out what Lightning says about itself and advice that does not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\..*", message=r".*(num_workers|does not have many workers).*")
-    warnings.filterwarnings("ignore", message=r".*consider setting .sync_dist.*")
+    for advice in (
+        "does not have many workers",
+        "in eval mode at the start",
+        "LeafSpec",
+        "smaller than the logging",
+        "not resumable",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
 
 
 def _finish(trainer: L.Trainer, module: Distillation, model: Mapping[str, Any], output: Path) -> None:

@@ -61,16 +61,16 @@ class Drawing:
 
 
 class Batches(Dataset[Batch]):
-    """`count` batches of a drawing, beginning with batch `first`; a sampler only deals out the numbers."""
+    """The batches of a drawing with these numbers, in their order."""
 
-    def __init__(self, drawing: Drawing, count: int, first: int = 0) -> None:
-        self.drawing, self.count, self.first = drawing, count, first
+    def __init__(self, drawing: Drawing, numbers: range) -> None:
+        self.drawing, self.numbers = drawing, numbers
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.drawing.batch(self.first + index)
+        return self.drawing.batch(self.numbers[index])
 
 
 def collate(index: int, passages: list[Passage], aware: random.Random | None) -> Batch:

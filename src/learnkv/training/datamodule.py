@@ -95,12 +95,15 @@ class Data(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.trainer is not None
         per_step = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        count, first = self.trainer.max_steps * per_step, self.trainer.global_step * per_step
-        return self._loader(Batches(self.drawings["train"], count, first))
+        return self._loader("train", self.trainer.global_step * per_step, self.trainer.max_steps * per_step)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(Batches(self.drawings["validation"], self.config.validation_batches))
+        return self._loader("validation", 0, self.config.validation_batches)
 
-    def _loader(self, batches: Batches) -> DataLoader[Batch]:
-        workers = self.config.workers
+    def _loader(self, part: str, first: int, count: int) -> DataLoader[Batch]:
+        """At least `count` batches from number `first` on, dealt out to the processes in turn."""
+        assert self.trainer is not None
+        processes, workers = self.trainer.world_size, self.config.workers
+        end = first + -(-count // processes) * processes
+        batches = Batches(self.drawings[part], range(first + self.trainer.global_rank, end, processes))
         return DataLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
