@@ -122,6 +122,7 @@ def test_training_learns_and_exports_a_model_that_loads(tmp_path):
     assert len(losses) == 2 and losses[1] < losses[0] - 0.3
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.dtype == torch.float16 and len(tokenizer) == 400
+    assert "local" not in (folder / "tokenizer_config.json").read_text()
     told.clear()
     train(config, told.append)
     assert told[0] == "resumed at step 25" and len(told) == 2

@@ -138,6 +138,8 @@ class ReferenceTraining:
         half = build_model(self.config.shape, 0).half()
         half.load_state_dict(self.model.state_dict())
         half.save_pretrained(folder)
+        for key in ("is_local", "local_files_only"):  # how this machine found it
+            self.tokenizer.init_kwargs.pop(key, None)
         self.tokenizer.save_pretrained(folder)
 
 
