@@ -69,4 +69,5 @@ class ReferenceConfig:
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step: trapezoid over all steps, times the stage's own factor."""
-        return self.learning_rate * self.stage_at(step).rate * min(1.0, (step + 1) / self.warmup, (self.steps - step) / max(1, self.cooldown))
+        height = min(1.0, (step + 1) / self.warmup, (self.steps - step) / max(1, self.cooldown))
+        return self.learning_rate * self.stage_at(step).rate * height
