@@ -124,12 +124,13 @@ def test_pareto_shows_score_against_bytes_in_a_panel_per_setting(both):
     np.testing.assert_allclose(lines_of(aware)["learned-mine"], [[1e6, 89.5], [2e5, 69.5]])
     np.testing.assert_allclose(lines_of(text)["adakv"], [[1e6, 0.21], [2e5, 0.21]])
     assert agnostic.get_xscale() == text.get_yscale() == "log"
-    (full,) = (line for line in agnostic.lines if line.get_label() == "full cache, 2 MB")
+    (full,) = (line for line in agnostic.lines if line.get_label() == "full cache")
     assert set(full.get_ydata()) == {94.5}
+    assert [text.get_text() for text in agnostic.texts] == ["94.5 with 2 MB"]
     assert [tick.get_text() for tick in agnostic.get_xticklabels()] == ["keep 0.5\n1 MB", "keep 0.1\n200 kB"]
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]
-    assert sorted(names) == ["adakv", "full cache, 2 MB", "learned-mine", "snapkv"]
+    assert sorted(names) == ["adakv", "full cache", "learned-mine", "snapkv"]
     markers = {container.get_label(): container.lines[0].get_marker() for container in agnostic.containers}
     assert len(set(markers.values())) == 3
 

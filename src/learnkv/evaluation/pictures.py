@@ -39,12 +39,11 @@ def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], is_text: bool)
     by_policy = grouped(rows)
     (full,) = by_policy.pop(FULL).values()
     if not is_text:
-        axis.axhline(
-            score_of(full).mean,
-            color="black",
-            linestyle="--",
-            linewidth=1,
-            label=f"full cache, {size(mean(full, 'bytes'))}",
+        best = score_of(full).mean
+        axis.axhline(best, color="black", linestyle="--", linewidth=1, label="full cache")
+        inside = axis.get_yaxis_transform()
+        axis.text(
+            0.01, best - 1, f"{best:.1f} with {size(mean(full, 'bytes'))}", transform=inside, va="top", fontsize=8
         )
     ticks: dict[str, list[float]] = {}
     for at, name in enumerate(order):

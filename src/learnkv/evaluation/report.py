@@ -107,7 +107,7 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
     over = tasks[0] if len(tasks) == 1 else f"Mean over {len(tasks)} tasks ({', '.join(tasks)})"
     counts = sorted({row["n"] for row in full})
     many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    yield f"{over}, {many} samples each. Full cache: {cell(full)}."
+    yield f"{over}, {many} {'sample' if many == '1' else 'samples'} each. Full cache: {cell(full)}."
     yield ""
     yield f"Cells: {what} · bytes held per prompt · fraction of entries kept."
     yield ""
