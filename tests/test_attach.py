@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import FAMILIES, attached, build, padded, plain, tokens
+from models import FAMILIES, assert_logits_close, attached, build, padded, plain, tokens
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
@@ -142,6 +142,17 @@ def test_families_that_cannot_be_expressed_are_refused_by_name(family, word):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_gemma2_works_without_its_capping():
+    models = [build("gemma2", attn="eager", attn_logit_softcapping=None) for _ in range(2)]
+    with pytest.warns(UserWarning, match="replaced by sdpa"):
+        attach(models[0])
+    ids = tokens(2, 40)
+    told = models[1](input_ids=ids, past_key_values=DynamicCache(config=models[1].config)).logits
+    cache = prefill(models[0], ids[:, :33], chunk_size=10)
+    assert cache.compressible == [1]
+    assert_logits_close(continuation(models[0], ids[:, 33:], cache), told[:, 33:])
+
+
 @pytest.mark.parametrize("argument", ["softcap", "s_aux"])
 def test_arguments_of_attention_are_refused_by_name(argument):
     model = attach(build("llama"))
@@ -187,10 +198,15 @@ def test_compiled_models():
     assert torch.equal(*said)
 
 
-def test_weights_placed_by_a_device_map(tmp_path):
+@pytest.mark.parametrize("second", ["cpu", "disk"])
+def test_weights_placed_by_a_device_map(second, tmp_path):
     plain("llama").save_pretrained(tmp_path)
-    model = LlamaForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
-    cache = load_policy("snapkv").compress(prefill(model, tokens(1, 30)), keep=0.5)
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places |= {"model.layers.0": "cpu", "model.layers.1": second, "model.layers.2": "cpu"}
+    model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    whole = prefill(model, tokens(1, 30))
+    assert (whole.layers[1].observation(1).output_weight is None) == (second == "disk")
+    cache = load_policy("snapkv").compress(whole, keep=0.5)
     other = load_policy("snapkv").compress(prefill(attached("llama"), tokens(1, 30)), keep=0.5)
     assert torch.equal(continuation(model, tokens(1, 4), cache), continuation(attached("llama"), tokens(1, 4), other))
 

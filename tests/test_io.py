@@ -213,7 +213,7 @@ def test_a_checkpoint_never_runs_code(exported, tmp_path):
     with pytest.raises(UserError, match=r"last.ckpt: not a checkpoint of learnkv's train.py") as caught:
         load_policy(poisoned)
     assert "\n" not in str(caught.value)
-    (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Trap(sprung)))
+    (tmp_path / "raw.ckpt").write_bytes(pickle.dumps(Trap(sprung), protocol=2))
     with pytest.raises(UserError, match=r"raw.ckpt: not a checkpoint"):
         load_policy(tmp_path / "raw.ckpt")
     assert not sprung.exists()

@@ -72,5 +72,14 @@ def test_the_context_ends_where_the_model_says():
         continuation(model, tokens(2, 13), cache)
     with pytest.raises(UserError, match="chunk_size=0: expected at least 1 token"):
         prefill(model, ids, mask, chunk_size=0)
-    with pytest.raises(UserError, match="1 continuations for 2 prompts"):
+    with pytest.raises(UserError, match="1 rows continue 2 prompts"):
         continuation(model, tokens(1, 2), cache)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "full"])
+def test_more_rows_than_prompts_are_not_continued_through_transformers_either(policy):
+    model, ids = attached("llama"), tokens(1, 9)
+    cache = policy_for(policy, model).compress(prefill(model, ids[:, :6]), keep=0.5)
+    for attempt in (cache, policy_for("snapkv", model).relax(prefill(model, ids[:, :6]), keep=0.5)):
+        with pytest.raises(UserError, match="2 rows continue 1 prompts: repeat the cache's rows first"):
+            model.generate(ids, past_key_values=attempt, max_new_tokens=2, do_sample=True, num_return_sequences=2)

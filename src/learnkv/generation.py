@@ -121,7 +121,7 @@ def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache
         raise UserError(f"attention_mask of shape {list(mask.shape)}: expected {list(ids.shape)}, as input_ids")
     if ids.shape[0] != len(cache.prompt_lengths):
         raise UserError(
-            f"{ids.shape[0]} continuations for {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
+            f"{ids.shape[0]} rows continue {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
         )
     return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 

@@ -61,6 +61,10 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.sealed:
+            if key_states.shape[0] != self.batch:
+                raise UserError(
+                    f"{key_states.shape[0]} rows continue {self.batch} prompts: repeat the cache's rows first"
+                )
             if self.tail is None:
                 self.tail = Tail.empty_like(key_states, value_states)
             self.tail.append(key_states, value_states)
