@@ -104,6 +104,13 @@ def test_reading_in_chunks_is_reading_at_once(family, chunk_size):
         check_same_plan(policy_for(name, model), whole, [0, 1], parts, [0, 1])
 
 
+@pytest.mark.parametrize("chunk_size", [4, 16, 31, 32])
+def test_prompts_without_padding_are_read_in_chunks_of_any_length(chunk_size):
+    model, ids = attached("llama"), tokens(2, 33)
+    whole, parts = (prefill(model, ids, chunk_size=size) for size in (None, chunk_size))
+    check_same_plan(policy_for("adakv", model), whole, [0, 1], parts, [0, 1])
+
+
 def check_same_plan(policy, one, rows, other, other_rows):
     """The same scores and kept entries in rows of two caches, whose padding may differ."""
     plans = [policy.plan(cache.fork(), keep=0.25) for cache in (one, other)]
