@@ -58,7 +58,8 @@ class TrainConfig:
         text_column: column with the text.
         streaming: read the text while training, for what is too large to be tokenised first.
         mixture: what follows a context.
-        lengths: shortest and longest context in tokens; log-uniform between them.
+        lengths: shortest and longest context in tokens, log-uniform between them; 512,1024 if not given, or the upper
+            half of what a model of a shorter context can read.
         continuations: questions or spans of one context.
         continuation_tokens: tokens of a text continuation, and at most of a span.
         query_aware: fraction of the batches whose question is read before compression.
@@ -92,7 +93,7 @@ class TrainConfig:
     text_column: str = "text"
     streaming: bool = False
     mixture: Mixture = Mixture()
-    lengths: tuple[int, int] = (512, 1024)
+    lengths: tuple[int, int] | None = None
     continuations: int = 4
     continuation_tokens: int = 64
     query_aware: float = 0.25
@@ -119,7 +120,7 @@ class TrainConfig:
             if not 0 < keep <= 1:
                 raise UserError(f"keep={keep:g}: expected fractions of the prompt's entries, above 0 and at most 1")
         for key in ("keep_range", "lengths"):
-            low, high = getattr(self, key)
+            low, high = getattr(self, key) or (1, 1)
             if not 0 < low <= high:
                 raise UserError(f"{key}={low},{high}: expected the lowest and the highest, in this order")
         if not 0 <= self.query_aware <= 1:

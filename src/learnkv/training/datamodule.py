@@ -30,13 +30,14 @@ class Data(L.LightningDataModule):
 
     def __init__(self, config: TrainConfig, tokenizer: Any, context: int | None) -> None:
         super().__init__()
-        longest = config.lengths[1] + config.continuation_tokens
+        self.config, self.tokenizer = config, tokenizer
+        self.lengths = config.lengths or default_lengths(context, config.continuation_tokens)
+        longest = self.lengths[1] + config.continuation_tokens
         if context is not None and longest > context:
             raise UserError(
-                f"lengths={config.lengths[0]},{config.lengths[1]}: with continuations of {config.continuation_tokens} "
+                f"lengths={self.lengths[0]},{self.lengths[1]}: with continuations of {config.continuation_tokens} "
                 f"tokens this is more than the model's context of {context}"
             )
-        self.config, self.tokenizer = config, tokenizer
         train, validation = self._texts(longest)
         self.drawings = {
             "train": self._drawing("train", self._sources(train)),
@@ -45,7 +46,7 @@ class Data(L.LightningDataModule):
 
     def _drawing(self, part: str, sources: list[tuple[float, Source]]) -> Drawing:
         config = self.config
-        return Drawing(sources, config.lengths, config.batch_size, config.query_aware, config.seed, part)
+        return Drawing(sources, self.lengths, config.batch_size, config.query_aware, config.seed, part)
 
     def _sources(self, text: Text | None) -> list[tuple[float, Source]]:
         config, found = self.config, list[tuple[float, Source]]()
@@ -107,3 +108,9 @@ class Data(L.LightningDataModule):
         end = first + -(-count // processes) * processes
         batches = Batches(self.drawings[part], range(first + self.trainer.global_rank, end, processes))
         return DataLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
+
+
+def default_lengths(context: int | None, continuation: int) -> tuple[int, int]:
+    """512 to 1,024 tokens, or the upper half of what fits into `context` with the continuation."""
+    longest = 1024 if context is None else min(1024, max(2, context - continuation))
+    return longest // 2, longest
