@@ -15,7 +15,6 @@ VENV := .venv
 COMPAT := .venv-compat
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-HEURISTICS := $(filter-out configs/policies/full.yaml,$(wildcard configs/policies/*.yaml))
 
 .PHONY: help quickstart test test-compat format clean
 .DELETE_ON_ERROR:
@@ -25,8 +24,7 @@ help:
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py config=quickstart
-	$(VENV)/bin/python eval.py config=quickstart --ckpt runs/quickstart/policy \
-		$(addprefix --ckpt ,$(HEURISTICS)) $(if $(samples),samples=$(samples))
+	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
 # Nothing in the tests may reach for a network; two threads, because more only fight each other on a small machine.
 test test-compat: export OMP_NUM_THREADS := 2

@@ -27,9 +27,9 @@ def test_the_scorer_of_contributing_runs_from_its_yaml(tmp_path: Path) -> None:
     (scorer,), (policy,), (program,) = (blocks("CONTRIBUTING.md", kind) for kind in ("python", "yaml", "pycon"))
     (tmp_path / "mine.py").write_text(scorer, encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(policy, encoding="utf-8")
-    shown = [line.split(" ", 1) for line in program.splitlines() if line]
+    shown = [line.partition(" ")[::2] for line in program.splitlines() if line]
     code = "\n".join(rest for mark, rest in shown if mark in (">>>", "..."))
-    expected = [" ".join(line) for line in shown if line[0] not in (">>>", "...")]
+    expected = [" ".join(line).rstrip() for line in shown if line[0] not in (">>>", "...")]
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == expected

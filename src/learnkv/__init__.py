@@ -4,6 +4,7 @@ from learnkv.attention import attach, detach
 from learnkv.cache import CompressedCache
 from learnkv.generation import continuation, generate, prefill
 from learnkv.io import load_policy, save_policy
+from learnkv.models import load_model
 from learnkv.policy import Policy
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "continuation",
     "detach",
     "generate",
+    "load_model",
     "load_policy",
     "prefill",
     "save_policy",

@@ -66,8 +66,9 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     layer.announced = True
     if not layer.sealed:
         weight = getattr(module.o_proj, "weight", None)
-        # Quantised layers have a packed weight, or a method of that name.
-        layer.output_weight = weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
+        # Quantised layers have a packed weight, or a method of that name; offloaded ones none at this moment.
+        usable = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+        layer.output_weight = weight if usable else None
         if (rotation := kwargs.get("position_embeddings")) is not None:
             layer.rotations += (rotation,)
         if layer.record_hidden:

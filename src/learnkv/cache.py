@@ -84,7 +84,9 @@ class CompressedCache(Cache):
             budgets: [L, B, H] int64.
             first: index of the first of these layers among the compressible ones.
         """
-        for at, group in self._groups(first, scores.shape[0]):
+        for rows, group in self._groups(first, scores.shape[0]):
+            whole = len(rows) == rows[-1] - rows[0] + 1  # a view of the budgets then serves as the table of lengths
+            at = slice(rows[0], rows[-1] + 1) if whole else rows
             self._evict_group([self.layers[i] for i in group], scores[at], budgets[at])
 
     def _groups(self, first: int, count: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -24,8 +24,8 @@ def class_path(component: Component) -> str:
     """Where the class is found, by its public name where the package above exports it."""
     kind = type(component)
     package = kind.__module__.rpartition(".")[0]
-    exported = inspect.getmodule(kind) is not None and hasattr(__import__(package, fromlist=["_"]), kind.__name__)
-    return f"{package if package and exported else kind.__module__}.{kind.__qualname__}"
+    exported = bool(package) and hasattr(__import__(package, fromlist=["_"]), kind.__name__)
+    return f"{package if exported else kind.__module__}.{kind.__qualname__}"
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from learnkv.attention import attach
 from learnkv.config import run_main
-from learnkv.errors import UserError
+from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import FULL, Record, rows_of
@@ -32,9 +32,11 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
 
     The report is written too when the run is interrupted, from what is finished by then.
     """
+    for path in config.ckpt:
+        load_policy(path, config.allow)  # what is missing is told before a large model is loaded
     model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
     attach(model)
-    policies = load_policies(config, describe_model(model))
+    policies = load_policies(config, model)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     families = tasks.load(config, tokenizer, context)
     output = Path(config.output).expanduser()
@@ -48,15 +50,18 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
     store = Store(output / "samples.jsonl")
     try:
         runner.run(model, families, jobs, store, config.batch_size)
-    finally:
-        write_report(output, model, policies, runner.finished(families, jobs, store))
+    except (KeyboardInterrupt, RunError):
+        if done := runner.finished(families, jobs, store):
+            write_report(output, model, policies, done)
+        raise
+    write_report(output, model, policies, runner.finished(families, jobs, store))
 
 
-def load_policies(config: EvalConfig, model: Mapping[str, Any]) -> dict[str, Policy]:
+def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
     """Every policy that `config.ckpt` names, by the name it has in tables; the full cache is always compared to."""
     found: dict[str, Policy] = {}
     for path in dict.fromkeys(config.ckpt):
-        policy = load_policy(path, config.allow, model)
+        policy = load_policy(path, config.allow, describe_model(model)).to(model.device)
         name = describe_policy_file(path)
         if name == FULL:
             continue
@@ -75,15 +80,12 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
         part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     with replacing(output / "results.md") as part:
         part.write_text(report.markdown(name, rows, records, runner.starting_points(policies)), encoding="utf-8")
-    written = ["results.json", "results.md"]
-    if rows:
-        pictures.pareto(rows, output / "pareto.png")
-        written.append("pareto.png")
-    for policy in policies:
-        if pictures.heatmap(records, policy, output / f"heatmap-{policy}.png"):
-            written.append(f"heatmap-{policy}.png")
+    figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
+    figures |= {f"heatmap-{policy}.png": found for policy in policies if (found := pictures.heatmap(records, policy))}
+    for file, figure in figures.items():
+        pictures.save(figure, output / file)
     print((output / "results.md").read_text(encoding="utf-8").split(report.EVERY_TASK)[0])
-    print("\n".join(str(output / file) for file in written))
+    print("\n".join(str(output / file) for file in ("results.json", "results.md", *figures)))
 
 
 def environment(model: Any) -> dict[str, str]:

@@ -12,6 +12,8 @@ from learnkv.decoding import beam_search, check_numbers, check_settings, next_to
 from learnkv.errors import UserError
 from learnkv.policy import Policy, check_budget
 
+CHECK_EVERY = 16
+
 
 @torch.no_grad()
 def prefill(
@@ -21,6 +23,7 @@ def prefill(
     *,
     chunk_size: int | None = None,
     window: int = 64,
+    record_hidden: bool = False,
     policy: Policy | None = None,
     keep: float | None = None,
     budget: float | None = None,
@@ -33,6 +36,7 @@ def prefill(
         attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
         chunk_size: tokens read at once, at least 1; None: all. Chunks may end anywhere.
         window: last queries to record for scorers; at least what `policy` needs.
+        record_hidden: record hidden states too, for a policy that `records_hidden` and compresses a fork later.
         policy: compress to `keep` or `budget`; with a static allocator every layer is evicted as soon as it has been
             read, so that the full prompt never exists for more than one layer.
 
@@ -45,8 +49,8 @@ def prefill(
     attach(model)
     if policy is not None:
         check_budget(keep, budget)
-        window = max(window, policy.window)
-    cache = CompressedCache(model.config, window, record_hidden=policy is not None and policy.records_hidden)
+        window, record_hidden = max(window, policy.window), record_hidden or policy.records_hidden
+    cache = CompressedCache(model.config, window, record_hidden)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     cache.set_prompt(lengths)
     slots = input_ids.shape[1]
@@ -117,7 +121,7 @@ def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache
         raise UserError(f"attention_mask of shape {list(mask.shape)}: expected {list(ids.shape)}, as input_ids")
     if ids.shape[0] != len(cache.prompt_lengths):
         raise UserError(
-            f"{ids.shape[0]} continuations for {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
+            f"{ids.shape[0]} rows continue {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
         )
     return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
@@ -200,7 +204,7 @@ def generate(
         stop: called with the new tokens [B, new] after every step, True [B] ends a row.
 
     Raises:
-        RunError: NaN in the model's output, looked for in the first and every 16th step.
+        RunError: NaN in the model's output, looked for in the first, every 16th and the last step.
     """
     check_settings(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, stop)
     settings = model.generation_config
@@ -217,7 +221,7 @@ def generate(
         found = beam_search(model, *_packed(ids, mask, "left"), cache, max_new_tokens, num_beams, ends.tolist(), pad)
         over = torch.isin(found, ends).cumsum(-1) - torch.isin(found, ends).long() > 0
         cache.pending = (torch.cat([ids, found], 1), torch.cat([mask, ~over], 1))
-        return found
+        return found.masked_fill(over, pad)  # transformers takes another id for a pad_token_id of 0
     ids, mask = _packed(ids, mask, "right")
     generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
     logits = _read(model, ids, mask, cache)
@@ -225,7 +229,8 @@ def generate(
     said: list[Tensor] = []
     live = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
     for step in range(max_new_tokens):
-        check_numbers(logits, step)
+        if step % CHECK_EVERY == 0:
+            check_numbers(logits, step)
         token = next_token(logits, do_sample, temperature, top_k, top_p, generator)
         said.append(torch.where(live, token, pad))
         was_live, live = live, live & ~torch.isin(token, ends)
@@ -234,6 +239,7 @@ def generate(
         if step + 1 == max_new_tokens or not bool(live.any()):
             break
         logits = _read(model, said[-1].unsqueeze(1), was_live.unsqueeze(1), cache)[:, -1]
+    check_numbers(logits, step)
     cache.pending = (said[-1].unsqueeze(1), was_live.unsqueeze(1))
     return torch.stack(said, 1)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from learnkv.config import find_config
 from learnkv.errors import UserError
+from learnkv.ops.fit import fit
 from learnkv.policy import Policy
 
 FORMAT_VERSION = 1
@@ -42,8 +43,8 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
     try:
         parsed = parser.parse_object({"policy": dict(spec)})
         policy = parser.instantiate(parsed)["policy"]
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {_one_line(str(error))}") from None
     assert isinstance(policy, Policy)
@@ -98,14 +99,15 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
 
 
 def describe_policy_file(path: str | Path) -> str:
-    """The name a policy goes by in tables: a heuristic's file name, `learned` or `learned-NAME` for a trained one."""
+    """The name a policy goes by in tables: a heuristic's file name, `learned` or `learned-RUN` for a trained one."""
     where = Path(path).expanduser()
-    if where.suffix == ".ckpt":
-        return f"learned-{where.resolve().parent.parent.name}"
-    if where.is_dir():
-        folder = where.resolve()
-        return f"learned-{(folder.parent if folder.name == 'policy' else folder).name}"
-    return "learned" if str(path) == "reference" else where.stem
+    if str(path) == "reference" and not where.exists():
+        return "learned"
+    if where.suffix != ".ckpt" and not where.is_dir():
+        return where.stem
+    folder = where.resolve()
+    run = folder.parent.parent if where.suffix == ".ckpt" else folder.parent if folder.name == "policy" else folder
+    return run.name if run.name.startswith("learned") else f"learned-{run.name}"
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -123,12 +125,19 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     if missing:
         raise UserError(f"{folder}: expected an exported policy, {missing[0]} is missing")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _mapping(json.loads((folder / "manifest.json").read_text(encoding="utf-8")), "manifest.json")
+        trained_for = _mapping(manifest.get("model", {}), "its model")
         state = load_file(folder / "policy.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read: {str(error).splitlines()[0]}") from None
     _check_version(manifest.get("format_version"), folder)
-    return _read_yaml(folder / "policy.yaml"), state, manifest.get("model", {})
+    return _read_yaml(folder / "policy.yaml"), state, trained_for
+
+
+def _mapping(held: Any, what: str) -> dict[str, Any]:
+    if not isinstance(held, dict):
+        raise TypeError(f"{what} is a {type(held).__name__}, expected a mapping")
+    return held
 
 
 def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -136,17 +145,18 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], dic
         raise UserError(f"ckpt={file}: no such file")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        ours = checkpoint["learnkv"]
+        ours = _mapping(checkpoint["learnkv"], "its part for learnkv")
+        spec, trained_for = _mapping(ours["policy"], "its policy"), _mapping(ours.get("model", {}), "its model")
         state = {
             name.removeprefix("policy."): held
             for name, held in checkpoint["state_dict"].items()
             if name.startswith("policy.")
         }
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"ckpt={file}: not a checkpoint of learnkv's train.py ({reason})") from None
     _check_version(ours.get("format_version"), file)
-    return ours["policy"], state, ours.get("model", {})
+    return spec, state, trained_for
 
 
 def _check_version(version: object, where: Path) -> None:
@@ -228,10 +238,14 @@ def static_budgets(policy: Policy, shapes: Mapping[str, int]) -> dict[float, lis
     if not policy.allocator.static:
         raise UserError("budgets depend on the prompt: give save_policy the mean budgets that training measured")
     layers, heads, n = shapes["layers"], shapes["heads"], _NOMINAL_ENTRIES
-    with torch.no_grad():
-        table = {}
-        for keep in GRID:
-            scores = torch.zeros(1, 1, 1, n).expand(layers, 1, heads, n)
-            wanted = policy.allocator(scores, None, torch.tensor([keep * n], dtype=torch.float64))
-            table[keep] = (wanted[:, 0] * (keep * layers * heads / wanted.sum())).tolist()
+    table = {}
+    for keep in GRID:
+        total = round(keep * n * layers * heads)
+        protected = min(policy.sinks + policy.recent, total // (2 * layers * heads))
+        scores = torch.zeros(1, 1, 1, n).index_fill(-1, torch.arange(protected), torch.inf)
+        with torch.no_grad():
+            per_head = torch.tensor([total / (layers * heads)], dtype=torch.float64)
+            wanted = policy.allocator(scores.expand(layers, 1, heads, n), None, per_head)
+        budgets = fit(wanted, *(torch.tensor([one]) for one in (n, total, protected)))
+        table[keep] = (budgets[:, 0].double() / n).tolist()
     return table

@@ -61,6 +61,10 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.sealed:
+            if key_states.shape[0] != self.batch:
+                raise UserError(
+                    f"{key_states.shape[0]} rows continue {self.batch} prompts: repeat the cache's rows first"
+                )
             if self.tail is None:
                 self.tail = Tail.empty_like(key_states, value_states)
             self.tail.append(key_states, value_states)
@@ -154,10 +158,10 @@ class CompressedLayer(CacheLayerMixin):
 
         A layer that was told to evict `when_read` does so now.
         """
-        if mask is not None:
-            if mask.dtype != torch.bool:
-                raise UserError(f"attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
-            self.valid = mask[:, 0, -1].expand(query.shape[0], -1).clone()
+        if mask is not None and mask.dtype != torch.bool:
+            raise UserError(f"attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
+        # Without padding the mask comes and goes with the length of a chunk; with padding it is always there.
+        self.valid = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1).clone()
         if self.window:
             new = query[:, :, -self.window :].detach()
             both = new if self.queries is None else torch.cat([self.queries, new], 2)

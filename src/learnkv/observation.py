@@ -15,6 +15,7 @@ class Observation:
     """
 
     layer_idx: int
+    """Number of the layer among those that are compressed: in a hybrid model the sliding layers do not count."""
     queries: Tensor
     """[B, H*G, W, D] queries of the last W prompt slots, after RoPE; W is smaller where the prompt is shorter."""
     query_positions: Tensor

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Policy(Component):
         assert self.scorer is not None
         cache.seal()
         layers = cache.compressed_layers()
-        seen = [layer.observation(index) for index, layer in zip(cache.compressible, layers, strict=True)]
+        seen = [layer.observation(at) for at, layer in enumerate(layers)]
         self._check_recorded(seen[0])
         total, protected = self._spending(cache, keep, budget)
         device = layers[0].device
@@ -177,7 +178,7 @@ class Policy(Component):
         def evict(at: int) -> None:
             layer = cache.compressed_layers()[at]
             total, protected = self._spending(cache, keep, budget)
-            scores = self._score(layer.observation(cache.compressible[at]), protected)
+            scores = self._score(layer.observation(at), protected)
             if not split:
                 like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
                 shape = (len(cache.compressible), -1, layer.heads, -1)
@@ -218,6 +219,17 @@ def _unit_scale(scores: Tensor) -> Tensor:
     free = scores.isfinite()
     normal = normal_scores(scores.flatten(0, 2).unsqueeze(1), free.flatten(0, 2).unsqueeze(1))
     return torch.where(free, normal.view_as(scores), scores)
+
+
+def heuristic_of(policy: Policy) -> Policy:
+    """The policy that a learned one starts from: its parts without their learned corrections."""
+    return Policy(
+        _without_correction(policy.scorer), _without_correction(policy.allocator), policy.sinks, policy.recent
+    )
+
+
+def _without_correction(part: Any) -> Any:
+    return getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part
 
 
 def check_budget(keep: float | None, budget: float | None) -> None:

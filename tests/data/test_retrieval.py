@@ -94,7 +94,7 @@ def test_the_evaluations_essays_are_not_training_text():
 
 
 def test_one_line_says_what_is_wrong():
-    with pytest.raises(UserError, match="kinds=.*expected weights, one above 0, of needle, crowd"):
+    with pytest.raises(UserError, match=r"kinds=.*expected weights, one above 0, of needle, crowd"):
         Retrieval(200, kinds={"riddle": 1})
     with pytest.raises(UserError, match="expected at least 1"):
         Retrieval(200, continuations=0)

@@ -166,7 +166,7 @@ def test_a_haystack_file_replaces_the_essays(tmp_path):
     file.write_bytes(gzip.compress(b"Only these words\nare here. And these too."))
     context = Ruler(Letters(), 700, haystack=str(file)).sample("niah_single_2", 0).context.split("\n")[1]
     context = re.sub(r"The secret number of \S+ is \d+\. ?", "", context)
-    assert set(context.split()) <= set("Only these words are here. And these too.".split())
+    assert set(context.split()) <= {"Only", "these", "words", "are", "here.", "And", "too."}
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="is empty"):
         Ruler(Letters(), 700, haystack=str(tmp_path / "empty.txt")).sample("niah_single_2", 0)

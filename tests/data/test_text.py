@@ -69,9 +69,9 @@ def test_one_line_says_what_is_wrong(tmp_path):
     (tmp_path / "a.csv").write_text("text\nhere\n")
     with pytest.raises(UserError, match=r"text .*/none\.txt: no such file"):
         text_windows(str(tmp_path / "none.txt"), Bytes(), 8)
-    with pytest.raises(UserError, match="expected one of .txt, .jsonl"):
+    with pytest.raises(UserError, match=r"expected one of \.txt, \.jsonl"):
         text_windows(str(tmp_path / "a.csv"), Bytes(), 8)
-    with pytest.raises(UserError, match="column='body': .* has text"):
+    with pytest.raises(UserError, match=r"column='body': .* has text"):
         text_windows(str(tmp_path / "a.jsonl"), Bytes(), 8, column="body")
     with pytest.raises(UserError, match="no window of 500 tokens"):
         text_windows(str(tmp_path / "a.jsonl"), Bytes(), 500)

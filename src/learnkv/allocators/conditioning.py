@@ -64,9 +64,8 @@ class Conditioner(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(places, embedding)
         self.hidden = nn.Linear(self.FEATURES + 2 + embedding, width)
-        self.out = nn.Linear(width, 1)
+        self.out = nn.Linear(width, 1, bias=False)  # what is added to all places alike changes no budget
         nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Tensor, keep: Tensor, entries: Tensor) -> Tensor:
         """Corrections [B, P] of features [B, P, 3] at kept fractions [B] of prompts with [B] entries."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from learnkv.allocators.base import Allocator
 from learnkv.allocators.conditioning import KNOTS, Conditioner, attention_features, hats
+from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.allocate import allocate
 from learnkv.ops.fit import fit
@@ -66,16 +67,18 @@ class LearnedAllocator(Allocator):
 
     Args:
         base: the heuristic allocation to start from.
-        num_layers: layers of the model.
+        num_layers: layers of the model; 0 until `train.py` fills in this and the next one.
         num_heads: kv heads per layer.
         conditioned: let both corrections depend on the prompt's attention as well as on the budget.
         window: last prompt queries whose attention is summarised, when conditioned.
     """
 
     def __init__(
-        self, base: Allocator, num_layers: int, num_heads: int, conditioned: bool = False, window: int = 16
+        self, base: Allocator, num_layers: int = 0, num_heads: int = 0, conditioned: bool = False, window: int = 16
     ) -> None:
         super().__init__()
+        if window < 1:
+            raise UserError(f"window={window}: expected at least 1")
         self.base = base
         self.head_importance = HeadImportance(num_layers, num_heads, conditioned)
         self.layer_budget = LayerBudget(num_layers, conditioned)
@@ -94,6 +97,9 @@ class LearnedAllocator(Allocator):
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         layers, batch, heads, _ = scores.shape
+        if self.head_importance.logits.shape[1:] != (layers, heads):
+            have = self.head_importance.logits.shape
+            raise UserError(f"num_layers={have[1]} num_heads={have[2]}: the model has {layers} and {heads}")
         own, theirs = None, features
         if self.conditioned:
             assert features is not None

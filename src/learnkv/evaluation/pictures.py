@@ -15,11 +15,16 @@ MARKERS = "osD^vP*X<>hd"
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
-def pareto(rows: Sequence[Row], path: Path) -> None:
+def pareto(rows: Sequence[Row]) -> Figure:
     """Score (for text: KL) against bytes held per prompt, a panel per setting and length, a line per policy."""
     found = panels(rows)
-    figure = Figure(figsize=(1.5 + 5.2 * len(found), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    across = min(len(found), 3)
+    down = -(-len(found) // across)
+    figure = Figure(figsize=(1.5 + 5.2 * across, 4.6 * down), layout="constrained")
+    every = figure.subplots(down, across, squeeze=False).flatten()
+    axes = every[: len(found)]
+    for unused in every[len(found) :]:
+        unused.remove()
     order = sorted({row["policy"] for row in rows} - {FULL}, key=lambda name: (not name.startswith(LEARNED), name))
     for axis, ((is_text, setting, length), chosen) in zip(axes, found.items(), strict=True):
         _panel(axis, chosen, order, is_text)
@@ -27,19 +32,18 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(f"{title} ({length:,} tokens)", fontsize=10)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
-    _save(figure, path)
+    return figure
 
 
 def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], is_text: bool) -> None:
     by_policy = grouped(rows)
     (full,) = by_policy.pop(FULL).values()
     if not is_text:
-        axis.axhline(
-            score_of(full).mean,
-            color="black",
-            linestyle="--",
-            linewidth=1,
-            label=f"full cache, {size(mean(full, 'bytes'))}",
+        best = score_of(full).mean
+        axis.axhline(best, color="black", linestyle="--", linewidth=1, label="full cache")
+        inside = axis.get_yaxis_transform()
+        axis.text(
+            0.01, best - 1, f"{best:.1f} with {size(mean(full, 'bytes'))}", transform=inside, va="top", fontsize=8
         )
     ticks: dict[str, list[float]] = {}
     for at, name in enumerate(order):
@@ -75,15 +79,15 @@ def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], is_text: bool)
     axis.grid(True, linewidth=0.4, alpha=0.5)
 
 
-def heatmap(records: Sequence[Record], policy: str, path: Path) -> bool:
-    """Mean kept fraction of every layer and head at every budget, a row of panels per setting; False if unknown."""
+def heatmap(records: Sequence[Record], policy: str) -> Figure | None:
+    """Mean kept fraction of every layer and head at every budget, a row of panels per setting; None if unknown."""
     cells: dict[tuple[str, str], list[list[list[float]]]] = {}
     for record in records:
         if record["policy"] == policy and "budgets" in record:
             column = f"keep {record['keep']:g}" if record["budget"] is None else f"budget {record['budget']}"
             cells.setdefault((record["setting"], column), []).append(record["budgets"])
     if not cells:
-        return False
+        return None
     settings, columns = (list(dict.fromkeys(key[at] for key in cells)) for at in (0, 1))
     layers, heads = np.shape(next(iter(cells.values()))[0])
     small = layers * heads <= 128
@@ -110,10 +114,10 @@ def heatmap(records: Sequence[Record], policy: str, path: Path) -> bool:
         row[0].set_ylabel("layer")
     figure.colorbar(picture, ax=axes, label="fraction of entries kept", shrink=0.8)
     figure.suptitle(f"Budgets of {policy}", fontsize=11)
-    _save(figure, path)
-    return True
+    return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a png, replacing an older one in one step."""
     with replacing(path) as part:
         figure.savefig(part, dpi=130, format="png")

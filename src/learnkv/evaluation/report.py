@@ -31,12 +31,12 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], starts:
         samples = [r for r in records if ("loss" in r, r["setting"], r["length"]) == (is_text, setting, length)]
         if is_text:
             lines += [f"## Text, {length:,} tokens: KL to the full cache in nats per token", ""]
-            lines += _comparison(chosen, _text_cell)
-            lines += _differences(samples, starts, "kl", "lower is better")
+            lines += _comparison(chosen, _text_cell, "KL · perplexity")
+            lines += _differences(samples, starts, "Text: KL")
         else:
             lines += [f"## {TITLES[setting]}, {length:,} tokens", ""]
-            lines += _comparison(chosen, _score_cell)
-            lines += _differences(samples, starts, "score", "higher is better")
+            lines += _comparison(chosen, _score_cell, "score ± standard error")
+            lines += _differences(samples, starts, TITLES[setting].split(":")[0])
             details += [f"### {TITLES[setting]}, {length:,} tokens", "", *_per_task(chosen)]
     if details:
         lines += [EVERY_TASK, "", *details]
@@ -100,16 +100,16 @@ def _pm(one: Estimate, sign: str = "", digits: int = 1) -> str:
     return f"{one.mean:{sign}.{digits}f}{spread}"
 
 
-def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str]) -> Iterator[str]:
+def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what: str) -> Iterator[str]:
     by_policy = grouped(rows)
     (full,) = by_policy.pop(FULL).values()
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    what = tasks[0] if len(tasks) == 1 else f"Mean over {len(tasks)} tasks ({', '.join(tasks)})"
+    over = tasks[0] if len(tasks) == 1 else f"Mean over {len(tasks)} tasks ({', '.join(tasks)})"
     counts = sorted({row["n"] for row in full})
     many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-    yield f"{what}, {many} samples each. Full cache: {cell(full)}."
+    yield f"{over}, {many} {'sample' if many == '1' else 'samples'} each. Full cache: {cell(full)}."
     yield ""
-    yield "Cells: value ± standard error · bytes held per prompt · fraction of entries kept."
+    yield f"Cells: {what} · bytes held per prompt · fraction of entries kept."
     yield ""
     if not by_policy:
         return
@@ -120,8 +120,9 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str]) -> It
     )
 
 
-def _differences(records: Sequence[Record], starts: Mapping[str, str], value: str, better: str) -> Iterator[str]:
+def _differences(records: Sequence[Record], starts: Mapping[str, str], title: str) -> Iterator[str]:
     """Every learned policy against every heuristic at the same budget."""
+    value = "kl" if "loss" in records[0] else "score"
     by_policy: dict[str, dict[tuple[Any, Any], list[Record]]] = {}
     for record in records:
         if record["policy"] != FULL:
@@ -131,7 +132,7 @@ def _differences(records: Sequence[Record], starts: Mapping[str, str], value: st
     for name in by_policy:
         if name in heuristics or not heuristics:
             continue
-        yield f"### {name} minus heuristic, paired by prompt ({better} for the first)"
+        yield f"### {title}: {name} minus heuristic, paired by prompt"
         yield ""
         columns = list(by_policy[name])
         table = []

@@ -15,9 +15,7 @@ from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.generation import prefill
 from learnkv.models import describe_model
-from learnkv.policy import Policy
-
-OBSERVED = 64
+from learnkv.policy import Policy, heuristic_of
 
 
 @dataclass(frozen=True)
@@ -52,20 +50,14 @@ def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget
 
 
 def starting_points(policies: Mapping[str, Policy]) -> dict[str, str]:
-    """For each policy on top of another one (a component with a `base`), the name of that one if it is compared too."""
+    """For each policy with learned parts, the name of the heuristic below them, if that one is compared too."""
     found = {}
     for name, policy in policies.items():
-        plain = {key: _without_top(part) for key, part in policy.spec().items()}
+        plain = heuristic_of(policy).spec()
         for other, heuristic in policies.items():
             if other != name and heuristic.spec() == plain:
                 found[name] = other
     return found
-
-
-def _without_top(part: Any) -> Any:
-    """The specification of a component below everything that is built on it."""
-    arguments = part.get("init_args", {}) if isinstance(part, dict) else {}
-    return _without_top(arguments["base"]) if "base" in arguments else part
 
 
 def model_digest(model: Any) -> str:
@@ -83,12 +75,14 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
         (j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs
     )
     batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size)]
-    window = max([OBSERVED, *(job.policy.window for job in jobs if job.policy is not None)])
+    policies = [job.policy for job in jobs if job.policy is not None]
+    window = max([0, *(policy.window for policy in policies)])
+    hidden = any(policy.records_hidden for policy in policies)
     with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
         for family, todo, prompts in batches:
             ids, mask = pad([prompt.read for prompt in prompts], "left", model.device)
             progress.set_description(f"reading {len(prompts)} prompts of {prompts[0].setting}")
-            cache = prefill(model, ids, mask, window=window)
+            cache = prefill(model, ids, mask, window=window, record_hidden=hidden)
             full: Any = None
             if todo[0].policy is None or family.needs_full:
                 measured, full = family.measure(model, prompts, cache.fork(), None)
@@ -114,7 +108,7 @@ def _unfinished(
 ) -> Iterator[tuple[list[Job], list[Prompt]]]:
     """Batches of prompts for which the same jobs are still to be done."""
     groups: dict[tuple[int, ...], list[Prompt]] = {}
-    for prompt in family.prompts:
+    for prompt in sorted(family.prompts, key=family.effort):
         todo = tuple(at for at, job in enumerate(jobs) if job.fingerprint(prompt) not in store)
         if todo:
             groups.setdefault(todo, []).append(prompt)

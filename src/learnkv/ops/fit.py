@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_SMALLEST_WISH = 1e-6
+_SMALLEST_WISH = 1e-9  # of the mean wish: who wishes nothing gets what nobody else can hold
 _DECIMALS = 9
 
 
@@ -25,7 +25,8 @@ def fit(wanted: Tensor, entries: Tensor, total: Tensor, protected: Tensor) -> Te
     """
     layers, batch, heads = wanted.shape
     wish = wanted.detach().to(torch.float64).transpose(0, 1).reshape(batch, layers * heads)
-    wish = wish.clamp_min(0) + _SMALLEST_WISH
+    wish = wish.clamp_min(0)
+    wish = wish / wish.mean(-1, keepdim=True).clamp_min(torch.finfo(wish.dtype).tiny) + _SMALLEST_WISH
     low = protected.to(torch.float64).view(batch, 1)
     high = entries.to(torch.float64).view(batch, 1)
     share = (wish * _factor(wish, low, high, total.to(torch.float64).view(batch, 1))).clamp(low, high)
@@ -42,14 +43,21 @@ def fit(wanted: Tensor, entries: Tensor, total: Tensor, protected: Tensor) -> Te
 
 
 def _factor(wish: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
-    """The factor [B, 1] at which the clamped wishes [B, N] sum to `total`: piecewise linear, solved at its corners."""
-    corner = torch.cat([low / wish, high / wish], -1)
-    slope = torch.cat([wish, -wish], -1)
-    corner, order = corner.sort(dim=-1, stable=True)
-    slope = slope.gather(-1, order).cumsum(-1)
-    rise = slope[:, :-1] * corner.diff(dim=-1)
-    reached = low * wish.shape[-1] + torch.cat([torch.zeros_like(low), rise.cumsum(-1)], -1)
-    at = (reached < total).sum(-1, keepdim=True).sub(1).clamp(min=0)
-    gap = (total - reached.gather(-1, at)).clamp_min(0)
-    climb = slope.gather(-1, at)
-    return corner.gather(-1, at) + torch.where(climb > 0, gap / climb.clamp_min(1e-300), torch.zeros_like(gap))
+    """The factor [B, 1] at which the clamped wishes [B, N] sum to `total`.
+
+    The sum is piecewise linear in the factor. The piece is found by bisection over its corners and solved with sums of
+    its own heads: running sums over all corners would lose small wishes beside large ones.
+    """
+    rises, stops = low / wish, high / wish
+    corner = torch.cat([rises, stops], -1).sort(dim=-1).values
+    below = torch.zeros_like(total, dtype=torch.int64)
+    above = torch.full_like(below, corner.shape[-1])
+    for _ in range(corner.shape[-1].bit_length()):
+        middle = (below + above) // 2
+        too_little = (wish * corner.gather(-1, middle)).clamp(low, high).sum(-1, keepdim=True) <= total
+        below, above = torch.where(too_little, middle, below), torch.where(too_little, above, middle)
+    at = corner.gather(-1, below)
+    waiting, full = rises > at, stops <= at
+    rest = total - low * waiting.sum(-1, keepdim=True) - high * full.sum(-1, keepdim=True)
+    climb = wish.masked_fill(waiting | full, 0).sum(-1, keepdim=True)
+    return torch.where(climb > 0, rest / climb.clamp_min(1e-300), at)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from learnkv.data import ruler_text, words
 from learnkv.data.retrieval_text import CHAIN_LINK, CHAIN_QUESTION, FACTS
 
+ORDINALS = ("first", "second", "third", "fourth")
+
 Ids = list[int]
 Question = tuple[Ids, Ids]
 
@@ -84,26 +86,30 @@ class Asker:
         return found
 
     def multivalue(self) -> Ask:
-        """Several values of one key, asked for at once and answered in the order in which they were written."""
+        """Several values of one key, asked for at once and answered in the order in which they were written.
+
+        In RULER's wording every value is announced by its ordinal, which says what to look for next.
+        """
         rng = self.rng
         wording = ruler_text.NeedleWording("numbers", many=True)
-        fact = rng.choice(FACTS) if rng.random() < 0.4 else None
+        fact = rng.choice(FACTS) if rng.random() < 0.2 else None
         key = words.key_word(rng, "train", self.taken)
-        values = [self._number() for _ in range(rng.randint(2, 4 if self.length > 128 else 2))]
+        values = [self._number() for _ in range(self._count())]
         if fact:
             told = [fact.sentence.format(key=key, value=value) for value in values]
-            question = fact.question_all.format(key=key)
+            question, answer = fact.question_all.format(key=key), ", ".join(values)
         else:
             told = [wording.needle(key, value) for value in values]
             question = self._question(wording.question([key]), wording.answer_prefix([key]))
+            answer = ", ".join(f"{ordinal} {value}" for ordinal, value in zip(ORDINALS, values, strict=False))
         intro = [] if fact else self._intro(wording.intro)
-        return Ask(self._needles(told), [(self.encode(question), self._answer(", ".join(values)))], intro)
+        return Ask(self._needles(told), [(self.encode(question), self._answer(answer))], intro)
 
     def multiquery(self) -> Ask:
         """Several keys asked for at once, each answered with its key before its value."""
         rng = self.rng
         wording = ruler_text.NeedleWording("numbers", many=True)
-        count = rng.randint(2, 4 if self.length > 300 else 2)
+        count = self._count()
         pairs = [(words.key_word(rng, "train", self.taken), self._number()) for _ in range(count)]
         told = [wording.needle(*pair) for pair in pairs]
         rng.shuffle(pairs)
@@ -131,13 +137,19 @@ class Asker:
                 intro = intro + self.encode(ruler_text.chain_example(shown))
         return Ask(self._needles(told), [(self.encode(question), self._answer(" ".join(names)))], intro)
 
+    def lists(self) -> Ask:
+        """Several questions with several answers each."""
+        return self._several((self.multivalue, self.multiquery), (3, 2))
+
     def mixed(self) -> Ask:
-        """Several of the above at once, as many as fill most of the row: many answers for one context."""
-        rng = self.rng
-        found = Ask()
+        """Several of the above at once: many answers for one context."""
+        return self._several((self.single, self.multivalue, self.multiquery, self.chain), (2, 3, 1.5, 3))
+
+    def _several(self, kinds: tuple[Callable[[], Ask], ...], weights: tuple[float, ...]) -> Ask:
+        """As many asks of some kinds as fill most of the row, their needles in one another's midst."""
+        rng, found = self.rng, Ask()
         while True:
-            kind = rng.choices((self.single, self.multivalue, self.multiquery, self.chain), (2, 3, 1.5, 3))[0]
-            more = kind()
+            more = rng.choices(kinds, weights)[0]()
             if found.needles and found.size + more.size > 0.8 * self.length:
                 break
             turns = [found.needles] * len(found.needles) + [more.needles] * len(more.needles)
@@ -153,7 +165,7 @@ class Asker:
         rng = self.rng
         long = self.length >= 256
         kinds = (("words", "numbers"), ("words", "uuids"), ("words", "words"), ("uuids", "uuids"))
-        key_kind, value_kind = rng.choices(kinds, (6, 2.5 * long, 0.7, 2 * long))[0]
+        key_kind, value_kind = rng.choices(kinds, (6, 2.5 * long, 0.7, 3 * long))[0]
         wording = ruler_text.NeedleWording(value_kind)
         fact = rng.choice(FACTS) if rng.random() < 0.4 else None
 
@@ -176,6 +188,11 @@ class Asker:
 
     def _needles(self, told: list[str]) -> list[Ids]:
         return [self.encode(" " + sentence) for sentence in told]
+
+    def _count(self) -> int:
+        if self.length < 128:
+            return 2
+        return 4 if self.rng.random() < 0.6 else self.rng.randint(2, 4)
 
     def _number(self) -> str:
         return words.number(self.rng, "train", self.taken, self.rng.randint(*self.level.digits))

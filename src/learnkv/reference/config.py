@@ -68,5 +68,6 @@ class ReferenceConfig:
         return self.stages[-1]
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of a step: trapezoid."""
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup, (self.steps - step) / max(1, self.cooldown))
+        """Learning rate of a step: trapezoid over all steps, times the stage's own factor."""
+        height = min(1.0, (step + 1) / self.warmup, (self.steps - step) / max(1, self.cooldown))
+        return self.learning_rate * self.stage_at(step).rate * height

@@ -74,8 +74,8 @@ def tokenise(texts: Iterator[str], tokenizer: PreTrainedTokenizerFast) -> np.nda
     return np.concatenate(parts)
 
 
-def prepare(paths: list[str], vocab_size: int, folder: Path) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
-    """Tokenizer and token pool of a run, made once and then read from `folder`."""
+def prepare(paths: list[str], vocab_size: int, folder: Path) -> tuple[PreTrainedTokenizerFast, list[np.ndarray]]:
+    """Tokenizer and token pools of a run, made once and then read from `folder`: all text, the docstrings alone."""
     if not (folder / "tokenizer" / "tokenizer.json").exists():
         train_tokenizer(read_texts(paths), vocab_size).save_pretrained(folder / "tokenizer")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
@@ -83,4 +83,6 @@ def prepare(paths: list[str], vocab_size: int, folder: Path) -> tuple[PreTrained
     if not pool.exists():
         np.save(pool.with_suffix(".part.npy"), tokenise(read_texts(paths), tokenizer))
         pool.with_suffix(".part.npy").replace(pool)
-    return tokenizer, np.load(pool)
+    ids = np.load(pool)
+    ends = np.flatnonzero(ids == tokenizer.eos_token_id)
+    return tokenizer, [ids, ids[ends[-2] + 1 :] if len(ends) > 1 else ids]

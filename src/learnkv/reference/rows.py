@@ -19,7 +19,7 @@ from learnkv.reference.asks import Ask, Asker, Difficulty, Ids
 
 IGNORE = -100
 READ = ("text", "repeat", "span")
-ASKED = ("single", "dense", "multivalue", "multiquery", "chain", "mixed")
+ASKED = ("single", "dense", "multivalue", "multiquery", "chain", "lists", "mixed")
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,14 @@ class Stage:
         lengths: row length in tokens -> weight; every step draws one and fills `tokens_per_step` with such rows.
         kinds: kind of row (of `READ` and `ASKED`) -> weight.
         level: how hard its questions are.
+        rate: factor on the learning rate.
     """
 
     steps: int
     lengths: dict[int, float]
     kinds: dict[str, float]
     level: Difficulty = field(default_factory=Difficulty)
+    rate: float = 1.0
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.kinds) - {*READ, *ASKED}):
@@ -44,17 +46,19 @@ class Stage:
 
 
 class RowMaker:
-    """Makes rows from one pool of tokenised text.
+    """Makes rows from tokenised text.
 
     Args:
         tokenizer: the reference model's tokenizer.
-        pool: token ids of the training text, one flat array.
+        pools: token ids of the training text, flat arrays; three passages in ten come from the last one.
         level: how hard the questions are.
         rng: where every random choice comes from.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, pool: np.ndarray, level: Difficulty, rng: random.Random):
-        self.pool, self.level, self.rng = pool, level, rng
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, pools: list[np.ndarray], level: Difficulty, rng: random.Random
+    ):
+        self.pools, self.level, self.rng = pools, level, rng
         backend = tokenizer.backend_tokenizer
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.starts_word = _starts_word(tokenizer)
@@ -153,8 +157,9 @@ class RowMaker:
         return first
 
     def _passage(self, length: int) -> Ids:
-        at = self.rng.randrange(len(self.pool) - length)
-        return self.pool[at : at + length].tolist()
+        pool = self.pools[-1] if self.rng.random() < 0.3 else self.pools[0]
+        at = self.rng.randrange(len(pool) - length)
+        return pool[at : at + length].tolist()
 
 
 @lru_cache(maxsize=1)

@@ -42,8 +42,8 @@ class ReferenceTraining:
     What a step trains on is a function of (seed, step) alone, so a resumed run equals the uninterrupted one.
     """
 
-    def __init__(self, config: ReferenceConfig, tokenizer: PreTrainedTokenizerFast, pool: np.ndarray):
-        self.config, self.tokenizer, self.pool = config, tokenizer, pool
+    def __init__(self, config: ReferenceConfig, tokenizer: PreTrainedTokenizerFast, pools: list[np.ndarray]):
+        self.config, self.tokenizer, self.pools = config, tokenizer, pools
         if config.device == "auto":
             self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         else:
@@ -64,7 +64,7 @@ class ReferenceTraining:
         rng = random.Random(f"{self.config.seed}:{step}")
         stage = self.config.stage_at(step)
         length = rng.choices(list(stage.lengths), list(stage.lengths.values()))[0]
-        make = RowMaker(self.tokenizer, self.pool, stage.level, rng)
+        make = RowMaker(self.tokenizer, self.pools, stage.level, rng)
         kinds = rng.choices(
             list(stage.kinds), list(stage.kinds.values()), k=max(1, self.config.tokens_per_step // length)
         )
@@ -138,6 +138,8 @@ class ReferenceTraining:
         half = build_model(self.config.shape, 0).half()
         half.load_state_dict(self.model.state_dict())
         half.save_pretrained(folder)
+        for key in ("is_local", "local_files_only"):  # how this machine found it
+            self.tokenizer.init_kwargs.pop(key, None)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -152,7 +154,7 @@ def train(config: ReferenceConfig, say: Callable[[str], None] = print) -> Path:
     if checkpoint.exists():
         run.load(checkpoint)
         say(f"resumed at step {run.step}")
-    say(f"{run.model.num_parameters():,} parameters, {len(run.pool):,} tokens of text, {config.steps} steps")
+    say(f"{run.model.num_parameters():,} parameters, {sum(map(len, run.pools)):,} tokens of text, {config.steps} steps")
     seen: dict[str, list[tuple[float, float]]] = defaultdict(list)
     started = logged = saved = time.monotonic()
     logged_step = run.step

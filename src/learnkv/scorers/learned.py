@@ -20,7 +20,7 @@ class LearnedScorer(Scorer):
 
     Args:
         base: the heuristic to start from.
-        num_layers: layers of the model.
+        num_layers: layers of the model; 0 until `train.py` fills in this and the next two.
         num_heads: kv heads per layer.
         head_dim: D of the model.
         width: hidden units per head.
@@ -28,11 +28,17 @@ class LearnedScorer(Scorer):
     """
 
     def __init__(
-        self, base: Scorer, num_layers: int, num_heads: int, head_dim: int, width: int = 16, window: int = 16
+        self,
+        base: Scorer,
+        num_layers: int = 0,
+        num_heads: int = 0,
+        head_dim: int = 0,
+        width: int = 16,
+        window: int = 16,
     ) -> None:
         super().__init__()
         if width < 1 or window < 1:
-            raise UserError(f"width={width}, window={window}: expected at least 1 of each")
+            raise UserError(f"width={width} window={window}: expected at least 1 of each")
         self.base = base
         self.needs = base.needs
         self.window = max(base.window, window)
@@ -43,6 +49,11 @@ class LearnedScorer(Scorer):
         self.weight_out = nn.Parameter(torch.zeros(num_layers, num_heads, width, 1))
 
     def forward(self, seen: Observation) -> Tensor:
+        layers, heads = self.bias.shape[:2]
+        if seen.layer_idx >= layers or seen.keys.shape[1] != heads:
+            raise UserError(
+                f"num_layers={layers} num_heads={heads}: the model has layer {seen.layer_idx} with {seen.keys.shape[1]}"
+            )
         with torch.no_grad():
             prior = normal_scores(self.base(seen), seen.valid)
             inputs = torch.cat([self._entries(seen), self._attention(seen), prior.unsqueeze(-1)], -1)

@@ -51,6 +51,10 @@ class Family(ABC):
     needs_full: bool = False
     """Whether a policy is measured against what the full cache said of the same batch."""
 
+    def effort(self, prompt: Prompt) -> tuple[int, ...]:
+        """Prompts of similar effort are measured in one batch."""
+        return (len(prompt.read),)
+
     @abstractmethod
     def measure(
         self, model: nn.Module, prompts: Sequence[Prompt], cache: CompressedCache, full: Any

@@ -1,0 +1,200 @@
+"""`python -m learnkv.train config=NAME [key=value …]`: train a compression policy on a frozen model."""
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from learnkv.attention import attach
+from learnkv.config import run_main
+from learnkv.errors import UserError
+from learnkv.io import FORMAT_VERSION, build_policy, save_policy
+from learnkv.models import describe_model, load_model
+from learnkv.training import pictures
+from learnkv.training.checkpoints import Checkpoints
+from learnkv.training.config import TrainConfig
+from learnkv.training.datamodule import Data
+from learnkv.training.logs import CsvTable
+from learnkv.training.module import Distillation
+from learnkv.training.progress import ProgressLine
+
+MAY_CHANGE = ("trainer", "wandb", "workers", "save_every", "save_minutes", "overwrite")
+"""Keys that a resumed run may have changed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; gives the exit code."""
+    return run_main(train, argv, "train")
+
+
+def train(config: TrainConfig, resolved: str) -> None:
+    """Train, or continue, the run that `config.output` holds; write `config.yaml`, checkpoints, metrics, the policy."""
+    output = Path(config.output).expanduser()
+    checkpoint = output / "checkpoints" / "last.ckpt"
+    training = yaml.safe_load(resolved)
+    resume = _prepare(output, checkpoint, config, training)
+    step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"] if resume else 0
+    if step >= config.trainer["max_steps"] and (output / "policy" / "manifest.json").is_file():
+        print(
+            f"finished before, after {step} steps (overwrite=true starts anew)\npolicy: {output / 'policy'}",
+            file=sys.stderr,
+        )
+        return
+    (output / "config.yaml").write_text(resolved, encoding="utf-8")
+    L.seed_everything(config.seed, verbose=False)
+    on_gpu = torch.cuda.is_available() and config.trainer["accelerator"] in ("auto", "gpu", "cuda")
+    dtype = "bfloat16" if config.dtype == "auto" and on_gpu else config.dtype
+    model, tokenizer = load_model(config.model, config.revision, dtype, "cpu", config.attn)
+    attach(model)
+    text = model.config.get_text_config(decoder=True)
+    data = Data(config, tokenizer, getattr(text, "max_position_embeddings", None))
+    assert config.policy is not None
+    description = describe_model(model)
+    spec = sized(config.policy.spec(), description["shapes"])
+    policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
+    module = Distillation(
+        model,
+        policy,
+        steps=config.trainer["max_steps"],
+        keep=config.keep,
+        keep_range=config.keep_range,
+        students=config.students,
+        weights=config.weights,
+        lr=config.lr,
+        budget_lr=config.budget_lr,
+        seed=config.seed,
+        description={"format_version": FORMAT_VERSION, "policy": spec, "model": description, "training": training},
+    )
+    trainer = _trainer(config, output, training, step)
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint if resume else None, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
+    _finish(trainer, module, description, output)
+
+
+def sized(spec: Any, shapes: Mapping[str, int]) -> Any:
+    """A policy's arguments with the model's sizes wherever a learned part has 0 for them.
+
+    Args:
+        spec: `Policy.spec()`, or a part of it.
+        shapes: layers and kv heads that are compressed, and the head dimension.
+    """
+    if not isinstance(spec, dict):
+        return spec
+    known = {"num_layers": shapes["layers"], "num_heads": shapes["heads"], "head_dim": shapes["head_dim"]}
+    return {key: known[key] if key in known and value == 0 else sized(value, shapes) for key, value in spec.items()}
+
+
+def modules_of(spec: Any) -> set[str]:
+    """Top-level modules of the classes that a policy's arguments name; whoever typed them allowed them."""
+    if not isinstance(spec, Mapping):
+        return set()
+    own = {str(spec["class_path"]).split(".")[0]} if "class_path" in spec else set()
+    return own.union(*(modules_of(value) for value in spec.values()))
+
+
+def _prepare(output: Path, checkpoint: Path, config: TrainConfig, training: Mapping[str, Any]) -> bool:
+    """Make the run's folder and say whether it holds a run that can be continued."""
+    stored = output / "config.yaml"
+    resume = checkpoint.is_file() and stored.is_file() and not config.overwrite
+    if resume and (changed := differing(yaml.safe_load(stored.read_text("utf-8")), training)):
+        raise UserError(
+            f"output={config.output}: holds a run with another {', '.join(changed)}; expected the same settings, "
+            "another output=, or overwrite=true"
+        )
+    try:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"output={config.output}: expected a folder that can be written ({error})") from None
+    return resume
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Keys in which two runs differ and must not."""
+    return [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
+
+
+def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], resumed_at: int) -> L.Trainer:
+    given = dict(config.trainer)
+    accumulate = given["accumulate_grad_batches"]
+    loggers: list[Logger] = [CsvTable(output / "metrics.csv", resumed_at)]
+    callbacks: list[L.Callback] = [
+        ProgressLine(),
+        Checkpoints(output / "checkpoints", config.save_every, config.save_minutes),
+        *(given["callbacks"] or []),
+    ]
+    if config.wandb is not None:
+        loggers.append(
+            WandbLogger(
+                name=config.wandb.name or output.resolve().name,
+                project=config.wandb.project,
+                entity=config.wandb.entity,
+                save_dir=output,
+                offline=config.wandb.mode == "offline",
+                config=dict(training),
+            )
+        )
+        callbacks.append(pictures.WandbTables())
+    every = config.validate_every or given["max_steps"]
+    ours = {
+        "logger": loggers,
+        "callbacks": callbacks,
+        "default_root_dir": output,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": min(every, given["max_steps"]) * accumulate,
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "log_every_n_steps": given["log_every_n_steps"] or 10,
+        "gradient_clip_val": 1.0 if given["gradient_clip_val"] is None else given["gradient_clip_val"],
+    }
+    _quiet()
+    return L.Trainer(**{**given, **ours})
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says about itself and advice that does not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for advice in (
+        "does not have many workers",
+        "in eval mode at the start",
+        "LeafSpec",
+        "smaller than the logging",
+        "not resumable",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
+
+
+def _finish(trainer: L.Trainer, module: Distillation, model: Mapping[str, Any], output: Path) -> None:
+    """Export the policy and say where everything is."""
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if math.isfinite(float(value))}
+    if not trainer.is_global_zero:
+        return
+    folder = save_policy(
+        module.policy,
+        output / "policy",
+        model=model,
+        budgets=module.budgets,
+        training=module.description["training"],
+        metrics=metrics,
+    )
+    pictures.log_policy(trainer, folder)
+    print(f"policy: {folder}\ncheckpoint: {output / 'checkpoints' / 'last.ckpt'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

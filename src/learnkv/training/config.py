@@ -1,0 +1,144 @@
+"""What a training run consists of: the keys of `train.py`."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+
+from learnkv.errors import UserError
+from learnkv.policy import Policy
+from learnkv.training.losses import Weighting
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights of what follows a context; each batch is of one sort.
+
+    Args:
+        retrieval: built-in episodes: facts, chains and passages to find, in contexts made of docstrings.
+        reconstruction: spans of the context, read once more.
+        text: what comes next in the text.
+    """
+
+    retrieval: float = 0.0
+    reconstruction: float = 0.0
+    text: float = 1.0
+
+
+@dataclass(frozen=True)
+class Wandb:
+    """What Weights & Biases is told.
+
+    Args:
+        mode: offline writes below the output folder and never touches the network.
+        project: name of the project.
+        name: name of the run; its output folder's if not given.
+        entity: user or team, online.
+    """
+
+    mode: Literal["offline", "online"] = "offline"
+    project: str = "learnkv"
+    name: str | None = None
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a compression policy for one frozen model by distillation from its full cache.
+
+    Args:
+        policy: what is trained; sizes of the model are filled in.
+        model: hub id, folder, or `reference`.
+        revision: branch, tag or commit of a hub id.
+        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
+        attn: transformers' attention implementation.
+        text: a hub id, or text, jsonl or parquet files; the standard library's docstrings if not given.
+        text_name: configuration of a data set on the hub.
+        text_split: split of a data set on the hub.
+        text_column: column with the text.
+        streaming: read the text while training, for what is too large to be tokenised first.
+        mixture: what follows a context.
+        lengths: shortest and longest context in tokens, log-uniform between them; 512,1024 if not given, or the upper
+            half of what a model of a shorter context can read.
+        continuations: questions or spans of one context.
+        continuation_tokens: tokens of a text continuation, and at most of a span.
+        query_aware: fraction of the batches whose question is read before compression.
+        keep: kept fractions to draw from; log-uniform in `keep_range` if not given.
+        keep_range: lowest and highest kept fraction.
+        students: kept fractions per batch.
+        weights: `uniform`, or `context` for tokens that need the context to count more.
+        batch_size: contexts read at once.
+        lr: peak learning rate of networks.
+        budget_lr: peak learning rate of budget logits.
+        validation_batches: for the KL of the deployed policy and of the heuristic it starts from, at fixed fractions.
+        validate_every: steps between validations; 0: at the end only.
+        save_every: steps between checkpoints.
+        save_minutes: longest time between checkpoints.
+        workers: processes that make batches; 0: none but the training's own.
+        output: folder of the run; the same command continues what it holds.
+        overwrite: start anew, whatever `output` holds.
+        seed: of everything drawn.
+        trainer: arguments of Lightning's Trainer.
+        wandb: options of Weights & Biases; null for none.
+    """
+
+    policy: Policy | None = None
+    model: str = "reference"
+    revision: str | None = None
+    dtype: str = "auto"
+    attn: str = "sdpa"
+    text: tuple[str, ...] = ()
+    text_name: str | None = None
+    text_split: str = "train"
+    text_column: str = "text"
+    streaming: bool = False
+    mixture: Mixture = Mixture()
+    lengths: tuple[int, int] | None = None
+    continuations: int = 4
+    continuation_tokens: int = 64
+    query_aware: float = 0.25
+    keep: tuple[float, ...] = ()
+    keep_range: tuple[float, float] = (0.02, 0.6)
+    students: int = 2
+    weights: Weighting = "uniform"
+    batch_size: int = 2
+    lr: float = 5e-3
+    budget_lr: float = 0.1
+    validation_batches: int = 8
+    validate_every: int = 0
+    save_every: int = 100
+    save_minutes: float = 10.0
+    workers: int = 0
+    output: str = "runs/train"
+    overwrite: bool = False
+    seed: int = 0
+    trainer: dict[str, Any] = field(default_factory=dict, metadata={"arguments_of": Trainer})
+    wandb: Wandb | None = Wandb()
+
+    def __post_init__(self) -> None:
+        for keep in (*self.keep, *self.keep_range):
+            if not 0 < keep <= 1:
+                raise UserError(f"keep={keep:g}: expected fractions of the prompt's entries, above 0 and at most 1")
+        for key in ("keep_range", "lengths"):
+            low, high = getattr(self, key) or (1, 1)
+            if not 0 < low <= high:
+                raise UserError(f"{key}={low},{high}: expected the lowest and the highest, in this order")
+        if not 0 <= self.query_aware <= 1:
+            raise UserError(f"query_aware={self.query_aware:g}: expected a fraction from 0 to 1")
+        for key in ("continuations", "students", "batch_size", "save_every", "lr", "budget_lr"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"{key}={getattr(self, key)}: expected more than 0")
+        if self.continuation_tokens < 2:
+            raise UserError(f"continuation_tokens={self.continuation_tokens}: expected at least 2")
+        for key in ("validation_batches", "validate_every", "workers"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{key}={getattr(self, key)}: expected 0 or more")
+        weights = vars(self.mixture)
+        if min(weights.values()) < 0 or not any(weights.values()):
+            raise UserError(f"mixture={weights}: expected weights of 0 or more, one of them above 0")
+        if self.trainer and self.trainer["max_steps"] < 1:
+            raise UserError(f"trainer.max_steps={self.trainer['max_steps']}: expected the number of steps, at least 1")
+        if self.policy is None:
+            raise UserError(
+                "policy: expected a policy with something to train; config=text and config=quickstart have one"
+            )

@@ -1,0 +1,38 @@
+"""What distillation minimises: forward KL from the full cache to the compressed one, token by token."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Weighting = Literal["uniform", "context"]
+
+_LEAST, _MOST = 0.05, 20.0
+
+
+def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, [N], from logits [N, V]; the gradient reaches the student only."""
+    log_p = teacher.detach().float().log_softmax(-1)
+    log_q = student.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def context_weights(lost: Tensor, sample: Tensor, samples: int) -> Tensor:
+    """Weights [N] of tokens by how much they need the context, of mean about 1 within every sample.
+
+    Few tokens of natural text need what lies far back; the others teach a policy nothing but noise.
+
+    Args:
+        lost: [N] KL to the full cache when only the protected entries are kept.
+        sample: [N] sample of each token.
+        samples: number of samples.
+    """
+    mean = sample_means(lost, sample, samples)[sample]
+    return (lost / mean.clamp_min(1e-6)).clamp(_LEAST, _MOST)
+
+
+def sample_means(values: Tensor, sample: Tensor, samples: int, weights: Tensor | None = None) -> Tensor:
+    """(Weighted) means [samples] of `values` [N] within each sample, so that no sample depends on its neighbours."""
+    weights = torch.ones_like(values) if weights is None else weights
+    total = values.new_zeros(samples).index_add(0, sample, values * weights)
+    return total / values.new_zeros(samples).index_add(0, sample, weights).clamp_min(1e-9)

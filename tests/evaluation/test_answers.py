@@ -1,0 +1,189 @@
+"""Where a prompt is cut, when an answer has ended, and what it scores."""
+
+import pytest
+import torch
+
+from learnkv.data.sample import Sample
+from learnkv.evaluation.tasks import answers
+from learnkv.evaluation.tasks.answers import Answers, EndOfAnswer, eos_tokens, loops, tokenised
+from learnkv.evaluation.tasks.base import pad
+from learnkv.generation import generate, prefill
+
+TEMPLATE = "{{ bos_token }}user: {{ messages[0]['content'] }}\nreply:"
+
+
+def sample(*found, limit=64, metric="all", prefix=" It is"):
+    return Sample("Red is 123. Blue is 45.", "\nWhat is red?", prefix, list(found), "niah_single_1", limit, metric)
+
+
+def prompt_of(one, setting, tokenizer):
+    (prompt,) = tokenised([(7, one)], setting, 64, tokenizer, haystack="noise")
+    return prompt
+
+
+def text(tokenizer, ids):
+    return tokenizer.decode(ids)
+
+
+def test_the_question_is_read_after_compression_or_before(loaded):
+    _, tokenizer = loaded
+    agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
+    aware = prompt_of(sample("123"), "query_aware", tokenizer)
+    assert text(tokenizer, agnostic.read) == "Red is 123. Blue is 45."
+    assert text(tokenizer, agnostic.then) == "\nWhat is red? It is"
+    assert text(tokenizer, aware.read) == "Red is 123. Blue is 45.\nWhat is red?"
+    assert text(tokenizer, aware.then) == " It is"
+    assert agnostic.read + agnostic.then == aware.read + aware.then
+    assert agnostic.room == len(agnostic.read) + len(agnostic.then) + 64
+    assert agnostic.digest != aware.digest
+
+
+def test_without_a_prefix_the_last_token_of_the_question_waits(loaded):
+    _, tokenizer = loaded
+    aware = prompt_of(sample("123", prefix=""), "query_aware", tokenizer)
+    assert text(tokenizer, aware.read + aware.then) == "Red is 123. Blue is 45.\nWhat is red?"
+    assert len(aware.then) == 1
+
+
+def test_a_chat_template_stays_around_context_and_question(loaded, monkeypatch):
+    _, tokenizer = loaded
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
+    assert text(tokenizer, agnostic.read) == "<s>user: Red is 123. Blue is 45."
+    assert text(tokenizer, agnostic.then) == "\nWhat is red?\nreply: It is"
+
+
+def ids(tokenizer, said):
+    return tokenizer(said).input_ids
+
+
+def test_an_answer_ends_when_nothing_can_change_its_score(loaded):
+    _, tokenizer = loaded
+    end = EndOfAnswer(tokenizer, {1})
+    assert not end(ids(tokenizer, "12, 3"), sample("12", "34"))
+    assert end(ids(tokenizer, "12, 34"), sample("12", "34"))
+    assert end(ids(tokenizer, "12, 3"), sample("12", "34", metric="part"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Let me look.\n\nHere it is:\n 1. red\n 2. it says",
+        "first 12.5 and, second. Third, it",
+        "no. no. no. no. no. It is",
+    ],
+)
+def test_an_answer_is_never_cut_before_it_is_found(loaded, said):
+    _, tokenizer = loaded
+    end, whole = EndOfAnswer(tokenizer, {1}), ids(tokenizer, f"{said} 98765.")
+    until = next(n for n in range(1, len(whole) + 1) if end(whole[:n], sample("98765")))
+    assert sample("98765").score(end.text(whole[:until])) == 1
+
+
+def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(loaded):
+    _, tokenizer = loaded
+    end = EndOfAnswer(tokenizer, {1})
+    said = [*ids(tokenizer, "1"), 1, *ids(tokenizer, "7")]
+    assert end.text(end.cut(said, sample("7"))) == "1"
+    assert end(end.cut(said, sample("7")), sample("7"))
+    limited = end.cut(ids(tokenizer, "1 2 3 7"), sample("7", limit=3))
+    assert len(limited) == 3 and end(limited, sample("7", limit=3))
+    assert not end(ids(tokenizer, "1"), sample("7"))
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 24])
+def test_a_loop_is_three_times_the_same_and_long(period):
+    start, turn = [90, 91], list(range(period))
+    least = max(32, 3 * period)
+    said = start + turn * (-(-least // period) + 1)
+    assert not loops(said[: 2 + least - 1])
+    assert loops(said[: 2 + least])
+    broken = said[: 2 + least]
+    broken[-period - 1] = 77
+    assert not loops(broken)
+
+
+def test_answers_are_not_loops(loaded):
+    _, tokenizer = loaded
+    numbers = "first 6976604, second 6976604, third 6976604, fourth 6976604, fifth 6976604."
+    for said in ("9" * 31, numbers, "00000000-0000-4000-8000-0000", " ".join(str(n) for n in range(60))):
+        tokens = ids(tokenizer, said)
+        assert not any(loops(tokens[:n]) for n in range(len(tokens) + 1))
+
+
+def test_eos_tokens_of_a_model(loaded, monkeypatch):
+    model, _ = loaded
+    assert eos_tokens(model) == {1}
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [3, 4])
+    assert eos_tokens(model) == {3, 4}
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    assert eos_tokens(model) == set()
+
+
+def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkeypatch):
+    model, tokenizer = loaded
+    samples = [sample("12", "34", "56", limit=30), sample("12", "34", metric="part"), sample("99", limit=11)]
+    prompts = [prompt_of(one, "query_agnostic", tokenizer) for one in samples]
+    script = [
+        ids(tokenizer, text) for text in ("56 and no more of it, 12." + " x" * 40, "34", "9 8 7 6 5 4 3 2 1 99 99")
+    ]
+    script = [row + [1] * (60 - len(row)) for row in script]
+    asked = []
+
+    def scripted(model, said, cache, mask, *, max_new_tokens):
+        first, rows = not asked, [row for row in range(3) if len(asked) < (4, 1, 2)[row]]
+        if first:
+            assert mask.sum(-1).tolist() == [len(prompt.then) for prompt in prompts]
+        else:
+            begin = len(asked) * max_new_tokens
+            assert said.tolist() == [[script[row][begin - 1]] for row in rows]
+        assert len(cache.prompt_lengths) == len(rows) and cache.pending is None
+        asked.append(rows)
+        begin = (len(asked) - 1) * max_new_tokens
+        return torch.tensor([script[row][begin : begin + max_new_tokens] for row in rows])
+
+    monkeypatch.setattr(answers, "generate", scripted)
+    cache = prefill(model, *pad([prompt.read for prompt in prompts], "left", model.device))
+    records, _ = Answers(prompts, tokenizer).measure(model, prompts, cache)
+    assert asked == [[0, 1, 2], [0, 2], [0], [0]]
+    assert [one["score"] for one in records] == pytest.approx([200 / 3, 100, 0])
+
+
+def test_rounds_say_what_one_call_of_generate_says(loaded):
+    model, tokenizer = loaded
+    prompts = [prompt_of(sample("zz", limit=29), "query_agnostic", tokenizer)]
+    cache = prefill(model, *pad([prompt.read for prompt in prompts], "left", model.device))
+    records, _ = Answers(prompts, tokenizer).measure(model, prompts, cache.fork())
+    whole = generate(model, torch.tensor([prompts[0].then]), cache, max_new_tokens=29)
+    assert records[0]["answer"] == tokenizer.decode(whole[0], skip_special_tokens=True)
+    assert whole.shape[1] == 29
+
+
+def test_a_batch_says_what_each_prompt_says_alone(loaded):
+    model, tokenizer = loaded
+    contexts = ["Red is 123.", "Red is 123. Blue is 45. Green is 6, and more of it.", "Red."]
+    many = [Sample(one, "\nWhat" + " is red" * n, " It", ["zz"], "t", 12) for n, one in enumerate(contexts, 1)]
+    prompts = [prompt_of(one, "query_agnostic", tokenizer) for one in many]
+    family = Answers(prompts, tokenizer)
+
+    def said(some):
+        cache = prefill(model, *pad([prompt.read for prompt in some], "left", model.device))
+        return [one["answer"] for one in family.measure(model, some, cache)[0]]
+
+    together = said(prompts)
+    assert together == [said([prompt])[0] for prompt in prompts]
+    assert len(set(together)) == 3
+
+
+def test_rows_that_say_about_as_much_are_measured_together(loaded):
+    _, tokenizer = loaded
+    many = [sample("1" * 30), sample("1"), sample("1" * 20), sample("22")]
+    family = Answers([prompt_of(one, "query_agnostic", tokenizer) for one in many], tokenizer)
+    assert [len(p.sample.answers[0]) for p in sorted(family.prompts, key=family.effort)] == [1, 2, 20, 30]
+
+
+def test_padding_goes_to_one_side():
+    ids, mask = pad([[5, 6], [7]], "left", torch.device("cpu"))
+    assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[True, True], [False, True]]
+    ids, mask = pad([[5, 6], [7]], "right", torch.device("cpu"))
+    assert ids.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[True, True], [True, False]]

@@ -1,0 +1,132 @@
+"""`eval.py` as it is typed: what it writes, how it goes on, and its one line for bad input."""
+
+import json
+
+import pytest
+import yaml
+
+from learnkv.eval import main
+from learnkv.evaluation import runner
+
+ROW = {"policy", "task", "length", "setting", "keep", "spent", "bytes", "bytes_full", "n", "score", "score_full", "kl"}
+
+
+@pytest.fixture
+def words(model_folder, text_file, tmp_path):
+    common = [f"model={model_folder}", f"text={text_file}", f"output={tmp_path / 'run'}", "lengths=64", "samples=3"]
+    return [*common, "tasks=text", "keep=0.5,0.2"]
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def values(tmp_path):
+    return {(row["policy"], row["keep"]): row["kl"] for row in results(tmp_path)["rows"]}
+
+
+def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("scorer: {class_path: learnkv.scorers.Knorm}\nsinks: 2\n")
+    assert main([*words, "--ckpt", "snapkv", "--ckpt", "full", str(mine)]) == 0
+    found = results(tmp_path)
+    assert found["schema"] == 1
+    assert set(found["environment"]) >= {"python", "torch", "transformers", "dtype", "device"}
+    rows = found["rows"]
+    assert {row["policy"] for row in rows} == {"full", "snapkv", "mine"}
+    assert len(rows) == 1 + 2 * 2
+    assert all(ROW | {"stderr", "haystack"} <= set(row) for row in rows)
+    assert all(row["kl"] > 1e-4 for row in rows if row["policy"] != "full")
+    assert {row["n"] for row in rows} == {3}
+    folder = tmp_path / "run"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.yaml",
+        "pareto.png",
+        "results.json",
+        "results.md",
+        "samples.jsonl",
+    ]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (resolved["samples"], resolved["keep"], resolved["seed"]) == (3, [0.5, 0.2], 42)
+    assert "results.md" in capsys.readouterr().out
+
+
+def test_the_resolved_config_alone_repeats_the_run(words, tmp_path, monkeypatch):
+    assert main([*words, "--ckpt", "snapkv"]) == 0
+    first = values(tmp_path)
+    monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
+    (tmp_path / "run" / "results.json").unlink()
+    assert main([f"config={tmp_path / 'run' / 'config.yaml'}"]) == 0
+    assert values(tmp_path) == first
+
+
+def test_an_interrupted_run_leaves_a_report_and_goes_on(words, tmp_path, monkeypatch, capsys):
+    plain, calls = runner.prefill, []
+
+    def stops(*given, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "prefill", stops)
+        assert main([*words, "--ckpt", "snapkv", "batch_size=1"]) == 130
+    assert {row["n"] for row in results(tmp_path)["rows"]} == {2}
+    assert main([*words, "--ckpt", "snapkv", "batch_size=1"]) == 0
+    resumed = values(tmp_path)
+    assert {row["n"] for row in results(tmp_path)["rows"]} == {3}
+    assert main([*words, "--ckpt", "snapkv", "batch_size=1", f"output={tmp_path / 'other'}"]) == 0
+    whole = json.loads((tmp_path / "other" / "results.json").read_text())["rows"]
+    assert {(row["policy"], row["keep"]): row["kl"] for row in whole} == resumed
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch, capsys):
+    assert main([*words, "--ckpt", "snapkv", "samples=1"]) == 0
+    before = (tmp_path / "run" / "samples.jsonl").read_text()
+
+    def full(self, records):
+        raise OSError(28, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(runner.Store, "add", full)
+    assert main([*words, "--ckpt", "snapkv"]) == 1
+    assert "no space left on disk" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "run" / "samples.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("keep=1.5", "keep=1.5: expected a fraction of the prompt's entries, above 0 and at most 1"),
+        ("keep=0", "keep=0: expected a fraction of the prompt's entries, above 0 and at most 1"),
+        ("keep=0.01", "keep=0.01: leaves 0.47 entries per head of a prompt of 47 tokens"),
+        ("budget=0", "budget=0: expected at least 1"),
+        ("samples=many", "samples=many: expected int, got many"),
+        ("keeps=0.5", "keeps=0.5: unknown key; did you mean keep?"),
+        ("setting=aware", "setting=aware: expected one of"),
+        ("ckpt=snapvk", "ckpt=snapvk: expected a YAML file or one of"),
+        ("ckpt=missing/last.ckpt", "missing/last.ckpt"),
+        ("model=missing/folder/here", "model=missing/folder/here: expected `reference`"),
+        ("dtype=fp8", "dtype=fp8: expected auto, float32"),
+        ("lengths=4096", "lengths=4096: expected at most 512"),
+        ("config=missing", "config=missing: expected a YAML file or one of"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, capsys, word, line):
+    assert main([*words, "--ckpt", "snapkv", word]) == 2
+    said = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+    assert len(said) == 1
+    assert line in said[0]
+
+
+def test_no_arguments_are_told_what_is_expected(capsys):
+    assert main([]) == 2
+    assert "expected config=NAME|PATH or key=value; names: quickstart, ruler, text" in capsys.readouterr().err
+
+
+def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text("scorer: {class_path: learnkv.scorers.Knorm}\n")
+    assert main([*words, "--ckpt", str(tmp_path / "a/mine.yaml"), str(tmp_path / "b/mine.yaml")]) == 2
+    assert "a second policy that is called mine" in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Tables and pictures of made-up results: the right numbers in the right places, settings never in one table."""
+
+import numpy as np
+import pytest
+
+from learnkv.evaluation import pictures
+from learnkv.evaluation.report import markdown, size
+from learnkv.evaluation.results import rows_of
+
+KEEPS = (0.5, 0.1)
+BYTES = {1.0: 2_000_000, 0.5: 1_000_000, 0.1: 200_000}
+MEANS = {"full": 90, "snapkv": 30, "adakv": 40, "learned-mine": 80}
+
+
+def record(policy, keep, setting, task, index, shift=0.0, **more):
+    score = MEANS[policy] + shift - 20 * (keep == 0.1) + 4 * index + (task == "vt")
+    about = {"policy": policy, "task": task, "length": 1024, "setting": setting, "index": index, "keep": keep}
+    size = {"budget": None, "asked": keep, "spent": keep, "bytes": BYTES[keep], "bytes_full": BYTES[1.0]}
+    budgets = {"budgets": [[keep, keep / 2], [0.0, 1.0]]} if policy.startswith("learned") else {}
+    return {**about, **size, "haystack": "noise", "score": score, **budgets, **more}
+
+
+def records_of(setting, tasks=("niah_single_1", "vt"), shift=0.0, **more):
+    found = [record("full", 1.0, setting, task, i, shift, **more) for task in tasks for i in range(3)]
+    for policy in ("snapkv", "adakv", "learned-mine"):
+        found += [record(policy, k, setting, t, i, shift, **more) for k in KEEPS for t in tasks for i in range(3)]
+    return found
+
+
+def text_records():
+    kl = {"full": 0.0, "snapkv": 0.4, "adakv": 0.2, "learned-mine": 0.1}
+    found = []
+    for one in records_of("query_agnostic", ("text",)):
+        found.append({**one, "kl": kl[one["policy"]] + one["index"] / 100, "loss": 1.0})
+    return found
+
+
+@pytest.fixture
+def both():
+    return records_of("query_agnostic") + records_of("query_aware", shift=5.0)
+
+
+def report(records, starts=None):
+    return markdown("tiny", rows_of(records), records, starts or {})
+
+
+def tables(text):
+    """Heading and rows of every table."""
+    found, heading = {}, ""
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading = line
+        elif line.startswith("| ") and "---" not in line:
+            found.setdefault(heading, []).append([cell.strip() for cell in line.strip("|").split("|")])
+    return found
+
+
+def test_a_table_per_setting_with_score_error_bytes_and_share(both):
+    found = tables(report(both))
+    agnostic = next(table for title, table in found.items() if title.startswith("## Query-agnostic"))
+    aware = next(table for title, table in found.items() if title.startswith("## Query-aware"))
+    assert agnostic[0] == ["policy", "keep 0.5", "keep 0.1"]
+    # 30 + 4 + 0.5 over tasks; 4 / sqrt(3) per task, two tasks
+    assert agnostic[1] == ["snapkv", "**34.5 ± 1.6** · 1 MB · 0.500", "**14.5 ± 1.6** · 200 kB · 0.100"]
+    assert aware[1] == ["snapkv", "**39.5 ± 1.6** · 1 MB · 0.500", "**19.5 ± 1.6** · 200 kB · 0.100"]
+    assert [row[0] for row in agnostic] == ["policy", "snapkv", "adakv", "learned-mine"]
+    assert not any("query" in " ".join(row) for table in found.values() for row in table)
+
+
+def test_the_full_cache_stands_above_the_table(both):
+    text = report(both)
+    assert "Mean over 2 tasks (niah_single_1, vt), 3 samples each. Full cache: **94.5 ± 1.6** · 2 MB · 1.000." in text
+
+
+def test_learned_minus_heuristic_is_paired(both):
+    found = tables(report(both, {"learned-mine": "adakv"}))
+    assert found["### Query-aware: learned-mine minus heuristic, paired by prompt"][1][1] == "+50.0 ± 0.0"
+    assert found["### Query-agnostic: learned-mine minus heuristic, paired by prompt"] == [
+        ["minus", "keep 0.5", "keep 0.1"],
+        ["snapkv", "+50.0 ± 0.0", "+50.0 ± 0.0"],
+        ["adakv (it starts from this)", "+40.0 ± 0.0", "+40.0 ± 0.0"],
+        ["best heuristic", "adakv", "adakv"],
+    ]
+
+
+def test_every_task_is_listed_once_per_policy_and_keep(both):
+    details = report(both).split("## Every task")[1]
+    agnostic = next(table for title, table in tables(details).items() if "Query-agnostic" in title)
+    assert agnostic[0] == ["policy", "asked", "bytes", "niah_single_1", "vt"]
+    assert agnostic[1] == ["full", "keep 1", "2 MB", "94.0 ± 2.3", "95.0 ± 2.3"]
+    assert len(agnostic) == 1 + 1 + 3 * 2
+
+
+def test_text_is_a_table_of_kl(both):
+    found = tables(report(both + text_records(), {"learned-mine": "snapkv"}))
+    kl = next(table for title, table in found.items() if title.startswith("## Text"))
+    assert kl[1] == ["snapkv", "**0.4100** · ppl 2.72 · 1 MB · 0.500", "**0.4100** · ppl 2.72 · 200 kB · 0.100"]
+    minus = next(t for title, t in found.items() if title.startswith("### Text: KL"))
+    assert minus[1][:2] == ["snapkv (it starts from this)", "-0.3000 ± 0.0000"]
+    assert minus[-1] == ["best heuristic", "adakv", "adakv"]
+
+
+def test_one_sample_has_no_error_and_no_policy_no_table():
+    one = [record("full", 1.0, "query_agnostic", "vt", 0)]
+    assert "Full cache: **91.0** · 2 MB · 1.000." in report(one)
+    assert list(tables(report(one))) == ["### Query-agnostic: the question is read after compression, 1,024 tokens"]
+    assert "No sample is finished." in report([])
+
+
+@pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1500, "1.5 kB"), (3_146_000, "3.15 MB"), (2e9, "2 GB")])
+def test_sizes(count, text):
+    assert size(count) == text
+
+
+def lines_of(axis):
+    return {container.get_label(): container.lines[0].get_xydata() for container in axis.containers}
+
+
+def test_pareto_shows_score_against_bytes_in_a_panel_per_setting(both):
+    figure = pictures.pareto(rows_of(both + text_records()))
+    agnostic, aware, text = figure.axes
+    assert agnostic.get_title().startswith("Query-agnostic") and aware.get_title().startswith("Query-aware")
+    np.testing.assert_allclose(lines_of(agnostic)["snapkv"], [[1e6, 34.5], [2e5, 14.5]])
+    np.testing.assert_allclose(lines_of(aware)["learned-mine"], [[1e6, 89.5], [2e5, 69.5]])
+    np.testing.assert_allclose(lines_of(text)["adakv"], [[1e6, 0.21], [2e5, 0.21]])
+    assert agnostic.get_xscale() == text.get_yscale() == "log"
+    (full,) = (line for line in agnostic.lines if line.get_label() == "full cache")
+    assert set(full.get_ydata()) == {94.5}
+    assert [text.get_text() for text in agnostic.texts] == ["94.5 with 2 MB"]
+    assert [tick.get_text() for tick in agnostic.get_xticklabels()] == ["keep 0.5\n1 MB", "keep 0.1\n200 kB"]
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert sorted(names) == ["adakv", "full cache", "learned-mine", "snapkv"]
+    markers = {container.get_label(): container.lines[0].get_marker() for container in agnostic.containers}
+    assert len(set(markers.values())) == 3
+
+
+def test_heatmap_shows_mean_kept_fractions(both):
+    figure = pictures.heatmap(both, "learned-mine")
+    panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    assert [axis.get_title() for axis in panels] == [
+        "keep 0.5\nquery-agnostic",
+        "keep 0.1\nquery-agnostic",
+        "keep 0.5\nquery-aware",
+        "keep 0.1\nquery-aware",
+    ]
+    np.testing.assert_allclose(panels[1].images[0].get_array(), [[0.1, 0.05], [0, 1]])
+    assert pictures.heatmap(both, "snapkv") is None
+
+
+def test_pictures_are_written_whole(both, tmp_path):
+    pictures.save(pictures.pareto(rows_of(both)), tmp_path / "pareto.png")
+    assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir()] == ["pareto.png"]

@@ -1,0 +1,247 @@
+"""One prefill per batch for everything, bytes by the formula, and nothing done twice."""
+
+import pytest
+import torch
+
+from learnkv.allocators import AdaKV, LearnedAllocator, Uniform
+from learnkv.data.sample import Sample
+from learnkv.evaluation import runner
+from learnkv.evaluation.config import Budget
+from learnkv.evaluation.results import rows_of
+from learnkv.evaluation.store import Store
+from learnkv.evaluation.tasks.answers import Answers, tokenised
+from learnkv.evaluation.tasks.base import Prompt
+from learnkv.evaluation.tasks.text import Text
+from learnkv.io import load_policy
+from learnkv.observation import Observation
+from learnkv.policy import Policy
+from learnkv.scorers import Knorm, Scorer, SnapKV
+
+KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]
+NAMES = ("snapkv", "adakv")
+
+
+def text_prompts(rows, length=48):
+    tokens = torch.randint(2, 400, (rows, length), generator=torch.Generator().manual_seed(1)).tolist()
+    cut = length - 13
+    return [Prompt("text", length, "query_agnostic", i, ids[:cut], ids[cut:]) for i, ids in enumerate(tokens)]
+
+
+def question_prompts(tokenizer, rows):
+    samples = [Sample(f"{'Red is. ' * (i + 2)}", "\nWhat?", " It", ["zz"], "vt", 6) for i in range(rows)]
+    return list(tokenised(enumerate(samples), "query_agnostic", 64, tokenizer))
+
+
+@pytest.fixture
+def prefills(monkeypatch):
+    """How many prompts were read in each prefill."""
+    counts, plain = [], runner.prefill
+
+    def counted(model, ids, mask, **options):
+        counts.append(len(ids))
+        return plain(model, ids, mask, **options)
+
+    monkeypatch.setattr(runner, "prefill", counted)
+    return counts
+
+
+def policies(*names):
+    return {name: load_policy(name) for name in names}
+
+
+def compare(loaded, prompts, path, names=NAMES, keeps=KEEPS, batch_size=4, family=Text):
+    families = [family(prompts)] if family is Text else [Answers(prompts, loaded[1])]
+    jobs = runner.jobs_of(loaded[0], policies(*names), keeps)
+    store = Store(path / "samples.jsonl")
+    runner.run(loaded[0], families, jobs, store, batch_size)
+    return runner.finished(families, jobs, store)
+
+
+def test_one_prefill_per_batch_for_all_policies_and_budgets(loaded, tmp_path, prefills):
+    records = compare(loaded, text_prompts(6), tmp_path)
+    assert prefills == [4, 2]
+    assert len(records) == 6 * (1 + 2 * 3)
+    rows = rows_of(records)
+    assert [(row["policy"], row["keep"], row["budget"]) for row in rows[:4]] == [
+        ("full", 1, None),
+        ("snapkv", 0.5, None),
+        ("snapkv", 0.25, None),
+        ("snapkv", 8 / 35, 8),
+    ]
+    assert all(row["n"] == 6 for row in rows)
+
+
+def test_what_is_spent_and_held(loaded, tmp_path):
+    model = loaded[0]
+    layers, heads, dim, entries = 2, 2, model.config.head_dim, 35
+    rows = rows_of(compare(loaded, text_prompts(4), tmp_path))
+    per_entry = 2 * dim * 4
+    for row in rows:
+        kept = {1.0: entries, 0.5: 17.5, 0.25: 8.75}.get(row["keep"], 8) * layers * heads
+        assert row["bytes_full"] == entries * layers * heads * per_entry
+        assert row["spent"] == pytest.approx(kept / (entries * layers * heads), abs=1 / entries / 4)
+        if row["policy"] == "full":
+            assert row["bytes"] == row["bytes_full"]
+        else:  # an int32 position per entry; start and length per head of each layer
+            assert row["bytes"] == round(
+                row["spent"] * entries * layers * heads * (per_entry + 4) + 16 * layers * heads
+            )
+    by_keep = {}
+    for row in rows:
+        by_keep.setdefault((row["keep"], row["budget"]), set()).add(row["bytes"])
+    assert all(len(held) == 1 for held in by_keep.values())
+
+
+def test_bytes_of_unequal_prompts_go_by_what_each_keeps(loaded, tmp_path):
+    records = compare(loaded, question_prompts(loaded[1], 3), tmp_path, ("snapkv",), KEEPS[:1], family=Answers)
+    held = [one for one in records if one["policy"] == "snapkv"]
+    lengths = [one["bytes_full"] for one in held]
+    assert lengths == sorted(lengths) and len(set(lengths)) == 3
+    assert [one["bytes"] / held[0]["bytes"] for one in held] == pytest.approx(
+        [n / lengths[0] for n in lengths], rel=0.05
+    )
+
+
+def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(loaded, tmp_path):
+    keeps = [Budget(keep=1.0), Budget(keep=0.7), Budget(keep=0.1)]
+    rows = rows_of(compare(loaded, text_prompts(5), tmp_path, ("snapkv",), keeps))
+    full, whole, most, least = rows
+    assert full["kl"] == 0 and whole["kl"] < 1e-8
+    assert 1e-4 < most["kl"] < least["kl"]
+    assert whole["perplexity"] == pytest.approx(full["perplexity"])
+    assert {row["score_full"] for row in rows} == {full["score"]}
+
+
+@pytest.mark.parametrize("family", [Text, Answers])
+def test_batches_do_not_change_results(loaded, tmp_path, family):
+    prompts = text_prompts(5) if family is Text else question_prompts(loaded[1], 5)
+    for size in (1, 5):
+        (tmp_path / str(size)).mkdir()
+    alone, together = (
+        compare(loaded, prompts, tmp_path / str(size), batch_size=size, family=family) for size in (1, 5)
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert one["fingerprint"] == other["fingerprint"]
+        assert one["spent"] == other["spent"]
+        assert one.get("answer") == other.get("answer")
+        assert one.get("kl", 0) == pytest.approx(other.get("kl", 0), abs=1e-5)
+
+
+def test_finished_samples_are_not_read_again(loaded, tmp_path, prefills):
+    first = compare(loaded, text_prompts(3), tmp_path)
+    prefills.clear()
+    assert compare(loaded, text_prompts(3), tmp_path) == first
+    assert prefills == []
+    more = compare(loaded, text_prompts(5), tmp_path)
+    assert prefills == [2]  # the two new ones
+    assert [one for one in more if one["index"] < 3] == first
+
+
+def test_only_what_is_missing_is_measured(loaded, tmp_path, prefills, monkeypatch):
+    compare(loaded, text_prompts(3), tmp_path, ("snapkv",))
+    prefills.clear()
+    compressed, plain = [], Policy.compress
+    monkeypatch.setattr(
+        Policy, "compress", lambda self, *a, **k: compressed.append(self.allocator) or plain(self, *a, **k)
+    )
+    compare(loaded, text_prompts(3), tmp_path, ("snapkv", "adakv"))
+    assert prefills == [3]
+    assert [type(allocator).__name__ for allocator in compressed] == ["AdaKV"] * len(KEEPS)
+
+
+def test_an_interrupted_run_continues_where_it_was(loaded, tmp_path, prefills, monkeypatch):
+    prompts = text_prompts(6)
+    (tmp_path / "whole").mkdir()
+    whole = compare(loaded, prompts, tmp_path / "whole", batch_size=2)
+    measured, plain = [], Text.measure
+
+    def stops(self, *given):
+        measured.append(given)
+        if len(measured) == 12:  # within the second batch of 1 + 2 * 3
+            raise KeyboardInterrupt
+        return plain(self, *given)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Text, "measure", stops)
+        compare(loaded, prompts, tmp_path, batch_size=2)
+    done = Store(tmp_path / "samples.jsonl").records
+    assert len(done) == 11 * 2
+    prefills.clear()
+    resumed = compare(loaded, prompts, tmp_path, batch_size=2)
+    assert prefills == [2, 2]
+    assert len(resumed) == len(whole)
+    for one, other in zip(resumed, whole, strict=True):
+        assert one["fingerprint"] == other["fingerprint"]
+        assert (one["loss"], one["kl"]) == pytest.approx((other["loss"], other["kl"]), abs=1e-6)
+    assert all(Store(tmp_path / "samples.jsonl")[name] == record for name, record in done.items())
+
+
+def test_only_prompts_that_every_policy_finished_are_compared(loaded, tmp_path):
+    prompts = text_prompts(3)
+    compare(loaded, prompts[:2], tmp_path)
+    jobs = runner.jobs_of(loaded[0], policies(*NAMES), KEEPS)
+    found = runner.finished([Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"))
+    assert {record["index"] for record in found} == {0, 1}
+
+
+def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded):
+    model = loaded[0]
+    (here, there) = text_prompts(2)
+    learned = Policy(Knorm())
+    learned.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
+    seen = set()
+
+    def note(policy, budget=KEEPS[0], prompt=here):
+        (job,) = runner.jobs_of(model, {"x": policy}, [budget])[1:]
+        assert job.fingerprint(prompt) not in seen
+        seen.add(job.fingerprint(prompt))
+
+    note(learned)
+    note(learned, prompt=there)
+    note(learned, KEEPS[2])
+    note(load_policy("knorm"))
+    note(load_policy("snapkv"))
+    note(Policy(Knorm(), sinks=5))
+    with torch.no_grad():
+        learned.weight += 1
+    note(learned)
+    model.model.norm.weight[0] += 1
+    note(learned)
+    model.model.norm.weight[0] -= 1
+
+
+def test_budgets_are_recorded_for_policies_that_learned_them(loaded, tmp_path):
+    learned = Policy(Knorm())
+    learned.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
+    jobs = runner.jobs_of(loaded[0], {"learned": learned, "knorm": load_policy("knorm")}, KEEPS[:1])
+    store = Store(tmp_path / "samples.jsonl")
+    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
+    for record in store.records.values():
+        assert ("budgets" in record) == (record["policy"] == "learned")
+        if "budgets" in record:
+            kept = torch.tensor(record["budgets"])
+            assert kept.shape == (2, 2)
+            assert float(kept.mean()) == pytest.approx(record["spent"])
+
+
+def test_the_heuristic_below_a_learned_policy_is_found():
+    learned = Policy(SnapKV(window=32), LearnedAllocator(AdaKV(), num_layers=2, num_heads=2))
+    others = {"adakv": Policy(SnapKV(window=32), AdaKV()), "snapkv": Policy(SnapKV(window=32), Uniform())}
+    assert runner.starting_points({"learned": learned, **others}) == {"learned": "adakv"}
+
+
+class HiddenSize(Scorer):
+    """Scores entries by the size of their hidden states, which only some prefills record."""
+
+    needs = frozenset({"hidden"})
+
+    def forward(self, seen: Observation) -> torch.Tensor:
+        assert seen.hidden is not None
+        return seen.hidden.norm(dim=-1).unsqueeze(1).expand(seen.keys.shape[:3])
+
+
+def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded, tmp_path):
+    jobs = runner.jobs_of(loaded[0], {"hidden": Policy(HiddenSize())}, KEEPS[:1])
+    store = Store(tmp_path / "samples.jsonl")
+    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
+    assert sum(record["policy"] == "hidden" and record["kl"] > 0 for record in store.records.values()) == 2

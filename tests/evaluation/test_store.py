@@ -1,0 +1,58 @@
+"""Samples on disk: appended, read again after a cut, used only where they apply."""
+
+import json
+
+import pytest
+
+from learnkv.evaluation.store import Store, replacing, slot_of
+
+
+def record(fingerprint, policy="snapkv", index=0, score=1.0):
+    about = {"policy": policy, "task": "vt", "length": 64, "setting": "query_agnostic", "index": index}
+    return {**about, "keep": 0.5, "budget": None, "score": score, "fingerprint": fingerprint}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_was_added_is_there_again(tmp_path):
+    store = Store(tmp_path / "samples.jsonl")
+    store.add([record("a"), record("b", index=1)])
+    store.add([record("c", index=2)])
+    again = Store(tmp_path / "samples.jsonl")
+    assert [fingerprint in again for fingerprint in "abcd"] == [True, True, True, False]
+    assert again["b"] == record("b", index=1)
+
+
+def test_a_line_that_was_cut_off_is_done_again_and_nothing_else(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    Store(path).add([record("a"), record("b", index=1)])
+    path.write_bytes(path.read_bytes()[:-20])
+    store = Store(path)
+    assert "a" in store and "b" not in store
+    store.forget_outdated([])
+    store.add([record("b", index=1)])
+    assert [one["fingerprint"] for one in lines(path)] == ["a", "b"]
+
+
+def test_outdated_records_go_and_foreign_ones_stay(tmp_path):
+    store = Store(tmp_path / "samples.jsonl")
+    store.add([record("old"), record("same", index=1), record("foreign", policy="adakv")])
+    store.forget_outdated([("new", slot_of(record("new"))), ("same", slot_of(record("same", index=1)))])
+    assert [one["fingerprint"] for one in lines(store.path)] == ["same", "foreign"]
+    assert "old" not in store
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as part:
+        part.write_text("ne")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with replacing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

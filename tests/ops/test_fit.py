@@ -1,0 +1,121 @@
+"""Whole budgets: exact, bounded, proportional, the same for a row in any batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learnkv.ops.fit import fit
+
+
+@st.composite
+def problems(draw):
+    """Wishes [L, B, H] of any size with the entries, totals and protected numbers of every row."""
+    layers, batch, heads = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    wish = st.one_of(
+        st.just(0.0), st.floats(0, 1e-9), st.floats(0, 3), st.floats(0, 1e6), st.integers(0, 50).map(float)
+    )
+    count = layers * batch * heads
+    wanted = torch.tensor(draw(st.lists(wish, min_size=count, max_size=count)), dtype=torch.float64)
+    entries, protected, total = [], [], []
+    for _ in range(batch):
+        entries.append(draw(st.integers(1, 60)))
+        protected.append(draw(st.integers(0, entries[-1])))
+        total.append(draw(st.integers(layers * heads * protected[-1], layers * heads * entries[-1])))
+    return wanted.view(layers, batch, heads), *(torch.tensor(one) for one in (entries, total, protected))
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_every_row_spends_exactly_its_total_within_bounds(problem):
+    wanted, entries, total, protected = problem
+    budgets = fit(wanted, entries, total, protected)
+    assert budgets.dtype == torch.int64
+    assert budgets.shape == wanted.shape
+    assert torch.equal(budgets.sum((0, 2)), total)
+    assert (budgets >= protected.view(1, -1, 1)).all()
+    assert (budgets <= entries.view(1, -1, 1)).all()
+    for row in range(wanted.shape[1]):
+        alone = fit(wanted[:, row : row + 1], entries[row : row + 1], total[row : row + 1], protected[row : row + 1])
+        assert torch.equal(alone[:, 0], budgets[:, row])
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_the_budgets_are_scaled_clipped_wishes_to_within_one_entry(problem):
+    """Water-filling found by bisection on the scale: an independent solution of the same equation."""
+    wanted, entries, total, protected = problem
+    budgets = fit(wanted, entries, total, protected)
+    for row in range(wanted.shape[1]):
+        wish = wanted[:, row].flatten()
+        wish = wish / max(wish.mean(), 1e-300) + 1e-9
+        low, high = float(protected[row]), float(entries[row])
+        below, above = 0.0, 1e15
+        for _ in range(200):
+            scale = (below + above) / 2
+            too_much = (wish * scale).clamp(low, high).sum() > total[row]
+            below, above = (below, scale) if too_much else (scale, above)
+        exact = (wish * below).clamp(low, high)
+        assert (budgets[:, row].flatten() - exact).abs().max() < 1 + 1e-6
+
+
+def test_whole_wishes_that_spend_the_total_are_left_alone():
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        wanted = torch.randint(3, 40, (6, 2, 4), generator=generator)
+        total = wanted.sum((0, 2))
+        for noise in (0, 1e-11):
+            got = fit(
+                wanted.double() + noise * torch.randn(6, 2, 4, generator=generator),
+                torch.tensor([40, 50]),
+                total,
+                torch.tensor([3, 2]),
+            )
+            assert torch.equal(got, wanted)
+
+
+def test_equal_wishes_differ_by_one_at_most_and_the_first_heads_get_more():
+    got = fit(torch.full((3, 1, 2), 7.0), torch.tensor([10]), torch.tensor([21]), torch.tensor([2]))
+    assert got.flatten().tolist() == [4, 4, 4, 3, 3, 3]
+    assert fit(torch.zeros(3, 1, 2), torch.tensor([10]), torch.tensor([21]), torch.tensor([2])).tolist() == got.tolist()
+
+
+def test_the_largest_remainders_get_the_last_entries():
+    wanted = torch.tensor([[[1.2, 2.9, 3.5, 2.4]]])
+    assert fit(wanted, torch.tensor([9]), torch.tensor([10]), torch.tensor([0])).flatten().tolist() == [1, 3, 4, 2]
+
+
+def test_what_one_head_cannot_hold_goes_to_the_others():
+    """A plain clamp would spend 10 + 3 * 2 here."""
+    wanted = torch.tensor([[[34.0, 2.0]], [[2.0, 2.0]]])
+    got = fit(wanted, torch.tensor([10]), torch.tensor([40]), torch.tensor([1]))
+    assert got.flatten().tolist() == [10, 10, 10, 10]
+    got = fit(wanted, torch.tensor([10]), torch.tensor([25]), torch.tensor([1]))
+    assert got.flatten().tolist() == [10, 5, 5, 5]
+
+
+def test_one_dominant_head_takes_everything_but_the_protected_entries():
+    wanted = torch.zeros(4, 1, 2)
+    wanted[2, 0, 1] = 1.0
+    got = fit(wanted, torch.tensor([1000]), torch.tensor([800]), torch.tensor([5]))
+    assert got.flatten().tolist() == [5, 5, 5, 5, 5, 800 - 35, 5, 5]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e5])
+def test_only_proportions_matter(scale):
+    wanted = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    arguments = torch.tensor([50, 30]), torch.tensor([200, 111]), torch.tensor([2, 0])
+    assert torch.equal(fit(wanted * scale, *arguments), fit(wanted, *arguments))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_long_prompts_whose_heads_wish_nothing_or_very_much(seed):
+    generator = torch.Generator().manual_seed(seed)
+    wanted = torch.randint(0, 3, (80, 3, 2), generator=generator) * 1e5
+    entries = torch.randint(10_000, 131_072, (3,), generator=generator)
+    protected = (entries * torch.rand(3, generator=generator) / 2).long()
+    total = (160 * (protected + (entries - protected) * torch.rand(3, generator=generator, dtype=torch.float64))).long()
+    budgets = fit(wanted, entries, total, protected)
+    assert torch.equal(budgets.sum((0, 2)), total)
+    assert (budgets >= protected.view(1, -1, 1)).all()
+    assert (budgets <= entries.view(1, -1, 1)).all()

@@ -1,0 +1,41 @@
+"""Compaction against indexing row by row."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from learnkv.ops.gather_kv import gather_kv
+
+
+@st.composite
+def budgets(draw):
+    """Entries kept by R rows of L layers, out of S slots; one row may have them all."""
+    layers, rows, slots = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    count = st.one_of(st.just(0), st.just(slots), st.integers(0, slots))
+    return layers, rows, slots, draw(st.lists(count, min_size=layers * rows, max_size=layers * rows))
+
+
+@settings(max_examples=200, deadline=None)
+@given(budgets(), st.booleans())
+def test_each_row_is_written_to_its_own_segment_and_nothing_else(problem, strided):
+    layers, rows, slots, counts = problem
+    generator = torch.Generator().manual_seed(sum(counts))
+    chosen = [torch.randperm(slots, generator=generator)[:count].sort().values for count in counts]
+    index = torch.cat([row * slots + slot for row, slot in enumerate(chosen)])
+    length = torch.tensor(counts).view(layers, rows)
+    start = (length.flatten().cumsum(0) - length.flatten()).view(layers, rows)
+    keys, values = torch.randn(2, layers, rows, slots, 3, generator=generator)
+    if strided:
+        keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
+    pools = torch.full((2, len(index), 3), torch.nan)
+    for layer in range(layers):
+        left = pools.clone()
+        before, after = int(start[layer, 0]), int(start[layer, -1] + length[layer, -1])
+        gather_kv(keys[layer], values[layer], index, layer * rows, start[layer], length[layer], *pools)
+        for pool, old in zip(pools, left, strict=True):
+            assert torch.equal(pool[:before], old[:before])
+            assert pool[after:].isnan().all()
+    for row, slot in enumerate(chosen):
+        at = slice(int(start.flatten()[row]), int(start.flatten()[row]) + counts[row])
+        assert torch.equal(pools[0, at], keys.flatten(0, 1)[row][slot])
+        assert torch.equal(pools[1, at], values.flatten(0, 1)[row][slot])

@@ -1,0 +1,79 @@
+"""The learned scorer: the heuristic's order at the start, a network per layer and head afterwards."""
+
+import dataclasses
+
+import pytest
+import torch
+from observations import observe
+
+from learnkv.allocators import AdaKV
+from learnkv.errors import UserError
+from learnkv.scorers import Knorm, LearnedScorer, SnapKV, StreamingLLM
+
+
+def learned(base) -> LearnedScorer:
+    torch.manual_seed(0)
+    return LearnedScorer(base, num_layers=2, num_heads=2, head_dim=16, width=4, window=8)
+
+
+@pytest.mark.parametrize("base", [SnapKV(window=8), Knorm(), StreamingLLM()], ids=lambda one: type(one).__name__)
+def test_at_the_start_every_order_is_the_heuristics(base):
+    seen = observe([200, 60])
+    scores, prior = learned(base)(seen), base(seen)
+    for row in range(2):
+        valid = seen.valid[row]
+        got, want = scores[row][valid], prior[row][valid]  # both heads together: allocators compare them
+        order = want.argsort(stable=True)
+        assert torch.equal((got[order].diff() > 0), (want[order].diff() > 0))
+        assert (got[order].diff() >= 0).all()
+
+
+def test_adakv_splits_learned_scores_as_it_splits_the_heuristics():
+    base, seen = SnapKV(window=8), observe([200, 60])
+    learnt = learned(base)
+    budget = torch.tensor([20.0, 9.0], dtype=torch.float64)
+    split = [
+        AdaKV()(one(seen).masked_fill(~seen.valid, -torch.inf).unsqueeze(0), None, budget) for one in (learnt, base)
+    ]
+    assert torch.equal(*split)
+    assert not torch.equal(split[0][..., 0], split[0][..., 1])
+
+
+def test_the_correction_is_that_of_the_layer_and_head():
+    scorer, seen = learned(Knorm()), observe([30], layer_idx=1)
+    before = scorer(seen)
+    scorer.weight_out.data[1, 0] = 1.0
+    moved = (scorer(seen) - before).abs().amax(-1)[0]
+    assert moved[0] > 0.1
+    assert moved[1] == 0
+    assert torch.equal(scorer(dataclasses.replace(seen, layer_idx=0)), before)
+
+
+def test_the_correction_sees_key_value_and_attention():
+    scorer, seen = learned(Knorm()), observe([30])
+    scorer.weight_out.data[:] = 1.0
+    before = scorer(seen)
+    for name in ("values", "queries"):
+        other = torch.randn(getattr(seen, name).shape, generator=torch.Generator().manual_seed(5))
+        assert not torch.allclose(scorer(dataclasses.replace(seen, **{name: other})), before)
+    louder = dataclasses.replace(seen, values=7 * seen.values)  # of entries their direction counts, not their size
+    torch.testing.assert_close(scorer(louder), before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_reaches_the_network_and_not_the_heuristic():
+    scorer, seen = learned(SnapKV(window=8)), observe([30])
+    scorer(seen).square().sum().backward()
+    assert scorer.weight_out.grad[1].abs().max() > 0
+    assert scorer.weight_out.grad[0].abs().max() == 0
+    assert list(scorer.base.parameters()) == []
+
+
+def test_it_is_small():
+    """At most 3 % of a model with 6 layers, 4 kv heads of 32 dimensions and 3 million parameters."""
+    scorer = LearnedScorer(SnapKV(), num_layers=6, num_heads=4, head_dim=32)
+    assert sum(parameter.numel() for parameter in scorer.parameters()) < 0.03 * 3e6
+
+
+def test_a_policy_for_another_model_is_named():
+    with pytest.raises(UserError, match="num_layers=2 num_heads=2: the model has layer 1 with 4"):
+        learned(Knorm())(observe([30], heads=4))

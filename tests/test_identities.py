@@ -1,0 +1,206 @@
+"""What must hold whatever the model: reading in chunks, padding, batches, eviction and masking compute the same."""
+
+import pytest
+import torch
+from models import (
+    FAMILIES,
+    HEURISTICS,
+    LEARNED,
+    WINDOW,
+    assert_kept_alike,
+    assert_logits_close,
+    attached,
+    kept,
+    kept_mask,
+    oracle,
+    padded,
+    plain,
+    policy_for,
+    tokens,
+)
+from transformers import DynamicCache
+
+from learnkv import continuation, load_policy, prefill
+from learnkv.errors import UserError
+
+pytestmark = pytest.mark.compat
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_policy = pytest.mark.parametrize("name", HEURISTICS + LEARNED)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def untouched(family, ids):
+    """Logits [B, T, V] of the untouched model."""
+    model = plain(family)
+    return model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits
+
+
+@every_family
+@pytest.mark.parametrize("chunk_size", [None, 1, 7])
+def test_keeping_everything_is_the_full_cache(family, chunk_size):
+    ids, model = tokens(2, 60), attached(family)
+    whole = untouched(family, ids)
+    cache = prefill(model, ids[:, :30], chunk_size=chunk_size)
+    for spend in ({"keep": 1.0}, {"budget": 30}, {"budget": 1000}):
+        kept_all = policy_for("snapkv", model).compress(cache.fork(), **spend)
+        assert kept_all.spent == [1.0, 1.0]
+        assert_logits_close(continuation(model, ids[:, 30:31], kept_all), whole[:, 30:31])
+        assert_logits_close(continuation(model, ids[:, 31:], kept_all), whole[:, 31:])
+    assert_logits_close(continuation(model, ids[:, 30:], load_policy("full").compress(cache, keep=0.1)), whole[:, 30:])
+
+
+def check_masking(family, name, keep):
+    """Continuations of 1, 2, 24 and 64 tokens of left-padded rows, against each row alone with a dense mask."""
+    model, policy = attached(family), policy_for(name, attached(family))
+    prompts = [tokens(1, length, seed=1)[0] for length in (70, 41)]
+    said = tokens(2, 91, seed=2)
+    cache = policy.compress(prefill(model, *padded(prompts)), keep=keep)
+    ours = torch.cat([continuation(model, part, cache) for part in said.split([1, 2, 24, 64], 1)], 1)
+    for row, prompt in enumerate(prompts):
+        mask = kept_mask(cache, row)
+        assert mask[cache.compressible].sum() == round(keep * len(prompt) * mask[cache.compressible][..., 0].numel())
+        assert_logits_close(ours[row], oracle(family)(prompt, mask, said[row]))
+    return cache
+
+
+@every_family
+@pytest.mark.parametrize("name", ["adakv", "tokens"])
+def test_evicting_is_masking_in_every_family(family, name):
+    cache = check_masking(family, name, 0.3)
+    assert cache.budgets.unique().numel() > 1  # ragged
+
+
+@every_policy
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_evicting_is_masking_under_every_policy(family, name):
+    check_masking(family, name, 0.15)
+
+
+def test_the_oracle_sees_a_difference_when_one_entry_is_kept_more():
+    prompt, said = tokens(1, 40)[0], tokens(1, 5)[0]
+    cache = load_policy("snapkv").compress(prefill(attached("llama"), prompt[None]), keep=0.3)
+    mask = kept_mask(cache, 0)
+    first = oracle("llama")(prompt, mask, said)
+    mask[2, 1, int((~mask[2, 1]).nonzero()[0])] = True
+    assert (oracle("llama")(prompt, mask, said) - first).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "chunk_size"),
+    [("llama", 1), ("gemma3", 1), *((family, size) for family in FAMILIES for size in (9, 40))],
+)
+def test_reading_in_chunks_is_reading_at_once(family, chunk_size):
+    model, prompts = attached(family), [tokens(1, length, seed=3)[0] for length in (67, 20)]
+    whole, parts = (prefill(model, *padded(prompts), chunk_size=size) for size in (None, chunk_size))
+    for one, other in zip(whole.compressed_layers(), parts.compressed_layers(), strict=True):
+        torch.testing.assert_close(one.keys[:, :, -20:], other.keys[:, :, -20:], rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.queries[..., -20:, :], other.queries[..., -20:, :], rtol=0, atol=1e-4)
+    for name in ("snapkv", "conditioned"):
+        check_same_plan(policy_for(name, model), whole, [0, 1], parts, [0, 1])
+
+
+@pytest.mark.parametrize("chunk_size", [4, 16, 31, 32])
+def test_prompts_without_padding_are_read_in_chunks_of_any_length(chunk_size):
+    model, ids = attached("llama"), tokens(2, 33)
+    whole, parts = (prefill(model, ids, chunk_size=size) for size in (None, chunk_size))
+    check_same_plan(policy_for("adakv", model), whole, [0, 1], parts, [0, 1])
+
+
+def check_same_plan(policy, one, rows, other, other_rows):
+    """The same scores and kept entries in rows of two caches, whose padding may differ."""
+    plans = [policy.plan(cache.fork(), keep=0.25) for cache in (one, other)]
+    small = [policy.compress(cache.fork(), keep=0.25) for cache in (one, other)]
+    for row, other_row in zip(rows, other_rows, strict=True):
+        n = one.prompt_lengths[row]
+        ours, theirs = plans[0].scores[:, row, :, -n:], plans[1].scores[:, other_row, :, -n:]
+        assert ours.isfinite().any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        assert_kept_alike(small[0], row, small[1], other_row, ours)
+
+
+@every_policy
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_left_padded_row_is_planned_as_alone(family, name):
+    model, prompts = attached(family), [tokens(1, length, seed=4)[0] for length in (61, 50, 33, 17)]
+    together = prefill(model, *padded(prompts))
+    assert together.prompt_lengths == [61, 50, 33, 17]
+    for row, prompt in enumerate(prompts):
+        check_same_plan(policy_for(name, model), prefill(model, prompt[None]), [0], together, [row])
+
+
+@every_family
+def test_a_left_padded_row_continues_as_alone(family):
+    model, policy = attached(family), policy_for("adakv", attached(family))
+    prompts, said = [tokens(1, length, seed=5)[0] for length in (55, 19)], tokens(2, 9, seed=6)
+    ids, mask = padded(prompts)
+    extra = torch.zeros(2, 3, dtype=torch.long)  # both rows padded
+    cache = policy.compress(prefill(model, torch.cat([extra, ids], 1), torch.cat([extra, mask], 1)), keep=0.4)
+    together = continuation(model, said, cache)
+    for row, prompt in enumerate(prompts):
+        alone = policy.compress(prefill(model, prompt[None]), keep=0.4)
+        assert kept(cache, row) == kept(alone, 0)
+        assert_logits_close(together[row : row + 1], continuation(model, said[row : row + 1], alone))
+
+
+@every_family
+def test_live_caches_do_not_know_each_other(family):
+    model, prompts, said = attached(family), [tokens(1, n, seed=7) for n in (48, 31)], tokens(1, 12, seed=8)
+    policies = [policy_for("adakv", model), policy_for("streaming_llm", model)]
+
+    def alone(which):
+        cache = policies[which].compress(prefill(model, prompts[which]), keep=0.3)
+        return torch.cat([continuation(model, one, cache) for one in said.split(1, 1)], 1)
+
+    expected = [alone(0), alone(1)]
+    first = policies[0].compress(prefill(model, prompts[0]), keep=0.3)
+    second = policies[1].compress(prefill(model, prompts[1]), keep=0.3)
+    ours: list[list[torch.Tensor]] = [[], []]
+    for step, one in enumerate(said.split(1, 1)):
+        ours[0].append(continuation(model, one, first))
+        if step == 4:
+            prefill(model, tokens(3, 25, seed=9))
+            model(input_ids=tokens(2, 10), past_key_values=DynamicCache(config=model.config))
+        ours[1].append(continuation(model, one, second))
+    assert torch.equal(torch.cat(ours[0], 1), expected[0])
+    assert torch.equal(torch.cat(ours[1], 1), expected[1])
+
+
+@every_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_questions_of_different_lengths_continue_as_alone(family, side):
+    model, policy = attached(family), policy_for("snapkv", attached(family))
+    size = 4 if family == "gemma3" else 15  # all within the window of the sliding layers
+    prompts = [tokens(1, length, seed=10)[0] for length in (2 * size, 3 * size, 2 * size + 1)]
+    questions = [tokens(1, length, seed=11)[0] for length in (size, 1, size // 2)]
+    more = tokens(3, 2, seed=12)
+    cache = policy.compress(prefill(model, *padded(prompts)), keep=0.4)
+    ids, mask = padded(questions, side)
+    logits = [continuation(model, ids, cache, mask), continuation(model, more, cache)]
+    for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
+        alone = policy.compress(prefill(model, prompt[None]), keep=0.4)
+        assert_logits_close(logits[0][row][mask[row].bool()], continuation(model, question[None], alone)[0])
+        assert_logits_close(logits[1][row], continuation(model, more[row : row + 1], alone)[0])
+
+
+def test_gaps_that_a_sliding_layer_would_count_are_refused():
+    model, (ids, mask) = attached("gemma3"), padded([tokens(1, 5)[0], tokens(1, 2)[0]], "right")
+    cache = prefill(model, tokens(2, WINDOW))
+    continuation(model, ids, cache, mask)  # nothing follows the padding yet
+    with pytest.raises(UserError, match=f"last {WINDOW} slots"):
+        continuation(model, tokens(2, 1), cache)
+
+
+@every_family
+def test_a_relaxed_cache_computes_what_is_deployed(family):
+    model, ids, said = attached(family), tokens(2, 45, seed=13), tokens(2, 20, seed=14)
+    for name in ("snapkv", "budgets"):
+        policy, whole = policy_for(name, model), prefill(model, ids)
+        small, relaxed = policy.compress(whole.fork(), keep=0.3), policy.relax(whole, keep=0.3)
+        assert [kept(small, row) for row in (0, 1)] == [kept(relaxed, row) for row in (0, 1)]
+        assert relaxed.spent == small.spent
+        assert_logits_close(continuation(model, said, relaxed), continuation(model, said, small))

@@ -1,0 +1,141 @@
+"""Distillation on a tiny model: where it starts, that it learns, what it draws, what it stores."""
+
+import pytest
+import torch
+
+from learnkv.allocators import LearnedAllocator, Uniform
+from learnkv.errors import RunError, UserError
+from learnkv.generation import continuation, prefill
+from learnkv.models import load_model
+from learnkv.policy import Policy
+from learnkv.scorers import LearnedScorer, SnapKV
+from learnkv.training.data import Drawing
+from learnkv.training.losses import forward_kl
+from learnkv.training.module import Distillation
+from learnkv.training.sources import NextText, Spans
+from learnkv.training.text import Pool
+
+POOL = Pool(torch.randint(3, 100, (3000,), generator=torch.Generator().manual_seed(0)), [0])
+
+
+def learned(scorer: bool = True) -> Policy:
+    torch.manual_seed(0)
+    heuristic = SnapKV(window=8)
+    return Policy(
+        LearnedScorer(heuristic, num_layers=2, num_heads=2, head_dim=8, width=4, window=8) if scorer else heuristic,
+        LearnedAllocator(Uniform(), num_layers=2, num_heads=2),
+        sinks=2,
+        recent=4,
+    )
+
+
+def distillation(model, policy, **keys) -> Distillation:
+    module = Distillation(model, policy, **{"steps": 30, "keep": (0.2,), "students": 1, **keys})
+    module.log = lambda *args, **keys: None
+    return module
+
+
+def batch(number: int = 0):
+    spans = Spans(POOL, count=2, tokens=12, cue=4)
+    return Drawing([(1.0, spans), (1.0, NextText(POOL, 12))], (50, 60), 2, 0.5, seed=1).batch(number)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(str(folder))[0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_the_loss_is_the_kl_of_the_deployed_policy(model, number):
+    """Hard forward: what is trained is what is shipped, at the start and anywhere else."""
+    policy, one = learned(), batch(number)
+    for parameter in policy.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    loss = distillation(model, policy).training_step(one, 0)
+    kl = []
+    for row in range(2):
+        mask = one.prompt_mask[row].bool()
+        for said, length, counted in zip(
+            one.continuations.chunk(2)[row],
+            one.continuation_mask.chunk(2)[row].sum(-1),
+            one.counted.chunk(2)[row],
+            strict=True,
+        ):
+            cache = prefill(model, one.prompts[row][mask][None])
+            ids = said[None, :length]
+            full = continuation(model, ids, cache.fork())[0]
+            held = continuation(model, ids, policy.compress(cache.fork(), keep=0.2))[0]
+            kl.append(forward_kl(full, held)[counted[:length]].mean())
+    assert loss.item() == pytest.approx(torch.stack(kl).mean().item(), rel=1e-3)
+    assert loss.item() > 1e-3
+
+
+def test_training_lowers_the_kl_of_the_deployed_policy(model):
+    policy = learned()
+    module = distillation(model, policy, lr=1e-2, budget_lr=0.2)
+    batches = [batch(number) for number in range(3)]
+
+    def kl() -> float:
+        with torch.no_grad():
+            return sum(float(module.training_step(one, 0)) for one in batches)
+
+    before, optimizer = kl(), module.configure_optimizers()["optimizer"]
+    for _ in range(12):
+        for one in batches:
+            optimizer.zero_grad()
+            module.training_step(one, 0).backward()
+            optimizer.step()
+    assert kl() < 0.93 * before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in policy.parameters())
+
+
+def test_budget_logits_have_a_rate_of_their_own(model):
+    module = distillation(model, learned(), lr=1e-3, budget_lr=0.2)
+    budgets, networks = module.configure_optimizers()["optimizer"].param_groups
+    assert {tuple(p.shape) for p in budgets["params"]} == {(6, 2, 2), (6, 2)}
+    assert sum(p.numel() for p in networks["params"]) == 4 * (19 * 4 + 4 + 4)
+    assert (budgets["initial_lr"], networks["initial_lr"]) == (0.2, 1e-3)
+    rates = [module._rate(step) for step in range(31)]
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+def test_kept_fractions_are_functions_of_seed_and_batch(model):
+    module = distillation(model, learned(), keep=(), keep_range=(0.1, 0.4), students=2)
+    assert module.keeps(7) == module.keeps(7)
+    assert module.keeps(7) != module.keeps(8)
+    assert all(0.1 <= low <= 0.2 <= high <= 0.4 for low, high in map(module.keeps, range(20)))
+    listed = distillation(model, learned(), keep=(0.1, 0.3), students=3)
+    assert {keep for number in range(20) for keep in listed.keeps(number)} == {0.1, 0.3}
+
+
+def test_context_weights_change_the_loss_and_not_its_minimum(model):
+    one = batch(1)
+    even, weighted = (
+        distillation(model, learned(), weights=weights).training_step(one, 0) for weights in ("uniform", "context")
+    )
+    assert not torch.isclose(even, weighted)
+    whole = distillation(model, learned(), weights="context", keep=(1.0,)).training_step(one, 0)
+    assert abs(whole.item()) < 1e-5
+
+
+def test_a_model_that_says_nan_ends_the_run(folder):
+    broken = load_model(str(folder))[0]
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(RunError, match="step 0"):
+        distillation(broken, learned()).training_step(batch(), 0)
+
+
+def test_a_heuristic_alone_has_nothing_to_train(model):
+    with pytest.raises(UserError, match="nothing to train"):
+        Distillation(model, Policy(SnapKV()), steps=1)
+
+
+def test_checkpoints_hold_the_policy_and_not_the_model(model):
+    module = Distillation(model, learned(), steps=1, description={"format_version": 1})
+    checkpoint = {"state_dict": module.state_dict()}
+    assert any(name.startswith("model.") for name in checkpoint["state_dict"])
+    module.on_save_checkpoint(checkpoint)
+    assert sorted(checkpoint["state_dict"]) == sorted(f"policy.{name}" for name in module.policy.state_dict())
+    assert checkpoint["learnkv"] == {"format_version": 1, "budgets": None}

@@ -1,0 +1,171 @@
+"""`train.py` as a user has it: what a run leaves behind, that it resumes, what it says when something is wrong."""
+
+import csv
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+import learnkv.export
+from learnkv.io import load_policy
+from learnkv.train import main, sized
+from learnkv.training.checkpoints import Checkpoints
+from learnkv.training.module import Distillation
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return load_policy(path).state_dict()
+
+
+def assert_same(one, other, **tolerance) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **{"rtol": 0, "atol": 0, **tolerance})
+
+
+def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(words) == 0
+    assert "step 4/4" in capsys.readouterr().err
+    file = run / "checkpoints" / "last.ckpt"
+    assert file.stat().st_size < 60_000
+    assert not list(file.parent.glob("*.part"))
+    checkpoint = torch.load(file, weights_only=True)
+    assert checkpoint["global_step"] == 4
+    assert all(name.startswith("policy.") for name in checkpoint["state_dict"])
+    assert any(held.abs().max() > 0 for name, held in checkpoint["state_dict"].items() if name.endswith("logits"))
+    assert_same(weights(file), weights(run / "policy"))
+
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert settings["lengths"] == [60, 90]
+    assert settings["trainer"]["max_steps"] == 4
+    manifest = json.loads((run / "policy" / "manifest.json").read_text())
+    assert manifest["training"] == settings
+    assert manifest["model"]["shapes"] == {"layers": 2, "heads": 2, "head_dim": 8}
+    with (run / "metrics.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
+    assert all(float(row["train/spent_over_asked"]) == pytest.approx(1, abs=0.02) for row in rows)
+    assert float(rows[-1]["val/learned_kl@0.1"]) > 0
+    with (run / "policy" / "budgets.csv").open() as table:
+        budgets = list(csv.DictReader(table))
+    assert [float(sum(float(row[f"keep_{k:g}"]) for row in budgets)) / 4 for k in (0.05, 0.4)] == pytest.approx(
+        [0.05, 0.4], abs=0.01
+    )
+
+    before = (run / "policy" / "manifest.json").read_text()
+    assert main(words) == 0  # finished: nothing is done again
+    assert "finished before" in capsys.readouterr().err
+    assert (run / "policy" / "manifest.json").read_text() == before
+    assert main([*words, "lr=0.1"]) == 2
+    assert "another lr" in capsys.readouterr().err
+
+    out = tmp_path / "out"
+    assert learnkv.export.main([f"ckpt={file}", f"out={out}"]) == 0
+    assert_same(weights(out), weights(run / "policy"))
+    assert (out / "budgets.csv").read_text() == (run / "policy" / "budgets.csv").read_text()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch, capsys):
+    words = [*words, "trainer.accumulate_grad_batches=2", "save_every=1"]
+    whole, cut = (f"output={tmp_path / name}" for name in ("whole", "cut"))
+    assert main([*words, whole]) == 0
+    step, seen = Distillation.training_step, []
+
+    def until_it_breaks(self, batch, batch_idx):
+        seen.append(batch.number)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Distillation, "training_step", until_it_breaks)
+    assert main([*words, cut]) == 130
+    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert main([*words, cut]) == 0
+    assert seen == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert_same(weights(tmp_path / "cut/policy"), weights(tmp_path / "whole/policy"))
+    tables = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "cut")]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_accumulation(words, tmp_path):
+    words = [*words, "trainer.max_steps=3"]
+    assert main([*words, f"output={tmp_path / 'one'}", "trainer.accumulate_grad_batches=2"]) == 0
+    command = [sys.executable, "-m", "learnkv.train", *words, f"output={tmp_path / 'two'}"]
+    command += ["trainer.devices=2", "trainer.strategy=ddp"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(weights(tmp_path / "two/policy"), weights(tmp_path / "one/policy"), rtol=1e-4, atol=1e-5)
+    moved = weights(tmp_path / "two/policy")["allocator.layer_budget.logits"]
+    assert moved.abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("lenghts=5,6", "did you mean lengths"),
+        ("batch_size=two", "batch_size=two"),
+        ("keep=0", "keep=0"),
+        ("keep=0.1,1.5", "keep=1.5"),
+        ("lengths=300,400", "context of 256"),
+        ("lengths=90,60", "lengths=90,60"),
+        ("text=/no/such/file.txt", "no such file"),
+        ("model=/no/such/folder", "model=/no/such/folder"),
+        ("trainer.max_steps=0", "trainer.max_steps=0"),
+        ("trainer.max_stepz=3", "did you mean trainer.max_steps"),
+        ("policy.scorer.class_path=learnkv.scorers.Snap", "policy.scorer"),
+        ("policy=null", "policy"),
+        ("mixture.text=-1", "mixture"),
+        ("config=nothing", "config=nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):
+    key = typed.split("=")[0]
+    assert main([*(word for word in words if not word.startswith(f"{key}=")), typed]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in said if not line.startswith("Loading weights")] == [said[-1]]
+    assert said[-1].startswith("error: ")
+    assert told in said[-1]
+
+
+def test_no_arguments_is_one_line(capsys):
+    assert main([]) == 2
+    assert "quickstart" in capsys.readouterr().err
+
+
+def test_nan_is_one_line_and_exit_code_1(words, monkeypatch, capsys):
+    monkeypatch.setattr("learnkv.training.module.forward_kl", lambda teacher, student: student[:, 0] * torch.nan)
+    assert main(words) == 1
+    assert "not finite" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(words, tmp_path, monkeypatch, capsys):
+    save = Checkpoints._save
+
+    def without_space(self, trainer):
+        def half(path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if trainer.global_step == 3:
+            trainer.save_checkpoint = half
+        save(self, trainer)
+
+    monkeypatch.setattr(Checkpoints, "_save", without_space)
+    assert main([*words, "save_every=1"]) == 1
+    assert "no space left on disk" in capsys.readouterr().err.strip().splitlines()[-1]
+    folder = tmp_path / "run" / "checkpoints"
+    assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
+    spec = {"scorer": {"init_args": {"num_layers": 0, "head_dim": 7, "base": None}}, "sinks": 0}
+    filled = sized(spec, {"layers": 5, "heads": 2, "head_dim": 8})
+    assert filled == {"scorer": {"init_args": {"num_layers": 5, "head_dim": 7, "base": None}}, "sinks": 0}
