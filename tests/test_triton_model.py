@@ -17,7 +17,7 @@ KERNELS = {
     "gather_kv": ["_gather"],
     "decode_attention": ["_attend", "_merge"],
 }
-STEPS = 8
+STEPS = 6
 
 
 def run(impl: Impl) -> tuple[list[list[int]], torch.Tensor]:

@@ -58,5 +58,5 @@ def test_protected_entries_are_kept_whatever_the_scores():
 
 
 def test_an_implementation_that_is_not_there_is_not_replaced_silently():
-    with pytest.raises(UserError, match="impl='triton': select has reference"):
-        select(torch.zeros(1, 2), torch.tensor([1]), 1, impl="triton")
+    with pytest.raises(UserError, match="impl='nonsense': select has reference, triton"):
+        select(torch.zeros(1, 2), torch.tensor([1]), 1, impl="nonsense")

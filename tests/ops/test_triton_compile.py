@@ -42,7 +42,7 @@ def test_every_kernel_compiles_and_none_spills():
 
 
 def test_sm_80():
-    words = ("decode d128 g4", "select", "gather", "window d128")
+    words = ("decode d128 g7", "decode d64", "select", "gather", "window d128")
     assert len(compiled(80, *words)) == len([row for row in compiled(90) if any(w in str(row["case"]) for w in words)])
     assert [row for row in compiled(80, *words) if row["spilled"] or int(row["shared"]) > SHARED[80]] == []
 

@@ -167,7 +167,6 @@ def test_the_longest_row_decides_nothing(lengths, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_one_graph_serves_a_whole_generation():
     """Lengths and the tail's length change between replays; pointers and the grid do not."""
     case = Case([300, 40, 0, 65], group=4, dim=128, tail=60, capacity=64, dtype=torch.bfloat16)
