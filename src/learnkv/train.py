@@ -60,7 +60,9 @@ def train(config: TrainConfig, resolved: str) -> None:
     assert config.policy is not None
     description = describe_model(model)
     if trained_for not in (None, description):
-        raise UserError(f"output={config.output}: holds a run for {trained_for}, the model is {description}")
+        raise UserError(
+            f"output={config.output}: holds a run for {trained_for}, the model is {description}; overwrite=true starts anew"
+        )
     spec = sized(config.policy.spec(), description["shapes"])
     policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
     module = Distillation(

@@ -179,3 +179,17 @@ def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
     spec = {"scorer": {"init_args": {"num_layers": 0, "head_dim": 7, "base": None}}, "sinks": 0}
     filled = sized(spec, {"layers": 5, "heads": 2, "head_dim": 8})
     assert filled == {"scorer": {"init_args": {"num_layers": 5, "head_dim": 7, "base": None}}, "sinks": 0}
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ([], "ckpt=: expected a path"),
+        (["ckpt=a.ckpt"], "out=: expected a path"),
+        (["ckpt=snapkv", "out=b"], "expected a checkpoint"),
+        (["--ckpt", "/no/such.ckpt", "--out", "b"], "no such file"),
+    ],
+)
+def test_export_says_what_it_needs(typed, told, capsys):
+    assert learnkv.export.main(typed) == 2
+    assert told in capsys.readouterr().err
