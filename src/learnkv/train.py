@@ -61,7 +61,8 @@ def train(config: TrainConfig, resolved: str) -> None:
     description = describe_model(model)
     if trained_for not in (None, description):
         raise UserError(
-            f"output={config.output}: holds a run for {trained_for}, the model is {description}; overwrite=true starts anew"
+            f"output={config.output}: holds a run for {trained_for}, the model is {description}; "
+            "overwrite=true starts anew"
         )
     spec = sized(config.policy.spec(), description["shapes"])
     policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
