@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import errno
+import inspect
 import json
 import re
 import sys
@@ -42,7 +43,10 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
     repeating the key. A dict field with the metadata `arguments_of` takes the constructor arguments of that class
     (Lightning's Trainer), checked but not built. Every field has a default. Raises UserError where a word does not fit.
     """
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, prog=f"learnkv {kind}", description=schema.__doc__)
+    about = (inspect.getdoc(schema) or "").split("\n\n")[0]
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, prog=f"learnkv {kind}", description=about, print_config=None
+    )
     parser.add_argument("--config", action="config", help=f"YAML file, or a name in configs/{kind}/")
     foreign = {f.name: f.metadata["arguments_of"] for f in dataclasses.fields(schema) if "arguments_of" in f.metadata}
     parser.add_class_arguments(schema, None, as_group=False, skip=set(foreign))

@@ -97,8 +97,8 @@ def environment(model: Any) -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
-    about = {"dtype": str(model.dtype).removeprefix("torch."), "attn": str(model.config._attn_implementation)}
-    return {"python": platform.python_version(), **versions, "device": device, **about}
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"python": platform.python_version(), **versions, "device": device, "dtype": dtype}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class ExportConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; gives the exit code."""
-    return run_main(export, argv, "export")
+    words = sys.argv[1:] if argv is None else list(argv)
+    return run_main(export, words or ["ckpt="], "export")
 
 
 def export(config: ExportConfig, resolved: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import pickle
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ def train(config: TrainConfig, resolved: str) -> None:
     checkpoint = output / "checkpoints" / "last.ckpt"
     training = yaml.safe_load(resolved)
     resume = _prepare(output, checkpoint, config, training)
-    step = torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"] if resume else 0
+    step, trained_for = _read(checkpoint) if resume else (0, None)
     if step >= config.trainer["max_steps"] and (output / "policy" / "manifest.json").is_file():
         print(
             f"finished before, after {step} steps (overwrite=true starts anew)\npolicy: {output / 'policy'}",
@@ -58,6 +59,11 @@ def train(config: TrainConfig, resolved: str) -> None:
     data = Data(config, tokenizer, getattr(text, "max_position_embeddings", None))
     assert config.policy is not None
     description = describe_model(model)
+    if trained_for not in (None, description):
+        raise UserError(
+            f"output={config.output}: holds a run for {trained_for}, the model is {description}; "
+            "overwrite=true starts anew"
+        )
     spec = sized(config.policy.spec(), description["shapes"])
     policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
     module = Distillation(
@@ -105,7 +111,13 @@ def modules_of(spec: Any) -> set[str]:
 def _prepare(output: Path, checkpoint: Path, config: TrainConfig, training: Mapping[str, Any]) -> bool:
     """Make the run's folder and say whether it holds a run that can be continued."""
     stored = output / "config.yaml"
-    resume = checkpoint.is_file() and stored.is_file() and not config.overwrite
+    if config.overwrite:
+        checkpoint.unlink(missing_ok=True)
+    resume = checkpoint.is_file()
+    if resume and not stored.is_file():
+        raise UserError(
+            f"output={config.output}: holds a checkpoint without its config.yaml; overwrite=true starts anew"
+        )
     if resume and (changed := differing(yaml.safe_load(stored.read_text("utf-8")), training)):
         raise UserError(
             f"output={config.output}: holds a run with another {', '.join(changed)}; expected the same settings, "
@@ -116,6 +128,16 @@ def _prepare(output: Path, checkpoint: Path, config: TrainConfig, training: Mapp
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"output={config.output}: expected a folder that can be written ({error})") from None
     return resume
+
+
+def _read(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """Steps done, and the model they were done for."""
+    try:
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return held["global_step"], held["learnkv"]["model"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"output={checkpoint}: cannot be continued ({reason}); overwrite=true starts anew") from None
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -145,6 +167,8 @@ def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], res
         )
         callbacks.append(pictures.WandbTables())
     every = config.validate_every or given["max_steps"]
+    if given["accelerator"] == "auto" and torch.backends.mps.is_available():
+        given["accelerator"] = "cpu"  # budgets are solved in float64, which Apple's GPUs do not have
     ours = {
         "logger": loggers,
         "callbacks": callbacks,

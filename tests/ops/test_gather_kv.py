@@ -15,7 +15,7 @@ def budgets(draw):
     return layers, rows, slots, draw(st.lists(count, min_size=layers * rows, max_size=layers * rows))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(budgets(), st.booleans())
 def test_each_row_is_written_to_its_own_segment_and_nothing_else(problem, strided):
     layers, rows, slots, counts = problem

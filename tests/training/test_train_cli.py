@@ -64,11 +64,20 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
     assert (run / "policy" / "manifest.json").read_text() == before
     assert main([*words, "lr=0.1"]) == 2
     assert "another lr" in capsys.readouterr().err
+    stored = (run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    assert main(words) == 2
+    assert "without its config.yaml" in capsys.readouterr().err
+    (run / "config.yaml").write_text(stored)
 
     out = tmp_path / "out"
     assert learnkv.export.main([f"ckpt={file}", f"out={out}"]) == 0
     assert_same(weights(out), weights(run / "policy"))
     assert (out / "budgets.csv").read_text() == (run / "policy" / "budgets.csv").read_text()
+
+    file.write_bytes(file.read_bytes()[:-2000])
+    assert main(words) == 2
+    assert "cannot be continued" in capsys.readouterr().err
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch, capsys):
@@ -112,6 +121,7 @@ def test_two_processes_equal_one_with_accumulation(words, tmp_path):
         ("lenghts=5,6", "did you mean lengths"),
         ("batch_size=two", "batch_size=two"),
         ("keep=0", "keep=0"),
+        ("keep=0.01", "keep=0.01: leaves less than one entry"),
         ("keep=0.1,1.5", "keep=1.5"),
         ("lengths=300,400", "context of 256"),
         ("lengths=90,60", "lengths=90,60"),
@@ -169,3 +179,17 @@ def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
     spec = {"scorer": {"init_args": {"num_layers": 0, "head_dim": 7, "base": None}}, "sinks": 0}
     filled = sized(spec, {"layers": 5, "heads": 2, "head_dim": 8})
     assert filled == {"scorer": {"init_args": {"num_layers": 5, "head_dim": 7, "base": None}}, "sinks": 0}
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ([], "ckpt=: expected a path"),
+        (["ckpt=a.ckpt"], "out=: expected a path"),
+        (["ckpt=snapkv", "out=b"], "expected a checkpoint"),
+        (["--ckpt", "/no/such.ckpt", "--out", "b"], "no such file"),
+    ],
+)
+def test_export_says_what_it_needs(typed, told, capsys):
+    assert learnkv.export.main(typed) == 2
+    assert told in capsys.readouterr().err

@@ -72,9 +72,10 @@ def _load(source: str | Iterable[str], name: str | None, split: str, streaming: 
         if len(patterns) != 1:
             raise UserError(f"text {patterns}: expected local files, or one hub id alone")
         return datasets.load_dataset(patterns[0], name, split=split, streaming=streaming)
-    files = [file for pattern in patterns for file in sorted(glob(pattern))]
-    if not files:
-        raise UserError(f"text {', '.join(patterns)}: no such file")
+    found = {pattern: sorted(glob(pattern)) for pattern in patterns}
+    if missing := [pattern for pattern, its_files in found.items() if not its_files]:
+        raise UserError(f"text {', '.join(missing)}: no such file")
+    files = [file for its_files in found.values() for file in its_files]
     formats = {FORMATS[_suffix(file)] for file in files}
     if len(formats) > 1:
         raise UserError(f"text {', '.join(patterns)}: expected files of one format, found {', '.join(sorted(formats))}")

@@ -62,7 +62,7 @@ def starting_points(policies: Mapping[str, Policy]) -> dict[str, str]:
 
 def model_digest(model: Any) -> str:
     """Of what a model computes, without reading all of its weights: description, number format, some of each matrix."""
-    about = json.dumps([describe_model(model), str(model.dtype), model.config._attn_implementation], sort_keys=True)
+    about = json.dumps([describe_model(model), str(model.dtype)], sort_keys=True)
     digest = hashlib.sha256(about.encode())
     for weight in model.parameters():
         digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())

@@ -38,6 +38,11 @@ class Data(L.LightningDataModule):
                 f"lengths={self.lengths[0]},{self.lengths[1]}: with continuations of {config.continuation_tokens} "
                 f"tokens this is more than the model's context of {context}"
             )
+        smallest = min(config.keep or config.keep_range)
+        if smallest * self.lengths[0] < 1:
+            raise UserError(
+                f"keep={smallest:g}: leaves less than one entry per head of a context of {self.lengths[0]} tokens"
+            )
         train, validation = self._texts(longest)
         self.drawings = {
             "train": self._drawing("train", self._sources(train)),

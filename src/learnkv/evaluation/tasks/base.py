@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Prompt:
         """Tokens of the complete prompt with room for an answer."""
         return len(self.read) + len(self.then) + (self.sample.max_new_tokens if self.sample else 0)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of everything that the model is told and the answer is judged by."""
         judged = (self.sample.answers, self.sample.max_new_tokens, self.sample.metric) if self.sample else None
