@@ -13,9 +13,20 @@ def gather_kv(
     length: Tensor,
     out_keys: Tensor,
     out_values: Tensor,
+    rerotation: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     rows, slots, dim = keys.shape
     begin, end = int(start[0]), int(start[-1] + length[-1])
     local = index[begin:end] - first_row * slots
     torch.index_select(keys.reshape(rows * slots, dim), 0, local, out=out_keys[begin:end])
     torch.index_select(values.reshape(rows * slots, dim), 0, local, out=out_values[begin:end])
+    if rerotation is None:
+        return
+    positions, first, frequencies = rerotation
+    row = local // slots
+    rank = torch.arange(begin, end, device=keys.device) - start[row]
+    exact = torch.promote_types(keys.dtype, torch.float32)
+    angle = (first[row] + rank - positions[begin:end]).unsqueeze(-1) * frequencies.to(exact)
+    held, half = out_keys[begin:end], len(frequencies)
+    one, other = held[:, :half].to(exact), held[:, half : 2 * half].to(exact)
+    held[:, : 2 * half] = torch.cat([one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin()], 1)
