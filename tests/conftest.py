@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+pytest.register_assert_rewrite("originals")  # their asserts tell the numbers, as those of test files do
+
 # The same examples in every run: a change is judged by what it changes.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
