@@ -20,7 +20,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from learnkv.ops.decode_attention import decode_attention
-from learnkv.ops.gather_kv import gather_kv
+from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.select import select
 from learnkv.ops.window_scores import window_scores
 
@@ -85,10 +85,11 @@ def chosen() -> None:
     select(meta(256, 32768, dtype=torch.float32), meta(256, dtype=torch.int64), 100_000, impl="triton")
 
 
-def gathered(dim: int) -> None:
+def gathered(dim: int, rotated: bool = False) -> None:
     table = meta(8, dtype=torch.int64)
     held, pool = (meta(8, 32768, dim) for _ in range(2)), (meta(100_000, dim) for _ in range(2))
-    gather_kv(*held, meta(100_000, dtype=torch.int64), 16, table, table, *pool, impl="triton")
+    how = Rerotation(meta(100_000, dtype=torch.int32), table, meta(dim // 2, dtype=torch.float32)) if rotated else None
+    gather_kv(*held, meta(100_000, dtype=torch.int64), 16, table, table, *pool, how, impl="triton")
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -101,6 +102,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode d256 g8 t64": lambda: decode(256, 8, 64),
     "decode d128 g4 fp32": lambda: decode(128, 4, dtype=torch.float32),
     "gather d128": lambda: gathered(128),
+    "gather d128 rotated": lambda: gathered(128, rotated=True),
     "select": chosen,
     "window d128 g4": lambda: window(128, 4),
     "window d64 g7 w64 max": lambda: window(64, 7, 64, group_first=False, group_reduce="max", pooling="max"),

@@ -1,10 +1,11 @@
 """Compaction against indexing row by row."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnkv.ops.gather_kv import gather_kv
+from learnkv.ops.gather_kv import Rerotation, gather_kv
 
 
 @st.composite
@@ -39,3 +40,34 @@ def test_each_row_is_written_to_its_own_segment_and_nothing_else(problem, stride
         at = slice(int(start.flatten()[row]), int(start.flatten()[row]) + counts[row])
         assert torch.equal(pools[0, at], keys.flatten(0, 1)[row][slot])
         assert torch.equal(pools[1, at], values.flatten(0, 1)[row][slot])
+
+
+@pytest.mark.parametrize("channels", [6, 4])
+@pytest.mark.parametrize("align", ["first", "last"])
+def test_rerotated_keys_are_those_of_the_new_positions(channels, align):
+    """Channels behind the first `channels` are not rotated. Aligned to the last, a row ends where the prompt does."""
+    slots, padding, dim = 40, 3, 6
+    generator = torch.Generator().manual_seed(0)
+    plain, values = torch.randn(2, 4, slots, dim, generator=generator, dtype=torch.float64)
+    frequencies = 0.5 ** torch.arange(channels // 2)
+
+    def rotated(keys, positions):
+        turn = torch.polar(torch.ones(()).double(), positions.unsqueeze(-1) * frequencies.double())
+        pairs = torch.complex(keys[..., : channels // 2], keys[..., channels // 2 : channels]) * turn
+        return torch.cat([pairs.real, pairs.imag, keys[..., channels:]], -1)
+
+    chosen = [torch.tensor(kept).long() for kept in ([3, 9, 10, 39], [], [7], list(range(3, 40, 5)))]
+    length = torch.tensor([len(kept) for kept in chosen])
+    start = length.cumsum(0) - length
+    index = torch.cat([row * slots + kept for row, kept in enumerate(chosen)])
+    last = slots - padding
+    first = torch.zeros(4, dtype=torch.long) if align == "first" else last - length
+    keys = rotated(plain, torch.arange(slots) - padding)
+    pools = torch.full((2, len(index), dim), torch.nan, dtype=torch.float64)
+    how = Rerotation((index % slots - padding).to(torch.int32), first, frequencies)
+    gather_kv(keys, values, index, 0, start, length, *pools, how)
+    for row, kept in enumerate(chosen):
+        at = slice(int(start[row]), int(start[row]) + len(kept))
+        wanted = rotated(plain[row, kept], int(first[row]) + torch.arange(len(kept)))
+        torch.testing.assert_close(pools[0, at], wanted, rtol=0, atol=1e-12)
+        assert torch.equal(pools[1, at], values[row, kept])

