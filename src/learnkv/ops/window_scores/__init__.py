@@ -5,9 +5,9 @@ from typing import Literal
 from torch import Tensor
 
 from learnkv.ops.dispatch import Impl, choose
+from learnkv.ops.pool_apart import Pooling
 from learnkv.ops.window_scores import reference
 
-Pooling = Literal["avg", "max"]
 WindowReduce = Literal["mean", "sum"]
 GroupReduce = Literal["mean", "max", "sum"]
 
