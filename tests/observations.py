@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from learnkv.observation import Observation
+from learnkv.ops.rotary import Rotary
 
 
 def observe(
@@ -49,7 +50,7 @@ def observe(
         positions=positions.unsqueeze(1).expand(-1, heads, -1),
         output_weight=torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
         hidden=made["hidden"][:, 0],
-        rope=lambda keys: keys,
+        rope=Rotary(torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),
     )
 
 
@@ -57,7 +58,9 @@ def permuted(seen: Observation, order: list[int]) -> Observation:
     """The same layer with its kv heads in another order, their query heads with them."""
     queries = seen.queries.unflatten(1, (seen.keys.shape[1], -1))[:, order].flatten(1, 2)
     heads = {name: getattr(seen, name)[:, order] for name in ("keys", "values", "valid", "positions")}
-    return dataclasses.replace(seen, queries=queries, **heads)
+    assert seen.output_weight is not None
+    weight = seen.output_weight.unflatten(1, (len(order), -1))[:, order].flatten(1)
+    return dataclasses.replace(seen, queries=queries, output_weight=weight, **heads)
 
 
 def subclasses(package: ModuleType, base: type) -> list[type]:

@@ -59,7 +59,7 @@ def test_an_exported_policy_and_a_checkpoint_keep_the_same_entries(name, tmp_pat
     measured = None if policy.allocator.static else MEASURED
     back = load_policy(save_policy(policy, tmp_path / "new" / "policy", model=describe_model(model), budgets=measured))
     trained = load_policy(checkpoint(policy, tmp_path / "last.ckpt"), model=describe_model(model))
-    for loaded in (back, trained):
+    for loaded in (back, trained, load_policy(tmp_path / "new")):
         assert loaded.spec() == policy.spec()
         assert not loaded.training
         assert not any(held.requires_grad for held in loaded.parameters())

@@ -16,7 +16,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # From the ground up: a file may import from its own layer and from those before it.
 LAYERS = [
     {"errors"},
-    {"component", "observation", "ops"},
+    {"component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
     {"segments", "layer", "cache"},
     {"policy", "attention", "decoding", "generation"},

@@ -13,6 +13,7 @@ MADE_OF = {
     "snapkv": (SnapKV, Uniform),
     "pyramidkv": (SnapKV, Pyramid),
     "adakv": (SnapKV, AdaKV),
+    "adapyramidkv": (SnapKV, AdaKV),
     "knorm": (Knorm, Uniform),
     "random": (Random, Uniform),
 }

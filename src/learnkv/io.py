@@ -73,7 +73,7 @@ def _check_classes(node: Any, allowed: Sequence[str], where: str) -> None:
 
 
 def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str, Any] | None = None) -> Policy:
-    """A policy from a Lightning checkpoint, an exported folder, or a heuristic's YAML.
+    """A policy from a Lightning checkpoint, an exported folder, a training run's folder, or a heuristic's YAML.
 
     Args:
         path: file or folder; a bare name finds `configs/policies/NAME.yaml`; `reference` is the shipped policy.
@@ -87,7 +87,8 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
     if str(path) == "reference" and not where.exists():
         where = SHIPPED
     if where.is_dir():
-        spec, state, trained_for = _read_folder(where)
+        of_run = not (where / "policy.yaml").exists() and (where / "policy" / "policy.yaml").exists()
+        spec, state, trained_for = _read_folder(where / "policy" if of_run else where)
     elif where.suffix == ".ckpt":
         spec, state, trained_for = _read_checkpoint(where)
     else:

@@ -11,6 +11,7 @@ from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
+from learnkv.ops.rotary import Rotary
 from learnkv.segments import Segment, Tail
 
 
@@ -204,6 +205,7 @@ class CompressedLayer(CacheLayerMixin):
         keys, values = self.whole_prompt()
         positions = self.slot_positions()
         batch, heads, slots, dim = keys.shape
+        rope = Rotary(*(torch.cat(part, 1) for part in zip(*self.rotations, strict=True))) if self.rotations else None
         queries = self.queries if self.queries is not None else keys.new_empty(batch, heads, 0, dim)
         return Observation(
             layer_idx=layer_idx,
@@ -216,15 +218,8 @@ class CompressedLayer(CacheLayerMixin):
             positions=positions.unsqueeze(1).expand(batch, heads, slots),
             output_weight=self.output_weight,
             hidden=self.hidden,
-            rope=self._unrotate if self.rotations else None,
+            rope=rope,
         )
-
-    def _unrotate(self, keys: Tensor) -> Tensor:
-        """Keys [B, H, S, D] before RoPE (halves rotated against each other, possibly of the first channels only)."""
-        cos, sin = (torch.cat(part, 1).unsqueeze(1).to(keys.dtype) for part in zip(*self.rotations, strict=True))
-        rotated, rest = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]
-        first, second = rotated.chunk(2, -1)
-        return torch.cat([rotated * cos - torch.cat([-second, first], -1) * sin, rest], -1)
 
     def seal(self) -> None:
         """End the prompt: its entries become rows of a pool without being copied."""

@@ -1,9 +1,11 @@
 """What a scorer may see of one layer when the prompt has been read."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from learnkv.ops.rotary import Rotary
+from learnkv.ops.window_attention import in_window, window_attention
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,25 @@ class Observation:
     """[E, H*G*D] weight of the output projection, None for a model that does not name it `o_proj`."""
     hidden: Tensor | None = None
     """[B, S, E] input of the attention block, for a scorer that needs `hidden`."""
-    rope: Callable[[Tensor], Tensor] | None = None
-    """Takes keys [B, H, S, D] back to before RoPE; None for a model without it."""
+    rope: Rotary | None = None
+    """The rotation of every slot, for scorers that need vectors before RoPE; None for a model without it."""
 
     @property
     def num_key_value_groups(self) -> int:
         """G, query heads per kv head."""
         return self.queries.shape[1] // self.keys.shape[1]
+
+    def window_attention(self, window: int) -> tuple[Tensor, Tensor]:
+        """Softmax weights [B, H, G, W, S] of the last `window` queries, and which of them sees what [B, H, W, S]."""
+        return window_attention(
+            self.queries[:, :, -window:],
+            self.keys,
+            query_positions=self.query_positions[:, -window:],
+            positions=self.positions,
+            valid=self.valid,
+            scaling=self.scaling,
+        )
+
+    def in_window(self, window: int) -> Tensor:
+        """Which entries [B, H, S] came with the last `window` queries."""
+        return in_window(self.query_positions[:, -window:], self.positions)

@@ -69,6 +69,18 @@ def test_each_layer_keeps_its_total(base, floor, budget):
     assert (got >= 2).all()
 
 
+def test_a_floor_of_the_average_layer_moves_layers_towards_each_other():
+    """As in LAVa: the steep layers give a floor's worth of what they have above the average."""
+    scores = torch.rand(5, 1, 4, 50, generator=torch.Generator().manual_seed(0)) ** 3
+    scores[..., -2:] = INF
+    asked = torch.tensor([12.0], dtype=torch.float64)
+    layers = {
+        how: AdaKV(Pyramid(beta=10, protected=2), 0.25, floor_of=how)(scores, None, asked).sum(-1)[:, 0]
+        for how in ("layer", "average")
+    }
+    torch.testing.assert_close(layers["average"], 0.75 * layers["layer"] + 0.25 * layers["layer"].mean())
+
+
 def test_it_asks_what_its_base_asks():
     base = Pyramid()
     base.window = 5

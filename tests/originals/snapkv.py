@@ -64,10 +64,12 @@ def check_pyramid_table(case: Case) -> None:
 def check_adakv(case: Case) -> None:
     params = case.params
     allocator = {"floor": params["floor_alpha"], "rounding": "original", "normalize": bool(params["normalize"])}
+    name = "adakv"
     if params["pyramid"]:
+        name = "adapyramidkv"
         pyramid = {"beta": params["beta"], "protected": params["window"], "rounding": "adakv"}
         allocator["base"] = {"class_path": "learnkv.allocators.Pyramid", "init_args": pyramid}
-    adakv = policy("adakv", scorer=snapkv_arguments(params, "mean"), allocator=allocator)
+    adakv = policy(name, scorer=snapkv_arguments(params, "mean"), allocator=allocator)
     golden, scores = past_and_protected(case, adakv)
     every = budgets(adakv, scores, params["capacity"], params.get("num_layers", 1))
     budget = every[params.get("layer_idx", 0)]

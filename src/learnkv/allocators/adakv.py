@@ -24,6 +24,8 @@ class AdaKV(Allocator):
             entries of it.
         normalize: weight the scores of a head by the part of their sum that its equal share of entries would hold.
             Scores must be non-negative then.
+        floor_of: the equal share is that of the `layer`, or of the `average` layer, as in LAVa's code, which moves
+            layer budgets towards each other. KVCache-Factory normalizes unless told otherwise, Ada-KV's authors do not.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class AdaKV(Allocator):
         floor: float = 0.2,
         rounding: Literal["exact", "original"] = "exact",
         normalize: bool = False,
+        floor_of: Literal["layer", "average"] = "layer",
     ) -> None:
         super().__init__()
         if not 0 <= floor <= 1:
@@ -41,6 +44,7 @@ class AdaKV(Allocator):
         self.floor = floor
         self.rounding = rounding
         self.normalize = normalize
+        self.floor_of = floor_of
 
     def features(self, seen: Observation) -> Tensor | None:
         return self.base.features(seen)
@@ -53,14 +57,17 @@ class AdaKV(Allocator):
         if self.rounding == "original":
             share = share.round()
             won = self._won(scores, share, heads * share[..., 0])
+            # LAVa's code counts the observation window among what the floor is a part of.
+            equal = share if self.floor_of == "layer" else budget.double().view(1, -1, 1).expand_as(share)
             # In float32, as published: what is rounded half to even depends on it.
-            mixed = won.float() * (1 - self.floor) + (self.floor * share).floor().float()
+            mixed = won.float() * (1 - self.floor) + (self.floor * equal).floor().float()
             spent = torch.where(share > entries, entries, mixed.round().minimum(entries))
             return spent.double() + protected
         share = share.clamp(min=0)
         won = self._won(scores, share, (heads * share[..., 0]).round().clamp(min=1)).double()
         won = won * (heads * share / won.sum(-1, keepdim=True).clamp(min=1))
-        return protected + (1 - self.floor) * won + self.floor * share
+        equal = share if self.floor_of == "layer" else share.mean(0, keepdim=True)
+        return protected + (1 - self.floor) * won + self.floor * equal
 
     def _won(self, scores: Tensor, share: Tensor, places: Tensor) -> Tensor:
         """How many of the `places` [L, B] best entries of a layer lie in each head, [L, B, H], protected ones apart."""

@@ -28,7 +28,8 @@ class EvalConfig:
     """Compare KV-cache compression policies on one model, beside the full cache.
 
     Args:
-        ckpt: policies: Lightning checkpoint, exported folder, heuristic's YAML or its bare name, `reference`.
+        ckpt: policies: Lightning checkpoint, folder of an exported policy or of a run, heuristic's YAML or its bare
+            name, `reference`.
         model: hub id, folder, or `reference`.
         revision: branch, tag or commit of a hub id.
         dtype: auto, float32, bfloat16 or float16.

@@ -5,8 +5,8 @@ from typing import Literal
 from torch import Tensor
 
 from learnkv.ops.dispatch import Impl, implementation
+from learnkv.ops.pool_apart import Pooling
 
-Pooling = Literal["avg", "max"]
 WindowReduce = Literal["mean", "sum"]
 GroupReduce = Literal["mean", "max", "sum"]
 

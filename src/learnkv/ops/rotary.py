@@ -1,0 +1,58 @@
+"""The rotation that a model gave to every slot of a prompt, undone and continued."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding as the model applied it (arXiv 2104.09864): halves rotated against each other.
+
+    R may be smaller than the head dimension: the channels after the first R are left alone.
+    """
+
+    cos: Tensor
+    """[B, S, R], or [1, S, R] where all rows have the same positions."""
+    sin: Tensor
+    """As `cos`."""
+
+    def unrotate(self, vectors: Tensor) -> Tensor:
+        """Queries or keys [B, N, T, D] of the last T slots as they were before they were rotated, float32."""
+        recent = slice(self.cos.shape[1] - vectors.shape[2], None)
+        cos, sin = (part[:, recent].unsqueeze(1).float() for part in (self.cos, self.sin))
+        size = cos.square() + sin.square()  # not 1 where the model scales its attention through the embedding
+        return rotate(vectors.float(), cos / size, -sin / size)
+
+    def after(self, lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, steps, R] in float64 of the positions that follow prompts of `lengths` [B] tokens.
+
+        A model's angle per position is known from no argument, so it is measured: over one slot, then over twice as
+        many each time, which settles its last digits even where cos and sin are kept in bfloat16. A prompt of one token
+        shows no angle; its future is taken to stand still.
+        """
+        last = self._wave(-1)
+        turn = torch.zeros(len(lengths), last.shape[-1], dtype=torch.float64, device=last.device)
+        apart = 1
+        while apart < self.cos.shape[1]:
+            angle = (last * self._wave(-1 - apart).conj()).angle()
+            angle = angle + 2 * math.pi * ((apart * turn - angle) / (2 * math.pi)).round()
+            turn = torch.where((lengths > apart).unsqueeze(-1), angle / apart, turn)
+            apart *= 2
+        ahead = torch.arange(1, steps + 1, device=last.device).view(-1, 1)
+        angle = last.angle().unsqueeze(1) + ahead * turn.unsqueeze(1)
+        size = last.abs().unsqueeze(1)
+        return size * angle.cos(), size * angle.sin()
+
+    def _wave(self, slot: int) -> Tensor:
+        """cos + i sin of a slot, [B, R]."""
+        return torch.complex(self.cos[:, slot].double(), self.sin[:, slot].double())
+
+
+def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Vectors [..., D] rotated by the angles of `cos` and `sin` [..., R], in their first R channels."""
+    turned, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
