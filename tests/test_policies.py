@@ -5,7 +5,7 @@ import pytest
 from learnkv.allocators import AdaKV, Pyramid, Uniform
 from learnkv.config import CONFIGS
 from learnkv.io import load_policy
-from learnkv.scorers import Knorm, Random, SnapKV, StreamingLLM
+from learnkv.scorers import RKV, TOVA, KeyDiff, Knorm, PromptOrder, Random, SnapKV, StreamingLLM
 
 MADE_OF = {
     "full": (type(None), Uniform),
@@ -16,6 +16,11 @@ MADE_OF = {
     "adapyramidkv": (SnapKV, AdaKV),
     "knorm": (Knorm, Uniform),
     "random": (Random, Uniform),
+    "protection_only": (PromptOrder, Uniform),
+    "tova": (TOVA, Uniform),
+    "keydiff": (KeyDiff, Uniform),
+    "rkv": (RKV, Uniform),
+    "fastkv": (SnapKV, Uniform),
 }
 
 
