@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
-from learnkv import CompressedCache, Policy, attach, load_policy
+from learnkv import CompressedCache, Policy, attach, load_policy, prefill
 from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
 from learnkv.scorers import LearnedScorer, Scorer, SnapKV
 
@@ -156,11 +156,25 @@ def compressible(model: PreTrainedModel) -> list[int]:
     return CompressedCache(model.config).compressible
 
 
-HEURISTICS = ["streaming_llm", "snapkv", "pyramidkv", "adakv", "knorm", "random"]
+HEURISTICS = [
+    "streaming_llm",
+    "snapkv",
+    "pyramidkv",
+    "adakv",
+    "knorm",
+    "random",
+    "h2o",
+    "observed_attention",
+]
 LEARNED = ["budgets", "conditioned", "tokens"]
 
 
 heuristic = functools.cache(load_policy)
+
+
+def read(model: PreTrainedModel, *prompt: Tensor, **more: object) -> CompressedCache:
+    """A prompt, read for whatever policy comes."""
+    return prefill(model, *prompt, policies=map(heuristic, HEURISTICS), **more)
 
 
 def policy_for(name: str, model: PreTrainedModel) -> Policy:

@@ -18,7 +18,7 @@ LAYERS = [
     {"errors"},
     {"component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
-    {"segments", "layer", "cache"},
+    {"segments", "recorder", "layer", "cache"},
     {"policy", "attention", "decoding", "generation"},
     {"config", "io", "models"},
     {"data"},

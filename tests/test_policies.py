@@ -5,7 +5,18 @@ import pytest
 from learnkv.allocators import AdaKV, Pyramid, Uniform
 from learnkv.config import CONFIGS
 from learnkv.io import load_policy
-from learnkv.scorers import RKV, TOVA, KeyDiff, Knorm, PromptOrder, Random, SnapKV, StreamingLLM
+from learnkv.scorers import (
+    H2O,
+    RKV,
+    TOVA,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    PromptOrder,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
 
 MADE_OF = {
     "full": (type(None), Uniform),
@@ -21,6 +32,8 @@ MADE_OF = {
     "keydiff": (KeyDiff, Uniform),
     "rkv": (RKV, Uniform),
     "fastkv": (SnapKV, Uniform),
+    "h2o": (H2O, Uniform),
+    "observed_attention": (ObservedAttention, Uniform),
 }
 
 

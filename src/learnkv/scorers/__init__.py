@@ -2,10 +2,12 @@
 
 from learnkv.scorers.base import Scorer
 from learnkv.scorers.cake import CAKE
+from learnkv.scorers.h2o import H2O
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
 from learnkv.scorers.lava import LAVa
 from learnkv.scorers.learned import LearnedScorer
+from learnkv.scorers.observed_attention import ObservedAttention
 from learnkv.scorers.prompt_order import PromptOrder
 from learnkv.scorers.random import Random
 from learnkv.scorers.rkv import RKV
@@ -15,12 +17,14 @@ from learnkv.scorers.tova import TOVA
 
 __all__ = [
     "CAKE",
+    "H2O",
     "RKV",
     "TOVA",
     "KeyDiff",
     "Knorm",
     "LAVa",
     "LearnedScorer",
+    "ObservedAttention",
     "PromptOrder",
     "Random",
     "Scorer",
