@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from learnkv import CompressedCache, Policy, attach, load_policy, prefill
 from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
+from learnkv.config import CONFIGS as CONFIGURATIONS
 from learnkv.scorers import LearnedScorer, Scorer, SnapKV
 
 VOCABULARY = 97
@@ -156,16 +157,7 @@ def compressible(model: PreTrainedModel) -> list[int]:
     return CompressedCache(model.config).compressible
 
 
-HEURISTICS = [
-    "streaming_llm",
-    "snapkv",
-    "pyramidkv",
-    "adakv",
-    "knorm",
-    "random",
-    "h2o",
-    "observed_attention",
-]
+HEURISTICS = sorted({path.stem for path in (CONFIGURATIONS / "policies").glob("*.yaml")} - {"full"})
 LEARNED = ["budgets", "conditioned", "tokens"]
 
 

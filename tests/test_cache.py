@@ -61,10 +61,6 @@ def alive() -> dict[int, int]:
     return storages([one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)])
 
 
-def test_the_policies_tested_are_those_that_are_shipped():
-    assert {path.stem for path in (CONFIGS / "policies").glob("*.yaml")} == {*HEURISTICS, "full"}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_keep_is_equal_bytes_and_the_bytes_of_the_formula(dtype):
     model = attach(build("llama").to(dtype))
