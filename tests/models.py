@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from observations import randomised
+from tables import policy_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import sdpa_mask
@@ -171,9 +172,9 @@ def read(model: PreTrainedModel, *prompt: Tensor, **more: object) -> CompressedC
 
 def policy_for(name: str, model: PreTrainedModel) -> Policy:
     """A heuristic by the name of its YAML, or a learned policy whose parameters are random."""
-    if name not in LEARNED:
-        return heuristic(name)
     layers, heads = len(compressible(model)), heads_of(model)
+    if name not in LEARNED:
+        return policy_of(name, layers, heads, model.config.num_attention_heads // heads)
     base = {"budgets": AdaKV(), "conditioned": Uniform(), "tokens": Pyramid()}[name]
     allocator = LearnedAllocator(base, layers, heads, conditioned=name == "conditioned")
     scorer: Scorer = SnapKV(window=16)

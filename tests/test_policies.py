@@ -2,7 +2,8 @@
 
 import pytest
 
-from learnkv.allocators import AdaKV, Pyramid, Uniform
+from learnkv import allocators, scorers
+from learnkv.allocators import LUKV, AdaKV, DuoAttention, HeadKV, Pyramid, Uniform
 from learnkv.config import CONFIGS
 from learnkv.io import load_policy
 from learnkv.scorers import (
@@ -25,6 +26,11 @@ MADE_OF = {
     "pyramidkv": (SnapKV, Pyramid),
     "adakv": (SnapKV, AdaKV),
     "adapyramidkv": (SnapKV, AdaKV),
+    "headkv": (SnapKV, HeadKV),
+    "lukv": (SnapKV, LUKV),
+    "duo_attention": (StreamingLLM, DuoAttention),
+    "cake": (scorers.CAKE, allocators.CAKE),
+    "lava": (scorers.LAVa, AdaKV),
     "knorm": (Knorm, Uniform),
     "random": (Random, Uniform),
     "protection_only": (PromptOrder, Uniform),
