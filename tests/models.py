@@ -5,13 +5,15 @@ from collections.abc import Sequence
 
 import torch
 from observations import randomised
+from tables import policy_of
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
-from learnkv import CompressedCache, Policy, attach, load_policy
+from learnkv import CompressedCache, Policy, attach, load_policy, prefill
 from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
+from learnkv.config import CONFIGS as CONFIGURATIONS
 from learnkv.scorers import LearnedScorer, Scorer, SnapKV
 
 VOCABULARY = 97
@@ -156,18 +158,23 @@ def compressible(model: PreTrainedModel) -> list[int]:
     return CompressedCache(model.config).compressible
 
 
-HEURISTICS = ["streaming_llm", "snapkv", "pyramidkv", "adakv", "knorm", "random"]
+HEURISTICS = sorted({path.stem for path in (CONFIGURATIONS / "policies").glob("*.yaml")} - {"full"})
 LEARNED = ["budgets", "conditioned", "tokens"]
 
 
 heuristic = functools.cache(load_policy)
 
 
+def read(model: PreTrainedModel, *prompt: Tensor, **more: object) -> CompressedCache:
+    """A prompt, read for whatever policy comes."""
+    return prefill(model, *prompt, policies=map(heuristic, HEURISTICS), **more)
+
+
 def policy_for(name: str, model: PreTrainedModel) -> Policy:
     """A heuristic by the name of its YAML, or a learned policy whose parameters are random."""
-    if name not in LEARNED:
-        return heuristic(name)
     layers, heads = len(compressible(model)), heads_of(model)
+    if name not in LEARNED:
+        return policy_of(name, layers, heads, model.config.num_attention_heads // heads)
     base = {"budgets": AdaKV(), "conditioned": Uniform(), "tokens": Pyramid()}[name]
     allocator = LearnedAllocator(base, layers, heads, conditioned=name == "conditioned")
     scorer: Scorer = SnapKV(window=16)

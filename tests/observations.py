@@ -4,12 +4,13 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from learnkv.observation import Observation
+from learnkv.observation import Observation, Statistic
 from learnkv.ops.rotary import Rotary
 
 
@@ -22,10 +23,11 @@ def observe(
     dim: int = 16,
     layer_idx: int = 1,
     seed: int = 0,
+    statistics: Iterable[Statistic] = (),
 ) -> Observation:
     """A batch of left-padded rows with these lengths; whatever is padding is NaN. A row depends on its length and seed.
 
-    `rope` of the result is the identity: tests that care bring their own.
+    `rope` of the result is the identity: tests that care bring their own. `statistics` are gathered from all queries.
     """
     slots = max(lengths)
     shapes = {"queries": (heads * group, dim), "keys": (heads, dim), "values": (heads, dim), "hidden": (1, 2 * dim)}
@@ -39,10 +41,10 @@ def observe(
     made = {name: torch.stack(row) for name, row in rows.items()}
     positions = torch.arange(slots) - slots + torch.tensor(lengths).unsqueeze(-1)
     window = min(window, slots)
-    return Observation(
+    whole = Observation(
         layer_idx=layer_idx,
-        queries=made["queries"][:, :, slots - window :],
-        query_positions=positions[:, slots - window :],
+        queries=made["queries"],
+        query_positions=positions,
         keys=made["keys"],
         values=made["values"],
         scaling=dim**-0.5,
@@ -52,6 +54,12 @@ def observe(
         hidden=made["hidden"][:, 0],
         rope=Rotary(torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),
     )
+    return dataclasses.replace(
+        whole,
+        queries=whole.queries[:, :, slots - window :],
+        query_positions=positions[:, slots - window :],
+        statistics={one: one.update(whole, None) for one in statistics},
+    )
 
 
 def permuted(seen: Observation, order: list[int]) -> Observation:
@@ -60,7 +68,8 @@ def permuted(seen: Observation, order: list[int]) -> Observation:
     heads = {name: getattr(seen, name)[:, order] for name in ("keys", "values", "valid", "positions")}
     assert seen.output_weight is not None
     weight = seen.output_weight.unflatten(1, (len(order), -1))[:, order].flatten(1)
-    return dataclasses.replace(seen, queries=queries, output_weight=weight, **heads)
+    statistics = {which: held[:, order] for which, held in seen.statistics.items()}
+    return dataclasses.replace(seen, queries=queries, output_weight=weight, statistics=statistics, **heads)
 
 
 def subclasses(package: ModuleType, base: type) -> list[type]:

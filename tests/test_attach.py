@@ -205,7 +205,7 @@ def test_weights_placed_by_a_device_map(second, tmp_path):
     places |= {"model.layers.0": "cpu", "model.layers.1": second, "model.layers.2": "cpu"}
     model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
     whole = prefill(model, tokens(1, 30))
-    assert (whole.layers[1].observation(1).output_weight is None) == (second == "disk")
+    assert (whole.layers[1].observation().output_weight is None) == (second == "disk")
     cache = load_policy("snapkv").compress(whole, keep=0.5)
     other = load_policy("snapkv").compress(prefill(attached("llama"), tokens(1, 30)), keep=0.5)
     assert torch.equal(continuation(model, tokens(1, 4), cache), continuation(attached("llama"), tokens(1, 4), other))
@@ -233,7 +233,7 @@ def test_quantised_weights():
     assert torch.equal(logits(models[0]), logits(models[1]))
     assert not torch.equal(logits(models[1]), logits(plain("llama")))
     cache = prefill(models[0], tokens(1, 30))
-    assert cache.layers[0].observation(0).output_weight is None
-    assert cache.layers[0].observation(0).keys.dtype == torch.float32
+    assert cache.layers[0].observation().output_weight is None
+    assert cache.layers[0].observation().keys.dtype == torch.float32
     small = load_policy("adakv").compress(cache.fork(), keep=0.5)
     assert continuation(models[0], tokens(1, 4), small).isfinite().all()

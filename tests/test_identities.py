@@ -16,6 +16,7 @@ from models import (
     padded,
     plain,
     policy_for,
+    read,
     tokens,
 )
 from transformers import DynamicCache
@@ -59,7 +60,7 @@ def check_masking(family, name, keep):
     model, policy = attached(family), policy_for(name, attached(family))
     prompts = [tokens(1, length, seed=1)[0] for length in (70, 41)]
     said = tokens(2, 91, seed=2)
-    cache = policy.compress(prefill(model, *padded(prompts)), keep=keep)
+    cache = policy.compress(read(model, *padded(prompts)), keep=keep)
     ours = torch.cat([continuation(model, part, cache) for part in said.split([1, 2, 24, 64], 1)], 1)
     for row, prompt in enumerate(prompts):
         mask = kept_mask(cache, row)
@@ -96,11 +97,13 @@ def test_the_oracle_sees_a_difference_when_one_entry_is_kept_more():
 )
 def test_reading_in_chunks_is_reading_at_once(family, chunk_size):
     model, prompts = attached(family), [tokens(1, length, seed=3)[0] for length in (67, 20)]
-    whole, parts = (prefill(model, *padded(prompts), chunk_size=size) for size in (None, chunk_size))
+    whole, parts = (read(model, *padded(prompts), chunk_size=size) for size in (None, chunk_size))
     for one, other in zip(whole.compressed_layers(), parts.compressed_layers(), strict=True):
         torch.testing.assert_close(one.keys[:, :, -20:], other.keys[:, :, -20:], rtol=0, atol=1e-4)
-        torch.testing.assert_close(one.queries[..., -20:, :], other.queries[..., -20:, :], rtol=0, atol=1e-4)
-    for name in ("snapkv", "conditioned"):
+        torch.testing.assert_close(
+            one.recorder.queries[..., -20:, :], other.recorder.queries[..., -20:, :], rtol=0, atol=1e-4
+        )
+    for name in ("snapkv", "conditioned", "h2o"):
         check_same_plan(policy_for(name, model), whole, [0, 1], parts, [0, 1])
 
 
@@ -127,10 +130,10 @@ def check_same_plan(policy, one, rows, other, other_rows):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_left_padded_row_is_planned_as_alone(family, name):
     model, prompts = attached(family), [tokens(1, length, seed=4)[0] for length in (61, 50, 33, 17)]
-    together = prefill(model, *padded(prompts))
+    together = read(model, *padded(prompts))
     assert together.prompt_lengths == [61, 50, 33, 17]
     for row, prompt in enumerate(prompts):
-        check_same_plan(policy_for(name, model), prefill(model, prompt[None]), [0], together, [row])
+        check_same_plan(policy_for(name, model), read(model, prompt[None]), [0], together, [row])
 
 
 @every_family

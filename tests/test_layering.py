@@ -18,15 +18,18 @@ LAYERS = [
     {"errors"},
     {"component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
-    {"segments", "layer", "cache"},
+    {"segments", "recorder", "layer", "cache"},
     {"policy", "attention", "decoding", "generation"},
     {"config", "io", "models"},
     {"data"},
-    {"training", "evaluation"},
-    {"train", "eval", "export", "reference"},
+    {"calibration", "training", "evaluation"},
+    {"train", "eval", "export", "head_scores", "tables", "reference"},
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
-STRANGERS = [{"scorers", "allocators", "pages"}, {"training", "evaluation"}]  # on one layer, yet never each other
+STRANGERS = [  # on one layer, yet never each other
+    {"scorers", "allocators", "pages"},
+    {"calibration", "training", "evaluation"},
+]
 PRIVATE = {"segments": {"layer", "cache"}}  # how a cache is laid out is its own affair
 LIBRARY_TOP = HEIGHT["models"]  # `import learnkv` gives what a program needs, not training or evaluation
 

@@ -2,10 +2,22 @@
 
 import pytest
 
-from learnkv.allocators import AdaKV, Pyramid, Uniform
+from learnkv import allocators, scorers
+from learnkv.allocators import LUKV, AdaKV, DuoAttention, HeadKV, Pyramid, Uniform
 from learnkv.config import CONFIGS
 from learnkv.io import load_policy
-from learnkv.scorers import Knorm, Random, SnapKV, StreamingLLM
+from learnkv.scorers import (
+    H2O,
+    RKV,
+    TOVA,
+    KeyDiff,
+    Knorm,
+    ObservedAttention,
+    PromptOrder,
+    Random,
+    SnapKV,
+    StreamingLLM,
+)
 
 MADE_OF = {
     "full": (type(None), Uniform),
@@ -14,8 +26,20 @@ MADE_OF = {
     "pyramidkv": (SnapKV, Pyramid),
     "adakv": (SnapKV, AdaKV),
     "adapyramidkv": (SnapKV, AdaKV),
+    "headkv": (SnapKV, HeadKV),
+    "lukv": (SnapKV, LUKV),
+    "duo_attention": (StreamingLLM, DuoAttention),
+    "cake": (scorers.CAKE, allocators.CAKE),
+    "lava": (scorers.LAVa, AdaKV),
     "knorm": (Knorm, Uniform),
     "random": (Random, Uniform),
+    "protection_only": (PromptOrder, Uniform),
+    "tova": (TOVA, Uniform),
+    "keydiff": (KeyDiff, Uniform),
+    "rkv": (RKV, Uniform),
+    "fastkv": (SnapKV, Uniform),
+    "h2o": (H2O, Uniform),
+    "observed_attention": (ObservedAttention, Uniform),
 }
 
 

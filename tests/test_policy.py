@@ -2,6 +2,7 @@
 
 import math
 
+import models
 import pytest
 import torch
 from models import (
@@ -30,7 +31,7 @@ LENGTHS = [1, 2, 3, 11, 31, 32, 33, 150]
 def read(*lengths: int, seed: int = 0) -> CompressedCache:
     """A cache of left-padded prompts of these lengths."""
     with torch.no_grad():
-        return prefill(attached("llama"), *padded([tokens(1, length, seed=seed)[0] for length in lengths]))
+        return models.read(attached("llama"), *padded([tokens(1, length, seed=seed)[0] for length in lengths]))
 
 
 @every_policy

@@ -41,7 +41,7 @@ def compressed_attention(
         )
         if cache_layer is not None:
             _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
-            cache_layer.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+            cache_layer.recorder.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
             cache_layer.observe(query, attention_mask)
         return output
     _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
@@ -68,11 +68,11 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         weight = getattr(module.o_proj, "weight", None)
         # Quantised layers have a packed weight, or a method of that name; offloaded ones none at this moment.
         usable = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-        layer.output_weight = weight if usable else None
+        layer.recorder.output_weight = weight if usable else None
         if (rotation := kwargs.get("position_embeddings")) is not None:
-            layer.rotations += (rotation,)
-        if layer.record_hidden:
-            layer.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            layer.recorder.rotations += (rotation,)
+        if layer.recorder.recording.hidden:
+            layer.recorder.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
     return args, {**kwargs, "cache_layer": layer}
 
 

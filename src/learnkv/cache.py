@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
+from learnkv.observation import Recording
 from learnkv.ops.gather_kv import gather_kv
 from learnkv.ops.select import select
 from learnkv.segments import Segment
@@ -22,18 +23,15 @@ class CompressedCache(Cache):
     tokens read afterwards are appended to tails. Sliding-window layers of a hybrid model stay transformers' own.
     """
 
-    def __init__(self, config: PretrainedConfig, window: int = 64, record_hidden: bool = False) -> None:
+    def __init__(self, config: PretrainedConfig, recording: Recording | None = None) -> None:
         layers = DynamicCache(config=config).layers
         text = config.get_text_config(decoder=True)
         hybrid = len(set(getattr(text, "layer_types", None) or ())) > 1
         own = [not (hybrid and getattr(layer, "is_sliding", False)) for layer in layers]
-        super().__init__(
-            layers=[
-                CompressedLayer(window, record_hidden) if mine else layer
-                for mine, layer in zip(own, layers, strict=True)
-            ]
-        )
         self.compressible = [index for index, mine in enumerate(own) if mine]
+        for at, index in enumerate(self.compressible):
+            layers[index] = CompressedLayer(at, recording or Recording())
+        super().__init__(layers=layers)
         self.prompt_lengths: list[int] = []
         self.tail_mask: Tensor | None = None
         self.tail_padded = False

@@ -1,6 +1,8 @@
 """Reading a prompt once, continuing from what is retained of it, and generating."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from learnkv.attention import attach
 from learnkv.cache import CompressedCache
 from learnkv.decoding import beam_search, check_numbers, check_settings, next_token
 from learnkv.errors import UserError
+from learnkv.observation import Recording
 from learnkv.policy import Policy, check_budget
 
 CHECK_EVERY = 16
@@ -23,7 +26,7 @@ def prefill(
     *,
     chunk_size: int | None = None,
     window: int = 64,
-    record_hidden: bool = False,
+    policies: Iterable[Policy] = (),
     policy: Policy | None = None,
     keep: float | None = None,
     budget: float | None = None,
@@ -35,8 +38,8 @@ def prefill(
         input_ids: [B, S] left-padded.
         attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
         chunk_size: tokens read at once, at least 1; None: all. Chunks may end anywhere.
-        window: last queries to record for scorers; at least what `policy` needs.
-        record_hidden: record hidden states too, for a policy that `records_hidden` and compresses a fork later.
+        window: last queries to record for scorers, at least.
+        policies: those that will compress forks of the cache; what they read beside keys and values is recorded.
         policy: compress to `keep` or `budget`; with a static allocator every layer is evicted as soon as it has been
             read, so that the full prompt never exists for more than one layer.
 
@@ -49,8 +52,9 @@ def prefill(
     attach(model)
     if policy is not None:
         check_budget(keep, budget)
-        window, record_hidden = max(window, policy.window), record_hidden or policy.records_hidden
-    cache = CompressedCache(model.config, window, record_hidden)
+        policies = [*policies, policy]
+    wanted = (one.recording for one in policies)
+    cache = CompressedCache(model.config, functools.reduce(operator.or_, wanted, Recording(window)))
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     cache.set_prompt(lengths)
     slots = input_ids.shape[1]

@@ -8,34 +8,31 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from learnkv.errors import UserError
-from learnkv.observation import Observation
+from learnkv.observation import Observation, Recording
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
-from learnkv.ops.rotary import Rotary
+from learnkv.recorder import Recorder
 from learnkv.segments import Segment, Tail
+
+NOTHING = Recording()
 
 
 class CompressedLayer(CacheLayerMixin):
     """Reads a prompt like an ordinary layer, then is sealed, and evicted or gated; new tokens go to the tail.
 
-    `window` last queries of the prompt are kept for scorers until eviction, `hidden` states only on demand.
+    What scorers read beside keys and values is in `recorder`, until eviction.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = False  # only the tail is
 
-    def __init__(self, window: int = 0, record_hidden: bool = False) -> None:
+    def __init__(self, at: int = 0, recording: Recording = NOTHING) -> None:
         super().__init__()
+        self.at = at
+        self.recorder = Recorder(recording)
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
-        self.window = window
-        self.record_hidden = record_hidden
-        self.queries: Tensor | None = None
-        self.hidden: Tensor | None = None
-        self.output_weight: Tensor | None = None
-        self.rotations: tuple[tuple[Tensor, Tensor], ...] = ()
-        self.scaling = 1.0
         self.valid: Tensor | None = None
         self.gates: Tensor | None = None
         self.segment: Segment | None = None
@@ -94,7 +91,7 @@ class CompressedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def reset(self) -> None:
-        self.__init__(self.window, self.record_hidden)  # type: ignore[misc]
+        self.__init__(self.at, self.recorder.recording)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         keep = self.tail_length - abs(tokens_to_remove)
@@ -120,10 +117,10 @@ class CompressedLayer(CacheLayerMixin):
         if self.tail is not None:
             self.tail = self.tail.rows(indices)
         prompts, self.copies = indices // self.copies, 1
-        for name in ("valid", "queries", "hidden", "gates", *(() if self.holds_view else ("keys", "values"))):
+        for name in ("valid", "gates", *(() if self.holds_view else ("keys", "values"))):
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, held[prompts.to(held.device)])
-        self.rotations = tuple((_rows(cos, prompts), _rows(sin, prompts)) for cos, sin in self.rotations)
+        self.recorder = self.recorder.rows(prompts)
         if self.holds_view:
             self.keys = self.values = None
 
@@ -155,7 +152,7 @@ class CompressedLayer(CacheLayerMixin):
         return 0 if self.keys is None else self.keys.shape[0] * self.copies
 
     def observe(self, query: Tensor, mask: Tensor | None) -> None:
-        """Keep the last `window` queries of the prompt and which slots are padding, from the mask attention used.
+        """Record what scorers will read and which slots are padding, from the mask attention used.
 
         A layer that was told to evict `when_read` does so now.
         """
@@ -163,18 +160,10 @@ class CompressedLayer(CacheLayerMixin):
             raise UserError(f"attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
         # Without padding the mask comes and goes with the length of a chunk; with padding it is always there.
         self.valid = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1).clone()
-        if self.window:
-            new = query[:, :, -self.window :].detach()
-            both = new if self.queries is None else torch.cat([self.queries, new], 2)
-            self.queries = both[:, :, -self.window :].clone()
+        self.recorder.observe(query, self.at, *self.whole_prompt(), self.slot_positions())
         if self.when_read is not None:
             self.when_read()
             self.when_read = None
-
-    def record(self, hidden: Tensor) -> None:
-        """Keep the attention block's input [B, T, E] for scorers that need it."""
-        new = hidden.detach()
-        self.hidden = new if self.hidden is None else torch.cat([self.hidden, new], 1)
 
     def kept_positions(self, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of what one head retains."""
@@ -200,26 +189,9 @@ class CompressedLayer(CacheLayerMixin):
         valid = torch.ones(shape, dtype=torch.bool, device=self.device) if self.valid is None else self.valid
         return torch.where(valid, valid.cumsum(-1) - 1, -1)
 
-    def observation(self, layer_idx: int) -> Observation:
+    def observation(self) -> Observation:
         """What a scorer may see; only while the prompt is complete."""
-        keys, values = self.whole_prompt()
-        positions = self.slot_positions()
-        batch, heads, slots, dim = keys.shape
-        rope = Rotary(*(torch.cat(part, 1) for part in zip(*self.rotations, strict=True))) if self.rotations else None
-        queries = self.queries if self.queries is not None else keys.new_empty(batch, heads, 0, dim)
-        return Observation(
-            layer_idx=layer_idx,
-            queries=queries,
-            query_positions=positions[:, slots - queries.shape[2] :],
-            keys=keys,
-            values=values,
-            scaling=self.scaling,
-            valid=(positions >= 0).unsqueeze(1).expand(batch, heads, slots),
-            positions=positions.unsqueeze(1).expand(batch, heads, slots),
-            output_weight=self.output_weight,
-            hidden=self.hidden,
-            rope=rope,
-        )
+        return self.recorder.observation(self.at, *self.whole_prompt(), self.slot_positions())
 
     def seal(self) -> None:
         """End the prompt: its entries become rows of a pool without being copied."""
@@ -242,8 +214,8 @@ class CompressedLayer(CacheLayerMixin):
     def evict(self, segment: Segment) -> None:
         """Hold `segment` and nothing else of the prompt."""
         self.segment = segment
-        self.keys = self.values = self.queries = self.hidden = self.valid = None
-        self.rotations = ()
+        self.keys = self.values = self.valid = None
+        self.recorder.forget()
 
     def relax(self, gates: Tensor) -> None:
         """Multiply every entry's softmax weight by its gate, [B, H, S]; nothing is freed."""
@@ -276,18 +248,15 @@ class CompressedLayer(CacheLayerMixin):
     def fork(self) -> "CompressedLayer":
         """A layer that shares storage with this one until either changes."""
         twin = copy.copy(self)
+        twin.recorder = copy.copy(self.recorder)
         if self.tail is not None:
             twin.tail = self.tail.fork()
         return twin
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
-        held: list[Tensor | None] = [self.keys, self.values, self.queries, self.hidden, self.valid, self.gates]
-        parts = [tensor for tensor in held if tensor is not None]
+        held: list[Tensor | None] = [self.keys, self.values, self.valid, self.gates]
+        parts = [tensor for tensor in held if tensor is not None] + self.recorder.tensors()
         for part in (self.segment, self.tail):
             parts += [] if part is None else part.tensors()
         return parts
-
-
-def _rows(held: Tensor, rows: Tensor) -> Tensor:
-    return held if held.shape[0] == 1 else held[rows.to(held.device)]

@@ -1,6 +1,8 @@
-"""What a scorer may see of one layer when the prompt has been read."""
+"""What a scorer may see of one layer when the prompt has been read, and what can be gathered while it is read."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -38,6 +40,8 @@ class Observation:
     """[B, S, E] input of the attention block, for a scorer that needs `hidden`."""
     rope: Rotary | None = None
     """The rotation of every slot, for scorers that need vectors before RoPE; None for a model without it."""
+    statistics: "Mapping[Statistic, Tensor]" = field(default_factory=dict)
+    """What was gathered for scorers that ask for `statistics`."""
 
     @property
     def num_key_value_groups(self) -> int:
@@ -58,3 +62,41 @@ class Observation:
     def in_window(self, window: int) -> Tensor:
         """Which entries [B, H, S] came with the last `window` queries."""
         return in_window(self.query_positions[:, -window:], self.positions)
+
+    @property
+    def length(self) -> Tensor:
+        """[B] tokens that were read, evicted ones included."""
+        return self.positions.masked_fill(~self.valid, -1).amax((1, 2)) + 1
+
+
+class Statistic(ABC):
+    """A figure of every entry that grows while the prompt is read, for scorers that want more than its last queries.
+
+    A frozen dataclass: those that are equal are gathered once for all policies that one prefill serves.
+    """
+
+    @abstractmethod
+    def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
+        """The statistic [B, H, S, F] float32 of all entries that have been read, in a tensor of its own.
+
+        Args:
+            chunk: all entries up to now; its queries are those that were read since `gathered`.
+            gathered: [B, H, S', F] of the first S' entries, None at first.
+        """
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a prefill has to record beside keys and values."""
+
+    window: int = 0
+    """Last queries."""
+    hidden: bool = False
+    """Inputs of the attention blocks."""
+    statistics: frozenset[Statistic] = frozenset()
+
+    def __or__(self, other: "Recording") -> "Recording":
+        """What serves both."""
+        return Recording(
+            max(self.window, other.window), self.hidden or other.hidden, self.statistics | other.statistics
+        )

@@ -12,7 +12,7 @@ from learnkv.allocators.uniform import Uniform
 from learnkv.cache import CompressedCache
 from learnkv.component import Component
 from learnkv.errors import UserError
-from learnkv.observation import Observation
+from learnkv.observation import Observation, Recording
 from learnkv.ops.fit import fit
 from learnkv.ops.normal_scores import normal_scores
 from learnkv.ops.select import select
@@ -58,14 +58,12 @@ class Policy(Component):
         self.sinks, self.recent = sinks, recent
 
     @property
-    def window(self) -> int:
-        """Last prompt queries that have to be recorded for this policy."""
-        return max(self.scorer.window if self.scorer is not None else 0, self.allocator.window)
-
-    @property
-    def records_hidden(self) -> bool:
-        """Whether hidden states have to be recorded for this policy."""
-        return self.scorer is not None and "hidden" in self.scorer.needs
+    def recording(self) -> Recording:
+        """What has to be recorded of a prompt for this policy."""
+        mine = Recording(self.allocator.window)
+        if self.scorer is None:
+            return mine
+        return mine | Recording(self.scorer.window, "hidden" in self.scorer.needs, self.scorer.statistics)
 
     @property
     def reads_once(self) -> bool:
@@ -86,7 +84,7 @@ class Policy(Component):
         assert self.scorer is not None
         cache.seal()
         layers = cache.compressed_layers()
-        seen = [layer.observation(at) for at, layer in enumerate(layers)]
+        seen = [layer.observation() for layer in layers]
         self._check_recorded(seen[0])
         total, protected = self._spending(cache, keep, budget)
         device = layers[0].device
@@ -98,14 +96,18 @@ class Policy(Component):
 
     def _check_recorded(self, seen: Observation) -> None:
         """Raise where a scorer would silently judge by less than it asks for."""
-        recorded, slots = seen.queries.shape[2], seen.keys.shape[2]
-        if recorded < min(self.window, slots):
+        recorded, slots, wants = seen.queries.shape[2], seen.keys.shape[2], self.recording
+        if recorded < min(wants.window, slots):
             raise UserError(
-                f"window={recorded}: the policy reads the last {self.window} queries of a prompt; "
-                f"prefill it with window={self.window}"
+                f"window={recorded}: the policy reads the last {wants.window} queries of a prompt; "
+                f"prefill it with window={wants.window}"
             )
-        if self.records_hidden and seen.hidden is None:
-            raise UserError("the policy reads hidden states: hand it to prefill as policy=")
+        if wants.hidden and seen.hidden is None:
+            raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
+        if not wants.statistics <= seen.statistics.keys():
+            raise UserError(
+                "the policy gathers figures while a prompt is read: hand it to prefill, among policies= or as policy="
+            )
 
     def _spending(
         self, cache: CompressedCache, keep: float | None, budget: float | None
@@ -178,7 +180,7 @@ class Policy(Component):
         def evict(at: int) -> None:
             layer = cache.compressed_layers()[at]
             total, protected = self._spending(cache, keep, budget)
-            scores = self._score(layer.observation(at), protected)
+            scores = self._score(layer.observation(), protected)
             if not split:
                 like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
                 shape = (len(cache.compressible), -1, layer.heads, -1)

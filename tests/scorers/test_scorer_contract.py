@@ -7,6 +7,7 @@ import torch
 from observations import observe, permuted, randomised, subclasses
 
 import learnkv.scorers
+from learnkv.observation import Observation
 from learnkv.scorers.base import Scorer
 from learnkv.scorers.snapkv import SnapKV
 
@@ -23,6 +24,10 @@ def build(cls: type[Scorer]) -> Scorer:
     return randomised(NEEDS_ARGUMENTS.get(cls.__name__, lambda cls: cls())(cls))
 
 
+def seen_by(scorer: Scorer, lengths: list[int], **more) -> Observation:
+    return observe(lengths, statistics=scorer.statistics, **more)
+
+
 def test_the_walk_finds_the_scorers():
     assert {"Knorm", "Random", "SnapKV", "StreamingLLM"} <= {cls.__name__ for cls in SCORERS}
 
@@ -30,18 +35,19 @@ def test_the_walk_finds_the_scorers():
 @every_scorer
 def test_a_padded_row_gets_what_it_gets_alone(cls):
     scorer, lengths = build(cls), [61, 33, 32, 9, 3, 1]
-    together = scorer(observe(lengths, window=32))
+    together = scorer(seen_by(scorer, lengths, window=32))
     for row, length in enumerate(lengths):
-        alone = scorer(observe([length], window=32))
+        alone = scorer(seen_by(scorer, [length], window=32))
         torch.testing.assert_close(together[row : row + 1, :, -length:], alone, rtol=1e-5, atol=1e-6)
 
 
 @every_scorer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_finite_float32_whatever_the_model_computes_in(cls, dtype):
-    seen = observe([40, 12])
+    scorer = build(cls)
+    seen = seen_by(scorer, [40, 12])
     changed = {name: getattr(seen, name).to(dtype) for name in ("queries", "keys", "values", "hidden", "output_weight")}
-    scores = build(cls)(dataclasses.replace(seen, **changed))
+    scores = scorer(dataclasses.replace(seen, **changed))
     assert scores.dtype == torch.float32
     assert scores.shape == seen.valid.shape
     assert scores[seen.valid].isfinite().all()
@@ -49,10 +55,11 @@ def test_scores_are_finite_float32_whatever_the_model_computes_in(cls, dtype):
 
 @every_scorer
 def test_entries_that_are_not_there_are_not_read(cls):
-    seen = observe([40, 25])
+    scorer = build(cls)
+    seen = seen_by(scorer, [40, 25])
     holes = torch.rand(seen.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.3
     valid = seen.valid & ~holes
-    scorer, scores = build(cls), []
+    scores = []
     for filling in (0.0, 100.0, torch.nan):
         filled = {name: getattr(seen, name).masked_fill(~valid.unsqueeze(-1), filling) for name in ("keys", "values")}
         scores.append(scorer(dataclasses.replace(seen, valid=valid, **filled))[valid])
@@ -65,13 +72,13 @@ def test_entries_that_are_not_there_are_not_read(cls):
 def test_a_wider_recording_changes_nothing(cls):
     """Another component may ask for more queries than this one."""
     scorer = build(cls)
-    wide, narrow = observe([70], window=70), observe([70], window=scorer.window)
+    wide, narrow = seen_by(scorer, [70], window=70), seen_by(scorer, [70], window=scorer.window)
     assert torch.equal(scorer(wide), scorer(narrow))
 
 
 @pytest.mark.parametrize("cls", [cls for cls in SCORERS if cls.__name__ not in KNOWS_ITS_HEAD])
 def test_permuted_heads_give_permuted_scores(cls):
     order, scorer = [2, 0, 3, 1], build(cls)
-    seen = observe([40, 25], heads=4)
+    seen = seen_by(scorer, [40, 25], heads=4)
     got = scorer(permuted(seen, order))
     torch.testing.assert_close(got[seen.valid], scorer(seen)[:, order][seen.valid], rtol=1e-5, atol=1e-7)

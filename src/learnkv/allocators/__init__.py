@@ -2,15 +2,29 @@
 
 from learnkv.allocators.adakv import AdaKV
 from learnkv.allocators.base import Allocator
+from learnkv.allocators.cake import CAKE
+from learnkv.allocators.compresskv import CompressKV
+from learnkv.allocators.duo_attention import DuoAttention
+from learnkv.allocators.fixed_layers import FixedLayers
 from learnkv.allocators.flat import Flat
+from learnkv.allocators.headkv import HeadKV
+from learnkv.allocators.lava import LAVa
 from learnkv.allocators.learned import LearnedAllocator
+from learnkv.allocators.lukv import LUKV
 from learnkv.allocators.pyramid import Pyramid
 from learnkv.allocators.uniform import Uniform
 
 __all__ = [
+    "CAKE",
+    "LUKV",
     "AdaKV",
     "Allocator",
+    "CompressKV",
+    "DuoAttention",
+    "FixedLayers",
     "Flat",
+    "HeadKV",
+    "LAVa",
     "LearnedAllocator",
     "Pyramid",
     "Uniform",

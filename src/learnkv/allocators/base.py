@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from learnkv.component import Component
+from learnkv.errors import UserError
 from learnkv.observation import Observation
 
 
@@ -32,3 +34,30 @@ class Allocator(Component, ABC):
             features: [L, B, H, F] stacked results of `features`, or None.
             budget: [B] entries per head on average, protected ones included.
         """
+
+
+def entries_of(scores: Tensor) -> Tensor:
+    """[B] entries that every head has, from scores [L, B, H, S]."""
+    return (scores[0, :, 0] > -torch.inf).sum(-1)
+
+
+def protected_of(scores: Tensor) -> Tensor:
+    """[B] entries that every head keeps in any case, from scores [L, B, H, S]."""
+    return (scores[0, :, 0] == torch.inf).sum(-1)
+
+
+def check_table(table: Tensor, scores: Tensor, argument: str, make: str, per_query_head: bool = False) -> None:
+    """Raise UserError unless a table [..., L, N] has one number per kv (or query) head of scores [L, B, H, S].
+
+    Args:
+        argument: what names the table, as typed.
+        make: the command that makes one for another model.
+        per_query_head: N is a multiple of H.
+    """
+    layers, heads = scores.shape[0], scores.shape[2]
+    have = tuple(table.shape[-2:])
+    if have[0] != layers or (have[1] % heads if per_query_head else have[1] != heads):
+        raise UserError(
+            f"{argument}: made for {have[0]} layers of {have[1]} {'query' if per_query_head else 'kv'} heads, "
+            f"the model has {layers} of {heads} kv heads; {make}"
+        )

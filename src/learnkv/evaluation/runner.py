@@ -76,13 +76,11 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
     )
     batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size)]
     policies = [job.policy for job in jobs if job.policy is not None]
-    window = max([0, *(policy.window for policy in policies)])
-    hidden = any(policy.records_hidden for policy in policies)
     with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
         for family, todo, prompts in batches:
             ids, mask = pad([prompt.read for prompt in prompts], "left", model.device)
             progress.set_description(f"reading {len(prompts)} prompts of {prompts[0].setting}")
-            cache = prefill(model, ids, mask, window=window, record_hidden=hidden)
+            cache = prefill(model, ids, mask, window=0, policies=policies)
             full: Any = None
             if todo[0].policy is None or family.needs_full:
                 measured, full = family.measure(model, prompts, cache.fork(), None)

@@ -1,10 +1,33 @@
 """Scorers: how important is each cache entry."""
 
 from learnkv.scorers.base import Scorer
+from learnkv.scorers.cake import CAKE
+from learnkv.scorers.h2o import H2O
+from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
+from learnkv.scorers.lava import LAVa
 from learnkv.scorers.learned import LearnedScorer
+from learnkv.scorers.observed_attention import ObservedAttention
+from learnkv.scorers.prompt_order import PromptOrder
 from learnkv.scorers.random import Random
+from learnkv.scorers.rkv import RKV
 from learnkv.scorers.snapkv import SnapKV
 from learnkv.scorers.streaming_llm import StreamingLLM
+from learnkv.scorers.tova import TOVA
 
-__all__ = ["Knorm", "LearnedScorer", "Random", "Scorer", "SnapKV", "StreamingLLM"]
+__all__ = [
+    "CAKE",
+    "H2O",
+    "RKV",
+    "TOVA",
+    "KeyDiff",
+    "Knorm",
+    "LAVa",
+    "LearnedScorer",
+    "ObservedAttention",
+    "PromptOrder",
+    "Random",
+    "Scorer",
+    "SnapKV",
+    "StreamingLLM",
+]

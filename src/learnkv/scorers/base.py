@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from learnkv.component import Component
-from learnkv.observation import Observation
+from learnkv.observation import Observation, Statistic
 
 
 class Scorer(Component, ABC):
@@ -19,6 +19,8 @@ class Scorer(Component, ABC):
     """Costly parts of the observation that are only recorded on demand: `hidden`."""
     window: int = 0
     """Number of last prompt queries that the scorer reads (0: none)."""
+    statistics: frozenset[Statistic] = frozenset()
+    """What is to be gathered from all queries while the prompt is read."""
 
     @abstractmethod
     def forward(self, seen: Observation) -> Tensor:

@@ -40,7 +40,7 @@ class LearnedScorer(Scorer):
         if width < 1 or window < 1:
             raise UserError(f"width={width} window={window}: expected at least 1 of each")
         self.base = base
-        self.needs = base.needs
+        self.needs, self.statistics = base.needs, base.statistics
         self.window = max(base.window, window)
         self._own_window = window
         features = 2 * head_dim + 3

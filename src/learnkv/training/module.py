@@ -85,7 +85,7 @@ class Distillation(L.LightningModule):
         return draws.spread(rng, *self.keep_range, self.students)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        cache = prefill(self.model, batch.prompts, batch.prompt_mask, window=self.policy.window)
+        cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy])
         with torch.no_grad():
             teacher = self._logits(cache.fork(), batch)
         sample, weights = self._tokens(cache, batch, teacher)
@@ -124,7 +124,7 @@ class Distillation(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """KL of the deployed policy, and of the heuristic it starts from, at fixed kept fractions."""
-        cache = prefill(self.model, batch.prompts, batch.prompt_mask, window=self.policy.window)
+        cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy])
         teacher = self._logits(cache.fork(), batch)
         for name, policy in {"learned": self.policy, "heuristic": heuristic_of(self.policy)}.items():
             for keep in VALIDATION_KEEPS:

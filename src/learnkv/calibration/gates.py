@@ -1,0 +1,51 @@
+"""Gates of DuoAttention, trained on needle trials."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learnkv.calibration.trials import Trial
+from learnkv.generation import continuation, prefill
+
+
+def head_gates(
+    model: Any,
+    trials: Sequence[Trial],
+    sink: int,
+    recent: int,
+    steps: int,
+    penalty: float,
+    learning_rate: float = 0.05,
+) -> Tensor:
+    """Gates [L, H] in [0, 1] by Adam on the KL of the answers' tokens to the full cache plus `penalty` * mean gate.
+
+    A gate multiplies the softmax weight of all entries of its head but the first `sink` and the last `recent`. The
+    authors mix the outputs of full and streaming attention instead; at 0 and at 1 both are the same. One trial a step.
+    """
+    gates: Tensor | None = None
+    for step in range(steps):
+        trial = trials[step % len(trials)]
+        cache = prefill(model, trial.context.to(model.device))
+        layers = cache.compressed_layers()
+        if gates is None:
+            gates = torch.ones(len(layers), layers[0].heads, requires_grad=True)
+            adam = torch.optim.Adam([gates], learning_rate)
+        ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
+        first = trial.question.shape[1] - 1
+        with torch.no_grad():
+            teacher = continuation(model, ids, cache.fork())[:, first:-1].log_softmax(-1)
+        student = cache.fork()
+        place = torch.arange(trial.context.shape[1])
+        always = (place < sink) | (place >= len(place) - recent)
+        for layer, own in zip(student.compressed_layers(), gates, strict=True):
+            layer.relax(torch.where(always, 1.0, own.view(1, -1, 1)).to(layer.device))
+        said = continuation(model, ids, student)[:, first:-1].log_softmax(-1)
+        kl = (teacher.exp() * (teacher - said)).sum(-1).mean()
+        adam.zero_grad()
+        (kl.cpu() + penalty * gates.mean()).backward()
+        adam.step()
+        gates.data.clamp_(0, 1)
+    assert gates is not None
+    return gates.detach()

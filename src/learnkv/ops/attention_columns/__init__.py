@@ -1,0 +1,49 @@
+"""How much attention every cache entry gets from a number of queries, in sum or at most."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from learnkv.ops.attention_columns import reference
+from learnkv.ops.dispatch import Impl, choose
+
+
+def attention_columns(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    query_positions: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    scaling: float,
+    reduce: Literal["sum", "max"] = "sum",
+    query_weight: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Sum or maximum of attention weights over all queries: [B, H, G, S] float32, 0 where an entry is not valid.
+
+    A query sees the valid entries at its own position and before; its softmax runs in float32 over all of them. The
+    matrix of weights never exists as a whole, so that the number of queries may be that of a long prompt.
+
+    Args:
+        queries: [B, H*G, T, D] after RoPE; query heads h*G .. h*G+G-1 read kv head h.
+        keys: [B, H, S, D] after RoPE.
+        query_positions: [B, T] prompt position of each query, negative where it is padding.
+        positions: [B, H, S] prompt position of each entry.
+        valid: [B, H, S] bool, False where there is no entry.
+        scaling: factor on query-key products.
+        reduce: over the queries.
+        query_weight: [B, T] float32, not negative, multiplies a query's attention; None: 1.
+    """
+    assert queries.shape[1] % keys.shape[1] == 0, (queries.shape, keys.shape)
+    choose("attention_columns", impl, ("reference",), keys.is_cuda)
+    return reference.attention_columns(
+        queries,
+        keys,
+        query_positions=query_positions,
+        positions=positions,
+        valid=valid,
+        scaling=scaling,
+        reduce=reduce,
+        query_weight=query_weight,
+    )

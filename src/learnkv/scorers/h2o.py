@@ -1,0 +1,69 @@
+"""H2O scores."""
+
+import torch
+from torch import Tensor
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.attention_columns import attention_columns
+from learnkv.ops.reduce_group import GroupReduce, reduce_group
+from learnkv.scorers.base import Scorer
+from learnkv.scorers.received import ReceivedAttention
+
+_ALL = 2**31
+
+
+class H2O(Scorer):
+    """Attention that an entry has received from all queries since it was read: heavy hitters (arXiv 2306.14048).
+
+    score_j = sum over the queries i >= j of softmax(q_i K / sqrt(D))_j. Early entries are seen by more queries and
+    score higher for it. While generating, evicted entries no longer take part in the softmax, as in the original.
+
+    The paper spends half of the budget on the latest entries, a policy with `sinks: 0` and more `recent` entries than
+    the budget does so too; KVCache-Factory keeps the last 8 and reads the prompt only. Which queries are added up
+    differs in print: copies of the method in the baselines of other papers let every query but the last few attend to
+    what comes after it.
+
+    Args:
+        group_reduce: mean, maximum or sum over the query heads that share a kv head. The original has one kv head per
+            query head.
+        recent: latest entries that come before all others, whatever the budget.
+        causal: whether a query sees only what precedes it; False reproduces the faulty copies, at the cost of holding
+            all queries of the prompt.
+        window: last queries that are causal even then.
+    """
+
+    def __init__(
+        self, group_reduce: GroupReduce = "mean", recent: int = 0, causal: bool = True, window: int = 8
+    ) -> None:
+        super().__init__()
+        if recent < 0 or window < 0:
+            raise UserError(f"recent={recent} window={window}: expected numbers of entries >= 0")
+        self.group_reduce = group_reduce
+        self.recent = recent
+        self.causal_window = window
+        if causal:
+            self.statistics = frozenset({ReceivedAttention()})
+        else:
+            self.window = _ALL
+
+    def forward(self, seen: Observation) -> Tensor:
+        received = self._acausal(seen) if self.window else seen.statistics[ReceivedAttention()].transpose(2, 3)
+        scores = reduce_group(received, self.group_reduce)
+        latest = seen.positions >= (seen.length - self.recent).view(-1, 1, 1)
+        # Received attention is at most the number of queries in a head's sum; 1 + position keeps the latest in order.
+        above = scores.masked_fill(~seen.valid, 0.0).amax(-1, keepdim=True)
+        return torch.where(latest, above + 1 + seen.positions, scores)
+
+    def _acausal(self, seen: Observation) -> Tensor:
+        """Attention that entries receive from all queries, of which all but the last ones see every entry."""
+        at, last = seen.query_positions, seen.length.unsqueeze(-1)
+        sees = torch.where((at >= 0) & (at < last - self.causal_window), last, at)
+        return attention_columns(
+            seen.queries,
+            seen.keys,
+            query_positions=sees,
+            positions=seen.positions,
+            valid=seen.valid,
+            scaling=seen.scaling,
+        )

@@ -1,0 +1,28 @@
+"""Mean attention over the queries that see an entry."""
+
+from torch import Tensor
+
+from learnkv.observation import Observation
+from learnkv.ops.reduce_group import GroupReduce, reduce_group
+from learnkv.scorers.base import Scorer
+from learnkv.scorers.received import ReceivedAttention
+
+
+class ObservedAttention(Scorer):
+    """H2O's sum divided by the number of queries that can see the entry, so that age alone does not count.
+
+    score_j = 1/(n - j) * sum over the queries i >= j of softmax(q_i K / sqrt(D))_j, n tokens read; the definition of
+    kvpress' press of that name, where the latest entries are not protected.
+
+    Args:
+        group_reduce: mean, maximum or sum over the query heads that share a kv head.
+    """
+
+    def __init__(self, group_reduce: GroupReduce = "mean") -> None:
+        super().__init__()
+        self.statistics = frozenset({ReceivedAttention()})
+        self.group_reduce = group_reduce
+
+    def forward(self, seen: Observation) -> Tensor:
+        received = reduce_group(seen.statistics[ReceivedAttention()].transpose(2, 3), self.group_reduce)
+        return received / (seen.length.view(-1, 1, 1) - seen.positions).clamp(min=1)

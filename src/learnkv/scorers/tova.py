@@ -1,0 +1,21 @@
+"""TOVA scores."""
+
+from torch import Tensor
+
+from learnkv.observation import Observation
+from learnkv.scorers.base import Scorer
+
+
+class TOVA(Scorer):
+    """Attention of the last query, averaged over all query heads of the layer (TOVA, arXiv 2401.06104).
+
+    score_j = mean over heads of softmax(q_last K / sqrt(D))_j: every kv head of a layer keeps the same entries. The
+    original protects nothing, not even the newest entry, and evicts one entry per generated token; kvpress always keeps
+    the newest, which here is up to the policy's `recent`.
+    """
+
+    window = 1
+
+    def forward(self, seen: Observation) -> Tensor:
+        weights, _ = seen.window_attention(1)  # [B, H, G, 1, S]
+        return weights.mean((1, 2, 3)).unsqueeze(1).expand(seen.valid.shape)
