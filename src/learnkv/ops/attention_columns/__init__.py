@@ -4,8 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from learnkv.ops.attention_columns import reference
-from learnkv.ops.dispatch import Impl, choose
+from learnkv.ops.dispatch import Impl, implementation
 
 
 def attention_columns(
@@ -36,8 +35,7 @@ def attention_columns(
         query_weight: [B, T] float32, not negative, multiplies a query's attention; None: 1.
     """
     assert queries.shape[1] % keys.shape[1] == 0, (queries.shape, keys.shape)
-    choose("attention_columns", impl, ("reference",), keys.is_cuda)
-    return reference.attention_columns(
+    columns: Tensor = implementation("attention_columns", impl, ("reference",), queries, keys).attention_columns(
         queries,
         keys,
         query_positions=query_positions,
@@ -47,3 +45,4 @@ def attention_columns(
         reduce=reduce,
         query_weight=query_weight,
     )
+    return columns
