@@ -40,6 +40,8 @@ class Observation:
     """[B, S, E] input of the attention block, for a scorer that needs `hidden`."""
     rope: Rotary | None = None
     """The rotation of every slot, for scorers that need vectors before RoPE; None for a model without it."""
+    keep: Tensor | None = None
+    """[B] float64, fraction of the row's entries that will be kept; None while the prompt is read."""
     statistics: "Mapping[Statistic, Tensor]" = field(default_factory=dict)
     """What was gathered for scorers that ask for `statistics`."""
 

@@ -1,7 +1,7 @@
 """A policy: what every heuristic and every learned predictor is at deployment and in training."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,15 +83,16 @@ class Policy(Component):
         """
         assert self.scorer is not None
         cache.seal()
-        layers = cache.compressed_layers()
-        seen = [layer.observation() for layer in layers]
-        self._check_recorded(seen[0])
         total, protected = self._spending(cache, keep, budget)
-        device = layers[0].device
+        seen = [self._seen(cache, at, total) for at in range(len(cache.compressible))]
+        self._check_recorded(seen[0])
+        device = seen[0].keys.device
         scores = torch.stack([self._score(one, protected).to(device) for one in seen])
         features = [self.allocator.features(one) for one in seen]
         known = [one.to(device) for one in features if one is not None]
         wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
+        decided = [self._decide(*one) for one in zip(seen, scores, budgets, strict=True)]
+        scores = torch.stack([one.to(device) for one in decided])
         return Plan(scores, wanted, budgets, torch.tensor(protected, device=device))
 
     def _check_recorded(self, seen: Observation) -> None:
@@ -138,6 +139,20 @@ class Policy(Component):
         wanted = self.allocator(scores, features, per_head)
         return wanted, fit(wanted, entries, spend, at_least)
 
+    @staticmethod
+    def _seen(cache: CompressedCache, at: int, total: list[int]) -> Observation:
+        """What the scorer may see of one layer, and how much of every row will be kept."""
+        layer = cache.compressed_layers()[at]
+        heads = layer.heads * len(cache.compressible)
+        keep = [kept / (n * heads) for kept, n in zip(total, cache.prompt_lengths, strict=True)]
+        return replace(layer.observation(), keep=torch.tensor(keep, dtype=torch.float64, device=layer.device))
+
+    def _decide(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [B, H, S] of one layer that decide within its heads, whose budgets [B, H] are known now."""
+        assert self.scorer is not None
+        scores, budgets = scores.to(seen.keys.device), budgets.to(seen.keys.device)
+        return torch.where(scores.isfinite(), self.scorer.refine(seen, scores, budgets).float(), scores)
+
     def _score(self, seen: Observation, protected: list[int]) -> Tensor:
         """Scores [B, H, S] of one layer with protected entries at +inf and absent ones at -inf."""
         assert self.scorer is not None
@@ -178,14 +193,15 @@ class Policy(Component):
         split: list[Tensor] = []
 
         def evict(at: int) -> None:
-            layer = cache.compressed_layers()[at]
             total, protected = self._spending(cache, keep, budget)
-            scores = self._score(layer.observation(), protected)
+            seen = self._seen(cache, at, total)
+            scores = self._score(seen, protected)
             if not split:
                 like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
-                shape = (len(cache.compressible), -1, layer.heads, -1)
+                shape = (len(cache.compressible), -1, scores.shape[1], -1)
                 split.append(self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1])
                 cache.budgets = split[0]
+            scores = self._decide(seen, scores, split[0][at])
             cache.evict(scores.unsqueeze(0), split[0][at : at + 1].to(scores.device), first=at)
 
         for at, layer in enumerate(cache.compressed_layers()):

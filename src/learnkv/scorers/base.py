@@ -25,3 +25,13 @@ class Scorer(Component, ABC):
     @abstractmethod
     def forward(self, seen: Observation) -> Tensor:
         """Scores [B, H, S], float32."""
+
+    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [B, H, S] that decide within each head, for a method that needs to know how many entries it keeps.
+
+        Args:
+            scores: [B, H, S] what `forward` returned, +inf for protected entries and -inf where there is none; these
+                stay as they are, whatever is returned for them.
+            budgets: [B, H] entries that every head keeps, protected ones included.
+        """
+        return scores
