@@ -63,12 +63,13 @@ class Policy(Component):
         mine = Recording(self.allocator.window)
         if self.scorer is None:
             return mine
-        return mine | Recording(self.scorer.window, "hidden" in self.scorer.needs, self.scorer.statistics)
+        part = self.scorer
+        return mine | Recording(part.window, "hidden" in part.needs, part.statistics, part.probes)
 
     @property
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
-        return self.scorer is not None and self.allocator.static
+        return self.scorer is not None and not self.scorer.probes and self.allocator.static
 
     def plan(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> Plan:
         """Score every layer, split the budget once over all of them, and make it exact.
@@ -105,9 +106,10 @@ class Policy(Component):
             )
         if wants.hidden and seen.hidden is None:
             raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
-        if not wants.statistics <= seen.statistics.keys():
+        if not wants.statistics | wants.probes <= seen.statistics.keys():
             raise UserError(
-                "the policy gathers figures while a prompt is read: hand it to prefill, among policies= or as policy="
+                "the policy reads more than keys, values and the last queries of a prompt: hand it to prefill, among "
+                "policies= or as policy="
             )
 
     def _spending(

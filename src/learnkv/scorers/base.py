@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from learnkv.component import Component
-from learnkv.observation import Observation, Statistic
+from learnkv.observation import Observation, Probe, Statistic
 
 
 class Scorer(Component, ABC):
@@ -21,6 +21,8 @@ class Scorer(Component, ABC):
     """Number of last prompt queries that the scorer reads (0: none)."""
     statistics: frozenset[Statistic] = frozenset()
     """What is to be gathered from all queries while the prompt is read."""
+    probes: frozenset[Probe] = frozenset()
+    """What is to be found out by extra passes of the model."""
 
     @abstractmethod
     def forward(self, seen: Observation) -> Tensor:

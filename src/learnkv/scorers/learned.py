@@ -42,7 +42,7 @@ class LearnedScorer(Scorer):
         if type(base).refine is not Scorer.refine:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, which a learned scorer cannot know")
         self.base = base
-        self.needs, self.statistics = base.needs, base.statistics
+        self.needs, self.statistics, self.probes = base.needs, base.statistics, base.probes
         self.window = max(base.window, window)
         self._own_window = window
         features = 2 * head_dim + 3
