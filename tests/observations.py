@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from learnkv.observation import Observation, Statistic
+from learnkv.observation import Observation, Probe, Statistic
 from learnkv.ops.rotary import Rotary
 
 
@@ -24,10 +24,12 @@ def observe(
     layer_idx: int = 1,
     seed: int = 0,
     statistics: Iterable[Statistic] = (),
+    probes: Iterable[Probe] = (),
 ) -> Observation:
     """A batch of left-padded rows with these lengths; whatever is padding is NaN. A row depends on its length and seed.
 
-    `rope` of the result is the identity: tests that care bring their own. `statistics` are gathered from all queries.
+    `rope` of the result is the identity: tests that care bring their own. `statistics` are gathered from all queries,
+    `probes` have found the norms of the keys.
     """
     slots = max(lengths)
     shapes = {"queries": (heads * group, dim), "keys": (heads, dim), "values": (heads, dim), "hidden": (1, 2 * dim)}
@@ -54,11 +56,12 @@ def observe(
         hidden=made["hidden"][:, 0],
         rope=Rotary(torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),
     )
+    norms = whole.keys.norm(dim=-1, keepdim=True).nan_to_num()
     return dataclasses.replace(
         whole,
         queries=whole.queries[:, :, slots - window :],
         query_positions=positions[:, slots - window :],
-        statistics={one: one.update(whole, None) for one in statistics},
+        statistics={one: one.update(whole, None) for one in statistics} | dict.fromkeys(probes, norms),
     )
 
 

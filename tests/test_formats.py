@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learnkv.errors import UserError
-from learnkv.formats import duo, headkv, layers, lukv
+from learnkv.formats import duo, headkv, heads, layers, lukv
 
 
 def test_head_scores_come_back_whatever_the_order_of_the_keys(tmp_path):
@@ -138,3 +138,27 @@ def test_a_file_that_cannot_be_written_is_told(write, tmp_path):
     (tmp_path / "a file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write(tmp_path / "a file" / "table")
+
+
+def test_a_figure_per_head_comes_back(tmp_path):
+    scores = torch.tensor([[0.5, 0.125], [1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
+    file = heads.write(tmp_path / "heads.json", scores)
+    assert file.read_text() == '{"shape": [3, 2], "score": [[0.5, 0.125], [1.0, 0.0], [0.25, 0.75]]}\n'
+    assert torch.equal(heads.read(file), scores)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[[1, 2]]", "expected head scores"),
+        ('{"score": [1, 2]}', "one list of scores per layer"),
+        ('{"score": [[1], [1, 2]]}', "each of the same length"),
+        ('{"shape": [2, 1], "score": [[1, 2]]}', r"says shape \[2, 1\], has \[1, 2\]"),
+        ('{"score": [[1, NaN]]}', "finite numbers"),
+    ],
+)
+def test_faults_of_figures_per_head_are_told(text, told, tmp_path):
+    file = tmp_path / "heads.json"
+    file.write_text(text)
+    with pytest.raises(UserError, match=told):
+        heads.read(file)

@@ -19,7 +19,7 @@ LAYERS = [
     {"component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
     {"segments", "recorder", "layer", "cache"},
-    {"policy", "attention", "decoding", "generation"},
+    {"policy", "probing", "attention", "decoding", "generation"},
     {"config", "io", "models"},
     {"data"},
     {"calibration", "training", "evaluation"},
@@ -33,7 +33,8 @@ STRANGERS = [  # on one layer, yet never each other
 PRIVATE = {"segments": {"layer", "cache"}}  # how a cache is laid out is its own affair
 LIBRARY_TOP = HEIGHT["models"]  # `import learnkv` gives what a program needs, not training or evaluation
 
-TRANSFORMERS = ["layer.py", "cache.py", "attention.py", "decoding.py", "generation.py", "models.py", "reference/*"]
+TRANSFORMERS = ["layer.py", "cache.py", "attention.py", "decoding.py", "generation.py", "probing.py", "models.py"]
+TRANSFORMERS += ["reference/*"]
 LIGHTNING = ["training/*", "evaluation/report.py", "train.py", "eval.py", "export.py", "reference/*"]
 ALLOWED_IN = {
     "transformers": TRANSFORMERS,

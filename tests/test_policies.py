@@ -3,7 +3,7 @@
 import pytest
 
 from learnkv import allocators, scorers
-from learnkv.allocators import LUKV, AdaKV, DuoAttention, HeadKV, Pyramid, Uniform
+from learnkv.allocators import LUKV, AdaKV, DuoAttention, Flat, HeadKV, Pyramid, Uniform
 from learnkv.config import CONFIGS
 from learnkv.io import load_policy
 from learnkv.scorers import (
@@ -12,6 +12,7 @@ from learnkv.scorers import (
     TOVA,
     KeyDiff,
     Knorm,
+    KVzip,
     ObservedAttention,
     PromptOrder,
     Random,
@@ -39,6 +40,7 @@ MADE_OF = {
     "rkv": (RKV, Uniform),
     "fastkv": (SnapKV, Uniform),
     "h2o": (H2O, Uniform),
+    "kvzip": (KVzip, Flat),
     "observed_attention": (ObservedAttention, Uniform),
 }
 

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
-from learnkv.observation import Recording
+from learnkv.observation import Probe, Recording
 from learnkv.ops.gather_kv import gather_kv
 from learnkv.ops.select import select
 from learnkv.segments import Segment
@@ -37,6 +37,8 @@ class CompressedCache(Cache):
         self.tail_padded = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self.budgets: Tensor | None = None
+        self.probed: dict[Probe, list[int]] = {}
+        """Tokens of each row that were read in extra passes."""
 
     # -- phases ------------------------------------------------------------------------------------------------------
 

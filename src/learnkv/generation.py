@@ -14,6 +14,8 @@ from learnkv.decoding import beam_search, check_numbers, check_settings, next_to
 from learnkv.errors import UserError
 from learnkv.observation import Recording
 from learnkv.policy import Policy, check_budget
+from learnkv.probing import run_probe
+from learnkv.scorers.base import Scorer
 
 CHECK_EVERY = 16
 
@@ -39,7 +41,8 @@ def prefill(
         attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
         chunk_size: tokens read at once, at least 1; None: all. Chunks may end anywhere.
         window: last queries to record for scorers, at least.
-        policies: those that will compress forks of the cache; what they read beside keys and values is recorded.
+        policies: those that will compress forks of the cache; what they read beside keys and values is recorded,
+            extra passes over the prompt are made for those that ask for them.
         policy: compress to `keep` or `budget`; with a static allocator every layer is evicted as soon as it has been
             read, so that the full prompt never exists for more than one layer.
 
@@ -53,8 +56,8 @@ def prefill(
     if policy is not None:
         check_budget(keep, budget)
         policies = [*policies, policy]
-    wanted = (one.recording for one in policies)
-    cache = CompressedCache(model.config, functools.reduce(operator.or_, wanted, Recording(window)))
+    recording = functools.reduce(operator.or_, (one.recording for one in policies), Recording(window))
+    cache = CompressedCache(model.config, recording)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     cache.set_prompt(lengths)
     slots = input_ids.shape[1]
@@ -75,8 +78,24 @@ def prefill(
             use_cache=True,
             logits_to_keep=1,
         )
+    read = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    for probe in recording.probes:
+        run_probe(model, cache, probe, input_ids, read)
     cache.seal()
     return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget)
+
+
+def score_prompt(
+    model: PreTrainedModel, scorer: Scorer, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """What a scorer gives every entry of prompts, [L, B, H, S] float32, -inf at padding: a teacher's signal, too.
+
+    Args:
+        input_ids, attention_mask: as for `prefill`.
+    """
+    cache = prefill(model, input_ids, attention_mask, window=0, policies=[Policy(scorer)])
+    seen = [layer.observation() for layer in cache.compressed_layers()]
+    return torch.stack([scorer(one).masked_fill(~one.valid, float("-inf")) for one in seen])
 
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:

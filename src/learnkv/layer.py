@@ -151,6 +151,11 @@ class CompressedLayer(CacheLayerMixin):
             return self.segment.start.shape[0] // self.heads
         return 0 if self.keys is None else self.keys.shape[0] * self.copies
 
+    def listen(self, recording: Recording, when_read: Callable[[], None]) -> None:
+        """Record the next part of the prompt by itself, and call back when it has been read."""
+        self.recorder = Recorder(recording)
+        self.when_read = when_read
+
     def observe(self, query: Tensor, mask: Tensor | None) -> None:
         """Record what scorers will read and which slots are padding, from the mask attention used.
 

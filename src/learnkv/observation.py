@@ -1,7 +1,7 @@
-"""What a scorer may see of one layer when the prompt has been read, and what can be gathered while it is read."""
+"""What a scorer may see of one layer, and what can be gathered for it while the prompt is read or in extra passes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -40,8 +40,10 @@ class Observation:
     """[B, S, E] input of the attention block, for a scorer that needs `hidden`."""
     rope: Rotary | None = None
     """The rotation of every slot, for scorers that need vectors before RoPE; None for a model without it."""
-    statistics: "Mapping[Statistic, Tensor]" = field(default_factory=dict)
-    """What was gathered for scorers that ask for `statistics`."""
+    keep: Tensor | None = None
+    """[B] float64, fraction of the row's entries that will be kept; None while the prompt is read."""
+    statistics: "Mapping[Statistic | Probe, Tensor]" = field(default_factory=dict)
+    """What was gathered for scorers that ask for `statistics` or `probes`."""
 
     @property
     def num_key_value_groups(self) -> int:
@@ -86,6 +88,46 @@ class Statistic(ABC):
 
 
 @dataclass(frozen=True)
+class Pass:
+    """Tokens that are read after the prompt, and forgotten again."""
+
+    ids: Tensor
+    """[B, R] right-padded."""
+    mask: Tensor
+    """[B, R] True for tokens."""
+    repeats: Tensor
+    """[B, R] True for tokens of the prompt that are read once more."""
+    begin: Tensor
+    """[B] prompt position of the first token that is read once more."""
+    end: Tensor
+    """[B] prompt position after the last."""
+
+
+class Probe(ABC):
+    """A figure of every entry that extra passes of the model over the complete prompt tell.
+
+    A frozen dataclass, so that equal ones are run once.
+    """
+
+    hidden: bool = False
+    """Whether it reads the hidden states of the pass."""
+
+    @abstractmethod
+    def passes(self, ids: Tensor, mask: Tensor) -> Iterator[Pass]:
+        """What to read after prompts [B, S], left-padded where `mask` [B, S] is False."""
+
+    @abstractmethod
+    def update(self, seen: Observation, told: Pass, gathered: Tensor | None) -> Tensor:
+        """The figure [B, H, S, F] float32 of the prompt's S entries, in a tensor of its own.
+
+        Args:
+            seen: entries of the prompt, then the R of the pass, with queries and hidden states of the pass.
+            told: the pass.
+            gathered: the result after the pass before, None at first.
+        """
+
+
+@dataclass(frozen=True)
 class Recording:
     """What a prefill has to record beside keys and values."""
 
@@ -94,9 +136,15 @@ class Recording:
     hidden: bool = False
     """Inputs of the attention blocks."""
     statistics: frozenset[Statistic] = frozenset()
+    """What is gathered of all queries."""
+    probes: frozenset[Probe] = frozenset()
+    """What extra passes tell."""
 
     def __or__(self, other: "Recording") -> "Recording":
         """What serves both."""
         return Recording(
-            max(self.window, other.window), self.hidden or other.hidden, self.statistics | other.statistics
+            max(self.window, other.window),
+            self.hidden or other.hidden,
+            self.statistics | other.statistics,
+            self.probes | other.probes,
         )

@@ -1,7 +1,7 @@
 """A policy: what every heuristic and every learned predictor is at deployment and in training."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,12 +63,13 @@ class Policy(Component):
         mine = Recording(self.allocator.window)
         if self.scorer is None:
             return mine
-        return mine | Recording(self.scorer.window, "hidden" in self.scorer.needs, self.scorer.statistics)
+        part = self.scorer
+        return mine | Recording(part.window, "hidden" in part.needs, part.statistics, part.probes)
 
     @property
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
-        return self.scorer is not None and self.allocator.static
+        return self.scorer is not None and not self.scorer.probes and self.allocator.static
 
     def plan(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> Plan:
         """Score every layer, split the budget once over all of them, and make it exact.
@@ -83,15 +84,16 @@ class Policy(Component):
         """
         assert self.scorer is not None
         cache.seal()
-        layers = cache.compressed_layers()
-        seen = [layer.observation() for layer in layers]
-        self._check_recorded(seen[0])
         total, protected = self._spending(cache, keep, budget)
-        device = layers[0].device
+        seen = [self._seen(cache, at, total) for at in range(len(cache.compressible))]
+        self._check_recorded(seen[0])
+        device = seen[0].keys.device
         scores = torch.stack([self._score(one, protected).to(device) for one in seen])
         features = [self.allocator.features(one) for one in seen]
         known = [one.to(device) for one in features if one is not None]
         wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
+        decided = [self._decide(*one) for one in zip(seen, scores, budgets, strict=True)]
+        scores = torch.stack([one.to(device) for one in decided])
         return Plan(scores, wanted, budgets, torch.tensor(protected, device=device))
 
     def _check_recorded(self, seen: Observation) -> None:
@@ -104,9 +106,10 @@ class Policy(Component):
             )
         if wants.hidden and seen.hidden is None:
             raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
-        if not wants.statistics <= seen.statistics.keys():
+        if not wants.statistics | wants.probes <= seen.statistics.keys():
             raise UserError(
-                "the policy gathers figures while a prompt is read: hand it to prefill, among policies= or as policy="
+                "the policy reads more than keys, values and the last queries of a prompt: hand it to prefill, among "
+                "policies= or as policy="
             )
 
     def _spending(
@@ -137,6 +140,20 @@ class Policy(Component):
         per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
         wanted = self.allocator(scores, features, per_head)
         return wanted, fit(wanted, entries, spend, at_least)
+
+    @staticmethod
+    def _seen(cache: CompressedCache, at: int, total: list[int]) -> Observation:
+        """What the scorer may see of one layer, and how much of every row will be kept."""
+        layer = cache.compressed_layers()[at]
+        heads = layer.heads * len(cache.compressible)
+        keep = [kept / (n * heads) for kept, n in zip(total, cache.prompt_lengths, strict=True)]
+        return replace(layer.observation(), keep=torch.tensor(keep, dtype=torch.float64, device=layer.device))
+
+    def _decide(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [B, H, S] of one layer that decide within its heads, whose budgets [B, H] are known now."""
+        assert self.scorer is not None
+        scores, budgets = scores.to(seen.keys.device), budgets.to(seen.keys.device)
+        return torch.where(scores.isfinite(), self.scorer.refine(seen, scores, budgets).float(), scores)
 
     def _score(self, seen: Observation, protected: list[int]) -> Tensor:
         """Scores [B, H, S] of one layer with protected entries at +inf and absent ones at -inf."""
@@ -178,14 +195,15 @@ class Policy(Component):
         split: list[Tensor] = []
 
         def evict(at: int) -> None:
-            layer = cache.compressed_layers()[at]
             total, protected = self._spending(cache, keep, budget)
-            scores = self._score(layer.observation(), protected)
+            seen = self._seen(cache, at, total)
+            scores = self._score(seen, protected)
             if not split:
                 like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
-                shape = (len(cache.compressible), -1, layer.heads, -1)
+                shape = (len(cache.compressible), -1, scores.shape[1], -1)
                 split.append(self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1])
                 cache.budgets = split[0]
+            scores = self._decide(seen, scores, split[0][at])
             cache.evict(scores.unsqueeze(0), split[0][at : at + 1].to(scores.device), first=at)
 
         for at, layer in enumerate(cache.compressed_layers()):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from learnkv.observation import Observation, Recording, Statistic
+from learnkv.observation import Observation, Probe, Recording, Statistic
 from learnkv.ops.rotary import Rotary
 
 
@@ -14,7 +14,7 @@ class Recorder:
         self.recording = recording
         self.queries: Tensor | None = None
         self.hidden: Tensor | None = None
-        self.statistics: dict[Statistic, Tensor] = {}
+        self.statistics: dict[Statistic | Probe, Tensor] = {}
         self.rotations: tuple[tuple[Tensor, Tensor], ...] = ()
         self.output_weight: Tensor | None = None
         self.scaling = 1.0

@@ -91,6 +91,14 @@ def test_every_task_is_listed_once_per_policy_and_keep(both):
     assert len(agnostic) == 1 + 1 + 3 * 2
 
 
+def test_passes_that_a_policy_takes_beside_the_first_are_named(both):
+    assert "reads every prompt" not in report(both)
+    for one in both:
+        one["prefills"] = 2.125 if one["policy"] == "adakv" else 1.0
+    assert report(both).count("adakv reads every prompt 2.12 times before it evicts.") == 2
+    assert report(both).count("reads every prompt") == 2
+
+
 def test_text_is_a_table_of_kl(both):
     found = tables(report(both + text_records(), {"learned-mine": "snapkv"}))
     kl = next(table for title, table in found.items() if title.startswith("## Text"))

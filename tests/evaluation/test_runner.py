@@ -245,3 +245,8 @@ def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded, tmp_path):
     store = Store(tmp_path / "samples.jsonl")
     runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
     assert sum(record["policy"] == "hidden" and record["kl"] > 0 for record in store.records.values()) == 2
+
+
+def test_passes_of_the_model_that_a_policy_takes_are_counted(loaded, tmp_path):
+    records = compare(loaded, text_prompts(2), tmp_path, names=("snapkv", "kvzip"), keeps=[Budget(keep=0.5)])
+    assert {row["policy"]: row["prefills"] for row in rows_of(records)} == {"full": 1.0, "snapkv": 1.0, "kvzip": 2.0}

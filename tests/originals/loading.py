@@ -46,6 +46,11 @@ class Case:
     def __getitem__(self, name: str) -> np.ndarray:
         return self.unread.pop(name)
 
+    def of(self, other: str) -> dict[str, np.ndarray]:
+        """Outputs of another case of the file, which this one shares."""
+        arrays = arrays_of(self.path.with_suffix(".npz"))
+        return {name.removeprefix(f"{other}__"): held for name, held in arrays.items() if name.startswith(f"{other}__")}
+
     def __contains__(self, name: str) -> bool:
         return name in self.unread
 

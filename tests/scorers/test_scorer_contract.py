@@ -25,7 +25,7 @@ def build(cls: type[Scorer]) -> Scorer:
 
 
 def seen_by(scorer: Scorer, lengths: list[int], **more) -> Observation:
-    return observe(lengths, statistics=scorer.statistics, **more)
+    return observe(lengths, statistics=scorer.statistics, probes=scorer.probes, **more)
 
 
 def test_the_walk_finds_the_scorers():

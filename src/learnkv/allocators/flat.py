@@ -1,5 +1,7 @@
 """One ranking over all layers and heads."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -10,16 +12,27 @@ class Flat(Allocator):
     """A head gets as many entries as it has among the best of the whole model.
 
     Scores must be comparable between layers. LayerDefensiveKV (`layer_defensivekv`) splits its budget this way, and
-    KVzip nearly so: it keeps what lies strictly above a threshold, and so loses the entries that are tied with it. No
-    head is given a floor. In LayerDefensiveKV's own code a layer of small scores may lose all its entries, the newest
-    ones included; here the policy's sinks and recent tokens stay in every head and count towards the budget.
+    KVzip nearly so. No head is given a floor. In LayerDefensiveKV's own code a layer of small scores may lose all its
+    entries, the newest ones included; here the policy's sinks and recent tokens stay in every head and count towards
+    the budget.
+
+    Args:
+        rounding: `exact`, or `kvzip`: what lies strictly above the score of the last entry that fits, which loses that
+            entry and all that are tied with it.
     """
+
+    def __init__(self, rounding: Literal["exact", "kvzip"] = "exact") -> None:
+        super().__init__()
+        self.rounding = rounding
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         layers, batch, heads, slots = scores.shape
         places = torch.round(budget.double() * layers * heads).long()  # [B]
         flat = scores.transpose(0, 1).flatten(1)  # [B, L*H*S]
-        order = flat.argsort(dim=-1, descending=True, stable=True)
-        among = torch.arange(flat.shape[-1], device=flat.device) < places.unsqueeze(-1)
-        best = torch.zeros_like(among).scatter_(-1, order, among) & (flat > -torch.inf)
+        ordered, order = flat.sort(dim=-1, descending=True, stable=True)
+        if self.rounding == "kvzip":
+            best = flat > ordered.gather(-1, (places - 1).clamp(min=0).unsqueeze(-1))
+        else:
+            among = torch.arange(flat.shape[-1], device=flat.device) < places.unsqueeze(-1)
+            best = torch.zeros_like(among).scatter_(-1, order, among) & (flat > -torch.inf)
         return best.view(batch, layers, heads, slots).sum(-1).transpose(0, 1).double()

@@ -118,6 +118,11 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
         ["policy", *columns],
         ([name, *(cell(found[column]) for column in columns)] for name, found in by_policy.items()),
     )
+    for name, found in by_policy.items():
+        times = max(mean(cells, "prefills") for cells in found.values())
+        if times > 1:
+            yield f"{name} reads every prompt {times:.2f} times before it evicts."
+            yield ""
 
 
 def _differences(records: Sequence[Record], starts: Mapping[str, str], title: str) -> Iterator[str]:

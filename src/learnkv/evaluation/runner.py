@@ -89,7 +89,7 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
                 held = _full(cache)
                 if job.policy is not None:
                     fork = job.policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
-                    held = _held(fork, any(True for _ in job.policy.parameters()))
+                    held = _held(fork, job.policy)
                     measured, _ = family.measure(model, prompts, fork, full)
                 store.add([_record(job, *row) for row in zip(prompts, held, measured, strict=True)])
                 progress.update()
@@ -119,14 +119,18 @@ def _full(cache: CompressedCache) -> list[dict[str, Any]]:
     """What each row of the full cache holds, padding not counted."""
     tokens = sum(cache.prompt_lengths)
     each = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
-    return [{"spent": 1.0, "bytes": size, "bytes_full": size} for size in each]
+    return [{"spent": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size} for size in each]
 
 
-def _held(cache: CompressedCache, with_budgets: bool) -> list[dict[str, Any]]:
-    """What each row retains; a batch's bytes belong to its rows in proportion to what they kept."""
+def _held(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
+    """What each row retains, and how often it was read for that; a batch's bytes belong to its rows in proportion to
+    what they kept."""
+    with_budgets = any(True for _ in policy.parameters())
+    again = [sum(cache.probed[one][at] for one in policy.recording.probes) for at in range(len(cache.prompt_lengths))]
     rows, kept = _full(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
     for at, row in enumerate(rows):
         row["spent"] = cache.spent[at]
+        row["prefills"] = 1 + again[at] / cache.prompt_lengths[at]
         row["bytes"] = cache.nbytes * kept[at] / sum(kept)
         if with_budgets and cache.budgets is not None:
             row["budgets"] = (cache.budgets[:, at] / cache.prompt_lengths[at]).tolist()

@@ -5,6 +5,7 @@ from learnkv.scorers.cake import CAKE
 from learnkv.scorers.h2o import H2O
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
+from learnkv.scorers.kvzip import KVzip
 from learnkv.scorers.lava import LAVa
 from learnkv.scorers.learned import LearnedScorer
 from learnkv.scorers.observed_attention import ObservedAttention
@@ -20,6 +21,7 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "KVzip",
     "KeyDiff",
     "Knorm",
     "LAVa",

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from learnkv.component import Component
-from learnkv.observation import Observation, Statistic
+from learnkv.observation import Observation, Probe, Statistic
 
 
 class Scorer(Component, ABC):
@@ -21,7 +21,19 @@ class Scorer(Component, ABC):
     """Number of last prompt queries that the scorer reads (0: none)."""
     statistics: frozenset[Statistic] = frozenset()
     """What is to be gathered from all queries while the prompt is read."""
+    probes: frozenset[Probe] = frozenset()
+    """What is to be found out by extra passes of the model."""
 
     @abstractmethod
     def forward(self, seen: Observation) -> Tensor:
         """Scores [B, H, S], float32."""
+
+    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [B, H, S] that decide within each head, for a method that needs to know how many entries it keeps.
+
+        Args:
+            scores: [B, H, S] what `forward` returned, +inf for protected entries and -inf where there is none; these
+                stay as they are, whatever is returned for them.
+            budgets: [B, H] entries that every head keeps, protected ones included.
+        """
+        return scores

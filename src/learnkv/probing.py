@@ -1,0 +1,53 @@
+"""Extra passes over prompts that have been read, for scorers that ask for them."""
+
+import functools
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnkv.cache import CompressedCache
+from learnkv.errors import UserError
+from learnkv.layer import CompressedLayer
+from learnkv.observation import Pass, Probe, Recording
+
+
+@torch.no_grad()
+def run_probe(model: PreTrainedModel, cache: CompressedCache, probe: Probe, ids: Tensor, mask: Tensor) -> None:
+    """Read what `probe` asks for after prompts [B, S] that `cache` holds complete; it keeps the figures, nothing else.
+
+    Raises:
+        UserError: for a prompt and a pass that are longer than the model's context.
+    """
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    spent = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
+    for told in probe.passes(ids, mask):
+        longest = int((mask.sum(-1) + told.mask.sum(-1)).max())
+        if context is not None and longest > context:
+            raise UserError(
+                f"a pass of {told.ids.shape[1]} tokens after the prompt makes {longest}, the model's context is "
+                f"{context}: repeat fewer tokens per pass (chunk)"
+            )
+        fork = cache.fork()
+        for layer, home in zip(fork.compressed_layers(), cache.compressed_layers(), strict=True):
+            layer.listen(Recording(told.ids.shape[1], probe.hidden), functools.partial(_note, probe, told, layer, home))
+        there = torch.cat([mask, told.mask], 1)
+        model(
+            input_ids=told.ids,
+            attention_mask=None if bool(there.all()) else there,
+            position_ids=(there.cumsum(-1) - 1).clamp_min(0)[:, mask.shape[1] :],
+            past_key_values=fork,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        spent += told.mask.sum(-1)
+    cache.probed = {**cache.probed, probe: spent.tolist()}
+
+
+def _note(probe: Probe, told: Pass, layer: CompressedLayer, home: CompressedLayer) -> None:
+    """Let the probe see what the layer saw; then the layer, which no one reads again, lets go of it."""
+    known = home.recorder.statistics
+    figure = probe.update(layer.observation(), told, known.get(probe))
+    home.recorder.statistics = {**known, probe: figure}
+    layer.keys = layer.values = None
+    layer.recorder.forget()

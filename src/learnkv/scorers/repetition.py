@@ -1,0 +1,118 @@
+"""Attention that entries get while the model reads the prompt once more."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation, Pass, Probe
+from learnkv.ops.attention_columns import attention_columns
+from learnkv.ops.output_norms import output_norms
+
+
+@dataclass(frozen=True)
+class Repetition(Probe):
+    """Largest attention that an entry gets while its chunk of the prompt is repeated, [B, H, S, 1].
+
+    The maximum is over the queries of the pass and the query heads of a kv head; 0 for entries that are not repeated.
+
+    Args:
+        prefix: first tokens of the prompt that are not repeated (system prompt, chat template).
+        sinks: first tokens that take part in every softmax, beside the chunk and the pass itself.
+        chunk: tokens repeated in one pass.
+        overlap: last tokens of the chunk before that introduce the next.
+        before: ids in front of those and of every chunk: the instruction.
+        after: ids between the instruction and the chunk: the end of the user's turn.
+        normalized: multiply by the norm of what the value adds to the layer's output, divide by the norm of the layer's
+            input at the query (KVzip+, KVzap).
+        softmax: over the sinks, the chunk and the pass, or over `all` that the query sees.
+        queries: all of the pass, or those of the tokens `repeated`.
+    """
+
+    prefix: int = 0
+    sinks: int = 4
+    chunk: int = 2000
+    overlap: int = 8
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    normalized: bool = False
+    softmax: Literal["chunk", "all"] = "chunk"
+    queries: Literal["all", "repeated"] = "all"
+
+    @property
+    def hidden(self) -> bool:  # type: ignore[override]
+        return self.normalized
+
+    def passes(self, ids: Tensor, mask: Tensor) -> Iterator[Pass]:
+        rows = [row[one].tolist() for row, one in zip(ids, mask.bool(), strict=True)]
+        for begin in range(self.prefix, max(map(len, rows)), self.chunk):
+            end = begin + self.chunk
+            lead = [self._lead(row, begin) if begin < len(row) else [] for row in rows]
+            told = [[*first, *row[begin:end]] for first, row in zip(lead, rows, strict=True)]
+            longest = max(map(len, told))
+            slot, device = torch.arange(longest, device=ids.device), ids.device
+            length, leading = (torch.tensor([len(one) for one in part], device=device) for part in (told, lead))
+            there = slot < length.unsqueeze(-1)
+            entries = torch.tensor([len(row) for row in rows], device=device)
+            yield Pass(
+                ids=torch.tensor([one + [0] * (longest - len(one)) for one in told], device=device),
+                mask=there,
+                repeats=there & (slot >= leading.unsqueeze(-1)),
+                begin=entries.clamp(max=begin),
+                end=entries.clamp(max=end),
+            )
+
+    def _lead(self, row: list[int], begin: int) -> list[int]:
+        overlap = row[max(begin - self.overlap, self.prefix) : begin]
+        return [*self.before, *overlap, *self.after]
+
+    def update(self, seen: Observation, told: Pass, gathered: Tensor | None) -> Tensor:
+        heads, prompt = seen.keys.shape[1], seen.keys.shape[2] - told.ids.shape[1]
+        slots, among = self._taking_part(seen.positions[:, 0], told, prompt)
+        at = slots.unsqueeze(1).expand(-1, heads, -1)  # [B, H, J]
+        each = at.unsqueeze(-1).expand(*at.shape, seen.keys.shape[3])
+        positions = seen.positions.gather(2, at)
+        asks = told.repeats if self.queries == "repeated" else told.mask
+        columns = attention_columns(
+            seen.queries,
+            seen.keys.gather(2, each),
+            query_positions=seen.query_positions.masked_fill(~asks, -1),
+            positions=positions,
+            valid=among.unsqueeze(1).expand_as(positions),
+            scaling=seen.scaling,
+            reduce="max",
+            query_weight=self._query_weight(seen),
+        )  # [B, H, G, J]
+        if self.normalized:
+            columns = columns * self._output_norms(seen, seen.values.gather(2, each))
+        asked = (positions >= told.begin[:, None, None]) & (positions < told.end[:, None, None])
+        found = seen.keys.new_zeros(seen.positions.shape, dtype=torch.float32)
+        found = found.scatter(2, at, columns.amax(2).masked_fill(~asked, 0.0))[..., :prompt].unsqueeze(-1)
+        return found if gathered is None else torch.maximum(found, gathered)
+
+    def _taking_part(self, positions: Tensor, told: Pass, prompt: int) -> tuple[Tensor, Tensor]:
+        """Slots [B, J] of the entries in the softmax, and which of them are (rows have different numbers of them)."""
+        most = positions.shape[1]
+        taking = positions >= 0
+        if self.softmax == "chunk":
+            chunk = (positions >= told.begin.unsqueeze(-1)) & (positions < told.end.unsqueeze(-1))
+            own = torch.arange(most, device=positions.device) >= prompt
+            taking = taking & (chunk | own | (positions < self.sinks))
+            most = min(most, self.sinks + self.chunk + most - prompt)
+        slots = taking.to(torch.int8).argsort(dim=-1, stable=True)[:, -most:]
+        return slots, taking.gather(1, slots)
+
+    def _query_weight(self, seen: Observation) -> Tensor | None:
+        if not self.normalized:
+            return None
+        assert seen.hidden is not None
+        return 1 / seen.hidden.float().norm(dim=-1).clamp(min=1e-12)  # padding may be read as zeros
+
+    @staticmethod
+    def _output_norms(seen: Observation, values: Tensor) -> Tensor:
+        if seen.output_weight is None:
+            raise UserError("normalized: the model has no floating-point weight of that name: o_proj")
+        return output_norms(values, seen.output_weight, 2)
