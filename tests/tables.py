@@ -27,6 +27,7 @@ def _curve(path: Path, count: int, heads: int) -> Path:
 
 MAKE: dict[str, Callable[[Path, int, int, int], Path]] = {
     "scores": lambda path, count, heads, group: headkv.write(path, _draw(count, heads * group, 3).tolist()),
+    "heads": lambda path, count, heads, group: headkv.write(path, _draw(count, heads * group, 3).tolist()),
     "curve": lambda path, count, heads, group: _curve(path, count, heads),
     "gates": lambda path, count, heads, group: duo.write(path, _draw(count, heads), 2, 9),
     "errors": lambda path, count, heads, group: layers.write(path, _draw(count).tolist()),

@@ -30,6 +30,7 @@ MADE_OF = {
     "headkv": (SnapKV, HeadKV),
     "lukv": (SnapKV, LUKV),
     "duo_attention": (StreamingLLM, DuoAttention),
+    "compresskv": (scorers.CompressKV, allocators.CompressKV),
     "cake": (scorers.CAKE, allocators.CAKE),
     "lava": (scorers.LAVa, AdaKV),
     "knorm": (Knorm, Uniform),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from learnkv.formats import duo, headkv, layers, lukv
 from learnkv.policy import Policy
-from originals.comparing import assert_best, assert_kept, budgets, kept
-from originals.loading import Case, policy, sidecar_of
+from originals.comparing import assert_best, assert_kept, assert_scores, budgets, kept
+from originals.loading import Case, policy, scored, sidecar_of
 from originals.snapkv import past_and_protected, snapkv_arguments
 
 
@@ -120,6 +120,26 @@ def check_duo(case: Case) -> None:
     assert wanted.sum() == lengths.sum()
 
 
+def check_compresskv(case: Case) -> None:
+    """One layer, whose heads are ranked as the case says; every kv head keeps the same."""
+    params, ranking = case.params, case.params["important_heads"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = headkv.write(
+            Path(folder) / "heads.json", [[[-float(ranking.index(head))] for head in range(len(ranking))]]
+        )
+        scorer = {"heads": str(file), "first": params["first_k"], "window": params["window"]}
+        scorer |= {"kernel_size": params["kernel"], "pooling": params["pooling"].removesuffix("pool")}
+        compresskv = policy("compresskv", scorer=scorer)
+    scores = scored(case, compresskv).clone()
+    past = scores.shape[-1] - params["window"]
+    golden = case["scores"]
+    assert_scores(scores[:, 0, :past].numpy(), golden)
+    scores[..., past:] = torch.inf
+    mask = kept(scores, torch.full(scores.shape[:2], params["capacity"]))
+    assert (mask == mask[:, :1]).all()
+    assert_kept(mask[:, 0], golden, case["kept"])
+
+
 def check_layer_errors(case: Case) -> None:
     params = case.params
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +158,8 @@ FAMILIES = {
     "headkv_select": check_headkv_select,
     "lukv": check_lukv,
     "duo": check_duo,
+    "compresskv": check_compresskv,
+    "compresskv_layer_budgets": check_layer_errors,
 }
 FILES = {
     "headkv_scores": check_headkv_scores,

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from observations import observe, permuted, randomised, subclasses
+from tables import made_up
 
 import learnkv.scorers
 from learnkv.observation import Observation
@@ -12,9 +13,10 @@ from learnkv.scorers.base import Scorer
 from learnkv.scorers.snapkv import SnapKV
 
 NEEDS_ARGUMENTS = {
+    "CompressKV": lambda cls: cls(made_up("heads", 2, 2, 3)),
     "LearnedScorer": lambda cls: cls(SnapKV(window=8), num_layers=2, num_heads=2, head_dim=16),
 }
-KNOWS_ITS_HEAD = {"Random", "LearnedScorer"}  # a head's number is an input of these
+KNOWS_ITS_HEAD = {"CompressKV", "Random", "LearnedScorer"}  # a head's number is an input of these
 
 SCORERS = subclasses(learnkv.scorers, Scorer)
 every_scorer = pytest.mark.parametrize("cls", SCORERS)

@@ -2,6 +2,7 @@
 
 from learnkv.scorers.base import Scorer
 from learnkv.scorers.cake import CAKE
+from learnkv.scorers.compresskv import CompressKV
 from learnkv.scorers.h2o import H2O
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
@@ -21,6 +22,7 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "CompressKV",
     "KVzip",
     "KeyDiff",
     "Knorm",

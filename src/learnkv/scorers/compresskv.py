@@ -1,0 +1,67 @@
+"""Scores from the heads of a layer that retrieve."""
+
+from torch import Tensor
+
+from learnkv.errors import UserError
+from learnkv.formats import headkv
+from learnkv.formats.files import locate
+from learnkv.observation import Observation
+from learnkv.ops.pool_apart import Pooling
+from learnkv.ops.window_scores import window_scores
+from learnkv.scorers.base import Scorer
+
+
+class CompressKV(Scorer):
+    """Attention of a layer's semantic retrieval heads, the same for all its kv heads (CompressKV, arXiv 2508.02401).
+
+    score_j = mean over the `first` query heads of the layer with the highest measured scores of
+    pool(sum_i A_ij), the sum over the last `window` prompt queries.
+
+    Args:
+        heads: file of semantic retrieval scores in HeadKV's format, or `reference`.
+        first: how many heads of a layer are asked.
+        window: number of last prompt queries that are asked.
+        kernel_size: neighbouring entries that are pooled, odd.
+        pooling: mean or maximum over the neighbours.
+    """
+
+    def __init__(
+        self,
+        heads: str = "reference",
+        first: int = 4,
+        window: int = 8,
+        kernel_size: int = 5,
+        pooling: Pooling = "avg",
+    ) -> None:
+        super().__init__()
+        if window < 1 or kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(f"window={window} kernel_size={kernel_size}: expected window >= 1 and an odd kernel_size")
+        if first < 1:
+            raise UserError(f"first={first}: expected at least one head")
+        self.source, self.first = heads, first
+        self.window, self.kernel_size, self.pooling = window, kernel_size, pooling
+        measured = headkv.mean_scores(headkv.read(locate(heads, "semantic_heads.json")))
+        self.order: Tensor  # [L, H*G], the best head first
+        self.register_buffer("order", measured.argsort(dim=-1, descending=True, stable=True), persistent=False)
+
+    def forward(self, seen: Observation) -> Tensor:
+        if seen.layer_idx >= self.order.shape[0] or seen.queries.shape[1] != self.order.shape[1]:
+            raise UserError(
+                f"heads={self.source}: made for {self.order.shape[0]} layers of {self.order.shape[1]} query heads, the "
+                f"model has {seen.queries.shape[1]} in layer {seen.layer_idx}; python -m learnkv.head_scores "
+                "kind=semantic model=MODEL out=FILE makes the file of another model"
+            )
+        asked = self.order[seen.layer_idx, : self.first]
+        read = asked // seen.num_key_value_groups
+        scores = window_scores(
+            seen.queries[:, asked, -self.window :],
+            seen.keys[:, read],
+            query_positions=seen.query_positions[:, -self.window :],
+            positions=seen.positions[:, read],
+            valid=seen.valid[:, read],
+            scaling=seen.scaling,
+            kernel_size=self.kernel_size,
+            pooling=self.pooling,
+            window_reduce="sum",
+        )
+        return scores.mean(1, keepdim=True).expand(seen.valid.shape)
