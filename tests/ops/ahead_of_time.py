@@ -21,7 +21,8 @@ from triton.runtime.jit import JITFunction
 
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gather_kv import Rerotation, gather_kv
-from learnkv.ops.select import select
+from learnkv.ops.page_bounds import page_bounds, page_scores
+from learnkv.ops.select import select, select_slots
 from learnkv.ops.window_scores import window_scores
 
 HALF = torch.bfloat16
@@ -47,7 +48,9 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def decode(dim: int, group: int, new: int = 1, dtype: torch.dtype = HALF, graphed: bool = False) -> None:
+def decode(
+    dim: int, group: int, new: int = 1, dtype: torch.dtype = HALF, graphed: bool = False, lists: int = 0
+) -> None:
     batch, heads = 8, 8
     table = meta(batch * heads, dtype=torch.int64)
     tail = meta(batch, heads, 64, dim, dtype=dtype)[:, :, :37]
@@ -62,8 +65,19 @@ def decode(dim: int, group: int, new: int = 1, dtype: torch.dtype = HALF, graphe
         meta(batch, 1, new, 37, dtype=torch.bool) if graphed else None,
         dim**-0.5,
         meta(1, dtype=torch.int32) if graphed else None,
+        meta(lists, 128, dtype=torch.int32) if lists else None,
+        16 if lists else 0,
         impl="triton",
     )
+
+
+def paged(dim: int, group: int) -> None:
+    rows, count, table = 64, 2048, meta(64, dtype=torch.int64)
+    bounds = meta(rows, 2, count, dim)
+    page_bounds(meta(100_000, dim), table, table, 32768, table, bounds, 16, impl="triton")
+    page_bounds(meta(100_000, dim), table, table, 4, table, bounds, 16, meta(rows, 4, dtype=torch.int64), impl="triton")
+    scores = page_scores(meta(8, 8 * group, dim), bounds, table, "max", impl="triton")
+    select_slots(scores, meta(rows, dtype=torch.int32), 128, impl="triton")
 
 
 def window(dim: int, group: int, queries: int = 32, **options: object) -> None:
@@ -101,6 +115,9 @@ CASES: dict[str, Callable[[], None]] = {
     "decode d128 g4 t64": lambda: decode(128, 4, 64),
     "decode d256 g8 t64": lambda: decode(256, 8, 64),
     "decode d128 g4 fp32": lambda: decode(128, 4, dtype=torch.float32),
+    "decode d128 g4 paged": lambda: decode(128, 4, lists=64),
+    "decode d128 g4 paged by query head": lambda: decode(128, 4, graphed=True, lists=256),
+    "pages d128 g4": lambda: paged(128, 4),
     "gather d128": lambda: gathered(128),
     "gather d128 rotated": lambda: gathered(128, rotated=True),
     "select": chosen,

@@ -37,6 +37,7 @@ def rows(kernel: str, case: str = "") -> list[Row]:
 def test_every_kernel_compiles_and_none_spills():
     kernels = {"_attend", "_merge", "_count_digits", "_count_kept", "_write", "_gather"}
     kernels |= {"_split_normalisers", "_join_normalisers", "_reduce_weights", "_pool"}
+    kernels |= {"_enclose", "_score", "_list_slots"}
     assert {row["kernel"] for row in compiled(90)} == kernels
     assert [row for row in compiled(90) if spills(row) or int(row["shared"]) > SHARED[90]] == []
 
@@ -47,12 +48,12 @@ def spills(row: Row) -> bool:
 
 
 def test_sm_80():
-    words = ("decode d128 g7", "decode d64", "select", "gather", "window d128")
+    words = ("decode d128 g7", "decode d64", "paged", "pages", "select", "gather", "window d128")
     assert len(compiled(80, *words)) == len([row for row in compiled(90) if any(w in str(row["case"]) for w in words)])
     assert [row for row in compiled(80, *words) if spills(row) or int(row["shared"]) > SHARED[80]] == []
 
 
-@pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed"])
+@pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed", "d128 g4 paged"])
 def test_two_programs_of_a_decode_step_share_a_processor(case):
     """The grid has two programs per processor, which must run at the same time."""
     for row in rows("_attend", f"decode {case}"):
@@ -66,6 +67,8 @@ def test_keys_and_values_are_read_sixteen_bytes_at_a_time():
         assert int(row["wide_copies"]) >= 8, row
     for row in rows("_gather"):
         assert int(row["wide_loads"]) >= 8, row
+    for kernel in ("_enclose", "_score"):
+        assert all(int(row["wide_loads"]) + int(row["wide_copies"]) for row in rows(kernel))
     for row in rows("_split_normalisers"):
         assert int(row["wide_copies"]) >= 6, row
 
@@ -73,5 +76,6 @@ def test_keys_and_values_are_read_sixteen_bytes_at_a_time():
 def test_tensor_cores_are_used():
     """One step has too few rows for wgmma; questions and windows have enough."""
     assert all(row["mma"] for row in rows("_attend", "decode d128 g4") if row["case"] == "decode d128 g4")
+    assert all(row["mma"] for row in rows("_score"))
     assert all(row["wgmma"] for row in rows("_attend", "t64"))
     assert all(row["wgmma"] for name in ("_split_normalisers", "_reduce_weights") for row in rows(name))

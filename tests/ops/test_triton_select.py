@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernels import DEVICE, draw, poisoned
 from torch import Tensor
 
-from learnkv.ops.select import select
+from learnkv.ops.select import select, select_slots
 
 BLOCK = 4096
 
@@ -63,3 +63,30 @@ def test_ties_go_to_the_lower_slots_also_across_blocks():
 @pytest.mark.parametrize("budget", [[0, 0], [0, 10], [10, 0], [10, 10]])
 def test_rows_that_keep_nothing_or_everything(budget):
     check(draw(2, 10, seed=0).cpu(), budget)
+
+
+@settings(max_examples=12)
+@given(
+    slots=st.sampled_from([1, 2, 77, 512, BLOCK + 1]),
+    budget=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    spare=st.sampled_from([0, 3]),
+    levels=st.sampled_from([1, 3, None]),
+    seed=st.integers(0, 10**6),
+)
+def test_lists_of_one_size_for_all_rows(slots, budget, spare, levels, seed):
+    """What `select` gives of each row, then -1; entries that are not there are never listed, protected ones always."""
+    scores = draw(len(budget), slots, seed=seed).cpu()
+    if levels is not None:
+        scores = (scores * levels / 4).round() / levels
+    chance = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed))
+    scores[chance < 0.2] = -torch.inf
+    scores[chance > 0.97] = torch.inf
+    most = max(budget) + spare
+    with poisoned():
+        got = select_slots(scores.to(DEVICE), torch.tensor(budget, device=DEVICE), most, impl="triton").cpu()
+    assert got.shape == (len(budget), most)
+    assert torch.equal(got, select_slots(scores, torch.tensor(budget), most, impl="reference"))
+    for row, listed in enumerate(got.tolist()):
+        there = int((scores[row] > -torch.inf).sum())
+        kept = select(scores[row : row + 1], torch.tensor([min(budget[row], there)]), min(budget[row], there))
+        assert listed == kept.tolist() + [-1] * (most - len(kept))

@@ -17,6 +17,8 @@ def decode_attention(
     tail_mask: Tensor | None,
     scaling: float,
     tail_length: Tensor | None = None,
+    pages: Tensor | None = None,
+    page_size: int = 0,
     *,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -33,12 +35,29 @@ def decode_attention(
         scaling: factor on query-key products.
         tail_length: [1] integer on the device, slots of the tail in use, where it has a fixed capacity M (a CUDA graph
             for the whole generation); the others are not read. None: all M.
+        pages: [B*H, N] integers, or [B*H*G, N] where every query head has a list of its own: the pages that are read,
+            -1 for none; for T = 1. Page p holds entries p * page_size … (p + 1) * page_size - 1 of a row, those of its
+            segment first, then the slots of the tail that the token sees. None: everything is read.
+        page_size: entries of a page.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
     """
+    assert pages is None or query.shape[2] == 1, "pages are chosen for one token"
     inputs = (query, keys, values, tail_keys, tail_values)
     output, lse = implementation("decode_attention", impl, ("reference", "triton"), *inputs).decode_attention(
-        query, keys, values, start, length, longest, tail_keys, tail_values, tail_mask, scaling, tail_length
+        query,
+        keys,
+        values,
+        start,
+        length,
+        longest,
+        tail_keys,
+        tail_values,
+        tail_mask,
+        scaling,
+        tail_length,
+        pages,
+        page_size,
     )
     return output, lse

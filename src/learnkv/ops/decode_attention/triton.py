@@ -1,8 +1,9 @@
 """Ragged split-KV decode attention: equal shares of all blocks of all rows, partial results merged in a fixed order.
 
 Every program takes a contiguous stretch of the blocks of all rows, segments and tails alike, so that the longest row
-decides nothing. All query heads of a kv head are one tile. Which program owns what is worked out on the device from
-`length`: no host sync, and a CUDA graph stays valid while lengths change.
+decides nothing; where pages are read, a row's blocks are those of its list. All query heads of a kv head are one tile.
+Which program owns what is worked out on the device from `length`: no host sync, and a CUDA graph stays valid while
+lengths change.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from learnkv.ops.device import processors
+from learnkv.ops.tail_slots import tail_slots
 
 _LOG2E = 1.4426950408889634
 _PROGRAMS_PER_PROCESSOR = 2  # two of them fit into shared memory, and one wave leaves nothing to schedule
@@ -28,9 +30,12 @@ def decode_attention(
     tail_mask: Tensor | None,
     scaling: float,
     tail_length: Tensor | None,
+    pages: Tensor | None,
+    page_size: int,
 ) -> tuple[Tensor, Tensor]:
     batch, query_heads, new, dim = query.shape
-    heads, tail = tail_keys.shape[1], tail_keys.shape[2]
+    tail = tail_keys.shape[2]
+    heads = tail_keys.shape[1] if pages is None else pages.shape[0] // batch  # of which each is one row of work
     rows, packed = batch * heads, query_heads // heads * new
     assert tail > 0, "the tail ends with the new tokens"
     assert keys.is_contiguous() and values.is_contiguous() and start.is_contiguous() and length.is_contiguous()
@@ -39,6 +44,11 @@ def decode_attention(
     if tail_keys.stride() != tail_values.stride() or tail_keys.stride()[2:] != (dim, 1):
         tail_keys, tail_values = tail_keys.contiguous(), tail_values.contiguous()
     mask = None if tail_mask is None else tail_mask.expand(batch, 1, new, tail)
+    order = said = None
+    if pages is not None:
+        assert pages.is_contiguous()
+        if mask is not None:
+            (order, said), mask = tail_slots(mask[:, 0, 0], tail_length), None
 
     shape = _tiles(packed, dim, query.element_size())
     tiles = triton.cdiv(packed, shape["BLOCK_M"])
@@ -48,7 +58,8 @@ def decode_attention(
     # Of a program's rows only the first and the last can be shared with others.
     partial = torch.empty(programs * 2, packed, dim, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs * 2, packed, dtype=torch.float32, device=query.device)
-    table = {"ROWS": triton.next_power_of_2(rows), "HAS_LENGTH": tail_length is not None}
+    table = {"ROWS": triton.next_power_of_2(rows), "HAS_LENGTH": tail_length is not None, "PAGE": page_size}
+    listed = 0 if pages is None else pages.shape[1]
     _attend[(programs, tiles)](
         query,
         keys,
@@ -59,6 +70,9 @@ def decode_attention(
         tail_values,
         mask,
         tail_length,
+        pages,
+        order,
+        said,
         output,
         lse,
         partial,
@@ -66,13 +80,16 @@ def decode_attention(
         scaling * _LOG2E,
         rows,
         tail,
+        listed,
         new,
         packed,
         query.stride(),
         tail_keys.stride(),
         None if mask is None else mask.stride(),
         HEADS=heads,
+        SHARE=heads // tail_keys.shape[1],
         DIM=dim,
+        HAS_SLOTS=order is not None,
         HAS_MASK=mask is not None,
         UPCAST=query.device.type == "cpu",
         **table,
@@ -90,6 +107,7 @@ def decode_attention(
         programs,
         rows,
         tail,
+        listed,
         packed,
         DIM=dim,
         BLOCK_N=shape["BLOCK_N"],
@@ -114,18 +132,31 @@ def _tiles(packed: int, dim: int, element_size: int) -> dict[str, int]:
 
 
 @triton.jit
-def _blocks(length, tail_length, rows, tail, ROWS: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK_N: tl.constexpr):
+def _blocks(
+    length,
+    tail_length,
+    rows,
+    tail,
+    listed,
+    ROWS: tl.constexpr,
+    HAS_LENGTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Blocks of every row [ROWS], and the slots of the tail in use."""
     row = tl.arange(0, ROWS)
     used = tail
     if HAS_LENGTH:
         used = tl.load(tail_length).to(tl.int32)
-    kept = tl.load(length + row, mask=row < rows, other=0).to(tl.int32)
-    blocks = tl.where(row < rows, tl.cdiv(kept, BLOCK_N) + tl.cdiv(used, BLOCK_N), 0)
+    if PAGE:
+        blocks = tl.where(row < rows, tl.cdiv(listed * PAGE, BLOCK_N), 0)
+    else:
+        kept = tl.load(length + row, mask=row < rows, other=0).to(tl.int32)
+        blocks = tl.where(row < rows, tl.cdiv(kept, BLOCK_N) + tl.cdiv(used, BLOCK_N), 0)
     return blocks, used
 
 
-@triton.jit(do_not_specialize=["tail"])
+@triton.jit(do_not_specialize=["tail", "listed"])
 def _attend(
     query,
     keys,
@@ -136,6 +167,9 @@ def _attend(
     tail_values,
     tail_mask,
     tail_length,
+    pages,
+    order,
+    said,
     output,
     lse,
     partial,
@@ -143,22 +177,26 @@ def _attend(
     scale,
     rows,
     tail,
+    listed,
     new,
     packed,
     query_stride,
     tail_stride,
     mask_stride,
     HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
     DIM: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    blocks, used = _blocks(length, tail_length, rows, tail, ROWS, HAS_LENGTH, BLOCK_N)
+    blocks, used = _blocks(length, tail_length, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
     total = tl.sum(blocks)
     share = tl.cdiv(total, tl.num_programs(0))
     program = tl.program_id(0)
@@ -176,11 +214,19 @@ def _attend(
 
     while at < stop:
         batch, head = row // HEADS, row % HEADS
-        kept = tl.load(length + row).to(tl.int32)
+        held = (
+            batch * (HEADS // SHARE) + head // SHARE
+        )  # row of the pool: with lists of their own, query heads share it
+        kept = tl.load(length + held).to(tl.int32)
         kept_blocks = tl.cdiv(kept, BLOCK_N)
         count = kept_blocks + tl.cdiv(used, BLOCK_N)
-        segment = tl.load(start + row).to(tl.int64) * DIM
-        recent = batch.to(tl.int64) * tail_stride[0] + head.to(tl.int64) * tail_stride[1]
+        entries = kept + used
+        if PAGE:
+            count = tl.cdiv(listed * PAGE, BLOCK_N)
+            if HAS_SLOTS:
+                entries = kept + tl.load(said + batch).to(tl.int32)
+        segment = tl.load(start + held).to(tl.int64) * DIM
+        recent = batch.to(tl.int64) * tail_stride[0] + (head // SHARE).to(tl.int64) * tail_stride[1]
         query_row = query + batch.to(tl.int64) * query_stride[0] + head * (packed // new) * query_stride[1]
         source = (m // new * query_stride[1] + token * query_stride[2])[:, None] + d[None, :]
         q = tl.load(query_row + source, inside, other=0)
@@ -191,20 +237,38 @@ def _attend(
         mass = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for block in range(at - first, tl.minimum(stop - first, count)):
-            # One loop for segment and tail: a pipeline of loads that does not run dry between them.
-            in_tail = block >= kept_blocks
-            begin = tl.where(in_tail, block - kept_blocks, block) * BLOCK_N
-            slot = begin + n
-            there = slot < tl.where(in_tail, used, kept)
+            if PAGE:
+                item = block * BLOCK_N + n
+                page = tl.load(pages + row.to(tl.int64) * listed + item // PAGE, item < listed * PAGE, other=-1)
+                slot = page.to(tl.int32) * PAGE + item % PAGE
+                there = (slot >= 0) & (slot < entries)
+                in_tail = slot >= kept
+                place = slot
+                if HAS_SLOTS:
+                    into = order + batch.to(tl.int64) * tail + slot - kept
+                    place = tl.where(in_tail, tl.load(into, there & in_tail, other=0).to(tl.int32) + kept, slot)
+                offset = tl.where(in_tail, recent + (place - kept) * DIM, segment + place.to(tl.int64) * DIM)
+                from_keys = (tl.where(in_tail, tail_keys, keys) + offset)[:, None]
+                from_values = (tl.where(in_tail, tail_values, values) + offset)[:, None]
+                within = d[None, :]
+            else:
+                # One loop for segment and tail: a pipeline of loads that does not run dry between them.
+                in_tail = block >= kept_blocks
+                begin = tl.where(in_tail, block - kept_blocks, block) * BLOCK_N
+                slot = begin + n
+                there = slot < tl.where(in_tail, used, kept)
+                offset = tl.where(in_tail, recent, segment) + begin * DIM
+                from_keys = tl.where(in_tail, tail_keys, keys) + offset
+                from_values = tl.where(in_tail, tail_values, values) + offset
+                within = tile
             present = there[:, None] & (d < DIM)[None, :]
-            offset = tl.where(in_tail, recent, segment) + begin * DIM
-            k = tl.load(tl.where(in_tail, tail_keys, keys) + offset + tile, present, 0, eviction_policy="evict_first")
-            v = tl.load(
-                tl.where(in_tail, tail_values, values) + offset + tile, present, 0, eviction_policy="evict_first"
-            )
+            k = tl.load(from_keys + within, present, 0, eviction_policy="evict_first")
+            v = tl.load(from_values + within, present, 0, eviction_policy="evict_first")
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
-            seen = there[None, :] & (~in_tail | (slot[None, :] <= used - new + token[:, None]))
+            seen = there[None, :]
+            if PAGE == 0:
+                seen = seen & (~in_tail | (slot[None, :] <= used - new + token[:, None]))
             if HAS_MASK:
                 told = in_tail & there[None, :] & (m < packed)[:, None]
                 asked = tail_mask + batch.to(tl.int64) * mask_stride[0]
@@ -236,7 +300,7 @@ def _attend(
         row += 1
 
 
-@triton.jit(do_not_specialize=["programs", "tail"])
+@triton.jit(do_not_specialize=["programs", "tail", "listed"])
 def _merge(
     length,
     tail_length,
@@ -247,17 +311,19 @@ def _merge(
     programs,
     rows,
     tail,
+    listed,
     packed,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
+    PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr = 16,
 ):
     """Merge the partial results of one row and query, in the order of the row's blocks."""
     row, m = tl.program_id(0), tl.program_id(1)
-    blocks, _ = _blocks(length, tail_length, rows, tail, ROWS, HAS_LENGTH, BLOCK_N)
+    blocks, _ = _blocks(length, tail_length, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
     share = tl.cdiv(tl.sum(blocks), programs)
     index = tl.arange(0, ROWS)
     first = tl.sum(tl.where(index < row, blocks, 0))

@@ -20,3 +20,20 @@ def select(scores: Tensor, budget: Tensor, total: int, *, impl: Impl = "auto") -
         scores, budget, total
     )
     return chosen
+
+
+def select_slots(scores: Tensor, budget: Tensor, most: int, *, impl: Impl = "auto") -> Tensor:
+    """As `select`, for short rows and budgets that only the device knows: a list of fixed size for every row.
+
+    Args:
+        scores: [R, S] float32; -inf where there is no entry.
+        budget: [R] integers; a row with fewer entries keeps them all.
+        most: upper bound of `budget`, known on the host.
+
+    Returns:
+        [R, most] int32 slots, ascending within a row, then -1 where the row keeps fewer.
+    """
+    chosen: Tensor = implementation("select", impl, ("reference", "triton"), scores.detach()).select_slots(
+        scores, budget, most
+    )
+    return chosen

@@ -40,6 +40,15 @@ def select(scores: Tensor, budget: Tensor, total: int) -> Tensor:
     return chosen
 
 
+def select_slots(scores: Tensor, budget: Tensor, most: int) -> Tensor:
+    rows, slots = scores.shape
+    chosen = torch.empty(rows, most, dtype=torch.int32, device=scores.device)
+    if most:
+        block = min(triton.next_power_of_2(max(slots, most)), _BLOCK)
+        _list_slots[(rows,)](scores.contiguous(), budget.contiguous(), chosen, slots, most, BLOCK=block, num_warps=8)
+    return chosen
+
+
 @triton.jit
 def _sort_key(score):
     """uint32 that orders as float32 does: NaN highest, the two zeros equal."""
@@ -112,3 +121,49 @@ def _write(scores, budget, ends, counts, kept, chosen, rows, slots, PARTS: tl.co
     rank = tl.cumsum(keep.to(tl.int32)) - 1
     begin = tl.load(ends + row) - tl.load(budget + row) + above + tl.minimum(tied, ties)
     tl.store(chosen + begin + rank, row.to(tl.int64) * slots + slot, keep)
+
+
+@triton.jit
+def _entries(scores, row, begin, slots, BLOCK: tl.constexpr):
+    slot = begin + tl.arange(0, BLOCK)
+    score = tl.load(scores + row * slots + slot, slot < slots, other=float("-inf"))
+    return _sort_key(score), slot, score != float("-inf")
+
+
+@triton.jit(do_not_specialize=["slots", "most"])
+def _list_slots(scores, budget, chosen, slots, most, BLOCK: tl.constexpr):
+    """The four histograms and the list of one row, by one program: rows are short and stay in the nearest cache."""
+    row = tl.program_id(0).to(tl.int64)
+    value = tl.arange(0, 256)
+    held = 0
+    for begin in range(0, slots, BLOCK):
+        _, _, there = _entries(scores, row, begin, slots, BLOCK)
+        held += tl.sum(there.to(tl.int32))
+    missing = tl.minimum(tl.minimum(tl.load(budget + row).to(tl.int32), held), most)
+    keeps = missing
+    prefix = tl.zeros([], tl.uint32)
+    for digit in tl.static_range(4):
+        count = tl.zeros([256], tl.int32)
+        for begin in range(0, slots, BLOCK):
+            key, _, there = _entries(scores, row, begin, slots, BLOCK)
+            if digit > 0:
+                there = there & ((key >> (32 - 8 * digit)) == prefix)
+            count += tl.histogram(((key >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=there)
+        above = tl.sum(count) - tl.cumsum(count)
+        here = (above < missing) & (above + count >= missing)
+        found = tl.where(missing == 0, 255, tl.sum(tl.where(here, value, 0)))
+        missing -= tl.sum(tl.where(here, above, 0))
+        prefix = (prefix << 8) | found.to(tl.uint32)
+    listed = 0
+    tied = 0
+    for begin in range(0, slots, BLOCK):
+        key, slot, there = _entries(scores, row, begin, slots, BLOCK)
+        tie = (there & (key == prefix)).to(tl.int32)
+        keep = (there & (key > prefix)) | ((tie == 1) & (tied + tl.cumsum(tie) <= missing))
+        rank = listed + tl.cumsum(keep.to(tl.int32)) - 1
+        tl.store(chosen + row * most + rank, slot, keep)
+        listed += tl.sum(keep.to(tl.int32))
+        tied += tl.sum(tie)
+    for begin in range(0, most, BLOCK):
+        rank = begin + tl.arange(0, BLOCK)
+        tl.store(chosen + row * most + rank, tl.full([BLOCK], -1, tl.int32), (rank >= keeps) & (rank < most))
