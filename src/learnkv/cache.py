@@ -76,20 +76,25 @@ class CompressedCache(Cache):
         for layer in self.compressed_layers():
             layer.seal()
 
-    def evict(self, scores: Tensor, budgets: Tensor, first: int = 0) -> None:
+    def evict(self, scores: Tensor, budgets: Tensor, total: int, first: int = 0) -> None:
         """Keep the `budgets[l, b, h]` highest-scored entries of every head of layers first, first + 1, …
+
+        Nothing waits for a device where all layers share a pool. How much each of several pools holds is looked up.
 
         Args:
             scores: [L, B, H, S] float32, +inf protected, -inf no entry.
             budgets: [L, B, H] int64.
+            total: sum of `budgets`.
             first: index of the first of these layers among the compressible ones.
         """
-        for rows, group in self._groups(first, scores.shape[0]):
+        groups = self._groups(first, scores.shape[0])
+        for rows, group in groups:
             whole = len(rows) == rows[-1] - rows[0] + 1  # a view of the budgets then serves as the table of lengths
             at = slice(rows[0], rows[-1] + 1) if whole else rows
-            self._evict_group([self.layers[i] for i in group], scores[at], budgets[at])
+            size = total if len(groups) == 1 else int(budgets[at].sum())
+            self._evict_group([self.layers[i] for i in group], scores[at], budgets[at], size)
 
-    def _groups(self, first: int, count: int) -> Iterator[tuple[list[int], list[int]]]:
+    def _groups(self, first: int, count: int) -> list[tuple[list[int], list[int]]]:
         """Layers that share a pool: same device and head dimension."""
         groups: dict[tuple[object, int], tuple[list[int], list[int]]] = {}
         for at, index in enumerate(self.compressible[first : first + count]):
@@ -97,27 +102,27 @@ class CompressedCache(Cache):
             rows, layers = groups.setdefault((keys.device, keys.shape[-1]), ([], []))
             rows.append(at)
             layers.append(index)
-        yield from groups.values()
+        return list(groups.values())
 
     @staticmethod
-    def _evict_group(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor) -> None:
+    def _evict_group(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor, total: int) -> None:
         first_keys, first_values = layers[0].whole_prompt()
         device, dim = first_keys.device, first_keys.shape[-1]
         count, batch, heads, slots = scores.shape
         length = budgets.to(device).reshape(count, batch * heads)
-        ends = length.flatten().cumsum(0)
-        start = (ends - length.flatten()).view_as(length)
-        longest = length.amax(-1).tolist()
-        total = int(ends[-1])
+        start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
         index = select(scores.to(device).reshape(count * batch * heads, slots), length.flatten(), total)
         pool_keys, pool_values = first_keys.new_empty(total, dim), first_values.new_empty(total, dim)
         row = (index // slots) // heads % batch
         positions = layers[0].slot_positions()[row, index % slots].to(torch.int32)
         for at, layer in enumerate(layers):
             keys, values = (held.reshape(batch * heads, slots, dim) for held in layer.whole_prompt())
+            segment = Segment(pool_keys, pool_values, positions, start[at], length[at], slots)
             first_row = at * batch * heads
-            gather_kv(keys, values, index, first_row, start[at], length[at], pool_keys, pool_values)
-            layer.evict(Segment(pool_keys, pool_values, positions, start[at], length[at], longest[at]))
+            gather_kv(
+                keys, values, index, first_row, start[at], length[at], pool_keys, pool_values, spans=segment.spans
+            )
+            layer.evict(segment)
 
     def fork(self) -> "CompressedCache":
         """A cache of its own that shares storage with this one; only tables and tails are copied."""

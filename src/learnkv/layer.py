@@ -248,6 +248,7 @@ class CompressedLayer(CacheLayerMixin):
             self.tail.values,
             mask,
             scaling,
+            spans=held.spans,
         )[0]
 
     def fork(self) -> "CompressedLayer":

@@ -1,6 +1,7 @@
 """Storage of a compressed prompt (one pool, ragged rows) and of what is said after it (tails)."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,13 @@ class Segment:
     """[B*H] int64."""
     longest: int
     """Upper bound of `length`, known on the host."""
+
+    @functools.cached_property
+    def spans(self) -> list[tuple[int, int]] | None:
+        """(start, length) of every row, read once; None on a device that the host would have to wait for."""
+        if self.start.device.type != "cpu":
+            return None
+        return list(zip(self.start.tolist(), self.length.tolist(), strict=True))
 
     def rows(self, batch: Tensor, heads: int) -> "Segment":
         """The segment of batch rows `batch` [B'], sharing the pool."""

@@ -1,5 +1,7 @@
 """Grouped-query attention of new tokens to ragged segments and a tail."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from learnkv.ops.dispatch import Impl, implementation
@@ -18,6 +20,7 @@ def decode_attention(
     scaling: float,
     tail_length: Tensor | None = None,
     *,
+    spans: Sequence[tuple[int, int]] | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of T new tokens to the kept entries of the prompt and to the tail, which ends with the new tokens.
@@ -33,12 +36,14 @@ def decode_attention(
         scaling: factor on query-key products.
         tail_length: [1] integer on the device, slots of the tail in use, where it has a fixed capacity M (a CUDA graph
             for the whole generation); the others are not read. None: all M.
+        spans: (start, length) of every row where the host knows them. Kernels do not ask; without them the reference
+            reads both tables, which is a host sync on a GPU.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
     """
     inputs = (query, keys, values, tail_keys, tail_values)
     output, lse = implementation("decode_attention", impl, ("reference", "triton"), *inputs).decode_attention(
-        query, keys, values, start, length, longest, tail_keys, tail_values, tail_mask, scaling, tail_length
+        query, keys, values, start, length, longest, tail_keys, tail_values, tail_mask, scaling, tail_length, spans
     )
     return output, lse

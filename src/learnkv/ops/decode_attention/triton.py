@@ -5,6 +5,8 @@ decides nothing. All query heads of a kv head are one tile. Which program owns w
 `length`: no host sync, and a CUDA graph stays valid while lengths change.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,7 @@ def decode_attention(
     tail_mask: Tensor | None,
     scaling: float,
     tail_length: Tensor | None,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> tuple[Tensor, Tensor]:
     batch, query_heads, new, dim = query.shape
     heads, tail = tail_keys.shape[1], tail_keys.shape[2]
