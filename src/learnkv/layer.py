@@ -248,6 +248,7 @@ class CompressedLayer(CacheLayerMixin):
             self.tail.values,
             mask,
             scaling,
+            self.tail.used,
             spans=held.spans,
         )[0]
 
