@@ -295,13 +295,14 @@ def _steps(
 
 def _take(steps: Steps, new: int, stop: Callable[[Tensor], Tensor] | None, every: int) -> None:
     """Say `new` tokens, or as many as it takes until all rows have ended; the first has been chosen."""
-    ended = torch.zeros(steps.setting.batch, dtype=torch.bool)
+    ended: Tensor | None = None
     for step in range(new):
         if stop is not None:
             answer = stop(steps.said[:, : step + 1].clone())
             steps.stop(answer)
-            ended |= answer if answer.device.type == "cpu" else False
-        last = step + 1 == new or bool(stop is not None and ended.all())
+            if answer.device.type == "cpu":
+                ended = answer if ended is None else ended | answer
+        last = step + 1 == new or (ended is not None and bool(ended.all()))
         if (last or step % every == 0) and (steps.look(step) or last):
             return
         steps.step()
