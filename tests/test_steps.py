@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learnkv import CompressedCache, attach, continuation, generate, prefill
-from learnkv import generation as loop
 from learnkv.decoding import Sampling, next_token
 from learnkv.errors import RunError, UserError
 from learnkv.graph import capture, refusal
@@ -34,7 +33,7 @@ def captured(monkeypatch) -> list[Steps]:
         return step
 
     monkeypatch.setattr("learnkv.steps.capture", capture)
-    monkeypatch.setattr("learnkv.generation.refusal", lambda *_: None)
+    monkeypatch.setattr("learnkv.steps.refusal", lambda *_: None)
     return held
 
 
@@ -133,7 +132,7 @@ def test_static_steps_say_the_same(way, lengths, captured, monkeypatch):
     said = [generate(model, ids, ours, mask, max_new_tokens=11, **way) for ids, mask in turns]
     assert len(captured) == 1
     with monkeypatch.context() as eager:
-        eager.setattr(loop, "refusal", lambda *_: "asked not to")
+        eager.setattr("learnkv.steps.refusal", lambda *_: "asked not to")
         told = [generate(model, ids, theirs, mask, max_new_tokens=11, **way) for ids, mask in turns]
     assert len(captured) == 1
     for one, other in zip(said, told, strict=True):

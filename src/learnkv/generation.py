@@ -12,15 +12,11 @@ from learnkv.attention import attach
 from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, beam_search, check_context, check_settings
 from learnkv.errors import UserError
-from learnkv.graph import refusal
 from learnkv.observation import Recording
 from learnkv.policy import Policy, check_budget
 from learnkv.probing import run_probe
 from learnkv.scorers.base import Scorer
-from learnkv.steps import Setting, Steps
-
-LOOK_EVERY = 16
-"""Steps between two looks at the device: have all rows ended, is the output a number. A look waits for all steps."""
+from learnkv.steps import steps_for
 
 
 @torch.no_grad()
@@ -258,54 +254,9 @@ def generate(
     logits = _read(model, ids, mask, padded, cache, last=0 if padded else 1)
     if padded:
         logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))
-    steps = _steps(model, cache, max_new_tokens, sampling, ends, pad, ids.device, graph)
-    steps.begin(cache, seed)
-    try:
-        steps.choose(logits[:, -1])
-        _take(steps, max_new_tokens, stop, 1 if cache.has_sliding_layers else LOOK_EVERY)
-        return steps.end()
-    finally:
-        steps.leave()
-
-
-def _steps(
-    model: PreTrainedModel,
-    cache: CompressedCache,
-    new: int,
-    sampling: Sampling,
-    ends: tuple[int, ...],
-    pad: int,
-    device: torch.device,
-    graph: bool | None,
-) -> Steps:
-    """Buffers for a turn of `new` tokens: those of the turn before where they fit, with their graph."""
-    capacity = cache.reserve(new - 1)
-    refused = None if graph is False else refusal(model, cache, cache.tail_length + new - 1)
-    if graph and refused is not None:
-        raise UserError(f"graph=True: {refused}")
-    setting = Setting(model, sampling, ends, pad, len(cache.prompt_lengths), capacity, cache.padded)
-    known = cache.steps
-    if graph is not False and isinstance(known, Steps) and known.serves(cache, setting):
-        return known
-    static = graph is not False and refused is None
-    steps = Steps(cache, setting, device, static)
-    cache.steps = steps if static else None
-    return steps
-
-
-def _take(steps: Steps, new: int, stop: Callable[[Tensor], Tensor] | None, every: int) -> None:
-    """Say `new` tokens, or as many as it takes until all rows have ended; the first has been chosen."""
-    ended: Tensor | None = None
-    for step in range(new):
-        if stop is not None:
-            answer = stop(steps.said[:, : step + 1].clone())
-            steps.stop(answer)
-            if answer.device.type == "cpu":
-                ended = answer if ended is None else ended | answer
-        last = step + 1 == new or (ended is not None and bool(ended.all()))
-        if (last or step % every == 0) and (steps.look(step) or last):
-            return
-        steps.step()
+    return steps_for(model, cache, max_new_tokens, sampling, ends, pad, graph).turn(
+        cache, logits[:, -1], max_new_tokens, stop, seed
+    )
 
 
 def _ended(ids: Tensor, ends: tuple[int, ...]) -> Tensor:

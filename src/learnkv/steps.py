@@ -4,6 +4,7 @@ Nothing in a step waits for the device: where tokens go, what they may see and w
 that the step itself moves on. So it can be captured once as a CUDA graph and replayed, where `graph.refusal` allows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor
 
 from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, check_context, next_token
-from learnkv.errors import RunError
-from learnkv.graph import Replay, capture
+from learnkv.errors import RunError, UserError
+from learnkv.graph import Replay, capture, refusal
+
+LOOK_EVERY = 16
+"""Steps between two looks at the device: have all rows ended, is the output a number. A look waits for all steps."""
 
 WARM_UP = 2
 """Steps that run before one is captured: kernels are compiled and libraries make their workspaces."""
@@ -41,8 +45,9 @@ class Steps:
         static: keep the shapes of every step alike, as a graph needs it; else tails are read as far as they are used.
     """
 
-    def __init__(self, cache: CompressedCache, setting: Setting, device: torch.device, static: bool) -> None:
+    def __init__(self, cache: CompressedCache, setting: Setting, static: bool) -> None:
         self.setting, self.static = setting, static
+        device = cache.next_positions().device
         batch, capacity = setting.batch, setting.capacity
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros_like(self.token)
@@ -64,7 +69,40 @@ class Steps:
         same = self.setting == setting and self.static
         return same and all(a is b for a, b in zip(self.buffers, _buffers(cache), strict=True))
 
-    def begin(self, cache: CompressedCache, seed: int | None) -> None:
+    def turn(
+        self,
+        cache: CompressedCache,
+        logits: Tensor,
+        new: int,
+        stop: Callable[[Tensor], Tensor] | None,
+        seed: int | None,
+    ) -> Tensor:
+        """Say up to `new` tokens [B, new], the first of them from logits [B, V] of the question's last token."""
+        self._begin(cache, seed)
+        try:
+            self._choose(logits)
+            self._run(new, stop, 1 if cache.has_sliding_layers else LOOK_EVERY)
+            return self._end()
+        finally:
+            if self.static:
+                cache.follow(None)
+            del self.cache
+
+    def _run(self, new: int, stop: Callable[[Tensor], Tensor] | None, every: int) -> None:
+        """Say `new` tokens, or as many as it takes until all rows have ended."""
+        ended: Tensor | None = None
+        for step in range(new):
+            if stop is not None:
+                answer = stop(self.said[:, : step + 1].clone())
+                self.live.logical_and_(~answer.to(self.live.device))
+                if answer.device.type == "cpu":
+                    ended = answer if ended is None else ended | answer
+            last = step + 1 == new or (ended is not None and bool(ended.all()))
+            if (last or step % every == 0) and (self._look(step) or last):
+                return
+            self._advance()
+
+    def _begin(self, cache: CompressedCache, seed: int | None) -> None:
         """Start a turn behind what the cache has read."""
         self.cache, self.taken = cache, 0
         self.base = cache.tail_length
@@ -84,7 +122,7 @@ class Steps:
             self.cursor.copy_(self.cursor.new_tensor([self.base, self.base - 1]))
             cache.follow(self.cursor)
 
-    def choose(self, logits: Tensor) -> None:
+    def _choose(self, logits: Tensor) -> None:
         """Say the next token of every row, from logits [B, V]; a row that has ended says padding."""
         token, largest = next_token(logits, self.setting.sampling, self.generator)
         token = torch.where(self.live, token, self.setting.pad)
@@ -94,7 +132,7 @@ class Steps:
         self.token.copy_(token.unsqueeze(-1))
         self.live.logical_and_((token.unsqueeze(-1) != self.ends).all(-1))
 
-    def step(self) -> None:
+    def _advance(self) -> None:
         """Read the tokens said last and say the next ones."""
         check_context(self.setting.model, self.cache, self.position, 1 + (self.taken if self.static else 0))
         if self.replay is None and self.static and self.taken == WARM_UP:
@@ -116,7 +154,7 @@ class Steps:
             use_cache=True,
         ).logits[:, -1]
         self.position += self.live.unsqueeze(-1)
-        self.choose(logits)
+        self._choose(logits)
 
     def _seen(self) -> Tensor | None:
         """What the tokens may see of the tail [B, 1, 1, M], None: all; in a hybrid model of everything [B, S + M]."""
@@ -128,11 +166,7 @@ class Steps:
             self.cache.refuse_gaps(self.mask[:, :used])
         return self.mask[..., :used]
 
-    def stop(self, rows: Tensor) -> None:
-        """End rows [B] where True."""
-        self.live.logical_and_(~rows.to(self.live.device))
-
-    def look(self, step: int) -> bool:
+    def _look(self, step: int) -> bool:
         """Wait for the device and say whether all rows have ended; raise RunError where an output was NaN."""
         spoken = self.spoken.sum(-1)
         wrong = (self.largest.isnan() & self.spoken).any()
@@ -142,20 +176,41 @@ class Steps:
             raise RunError(f"the model's output is NaN after {step} new tokens")
         return not going
 
-    def end(self) -> Tensor:
+    def _end(self) -> Tensor:
         """Forget what was read beyond the last token that any row said; returns what was said [B, new]."""
         said, spoken = (buffer[:, : self.most].clone() for buffer in (self.said, self.spoken))
         self.cache.end_turn(self.base, spoken[:, :-1], self.fewest < self.most - 1)
         self.cache.pending = (said[:, -1:], spoken[:, -1:])
         return said
 
-    def leave(self) -> None:
-        """Let go of the cache, also when a turn did not come to its end."""
-        if self.static:
-            self.cache.follow(None)
-        del self.cache
-
 
 def _buffers(cache: CompressedCache) -> list[Tensor]:
     """Where the tails lie."""
     return [held for tail in cache.tails() for held in tail.tensors()]
+
+
+def steps_for(
+    model: Any,
+    cache: CompressedCache,
+    new: int,
+    sampling: Sampling,
+    ends: tuple[int, ...],
+    pad: int,
+    graph: bool | None,
+) -> Steps:
+    """Steps for a turn of `new` tokens: those of the turn before where they fit, with their graph.
+
+    Raises:
+        UserError: for graph=True where the step cannot be captured.
+    """
+    capacity = cache.reserve(new - 1)
+    refused = "graph=False" if graph is False else refusal(model, cache, cache.tail_length + new - 1)
+    if graph and refused is not None:
+        raise UserError(f"graph=True: {refused}")
+    setting = Setting(model, sampling, ends, pad, len(cache.prompt_lengths), capacity, cache.padded)
+    if refused is None and isinstance(cache.steps, Steps) and cache.steps.serves(cache, setting):
+        return cache.steps
+    steps = Steps(cache, setting, static=refused is None)
+    if steps.static:
+        cache.steps = steps
+    return steps
