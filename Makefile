@@ -4,15 +4,19 @@
 #   PYTHON=python3.12    interpreter that the environments are made with (3.11 or newer)
 #   TORCH_INDEX=URL      a further package index for torch, for a build that the default index does not offer
 #   samples=N            evaluation samples per task in the quickstart
+#   workers=N            processes that run the tests
 
 FIND_PYTHON = for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done
 PYTHON ?= $(or $(shell $(FIND_PYTHON)),python3)
 TORCH_INDEX ?=
 samples ?=
+workers ?= 2
 
 VENV := .venv
 COMPAT := .venv-compat
+# A file's tests stay together: what they share is made once.
+PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -26,8 +30,8 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py config=quickstart
 	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
-# Nothing in the tests may reach for a network; two threads, because more only fight each other on a small machine.
-test test-compat: export OMP_NUM_THREADS := 2
+# Nothing in the tests may reach for a network. Tests are small: processes of one thread are faster than one of many.
+test test-compat: export OMP_NUM_THREADS := 1
 test test-compat: export HF_HUB_OFFLINE := 1
 test test-compat: export WANDB_MODE := offline
 test test-compat: export TOKENIZERS_PARALLELISM := false
@@ -36,10 +40,10 @@ test: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy src
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PARALLEL)
 
 test-compat: $(COMPAT)/.dev
-	$(COMPAT)/bin/python -m pytest -m compat
+	$(COMPAT)/bin/python -m pytest $(PARALLEL) -m compat
 
 format: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check --fix .
@@ -72,5 +76,5 @@ $(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
 	touch $@
 
 $(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e . pytest hypothesis
+	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e . pytest pytest-xdist hypothesis
 	touch $@

@@ -19,7 +19,7 @@ LAYERS = [
     {"component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
     {"segments", "recorder", "layer", "cache"},
-    {"policy", "probing", "attention", "decoding", "generation"},
+    {"policy", "probing", "attention", "decoding", "graph", "steps", "generation"},
     {"config", "io", "models"},
     {"data"},
     {"calibration", "training", "evaluation"},

@@ -13,7 +13,7 @@ from learnkv.layer import CompressedLayer
 from learnkv.observation import Probe, Recording
 from learnkv.ops.gather_kv import gather_kv
 from learnkv.ops.select import select
-from learnkv.segments import Segment
+from learnkv.segments import Segment, Tail
 
 
 class CompressedCache(Cache):
@@ -39,6 +39,8 @@ class CompressedCache(Cache):
         self.budgets: Tensor | None = None
         self.probed: dict[Probe, list[int]] = {}
         """Tokens of each row that were read in extra passes."""
+        self.steps: object = None
+        """Decode steps of the last turn, captured as a graph, for as long as rows and tails stay where they are."""
 
     # -- phases ------------------------------------------------------------------------------------------------------
 
@@ -76,20 +78,25 @@ class CompressedCache(Cache):
         for layer in self.compressed_layers():
             layer.seal()
 
-    def evict(self, scores: Tensor, budgets: Tensor, first: int = 0) -> None:
+    def evict(self, scores: Tensor, budgets: Tensor, total: int, first: int = 0) -> None:
         """Keep the `budgets[l, b, h]` highest-scored entries of every head of layers first, first + 1, …
+
+        Nothing waits for a device where all layers share a pool. How much each of several pools holds is looked up.
 
         Args:
             scores: [L, B, H, S] float32, +inf protected, -inf no entry.
             budgets: [L, B, H] int64.
+            total: sum of `budgets`.
             first: index of the first of these layers among the compressible ones.
         """
-        for rows, group in self._groups(first, scores.shape[0]):
+        groups = self._groups(first, scores.shape[0])
+        for rows, group in groups:
             whole = len(rows) == rows[-1] - rows[0] + 1  # a view of the budgets then serves as the table of lengths
             at = slice(rows[0], rows[-1] + 1) if whole else rows
-            self._evict_group([self.layers[i] for i in group], scores[at], budgets[at])
+            size = total if len(groups) == 1 else int(budgets[at].sum())
+            self._evict_group([self.layers[i] for i in group], scores[at], budgets[at], size)
 
-    def _groups(self, first: int, count: int) -> Iterator[tuple[list[int], list[int]]]:
+    def _groups(self, first: int, count: int) -> list[tuple[list[int], list[int]]]:
         """Layers that share a pool: same device and head dimension."""
         groups: dict[tuple[object, int], tuple[list[int], list[int]]] = {}
         for at, index in enumerate(self.compressible[first : first + count]):
@@ -97,31 +104,32 @@ class CompressedCache(Cache):
             rows, layers = groups.setdefault((keys.device, keys.shape[-1]), ([], []))
             rows.append(at)
             layers.append(index)
-        yield from groups.values()
+        return list(groups.values())
 
     @staticmethod
-    def _evict_group(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor) -> None:
+    def _evict_group(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor, total: int) -> None:
         first_keys, first_values = layers[0].whole_prompt()
         device, dim = first_keys.device, first_keys.shape[-1]
         count, batch, heads, slots = scores.shape
         length = budgets.to(device).reshape(count, batch * heads)
-        ends = length.flatten().cumsum(0)
-        start = (ends - length.flatten()).view_as(length)
-        longest = length.amax(-1).tolist()
-        total = int(ends[-1])
+        start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
         index = select(scores.to(device).reshape(count * batch * heads, slots), length.flatten(), total)
         pool_keys, pool_values = first_keys.new_empty(total, dim), first_values.new_empty(total, dim)
         row = (index // slots) // heads % batch
         positions = layers[0].slot_positions()[row, index % slots].to(torch.int32)
         for at, layer in enumerate(layers):
             keys, values = (held.reshape(batch * heads, slots, dim) for held in layer.whole_prompt())
+            segment = Segment(pool_keys, pool_values, positions, start[at], length[at], slots)
             first_row = at * batch * heads
-            gather_kv(keys, values, index, first_row, start[at], length[at], pool_keys, pool_values)
-            layer.evict(Segment(pool_keys, pool_values, positions, start[at], length[at], longest[at]))
+            gather_kv(
+                keys, values, index, first_row, start[at], length[at], pool_keys, pool_values, spans=segment.spans
+            )
+            layer.evict(segment)
 
     def fork(self) -> "CompressedCache":
         """A cache of its own that shares storage with this one; only tables and tails are copied."""
         twin = copy.copy(self)
+        twin.steps = None
         twin.layers = [
             layer.fork() if index in self.compressible else copy.copy(layer) for index, layer in enumerate(self.layers)
         ]
@@ -144,11 +152,51 @@ class CompressedCache(Cache):
         said = self._said().sum(-1)
         return torch.tensor(self.prompt_lengths, device=said.device) + said
 
-    def extend_tail_mask(self, new: Tensor) -> Tensor:
-        """Remember which of the next T slots [B, T] are tokens; returns the mask of the whole tail [B, M]."""
-        self.tail_mask = torch.cat([self._said().to(new.device), new.bool()], 1)
-        self.tail_padded = not bool(self.tail_mask.all())
+    def extend_tail_mask(self, new: Tensor, padded: bool) -> Tensor:
+        """Remember which of the next T slots [B, T] are tokens, and whether any is not; returns the tail's [B, M]."""
+        known = 0 if self.tail_mask is None else self.tail_mask.shape[1]
+        said = self._said().to(new.device)
+        if known < said.shape[1]:  # what transformers' own generate() read
+            padded = padded or not bool(said.all())
+        self.tail_mask = torch.cat([said, new.bool()], 1)
+        self.tail_padded = self.tail_padded or padded
         return self.tail_mask
+
+    def reserve(self, slots: int) -> int:
+        """Make room for so many more slots in every tail; returns the capacity that all have then."""
+        return max(tail.reserve(slots) for tail in self.tails())
+
+    def tails(self) -> list[Tail]:
+        """What was read after the prompt, layer by layer."""
+        return [layer.tail for layer in self.compressed_layers() if layer.tail is not None]
+
+    def follow(self, cursor: Tensor | None) -> None:
+        """Let `cursor` [2] on the device say how much of the tails is in use and where the next token goes."""
+        for tail in self.tails():
+            tail.cursor = cursor
+
+    @property
+    def padded(self) -> bool:
+        """Whether tokens to come have to be told of padding: in the tail, or in what sliding layers hold."""
+        prompt = self.layers[self.compressible[0]].prompt
+        return self.tail_padded or (self.has_sliding_layers and min(self.prompt_lengths) < prompt)
+
+    def seen(self, slots: int) -> Tensor:
+        """What a new token may see of a tail of so many slots, [B, 1, 1, slots]; with what sliding layers are told of
+        the prompt, [B, S + slots], in a hybrid model. Slots that are not in use yet count as tokens."""
+        said = self._said()
+        tail = torch.cat([said, said.new_ones(said.shape[0], slots - said.shape[1])], 1)
+        if self.has_sliding_layers:
+            return torch.cat([self.prompt_mask.to(tail.device), tail], 1)
+        return tail[:, None, None]
+
+    def end_turn(self, begin: int, spoken: Tensor, padded: bool) -> None:
+        """Of the slots from `begin` on keep what was said [B, T], True for tokens, and forget the others."""
+        for tail in self.tails():
+            tail.crop(begin + spoken.shape[1])
+        assert self.tail_mask is not None
+        self.tail_mask = torch.cat([self.tail_mask, spoken], 1)
+        self.tail_padded = self.tail_padded or padded
 
     def _said(self) -> Tensor:
         """[B, M] which slots of the tail are tokens, also where transformers' own generate() read them."""
@@ -182,13 +230,15 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.prompt_lengths, self.tail_mask, self.pending, self.budgets = [], None, None, None
+        self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.steps = [], None, None, None, None
+        self.tail_padded = False
 
     def activate_past_recording(self) -> None:
         """Asked for by assisted decoding, which would read the prompt again."""
         raise UserError("assisted decoding does not work with a CompressedCache: use learnkv.generate")
 
     def _select_rows(self, rows: Tensor) -> None:
+        self.steps = None
         self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
         if self.tail_mask is not None:
             self.tail_mask = self.tail_mask[rows.to(self.tail_mask.device)]

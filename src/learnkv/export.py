@@ -1,35 +1,50 @@
-"""`python -m learnkv.export --ckpt PATH --out DIR`: a checkpoint's policy as a folder that others can load."""
+"""`python -m learnkv.export --ckpt PATH --out PATH [--format …]`: a trained policy, or its budgets, for others."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from learnkv.config import run_main
 from learnkv.errors import UserError
-from learnkv.io import load_policy, save_policy
+from learnkv.formats import budgets, duo, headkv, layers, lukv
+from learnkv.io import load_policy, policy_folder, save_policy, static_budgets
+from learnkv.policy import Policy
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Export the policy of a training checkpoint.
+    """Export the policy of a training checkpoint, or the budgets of any trained policy in the format of another method.
 
     Args:
-        ckpt: checkpoint of `train.py`.
-        out: folder to write: `policy.yaml`, `policy.safetensors`, `budgets.csv`, `manifest.json`.
+        ckpt: checkpoint of `train.py`; for budgets also the folder of a policy or of a run, or `reference`.
+        out: what to write: a folder for `policy` (`policy.yaml`, `policy.safetensors`, `budgets.csv`, `manifest.json`)
+            and for `duo`, a file for the others.
+        format: `policy`; or its budgets as HeadKV's head scores (`headkv`: kept fractions), as DuoAttention's pattern
+            (`duo`: kept fractions over the largest), as LU-KV's curve (`lukv`), or as a JSON list of one kept fraction
+            per layer (`layers`).
+        keep: global kept fraction whose budgets are meant, for `headkv`, `duo` and `layers`.
+        group: how often to repeat the score of a kv head, for `headkv`: query heads per kv head for programs that
+            expect one score for each.
         allow: module prefixes besides learnkv whose classes the checkpoint may name.
     """
 
     ckpt: str = ""
     out: str = ""
+    format: Literal["policy", "headkv", "duo", "lukv", "layers"] = "policy"
+    keep: float = 0.1
+    group: int = 1
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("ckpt", "out"):
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected a path, got nothing")
+        if not 0 < self.keep <= 1 or self.group < 1:
+            raise UserError(f"keep={self.keep:g} group={self.group}: expected 0 < keep <= 1 and group >= 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(config: ExportConfig, resolved: str) -> None:
-    """Write the folder and say what it holds."""
+    """Write it and say where it is."""
+    if config.format != "policy":
+        print(f"{config.format}: {_write_budgets(config)}", file=sys.stderr)
+        return
     if Path(config.ckpt).suffix != ".ckpt":
         raise UserError(f"ckpt={config.ckpt}: expected a checkpoint (.ckpt) of train.py")
     policy = load_policy(config.ckpt, config.allow)
-    held = torch.load(Path(config.ckpt).expanduser(), map_location="cpu", weights_only=True)["learnkv"]
+    held = _held(config.ckpt)
     try:
         folder = save_policy(
             policy, config.out, model=held["model"], budgets=held.get("budgets"), training=held.get("training")
@@ -51,6 +69,36 @@ def export(config: ExportConfig, resolved: str) -> None:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"out={config.out}: expected a folder that can be written ({error})") from None
     print(f"policy: {folder}", file=sys.stderr)
+
+
+def _held(file: str) -> dict:
+    return torch.load(Path(file).expanduser(), map_location="cpu", weights_only=True)["learnkv"]
+
+
+def _write_budgets(config: ExportConfig) -> Path:
+    policy = load_policy(config.ckpt, config.allow)
+    known = _budgets(config.ckpt, policy)
+    kept = budgets.at(known, config.keep)  # [L, H]
+    if config.format == "headkv":
+        return headkv.write(config.out, [[[one] for one in row for _ in range(config.group)] for row in kept.tolist()])
+    if config.format == "duo":
+        told = {"keep": config.keep, "policy": config.ckpt}
+        return duo.write(config.out, kept / kept.max(), policy.sinks, policy.recent, told)
+    if config.format == "layers":
+        return layers.write(config.out, [round(one, 6) for one in kept.mean(-1).tolist()])
+    evicted = [1 - budgets.at(known, 1 - target / 100) for target in range(1, lukv.TARGETS + 1)]
+    return lukv.write(config.out, torch.stack(evicted).float())
+
+
+def _budgets(path: str, policy: Policy) -> budgets.Table:
+    """The budgets that training measured, or those of a policy for which they do not depend on the prompt."""
+    if Path(path).suffix == ".ckpt":
+        held = _held(path)
+        return held.get("budgets") or static_budgets(policy, held["model"]["shapes"])
+    folder = policy_folder(path)
+    if folder is None:
+        raise UserError(f"ckpt={path}: expected a trained policy, a checkpoint (.ckpt) or a folder")
+    return budgets.read(folder / "budgets.csv")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ from transformers import PreTrainedModel
 
 from learnkv.attention import attach
 from learnkv.cache import CompressedCache
-from learnkv.decoding import beam_search, check_numbers, check_settings, next_token
+from learnkv.decoding import Sampling, beam_search, check_context, check_settings
 from learnkv.errors import UserError
 from learnkv.observation import Recording
 from learnkv.policy import Policy, check_budget
 from learnkv.probing import run_probe
 from learnkv.scorers.base import Scorer
-
-CHECK_EVERY = 16
+from learnkv.steps import steps_for
 
 
 @torch.no_grad()
@@ -130,11 +129,12 @@ def continuation(
         input_ids: [B, T] continuations, right-padded where their lengths differ.
         attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
     """
-    ids, mask = _with_pending(*_check_continuation(input_ids, attention_mask, cache), cache)
-    return _read(model, ids, mask, cache)[:, ids.shape[1] - input_ids.shape[1] :]
+    ids, mask, padded = _with_pending(*_check_continuation(input_ids, attention_mask, cache), cache)
+    return _read(model, ids, mask, padded, cache)[:, ids.shape[1] - input_ids.shape[1] :]
 
 
-def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor]:
+def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor, bool]:
+    """Tokens [B, T], which of them count [B, T], and whether any does not."""
     if not isinstance(cache, CompressedCache):
         raise UserError(f"expected a CompressedCache, as prefill returns it, got {type(cache).__name__}")
     cache.seal()
@@ -146,39 +146,36 @@ def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache
         raise UserError(
             f"{ids.shape[0]} rows continue {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
         )
-    return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if mask is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool), False
+    return ids, mask.bool(), not bool(mask.all())
 
 
-def _with_pending(ids: Tensor, mask: Tensor, cache: CompressedCache) -> tuple[Tensor, Tensor]:
+def _with_pending(ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCache) -> tuple[Tensor, Tensor, bool]:
     """Put what was said in the turn before and the model has not read yet in front."""
     if cache.pending is not None:
         unread, said = cache.pending
-        ids, mask = torch.cat([unread, ids], 1), torch.cat([said, mask], 1)
+        ids, mask, padded = torch.cat([unread, ids], 1), torch.cat([said, mask], 1), padded or not bool(said.all())
         cache.pending = None
-    return ids, mask
+    return ids, mask, padded
 
 
-def _read(model: PreTrainedModel, ids: Tensor, new: Tensor, cache: CompressedCache) -> Tensor:
-    """Logits [B, T, V] of tokens [B, T], of which those count that are `new` [B, T]."""
+def _read(
+    model: PreTrainedModel, ids: Tensor, new: Tensor, padded: bool, cache: CompressedCache, last: int = 0
+) -> Tensor:
+    """Logits [B, T, V] of tokens [B, T], of which those count that are `new` [B, T]; of the `last` only, 0: of all."""
     attach(model)
     positions = cache.next_positions().to(ids.device).unsqueeze(-1) + (new.cumsum(-1) - 1).clamp_min(0)
-    _check_context(model, cache, positions)
-    tail = cache.extend_tail_mask(new)
+    check_context(model, cache, positions, ids.shape[1])
+    tail = cache.extend_tail_mask(new, padded)
     return model(
         input_ids=ids,
         attention_mask=_forward_mask(cache, tail, ids.shape[1]),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
+        logits_to_keep=last,
     ).logits
-
-
-def _check_context(model: PreTrainedModel, cache: CompressedCache, positions: Tensor) -> None:
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    reached = max(cache.prompt_lengths) + cache.tail_length + positions.shape[1]
-    # The bound counts padding; only where it is exceeded is the true number worth a host sync.
-    if context is not None and reached > context and (reached := int(positions.max()) + 1) > context:
-        raise UserError(f"{reached} tokens with the continuation: the model's context is {context}")
 
 
 def _forward_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | None:
@@ -213,10 +210,14 @@ def generate(
     pad_token_id: int | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
     seed: int | None = None,
+    graph: bool | None = None,
 ) -> Tensor:
     """Continue every prompt with `input_ids` and generate up to `max_new_tokens` tokens: [B, new].
 
-    The cache remembers what was said, so that a further call is the next turn of a conversation.
+    The cache remembers what was said, so that a further call is the next turn of a conversation. Tokens are the same as
+    those of transformers' own `generate()`; steps wait for nothing between the looks, every 16 steps, whether all rows
+    have ended. What was read beyond the end is forgotten. With the sliding layers of a hybrid model, which cannot
+    forget, every step is looked at.
 
     Args:
         input_ids: [B, T] the question, left- or right-padded where lengths differ.
@@ -224,47 +225,43 @@ def generate(
         do_sample, temperature, top_k, top_p: sampling; greedy otherwise. `seed` makes it repeatable.
         num_beams: beam search over as many beams, by transformers' own search; not with sampling or `stop`.
         eos_token_id: ends a row; None: what the model's generation config says. Rows that ended are padded.
-        stop: called with the new tokens [B, new] after every step, True [B] ends a row.
+        stop: called with the new tokens [B, new] after every step, True [B] ends a row. An answer on the host is acted
+            on at once, one on a device is not waited for: no more of a sync than `stop` itself makes.
+        graph: capture the step as a CUDA graph; None: where `learnkv.graph.refusal` has nothing against it.
 
     Raises:
         RunError: NaN in the model's output, looked for in the first, every 16th and the last step.
     """
-    check_settings(max_new_tokens, do_sample, temperature, top_k, top_p, num_beams, stop)
+    check_settings(max_new_tokens, do_sample, num_beams, stop)
+    sampling = Sampling(do_sample, temperature, top_k, top_p, seeded=do_sample and seed is not None)
     settings = model.generation_config
     eos = eos_token_id if eos_token_id is not None else settings.eos_token_id
-    ends = torch.tensor([] if eos is None else eos, device=input_ids.device, dtype=torch.long).view(-1)
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     pad = pad_token_id if pad_token_id is not None else settings.pad_token_id
-    pad = pad if pad is not None else (int(ends[0]) if len(ends) else 0)
-    ids, mask = _check_continuation(input_ids, attention_mask, cache)
-    if not bool(mask.any(-1).all()):
+    pad = pad if pad is not None else (ends[0] if ends else 0)
+    ids, mask, padded = _check_continuation(input_ids, attention_mask, cache)
+    if padded and not bool(mask.any(-1).all()):
         raise UserError("empty question: expected at least one token in every row")
-    ids, mask = _with_pending(ids, mask, cache)
+    ids, mask, padded = _with_pending(ids, mask, padded, cache)
     if num_beams > 1:
         attach(model)
-        found = beam_search(model, *_packed(ids, mask, "left"), cache, max_new_tokens, num_beams, ends.tolist(), pad)
-        over = torch.isin(found, ends).cumsum(-1) - torch.isin(found, ends).long() > 0
+        found = beam_search(model, *_packed(ids, mask, "left"), cache, max_new_tokens, num_beams, list(ends), pad)
+        over = _ended(found, ends).cumsum(-1) - _ended(found, ends).long() > 0
         cache.pending = (torch.cat([ids, found], 1), torch.cat([mask, ~over], 1))
         return found.masked_fill(over, pad)  # transformers takes another id for a pad_token_id of 0
-    ids, mask = _packed(ids, mask, "right")
-    generator = None if seed is None else torch.Generator(ids.device).manual_seed(seed)
-    logits = _read(model, ids, mask, cache)
-    logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))[:, 0]
-    said: list[Tensor] = []
-    live = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
-    for step in range(max_new_tokens):
-        if step % CHECK_EVERY == 0:
-            check_numbers(logits, step)
-        token = next_token(logits, do_sample, temperature, top_k, top_p, generator)
-        said.append(torch.where(live, token, pad))
-        was_live, live = live, live & ~torch.isin(token, ends)
-        if stop is not None:
-            live = live & ~stop(torch.stack(said, 1))
-        if step + 1 == max_new_tokens or not bool(live.any()):
-            break
-        logits = _read(model, said[-1].unsqueeze(1), was_live.unsqueeze(1), cache)[:, -1]
-    check_numbers(logits, step)
-    cache.pending = (said[-1].unsqueeze(1), was_live.unsqueeze(1))
-    return torch.stack(said, 1)
+    if padded:
+        ids, mask = _packed(ids, mask, "right")
+    logits = _read(model, ids, mask, padded, cache, last=0 if padded else 1)
+    if padded:
+        logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))
+    return steps_for(model, cache, max_new_tokens, sampling, ends, pad, graph).turn(
+        cache, logits[:, -1], max_new_tokens, stop, seed
+    )
+
+
+def _ended(ids: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """Where an end of a row stands."""
+    return torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=ids.dtype))
 
 
 def _packed(ids: Tensor, mask: Tensor, side: str) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """Policies on disk: heuristics as YAML, trained ones as checkpoints or exported folders. Never a pickle."""
 
-import csv
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from learnkv.config import find_config
 from learnkv.errors import UserError
+from learnkv.formats import budgets as budget_table
 from learnkv.ops.fit import fit
 from learnkv.policy import Policy
 
@@ -84,11 +84,8 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
         UserError: missing, corrupt or foreign file.
     """
     where = Path(path).expanduser()
-    if str(path) == "reference" and not where.exists():
-        where = SHIPPED
-    if where.is_dir():
-        of_run = not (where / "policy.yaml").exists() and (where / "policy" / "policy.yaml").exists()
-        spec, state, trained_for = _read_folder(where / "policy" if of_run else where)
+    if (folder := policy_folder(path)) is not None:
+        spec, state, trained_for = _read_folder(folder)
     elif where.suffix == ".ckpt":
         spec, state, trained_for = _read_checkpoint(where)
     else:
@@ -97,6 +94,17 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
     policy = build_policy(spec, allow, str(path))
     _check_model(trained_for, model, str(path))
     return _with_weights(policy, state, str(path))
+
+
+def policy_folder(path: str | Path) -> Path | None:
+    """The folder of a trained policy that `path` means (its own, a run's, or the shipped one), None for a file."""
+    where = Path(path).expanduser()
+    if str(path) == "reference" and not where.exists():
+        return SHIPPED
+    if not where.is_dir():
+        return None
+    of_run = not (where / "policy.yaml").exists() and (where / "policy" / "policy.yaml").exists()
+    return where / "policy" if of_run else where
 
 
 def describe_policy_file(path: str | Path) -> str:
@@ -218,12 +226,7 @@ def save_policy(
         "metrics": dict(metrics or {}),
     }
     _write(where / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    with (where / "budgets.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["layer", "head", *(f"keep_{keep:g}" for keep in table)])
-        for layer in range(model["shapes"]["layers"]):
-            for head in range(model["shapes"]["heads"]):
-                rows.writerow([layer, head, *(f"{table[keep][layer][head]:.6f}" for keep in table)])
+    _write(where / "budgets.csv", budget_table.text(table))
     return where
 
 

@@ -248,6 +248,8 @@ class CompressedLayer(CacheLayerMixin):
             self.tail.values,
             mask,
             scaling,
+            self.tail.used,
+            spans=held.spans,
         )[0]
 
     def fork(self) -> "CompressedLayer":

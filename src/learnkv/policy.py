@@ -34,6 +34,8 @@ class Plan:
     """[L, B, H] int64, each row sums to its budget exactly."""
     protected: Tensor
     """[B] entries per head that every policy keeps: sinks and most recent."""
+    total: int
+    """Sum of `budgets`, known on the host from the budget alone."""
 
 
 class Policy(Component):
@@ -94,7 +96,7 @@ class Policy(Component):
         wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
         decided = [self._decide(*one) for one in zip(seen, scores, budgets, strict=True)]
         scores = torch.stack([one.to(device) for one in decided])
-        return Plan(scores, wanted, budgets, torch.tensor(protected, device=device))
+        return Plan(scores, wanted, budgets, torch.tensor(protected, device=device), sum(total))
 
     def _check_recorded(self, seen: Observation) -> None:
         """Raise where a scorer would silently judge by less than it asks for."""
@@ -179,7 +181,7 @@ class Policy(Component):
             return cache
         with torch.no_grad():
             plan = self.plan(cache, keep, budget)
-            cache.evict(plan.scores, plan.budgets)
+            cache.evict(plan.scores, plan.budgets, plan.total)
         cache.budgets = plan.budgets
         return cache
 
@@ -192,7 +194,7 @@ class Policy(Component):
         for more than one layer. What is kept is what `compress` would keep.
         """
         assert self.reads_once
-        split: list[Tensor] = []
+        split: list[tuple[Tensor, list[int]]] = []
 
         def evict(at: int) -> None:
             total, protected = self._spending(cache, keep, budget)
@@ -201,10 +203,13 @@ class Policy(Component):
             if not split:
                 like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
                 shape = (len(cache.compressible), -1, scores.shape[1], -1)
-                split.append(self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1])
-                cache.budgets = split[0]
-            scores = self._decide(seen, scores, split[0][at])
-            cache.evict(scores.unsqueeze(0), split[0][at : at + 1].to(scores.device), first=at)
+                budgets = self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1]
+                # A layer's pool is allocated before the next layer has read: one look per prompt at what each gets.
+                split.append((budgets, budgets.sum((1, 2)).tolist()))
+                cache.budgets = budgets
+            budgets, of_layer = split[0]
+            scores = self._decide(seen, scores, budgets[at])
+            cache.evict(scores.unsqueeze(0), budgets[at : at + 1].to(scores.device), of_layer[at], first=at)
 
         for at, layer in enumerate(cache.compressed_layers()):
             layer.when_read = functools.partial(evict, at)
@@ -221,7 +226,7 @@ class Policy(Component):
             return cache.fork()
         plan = self.plan(cache, keep, budget)
         flat = plan.scores.detach().flatten(0, 2)
-        index = select(flat, plan.budgets.flatten(), int(plan.budgets.sum()))
+        index = select(flat, plan.budgets.flatten(), plan.total)
         hard = torch.zeros(flat.numel(), device=flat.device).index_fill_(0, index, 1.0).view(plan.scores.shape)
         soft = soft_topk(_unit_scale(plan.scores), plan.wanted, TEMPERATURE)
         gates = hard + soft - soft.detach()

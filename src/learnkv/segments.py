@@ -1,6 +1,7 @@
 """Storage of a compressed prompt (one pool, ragged rows) and of what is said after it (tails)."""
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,13 @@ class Segment:
     """[B*H] int64."""
     longest: int
     """Upper bound of `length`, known on the host."""
+
+    @functools.cached_property
+    def spans(self) -> list[tuple[int, int]] | None:
+        """(start, length) of every row, read once; None on a device that the host would have to wait for."""
+        if self.start.device.type != "cpu":
+            return None
+        return list(zip(self.start.tolist(), self.length.tolist(), strict=True))
 
     def rows(self, batch: Tensor, heads: int) -> "Segment":
         """The segment of batch rows `batch` [B'], sharing the pool."""
@@ -53,6 +61,9 @@ class Tail:
         self._keys, self._values, self.length, self._writable = keys, values, length, writable
         self.seen: Tensor | None = None
         """[B, length] slots that the newest token saw; None: all."""
+        self.cursor: Tensor | None = None
+        """[2] on the device: slots in use and the slot that the next token goes to, while a graph may replay a step;
+        keys and values are then the whole buffers."""
 
     @classmethod
     def empty_like(cls, keys: Tensor, values: Tensor) -> "Tail":
@@ -62,34 +73,53 @@ class Tail:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add [B, H, T, D]."""
         end = self.length + keys.shape[2]
+        if self.cursor is not None:
+            self._keys.index_copy_(2, self.cursor[1:], keys)
+            self._values.index_copy_(2, self.cursor[1:], values)
+            return
         if torch.is_grad_enabled():
             self._keys = torch.cat([self.keys, keys], 2)
             self._values = torch.cat([self.values, values], 2)
             self._writable = False
         else:
-            if end > self._keys.shape[2] or not self._writable:
-                self._grow(-(-end // TAIL_CHUNK) * TAIL_CHUNK)
+            self.reserve(keys.shape[2])
             self._keys[:, :, self.length : end] = keys
             self._values[:, :, self.length : end] = values
         self.length = end
 
-    def _grow(self, capacity: int) -> None:
+    def reserve(self, slots: int) -> int:
+        """Make room for so many more slots, so that adding them allocates nothing; returns the capacity."""
+        end = self.length + slots
+        if end <= self.capacity and self._writable:
+            return self.capacity
+        capacity = -(-end // TAIL_CHUNK) * TAIL_CHUNK
         for name in ("_keys", "_values"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
         self._writable = True
+        return capacity
+
+    @property
+    def capacity(self) -> int:
+        """Slots that are allocated."""
+        return self._keys.shape[2]
+
+    @property
+    def used(self) -> Tensor | None:
+        """[1] slots in use, where a graph counts them on the device."""
+        return None if self.cursor is None else self.cursor[:1]
 
     @property
     def keys(self) -> Tensor:
         """[B, H, length, D]."""
-        return self._keys[:, :, : self.length]
+        return self._keys if self.cursor is not None else self._keys[:, :, : self.length]
 
     @property
     def values(self) -> Tensor:
         """[B, H, length, D]."""
-        return self._values[:, :, : self.length]
+        return self._values if self.cursor is not None else self._values[:, :, : self.length]
 
     def fork(self) -> "Tail":
         """An independent tail."""

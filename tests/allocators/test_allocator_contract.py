@@ -1,41 +1,24 @@
 """What the policy relies on, for every allocator there is."""
 
+import components
 import pytest
 import torch
-from observations import observe, randomised, subclasses
-from tables import made_up
+from components import ALLOCATORS, KNOWS_ITS_HEAD
+from observations import observe
 from torch import Tensor
 
-import learnkv.allocators
-from learnkv.allocators import AdaKV, Allocator, Pyramid
+from learnkv.allocators import AdaKV, Allocator
 from learnkv.ops.fit import fit
 
 LAYERS, HEADS = 3, 4
 LENGTHS, BUDGETS = [70, 41, 12, 3, 1], [14.0, 30.5, 1.0, 2.0, 1.0]
 PROTECTED = [4, 4, 0, 1, 0]
 
-TABLES = {
-    "HeadKV": "scores",
-    "LUKV": "curve",
-    "DuoAttention": "gates",
-    "CompressKV": "errors",
-    "FixedLayers": "budgets",
-}
-NEEDS_ARGUMENTS = {
-    "LearnedAllocator": lambda cls: cls(Pyramid(), num_layers=LAYERS, num_heads=HEADS, conditioned=True, window=8),
-    **{
-        name: lambda cls, argument=argument: cls(made_up(argument, LAYERS, HEADS, 2))
-        for name, argument in TABLES.items()
-    },
-}
-KNOWS_ITS_HEAD = {"LearnedAllocator", "HeadKV", "LUKV", "DuoAttention"}  # a head's number is an input of these
-
-ALLOCATORS = subclasses(learnkv.allocators, Allocator)
 every_allocator = pytest.mark.parametrize("cls", ALLOCATORS)
 
 
 def build(cls: type[Allocator]) -> Allocator:
-    return randomised(NEEDS_ARGUMENTS.get(cls.__name__, lambda cls: cls())(cls))
+    return components.build(cls, LAYERS, HEADS, 2, 16)
 
 
 def scores_of(lengths: list[int], protected: list[int], seed: int = 0) -> Tensor:
@@ -113,7 +96,7 @@ def test_a_static_allocator_sees_no_scores_and_the_others_do(cls):
         assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("cls", [cls for cls in ALLOCATORS if cls.__name__ not in KNOWS_ITS_HEAD])
+@pytest.mark.parametrize("cls", [cls for cls in ALLOCATORS if cls not in KNOWS_ITS_HEAD])
 def test_permuted_heads_give_permuted_wishes(cls):
     allocator, order = build(cls), [2, 0, 3, 1]
     scores, budget = scores_of([50, 20], [3, 3]), torch.tensor([11.0, 9.0], dtype=torch.float64)

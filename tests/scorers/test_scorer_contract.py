@@ -2,28 +2,20 @@
 
 import dataclasses
 
+import components
 import pytest
 import torch
-from observations import observe, permuted, randomised, subclasses
-from tables import made_up
+from components import KNOWS_ITS_HEAD, SCORERS
+from observations import observe, permuted
 
-import learnkv.scorers
 from learnkv.observation import Observation
 from learnkv.scorers.base import Scorer
-from learnkv.scorers.snapkv import SnapKV
 
-NEEDS_ARGUMENTS = {
-    "CompressKV": lambda cls: cls(made_up("heads", 2, 2, 3)),
-    "LearnedScorer": lambda cls: cls(SnapKV(window=8), num_layers=2, num_heads=2, head_dim=16),
-}
-KNOWS_ITS_HEAD = {"CompressKV", "Random", "LearnedScorer"}  # a head's number is an input of these
-
-SCORERS = subclasses(learnkv.scorers, Scorer)
 every_scorer = pytest.mark.parametrize("cls", SCORERS)
 
 
 def build(cls: type[Scorer]) -> Scorer:
-    return randomised(NEEDS_ARGUMENTS.get(cls.__name__, lambda cls: cls())(cls))
+    return components.build(cls, 2, 2, 3, 16)
 
 
 def seen_by(scorer: Scorer, lengths: list[int], **more) -> Observation:
@@ -78,7 +70,7 @@ def test_a_wider_recording_changes_nothing(cls):
     assert torch.equal(scorer(wide), scorer(narrow))
 
 
-@pytest.mark.parametrize("cls", [cls for cls in SCORERS if cls.__name__ not in KNOWS_ITS_HEAD])
+@pytest.mark.parametrize("cls", [cls for cls in SCORERS if cls not in KNOWS_ITS_HEAD])
 def test_permuted_heads_give_permuted_scores(cls):
     order, scorer = [2, 0, 3, 1], build(cls)
     seen = seen_by(scorer, [40, 25], heads=4)

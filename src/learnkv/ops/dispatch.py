@@ -28,6 +28,11 @@ def using(impl: Impl) -> Iterator[None]:
         _auto.reset(token)
 
 
+def prefers_reference() -> bool:
+    """Whether `using` has asked for references where kernels would compute."""
+    return _auto.get() == "reference"
+
+
 def implementation(op: str, impl: Impl, available: tuple[str, ...], *tensors: Tensor) -> ModuleType:
     """The module that computes `op` on `tensors`.
 

@@ -1,5 +1,7 @@
 """Grouped-query attention of new tokens to ragged segments and a tail."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from learnkv.ops.dispatch import Impl, implementation
@@ -20,6 +22,7 @@ def decode_attention(
     pages: Tensor | None = None,
     page_size: int = 0,
     *,
+    spans: Sequence[tuple[int, int]] | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of T new tokens to the kept entries of the prompt and to the tail, which ends with the new tokens.
@@ -39,6 +42,8 @@ def decode_attention(
             -1 for none; for T = 1. Page p holds entries p * page_size … (p + 1) * page_size - 1 of a row, those of its
             segment first, then the slots of the tail that the token sees. None: everything is read.
         page_size: entries of a page.
+        spans: (start, length) of every row where the host knows them. Kernels do not ask; without them the reference
+            reads both tables, which is a host sync on a GPU.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
@@ -59,5 +64,6 @@ def decode_attention(
         tail_length,
         pages,
         page_size,
+        spans,
     )
     return output, lse

@@ -1,4 +1,10 @@
-"""Ragged decode attention by padding each row to the longest; softmax in float32."""
+"""Ragged decode attention in plain PyTorch: rows are read where they lie, softmax in float32.
+
+Nothing of the pool is copied or padded: rows of one length that lie at equal distances are one strided view, any other
+row is a view of its own. So the bytes read are the bytes kept, however unequal the heads are.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +26,7 @@ def decode_attention(
     tail_length: Tensor | None,
     pages: Tensor | None,
     page_size: int,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> tuple[Tensor, Tensor]:
     if pages is not None:
         pools, tails = (keys, values), (tail_keys, tail_values)
@@ -28,30 +35,57 @@ def decode_attention(
     heads, tail = tail_keys.shape[1], tail_keys.shape[2]
     group = query_heads // heads
     exact = torch.promote_types(query.dtype, torch.float32)  # float64 inputs give the truth that kernels are judged by
-    packed = query.reshape(batch, heads, group * new, dim)
+    packed = query.reshape(batch * heads, group * new, dim)
+    nothing = packed.new_zeros(())
 
-    slot = torch.arange(longest, device=query.device)
-    entry = (start.unsqueeze(-1) + slot).clamp_max(max(keys.shape[0] - 1, 0))
-    shape = (batch, heads, longest, dim)
-    kept_keys = keys.index_select(0, entry.flatten()).view(shape)
-    kept_values = values.index_select(0, entry.flatten()).view(shape)
-    absent = (slot >= length.unsqueeze(-1)).view(batch, heads, 1, longest)
+    def products(asking: Tensor, asked: Tensor) -> Tensor:
+        return torch.baddbmm(nothing, asking, asked.transpose(1, 2), beta=0, alpha=scaling).to(exact)
 
-    past = (packed @ kept_keys.transpose(-1, -2)).to(exact) * scaling
-    past = past.masked_fill(absent, float("-inf"))
-    recent = (packed @ tail_keys.transpose(-1, -2)).to(exact) * scaling
-    seen = tail_mask if tail_mask is not None else causal_tail(new, tail, query.device, tail_length)
-    if tail_length is not None:
-        unused = torch.arange(tail, device=query.device) >= tail_length
-        seen, tail_values = seen & ~unused, tail_values.masked_fill(unused.unsqueeze(-1), 0)
-    recent = recent.view(batch, heads, group, new, tail).masked_fill(~seen.unsqueeze(2), float("-inf"))
-    logits = torch.cat([past, recent.view(batch, heads, group * new, tail)], -1)
-    lse = logits.logsumexp(-1, keepdim=True)
-    weight = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp().to(query.dtype)
-    # A padded slot must not reach the output: 0 * NaN is NaN where the pool beyond a segment holds anything.
-    kept_values = kept_values.masked_fill(absent.transpose(-1, -2), 0)
-    output = weight[..., :longest] @ kept_values + weight[..., longest:] @ tail_values
-    return output.view(batch, query_heads, new, dim), lse.view(batch, query_heads, new)
+    spans = spans if spans is not None else list(zip(start.tolist(), length.tolist(), strict=True))
+    assert all(count <= longest for _, count in spans)
+    outputs, sums = [], []
+    for first, rows, at, apart, count in _views(spans):
+        kept_keys, kept_values = (_strided(pool, rows, at, apart, count) for pool in (keys, values))
+        logits = products(packed[first : first + rows], kept_keys)
+        sums.append(logits.logsumexp(-1, keepdim=True))
+        outputs.append(logits.softmax(-1).to(query.dtype) @ kept_values)
+    past, past_lse = torch.cat(outputs), torch.cat(sums)
+
+    recent = products(packed, tail_keys.reshape(batch * heads, tail, dim))
+    if new > 1 or tail_mask is not None or tail_length is not None:
+        seen = tail_mask if tail_mask is not None else causal_tail(new, tail, query.device, tail_length)
+        if tail_length is not None:
+            unused = torch.arange(tail, device=query.device) >= tail_length
+            # What was never written may be NaN, and 0 * NaN is NaN.
+            seen, tail_values = seen & ~unused, tail_values.masked_fill(unused.unsqueeze(-1), 0)
+        hidden = ~seen.unsqueeze(2)
+        recent = recent.view(batch, heads, group, new, tail).masked_fill(hidden, float("-inf")).view_as(recent)
+    lse = torch.logaddexp(past_lse, recent.logsumexp(-1, keepdim=True))
+    floor = lse.masked_fill(lse == float("-inf"), 0)
+    weight = (recent - floor).exp().to(query.dtype)
+    output = past * (past_lse - floor).exp() + weight @ tail_values.reshape(batch * heads, tail, dim)
+    return output.to(query.dtype).view(query.shape), lse.view(batch, query_heads, new)
+
+
+def _views(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int, int]]:
+    """First row, number of rows, where it starts, from row to row, and length of every group that is one view."""
+    first = 0
+    while first < len(spans):
+        at, count = spans[first]
+        apart = max(spans[first + 1][0] - at, 0) if first + 1 < len(spans) else 0
+        rows = 1
+        while first + rows < len(spans) and spans[first + rows] == (at + rows * apart, count):
+            rows += 1
+        yield first, rows, at, apart, count
+        first += rows
+
+
+def _strided(pool: Tensor, rows: int, at: int, apart: int, count: int) -> Tensor:
+    """[rows, count, D] of the pool [N, D], not copied."""
+    entry, channel = pool.stride()
+    return pool.as_strided(
+        (rows, count, pool.shape[1]), (apart * entry, entry, channel), pool.storage_offset() + at * entry
+    )
 
 
 def _read_pages(

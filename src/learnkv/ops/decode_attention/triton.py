@@ -6,6 +6,8 @@ Which program owns what is worked out on the device from `length`: no host sync,
 lengths change.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ def decode_attention(
     tail_length: Tensor | None,
     pages: Tensor | None,
     page_size: int,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> tuple[Tensor, Tensor]:
     batch, query_heads, new, dim = query.shape
     tail = tail_keys.shape[2]

@@ -1,5 +1,6 @@
 """Compaction of the kept entries of one layer into the pool."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,6 +33,7 @@ def gather_kv(
     out_values: Tensor,
     rerotation: Rerotation | None = None,
     *,
+    spans: Sequence[tuple[int, int]] | None = None,
     impl: Impl = "auto",
 ) -> None:
     """Write the selected keys and values of R rows into their segments of the pool.
@@ -43,7 +45,9 @@ def gather_kv(
         start, length: [R] where the segments of these rows lie in the pool; the rows of a layer are contiguous.
         out_keys, out_values: [N, D], written in place.
         rerotation: positions that the keys are rotated to; None: they keep their own.
+        spans: (start, length) of every row where the host knows them. Kernels do not ask; without them the reference
+            reads both tables, which is a host sync on a GPU.
     """
     implementation("gather_kv", impl, ("reference", "triton"), keys, values).gather_kv(
-        keys, values, index, first_row, start, length, out_keys, out_values, rerotation
+        keys, values, index, first_row, start, length, out_keys, out_values, rerotation, spans
     )

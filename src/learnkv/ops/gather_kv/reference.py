@@ -1,5 +1,7 @@
 """Compaction by one indexed copy."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,10 @@ def gather_kv(
     out_keys: Tensor,
     out_values: Tensor,
     rerotation: tuple[Tensor, Tensor, Tensor] | None,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> None:
     rows, slots, dim = keys.shape
-    begin, end = int(start[0]), int(start[-1] + length[-1])
+    begin, end = (spans[0][0], sum(spans[-1])) if spans is not None else (int(start[0]), int(start[-1] + length[-1]))
     local = index[begin:end] - first_row * slots
     torch.index_select(keys.reshape(rows * slots, dim), 0, local, out=out_keys[begin:end])
     torch.index_select(values.reshape(rows * slots, dim), 0, local, out=out_values[begin:end])

@@ -1,5 +1,7 @@
 """Compaction by a fixed number of programs that read on the device how much there is to copy."""
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,6 +22,7 @@ def gather_kv(
     out_keys: Tensor,
     out_values: Tensor,
     rerotation: tuple[Tensor, Tensor, Tensor] | None,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> None:
     rows, slots, dim = keys.shape
     block_d = triton.next_power_of_2(dim)

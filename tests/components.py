@@ -1,0 +1,50 @@
+"""Every scorer and every allocator of the package, built for a model of any shape."""
+
+from collections.abc import Callable
+
+from observations import randomised, subclasses
+from tables import made_up
+
+import learnkv.allocators
+import learnkv.scorers
+from learnkv.allocators import Allocator, LearnedAllocator, Pyramid
+from learnkv.component import Component
+from learnkv.scorers import LearnedScorer, Scorer, SnapKV
+
+SCORERS = subclasses(learnkv.scorers, Scorer)
+ALLOCATORS = subclasses(learnkv.allocators, Allocator)
+
+TABLES = {
+    learnkv.scorers.CompressKV: "heads",
+    learnkv.allocators.HeadKV: "scores",
+    learnkv.allocators.LUKV: "curve",
+    learnkv.allocators.DuoAttention: "gates",
+    learnkv.allocators.CompressKV: "errors",
+    learnkv.allocators.FixedLayers: "budgets",
+}
+"""The argument that names a table, of those that read one."""
+
+LEARNED: dict[type, Callable[[int, int, int], Component]] = {
+    LearnedScorer: lambda layers, heads, dim: LearnedScorer(SnapKV(window=8), layers, heads, dim),
+    LearnedAllocator: lambda layers, heads, dim: LearnedAllocator(Pyramid(), layers, heads, conditioned=True, window=8),
+}
+
+KNOWS_ITS_HEAD = {
+    learnkv.scorers.Random,
+    LearnedScorer,
+    learnkv.scorers.CompressKV,
+    LearnedAllocator,
+    learnkv.allocators.HeadKV,
+    learnkv.allocators.LUKV,
+    learnkv.allocators.DuoAttention,
+}
+"""Those of which a head's number is an input."""
+
+
+def build(cls: type[Component], layers: int, heads: int, group: int, dim: int) -> Component:
+    """One with its defaults, whatever was learned drawn at random and tables made up."""
+    if cls in TABLES:
+        return cls(made_up(TABLES[cls], layers, heads, group))
+    if cls in LEARNED:
+        return randomised(LEARNED[cls](layers, heads, dim))
+    return cls()
