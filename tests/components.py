@@ -24,6 +24,12 @@ TABLES = {
 }
 """The argument that names a table, of those that read one."""
 
+WRAPPERS = {
+    learnkv.scorers.CriticalKV: lambda: learnkv.scorers.CriticalKV(SnapKV(window=8)),
+    learnkv.scorers.VaSE: lambda: learnkv.scorers.VaSE(SnapKV(window=8)),
+}
+"""Those that correct another's scores."""
+
 LEARNED: dict[type, Callable[[int, int, int], Component]] = {
     LearnedScorer: lambda layers, heads, dim: LearnedScorer(SnapKV(window=8), layers, heads, dim),
     LearnedAllocator: lambda layers, heads, dim: LearnedAllocator(Pyramid(), layers, heads, conditioned=True, window=8),
@@ -33,6 +39,7 @@ KNOWS_ITS_HEAD = {
     learnkv.scorers.Random,
     LearnedScorer,
     learnkv.scorers.CompressKV,
+    learnkv.scorers.VaSE,
     LearnedAllocator,
     learnkv.allocators.HeadKV,
     learnkv.allocators.LUKV,
@@ -45,6 +52,8 @@ def build(cls: type[Component], layers: int, heads: int, group: int, dim: int) -
     """One with its defaults, whatever was learned drawn at random and tables made up."""
     if cls in TABLES:
         return cls(made_up(TABLES[cls], layers, heads, group))
+    if cls in WRAPPERS:
+        return WRAPPERS[cls]()
     if cls in LEARNED:
         return randomised(LEARNED[cls](layers, heads, dim))
     return cls()

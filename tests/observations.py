@@ -54,6 +54,7 @@ def observe(
         positions=positions.unsqueeze(1).expand(-1, heads, -1),
         output_weight=torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
         hidden=made["hidden"][:, 0],
+        keep=torch.full((len(lengths),), 0.25, dtype=torch.float64),
         rope=Rotary(torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),
     )
     norms = whole.keys.norm(dim=-1, keepdim=True).nan_to_num()

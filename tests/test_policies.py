@@ -43,6 +43,12 @@ MADE_OF = {
     "h2o": (H2O, Uniform),
     "kvzip": (KVzip, Flat),
     "observed_attention": (ObservedAttention, Uniform),
+    "expected_attention": (scorers.ExpectedAttention, Uniform),
+    "criticalkv": (scorers.CriticalKV, Uniform),
+    "critical_adakv": (scorers.CriticalKV, AdaKV),
+    "defensivekv": (scorers.DefensiveKV, AdaKV),
+    "layer_defensivekv": (scorers.DefensiveKV, Flat),
+    "vase": (scorers.VaSE, Uniform),
 }
 
 

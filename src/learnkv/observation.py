@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from learnkv.errors import UserError
 from learnkv.ops.rotary import Rotary
 from learnkv.ops.window_attention import in_window, window_attention
 
@@ -66,24 +67,40 @@ class Observation:
         return in_window(self.query_positions[:, -window:], self.positions)
 
     @property
+    def projection(self) -> Tensor:
+        """[E, H*G*D] weight of the output projection; UserError for a model that does not show it."""
+        if self.output_weight is None:
+            raise UserError(
+                "the policy reads the weight of the output projection, and the model shows none: it has no `o_proj`, "
+                "or one that is quantised or offloaded"
+            )
+        return self.output_weight
+
+    @property
+    def kept(self) -> Tensor:
+        """[B] float64, fraction of the row's entries that will be kept; known from the moment of planning on."""
+        assert self.keep is not None, "scores that depend on the budget are asked for when the prompt has been read"
+        return self.keep
+
+    @property
     def length(self) -> Tensor:
         """[B] tokens that were read, evicted ones included."""
         return self.positions.masked_fill(~self.valid, -1).amax((1, 2)) + 1
 
 
 class Statistic(ABC):
-    """A figure of every entry that grows while the prompt is read, for scorers that want more than its last queries.
+    """What is gathered of all queries while the prompt is read, for scorers that want more than the last ones.
 
     A frozen dataclass: those that are equal are gathered once for all policies that one prefill serves.
     """
 
     @abstractmethod
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
-        """The statistic [B, H, S, F] float32 of all entries that have been read, in a tensor of its own.
+        """The statistic of all that has been read, in a tensor of its own: [B, H, …] float32.
 
         Args:
             chunk: all entries up to now; its queries are those that were read since `gathered`.
-            gathered: [B, H, S', F] of the first S' entries, None at first.
+            gathered: the statistic up to these queries, None at first.
         """
 
 

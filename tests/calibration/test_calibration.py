@@ -1,5 +1,7 @@
 """Tables measured of the reference model, each against what it claims to measure."""
 
+import copy
+
 import pytest
 import torch
 
@@ -41,6 +43,20 @@ def test_a_needle_is_the_sentence_that_holds_the_answer(loaded, trials):
         assert trial.context.shape[1] <= 192
     again = list(draw(tokenizer, 192, 4, seed=3))
     assert all(torch.equal(one.context, other.context) for one, other in zip(trials, again, strict=True))
+
+
+def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(loaded):
+    tokenizer = copy.deepcopy(loaded[1])
+    tokenizer.chat_template = "{% for one in messages %}<u>{{ one.content }}</u>{% endfor %}<a>"
+    plain, chat = (next(draw(one, 192, 1, seed=3)) for one in (loaded[1], tokenizer))
+    asked = tokenizer.decode(chat.question[0])
+    before, _, begun = asked.partition("</u><a>")
+    assert begun and tokenizer.decode(plain.question[0]).endswith(begun)
+    assert not before.endswith(begun)
+    sentences = [
+        loaded[1].decode(trial.context[0, trial.needle[0] : trial.needle[1]]).strip(". ") for trial in (plain, chat)
+    ]
+    assert sentences[0] == sentences[1]
 
 
 def test_attention_while_answering_is_the_model_s_own(loaded, trials):

@@ -49,12 +49,12 @@ def assert_kept(got: np.ndarray, ranking: np.ndarray, want: np.ndarray) -> None:
         assert_best(mine, score, number)
 
 
-def assert_best(mine: np.ndarray, score: np.ndarray, number: int) -> None:
+def assert_best(mine: np.ndarray, score: np.ndarray, number: int, margin: float = 1e-6) -> None:
     """The mask `mine` [n] holds `number` entries, none of which has a lower score than one that it leaves out."""
     assert np.count_nonzero(mine) == number
     if number == 0:
         return
     lowest = np.sort(score)[::-1][number - 1]
-    margin = 1e-6 * abs(lowest)
-    assert mine[score > lowest + margin].all(), "an entry with a higher score was evicted"
-    assert not mine[score < lowest - margin].any(), "an entry with a lower score was kept"
+    apart = margin * abs(lowest)
+    assert mine[score > lowest + apart].all(), "an entry with a higher score was evicted"
+    assert not mine[score < lowest - apart].any(), "an entry with a lower score was kept"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learnkv.policy import Policy
 from originals.comparing import assert_kept, assert_scores, budgets, kept
-from originals.loading import Case, policy, scored
+from originals.loading import Case, policy, scored, whole
 
 
 def knorm(case: Case) -> tuple[Policy, Tensor, slice]:
@@ -33,11 +33,37 @@ def snapkv(case: Case) -> tuple[Policy, Tensor, slice]:
     return made, scored(case, made), slice(-case.params["window"], None)
 
 
+def expected_attention(case: Case) -> tuple[Policy, Tensor, slice]:
+    params = case.params
+    arguments = {
+        "future": params["n_future_positions"],
+        "sinks": params["n_sink"],
+        "covariance": params["use_covariance"],
+        "value_norm": params["use_vnorm"],
+        "epsilon": params["epsilon"],
+    }
+    made = policy("expected_attention", scorer=arguments)
+    seen = whole(case, made)
+    mean, covariance = made.scorer.future_queries(seen)
+    if "mu" in case:
+        assert_scores(mean.numpy(), case["mu"], rtol=1e-3, atol=1e-5)
+    if "cov_head0" in case:
+        assert_scores(covariance[:, :1].numpy(), case["cov_head0"], rtol=1e-3, atol=1e-5)
+    return made, made.scorer(seen), slice(0, params["n_sink"])
+
+
+def observed_attention(case: Case) -> tuple[Policy, Tensor, slice]:
+    made = policy("observed_attention")
+    return made, made.scorer(whole(case, made)), slice(0, 0)
+
+
 PRESSES: dict[str, Callable[[Case], tuple[Policy, Tensor, slice]]] = {
     "Knorm": knorm,
     "KeyDiff": keydiff,
     "TOVA": tova,
     "SnapKV": snapkv,
+    "ExpectedAttention": expected_attention,
+    "ObservedAttention": observed_attention,
 }
 
 
@@ -68,4 +94,4 @@ def check_streaming_llm(case: Case) -> None:
 
 
 FAMILIES = {"kvpress": check_press}
-TOLERANCE: dict[str, dict[str, float]] = {}
+TOLERANCE = {"ExpectedAttention": {"rtol": 2e-3}}

@@ -1,5 +1,6 @@
 """Golden cases, and our policies as their YAML builds them."""
 
+import dataclasses
 import functools
 import json
 import tempfile
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from learnkv.io import load_policy
 from learnkv.observation import Observation
+from learnkv.ops.rotary import Rotary
 from learnkv.policy import Policy
 
 POLICIES = Path(__file__).resolve().parents[2] / "configs" / "policies"
@@ -57,9 +59,13 @@ class Case:
 
 @functools.cache
 def built(name: str, changes: str) -> Policy:
-    """The policy that configs/policies/<name>.yaml describes, with constructor arguments changed (JSON)."""
-    config = yaml.safe_load((POLICIES / f"{name}.yaml").read_text())
-    for component, arguments in json.loads(changes).items():
+    """The policy that configs/policies/<name>.yaml describes, with constructor arguments changed (JSON).
+
+    Components under `replaced` take the place of the YAML's.
+    """
+    config, arguments_of = yaml.safe_load((POLICIES / f"{name}.yaml").read_text()), json.loads(changes)
+    config |= arguments_of.pop("replaced", {})
+    for component, arguments in arguments_of.items():
         config[component].setdefault("init_args", {}).update(arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.yaml"
@@ -99,3 +105,15 @@ def observation(queries: Tensor, keys: Tensor, values: Tensor, **more: Any) -> O
         "positions": torch.arange(entries).expand(batch, heads, entries),
     }
     return Observation(queries=queries, keys=keys, values=values, **(fields | more))
+
+
+def whole(case: Case, policy: Policy, scale: float = 1.0, **more: Any) -> Observation:
+    """The case's inputs with all queries, the rotation they have, and what the policy's scorer gathers from them."""
+    inputs = inputs_of(case)
+    dim, length = inputs["q"].shape[3], inputs["q"].shape[2]
+    frequency = 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = (torch.arange(length).unsqueeze(-1) * torch.cat([frequency, frequency])).unsqueeze(0)
+    weight = torch.from_numpy(case.shared["Wo"]) if "Wo" in case.shared else None
+    fields = {"rope": Rotary(angle.cos().float(), angle.sin().float()), "output_weight": weight} | more
+    seen = observation(scale * inputs["q"], inputs["k"], inputs["v"], **fields)
+    return dataclasses.replace(seen, statistics={one: one.update(seen, None) for one in policy.scorer.statistics})

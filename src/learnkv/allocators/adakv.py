@@ -21,7 +21,8 @@ class AdaKV(Allocator):
         base: says what a layer gets; `Uniform` if not given.
         floor: weight of the equal share, 0 (scores alone) to 1 (equal shares).
         rounding: `exact` keeps each layer's total; `original` rounds heads as the authors' code does, to within a few
-            entries of it.
+            entries of it; `kvpress` is another rule: a head's own best entries, `floor` of its equal share, are set
+            aside, then all others compete for the rest of the layer's total.
         normalize: weight the scores of a head by the part of their sum that its equal share of entries would hold.
             Scores must be non-negative then.
         floor_of: the equal share is that of the `layer`, or of the `average` layer, as in LAVa's code, which moves
@@ -32,7 +33,7 @@ class AdaKV(Allocator):
         self,
         base: Allocator | None = None,
         floor: float = 0.2,
-        rounding: Literal["exact", "original"] = "exact",
+        rounding: Literal["exact", "original", "kvpress"] = "exact",
         normalize: bool = False,
         floor_of: Literal["layer", "average"] = "layer",
     ) -> None:
@@ -54,6 +55,8 @@ class AdaKV(Allocator):
         protected = (scores == torch.inf).sum(-1)  # [L, B, H]
         entries = (scores > -torch.inf).sum(-1) - protected
         share = self.base(scores, features, budget).to(torch.float64).mean(-1, keepdim=True) - protected
+        if self.rounding == "kvpress":
+            return self._guaranteed(scores, share + protected)
         if self.rounding == "original":
             share = share.round()
             won = self._won(scores, share, heads * share[..., 0])
@@ -69,16 +72,18 @@ class AdaKV(Allocator):
         equal = share if self.floor_of == "layer" else share.mean(0, keepdim=True)
         return protected + (1 - self.floor) * won + self.floor * equal
 
+    def _guaranteed(self, scores: Tensor, share: Tensor) -> Tensor:
+        """Entries of each head among the layer's best, those that are kept in any case included, [L, B, H]."""
+        place = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        raised = scores.masked_fill(place < (self.floor * share).floor().unsqueeze(-1), torch.inf)
+        return _best(raised, (scores.shape[2] * share[..., 0]).round()).sum(-1).double()
+
     def _won(self, scores: Tensor, share: Tensor, places: Tensor) -> Tensor:
         """How many of the `places` [L, B] best entries of a layer lie in each head, [L, B, H], protected ones apart."""
         free = torch.isfinite(scores)
         if self.normalize:
             scores = torch.where(free, scores * self._concentration(scores, free, share), -torch.inf)
-        flat = scores.masked_fill(~free, -torch.inf).flatten(2)  # [L, B, H*S]
-        order = flat.argsort(dim=-1, descending=True, stable=True)
-        among = torch.arange(flat.shape[-1], device=flat.device) < places.unsqueeze(-1)
-        best = torch.zeros_like(among).scatter_(-1, order, among)
-        return (best.view_as(free) & free).sum(-1)
+        return (_best(scores.masked_fill(~free, -torch.inf), places) & free).sum(-1)
 
     @staticmethod
     def _concentration(scores: Tensor, free: Tensor, share: Tensor) -> Tensor:
@@ -88,3 +93,11 @@ class AdaKV(Allocator):
         counted = torch.arange(best.shape[-1], device=best.device) < share.unsqueeze(-1)
         whole = mass.sum(-1, keepdim=True)
         return (best * counted).sum(-1, keepdim=True) / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+
+
+def _best(scores: Tensor, places: Tensor) -> Tensor:
+    """Mask [L, B, H, S] of the `places` [L, B] best entries of a layer."""
+    flat = scores.flatten(2)
+    order = flat.argsort(dim=-1, descending=True, stable=True)
+    among = torch.arange(flat.shape[-1], device=flat.device) < places.unsqueeze(-1)
+    return torch.zeros_like(among).scatter_(-1, order, among).view_as(scores)

@@ -52,15 +52,16 @@ def draw(tokenizer: Any, length: int, count: int, seed: int = 0) -> Iterator[Tri
 
 
 def _trial(tokenizer: Any, context: str, question: str, answer: str) -> Trial:
-    told, asked, prefix = format_prompt(tokenizer, context, question)
-    words = tokenizer(told, add_special_tokens=False, return_offsets_mapping=True)
     # A question ends in the words before the value: its longest end that the context has is the needle's sentence.
-    both = question + answer
-    sentence = next(both[at:] for at in range(len(both)) if both[at:] in told).strip()
+    at = next(at for at in range(len(question)) if question[at:] + answer in context)
+    stem = question[at:] if tokenizer.chat_template is None else question[at:].lstrip()
+    told, asked, begun = format_prompt(tokenizer, context, question[:at], stem)
+    words = tokenizer(told, add_special_tokens=False, return_offsets_mapping=True)
+    sentence = (question[at:] + answer).strip()
     begin, end = told.index(sentence), told.index(sentence) + len(sentence)
     inside = [at for at, (first, last) in enumerate(words.offset_mapping) if last > begin and first < end]
 
     def ids(text: str) -> Tensor:
         return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids], dtype=torch.long)
 
-    return Trial(torch.tensor([words.input_ids]), ids(asked + prefix), ids(answer), answer, (inside[0], inside[-1] + 1))
+    return Trial(torch.tensor([words.input_ids]), ids(asked + begun), ids(answer), answer, (inside[0], inside[-1] + 1))

@@ -3,6 +3,9 @@
 from learnkv.scorers.base import Scorer
 from learnkv.scorers.cake import CAKE
 from learnkv.scorers.compresskv import CompressKV
+from learnkv.scorers.criticalkv import CriticalKV
+from learnkv.scorers.defensivekv import DefensiveKV
+from learnkv.scorers.expected_attention import ExpectedAttention
 from learnkv.scorers.h2o import H2O
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
@@ -16,6 +19,7 @@ from learnkv.scorers.rkv import RKV
 from learnkv.scorers.snapkv import SnapKV
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.scorers.tova import TOVA
+from learnkv.scorers.vase import VaSE
 
 __all__ = [
     "CAKE",
@@ -23,6 +27,9 @@ __all__ = [
     "RKV",
     "TOVA",
     "CompressKV",
+    "CriticalKV",
+    "DefensiveKV",
+    "ExpectedAttention",
     "KVzip",
     "KeyDiff",
     "Knorm",
@@ -34,4 +41,5 @@ __all__ = [
     "Scorer",
     "SnapKV",
     "StreamingLLM",
+    "VaSE",
 ]

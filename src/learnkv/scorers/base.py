@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from learnkv.component import Component
+from learnkv.errors import UserError
 from learnkv.observation import Observation, Probe, Statistic
 
 
@@ -37,3 +38,10 @@ class Scorer(Component, ABC):
             budgets: [B, H] entries that every head keeps, protected ones included.
         """
         return scores
+
+    def _builds_on(self, base: "Scorer") -> None:
+        """Ask for everything that `base` reads; one that ranks by a head's budget cannot be built on."""
+        if type(base).refine is not Scorer.refine:
+            raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
+        self.needs, self.window = base.needs, base.window
+        self.statistics, self.probes = base.statistics, base.probes

@@ -39,10 +39,8 @@ class LearnedScorer(Scorer):
         super().__init__()
         if width < 1 or window < 1:
             raise UserError(f"width={width} window={window}: expected at least 1 of each")
-        if type(base).refine is not Scorer.refine:
-            raise UserError(f"base={type(base).__name__}: ranks by a head's budget, which a learned scorer cannot know")
+        self._builds_on(base)
         self.base = base
-        self.needs, self.statistics, self.probes = base.needs, base.statistics, base.probes
         self.window = max(base.window, window)
         self._own_window = window
         features = 2 * head_dim + 3

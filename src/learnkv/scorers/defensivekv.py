@@ -1,0 +1,127 @@
+"""DefensiveKV scores."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.output_projection import projected_l1
+from learnkv.ops.pool_apart import pool_apart
+from learnkv.scorers.base import Scorer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The steps of DefensiveKV, for entries before the window."""
+
+    average: Tensor
+    """[B, H, S] mean attention of the window's queries and the query heads of a kv head."""
+    defensive: Tensor
+    """[B, H, S] the largest attention, pooled, and no less than its mean over the head's entries."""
+    factor: Tensor
+    """[B, H, S] size of the value in the output, as a share of that of all heads at the position."""
+    bias: Tensor
+    """[B] attention to as many entries just before the window as the window has."""
+    count: Tensor
+    """[B, H] entries of each head that are promoted for their average attention."""
+    promoted: Tensor
+    """[B, H, S] which these are."""
+    scores: Tensor
+    """[B, H, S] the result."""
+
+
+class DefensiveKV(Scorer):
+    """The largest attention that any of the last queries gave, not the mean (DefensiveKV, arXiv 2510.13334).
+
+    score_j = max(m_j, mean_t m_t) * N_j / (sum of N_j over kv heads), with m_j the maximum over the window's queries
+    and the query heads of a kv head of the pooled attention, whose sum pooling leaves as it was, and N_j the mean over
+    these heads of |W_O v_j|_1. In each head the entries that hold `mass` of the average attention between them, less
+    the part that the last entries before the window have, rank above all others, with the layer's best: at most
+    as many as its share of the budget less a window. So does the window itself, up to half of the budget.
+
+    In the authors' code the last part and the best score are those of the whole batch, the window is kept whatever the
+    budget, and where the budget is smaller than a window nearly all entries are promoted, so that chance decides.
+
+    Args:
+        window: number of last prompt queries that are asked.
+        kernel_size: neighbouring entries that are pooled, odd.
+        mass: average attention that a head's promoted entries have together, at most.
+        variant: `repaired` as above; `original` as the authors' code.
+    """
+
+    def __init__(
+        self,
+        window: int = 32,
+        kernel_size: int = 5,
+        mass: float = 0.9,
+        variant: Literal["repaired", "original"] = "repaired",
+    ) -> None:
+        super().__init__()
+        if window < 1 or kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(f"window={window} kernel_size={kernel_size}: expected window >= 1 and an odd kernel_size")
+        if not 0 <= mass <= 1:
+            raise UserError(f"mass={mass}: expected 0 to 1")
+        self.window = window
+        self.kernel_size = kernel_size
+        self.mass = mass
+        self.variant = variant
+
+    def forward(self, seen: Observation) -> Tensor:
+        return self.parts(seen).scores
+
+    def parts(self, seen: Observation) -> Parts:
+        """The scores and the steps that lead to them."""
+        weights, sees = seen.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
+        inside = seen.in_window(self.window)
+        past = seen.valid & ~inside
+        average = weights.mean(2).sum(2) / sees.sum(2).clamp(min=1)
+        defensive = self._defensive(weights, inside, seen.valid)
+        sizes = projected_l1(seen.values, seen.projection).mean(2).masked_fill(~seen.valid, 0.0)
+        factor = sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+        bias = self._bias(average, past, inside)
+        count = self._count(average, past, bias, seen.kept)
+        place = average.masked_fill(~past, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        promoted = (place < count.unsqueeze(-1)) & past
+        scores = defensive * factor
+        room = (seen.kept.view(-1, 1, 1) * seen.valid.sum(-1, keepdim=True) / 2).floor()
+        always = inside & (seen.positions >= seen.length.view(-1, 1, 1) - room)
+        best = scores.masked_fill(~seen.valid, 0.0).amax((1, 2), keepdim=True)
+        if self.variant == "original":
+            best, always = scores.masked_fill(~past, 0.0).amax().expand_as(best), inside
+        scores = torch.where((promoted | always) & seen.valid, best, scores)
+        return Parts(average, defensive, factor, bias, count, promoted, scores)
+
+    def _defensive(self, weights: Tensor, inside: Tensor, valid: Tensor) -> Tensor:
+        """The largest pooled attention, no less than its mean over the entries before the window, [B, H, S]."""
+        within, there = inside[:, :, None, None], valid[:, :, None, None]
+        pooled = pool_apart(weights, within, there, self.kernel_size, "avg")
+        for part in (within, ~within):  # pooling loses mass at both ends
+            had, has = (x.masked_fill(~part, 0.0).sum(-1, keepdim=True) for x in (weights, pooled))
+            pooled = torch.where(part, pooled * (had / has.clamp(min=torch.finfo(has.dtype).tiny)), pooled)
+        worst = pooled.amax((2, 3))
+        past = valid & ~inside
+        mean = worst.masked_fill(~past, 0.0).sum(-1, keepdim=True) / past.sum(-1, keepdim=True).clamp(min=1)
+        return worst.maximum(mean)
+
+    def _bias(self, average: Tensor, past: Tensor, inside: Tensor) -> Tensor:
+        """[B] mean over heads of the attention to as many entries before the window as it has itself."""
+        length = past.sum(-1, keepdim=True)
+        near = past & (past.cumsum(-1) > length - inside.sum(-1, keepdim=True))
+        bias = average.masked_fill(~near, 0.0).sum(-1).mean(-1)
+        return bias.mean().expand_as(bias) if self.variant == "original" else bias
+
+    def _count(self, average: Tensor, past: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+        """[B, H] entries to promote: those before the one with which the best hold `mass` less `bias` of a head."""
+        share = average.masked_fill(~past, 0.0).double()
+        share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
+        held = share.sort(dim=-1, descending=True).values.cumsum(-1)
+        reached = held >= (self.mass - bias).view(-1, 1, 1)
+        first = torch.where(reached.any(-1), reached.int().argmax(-1), 0)
+        entries = past.sum(-1)
+        most = (entries * keep.unsqueeze(-1) - self.window).trunc().long()
+        if self.variant == "original":
+            return torch.where(most < 0, (entries + most).clamp(min=0), first.minimum(most))
+        return first.minimum(most.clamp(min=0))

@@ -1,0 +1,113 @@
+"""ExpectedAttention scores."""
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.ops.rotary import rotate
+from learnkv.scorers.base import Scorer
+from learnkv.scorers.query_moments import QueryMoments
+
+
+class ExpectedAttention(Scorer):
+    """Attention that queries still to come are expected to give (ExpectedAttention, arXiv 2510.00636).
+
+    Queries are taken for normal, with the mean and covariance that the prompt's own have before rotation, and turned by
+    the mean rotation R of the next `future` positions: with m = R mean and C = R covariance R^T,
+    z_j = m k_j / sqrt(D) + k_j C k_j / 2D. score_j = (mean over the query heads of a kv head of softmax_j(z) + epsilon)
+    * |v_j|_2. The first `sinks` entries take no part and come before all others; recent ones are not favoured.
+
+    In kvpress the mean is over all prompt queries but the first four, and epsilon is 0; its evaluations use 0.01 under
+    AdaKV, and no value norm under CriticalKV, which has one of its own.
+
+    Args:
+        future: number of positions after the prompt whose rotations are averaged.
+        sinks: first entries that are left out.
+        covariance: whether the covariance counts, or the mean alone.
+        value_norm: whether scores are multiplied by the norm of the value.
+        epsilon: added to the expected attention before that, and only then.
+        moments: safetensors file with `mean` [L, H*G, D] and `covariance` [L, H*G, D, D] of queries before rotation,
+            measured once per model by `python -m learnkv.query_moments`; not given: those of the prompt itself.
+    """
+
+    def __init__(
+        self,
+        future: int = 512,
+        sinks: int = 4,
+        covariance: bool = True,
+        value_norm: bool = True,
+        epsilon: float = 0.0,
+        moments: str | None = None,
+    ) -> None:
+        super().__init__()
+        if future < 1 or sinks < 0 or epsilon < 0:
+            raise UserError(f"future={future} sinks={sinks} epsilon={epsilon}: expected future >= 1, the others >= 0")
+        self.future = future
+        self.sinks = sinks
+        self.covariance = covariance
+        self.value_norm = value_norm
+        self.epsilon = epsilon
+        self.source = moments
+        self.measured: dict[str, Tensor] | None = None if moments is None else _read(moments)
+        if moments is None:
+            self.statistics = frozenset({QueryMoments(sinks)})
+
+    def forward(self, seen: Observation) -> Tensor:
+        mean, covariance = self.future_queries(seen)
+        heads = seen.keys.shape[1]
+        keys = seen.keys.float().masked_fill(~seen.valid.unsqueeze(-1), 0.0)
+        logits = seen.scaling * torch.einsum("bhgd,bhsd->bhgs", mean.unflatten(1, (heads, -1)), keys)
+        if self.covariance:
+            spread = covariance.unflatten(1, (heads, -1))
+            for member in range(spread.shape[2]):  # a member at a time: [B, H, S, D] is as large as the keys
+                turned = keys @ spread[:, :, member]
+                logits[:, :, member] += seen.scaling**2 / 2 * (turned * keys).sum(-1)
+        among = (seen.valid & (seen.positions >= self.sinks)).unsqueeze(2)
+        scores = logits.masked_fill(~among, -torch.inf).softmax(-1).masked_fill(~among, 0.0).mean(2)
+        if self.value_norm:
+            scores = (scores + self.epsilon) * seen.values.float().masked_fill(~seen.valid.unsqueeze(-1), 0.0).norm(
+                dim=-1
+            )
+        among = among.squeeze(2)
+        return torch.where(among, scores, scores.masked_fill(~among, 0.0).amax((1, 2), keepdim=True) + 1)
+
+    def future_queries(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        """Mean [B, H*G, D] and covariance [B, H*G, D, D] of queries at the positions that follow the prompt."""
+        mean, covariance = self._moments(seen)
+        if seen.rope is None:
+            return mean, covariance
+        cos, sin = (part.mean(1).float()[:, None] for part in seen.rope.after(seen.length, self.future))  # [B, 1, R]
+        turned = rotate(covariance, cos.unsqueeze(2), sin.unsqueeze(2)).transpose(2, 3)
+        return rotate(mean, cos, sin), rotate(turned, cos.unsqueeze(2), sin.unsqueeze(2))
+
+    def _moments(self, seen: Observation) -> tuple[Tensor, Tensor]:
+        if self.measured is None:
+            return QueryMoments(self.sinks).moments(seen)
+        layers, heads, dim = self.measured["mean"].shape
+        shape = (seen.queries.shape[1], seen.keys.shape[3])
+        if seen.layer_idx >= layers or (heads, dim) != shape:
+            raise UserError(
+                f"moments={self.source}: holds {layers} layers of {heads} heads of {dim}, the model has layer "
+                f"{seen.layer_idx} with {shape[0]} of {shape[1]}"
+            )
+        mean, covariance = (self.measured[name][seen.layer_idx].to(seen.keys.device) for name in _NAMES)
+        batch = len(seen.keys)
+        return mean.expand(batch, -1, -1), covariance.expand(batch, -1, -1, -1)
+
+
+_NAMES = ("mean", "covariance")
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    try:
+        held = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"moments={path}: cannot be read: {str(error).splitlines()[0]}") from None
+    shapes = {name: tuple(held[name].shape) for name in _NAMES if name in held}
+    mean = shapes.get("mean", ())
+    if len(mean) != 3 or shapes.get("covariance") != (*mean, mean[-1]):
+        raise UserError(f"moments={path}: expected mean [L, H, D] and covariance [L, H, D, D], got {shapes}")
+    return {name: held[name].float() for name in _NAMES}
