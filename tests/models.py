@@ -158,7 +158,8 @@ def compressible(model: PreTrainedModel) -> list[int]:
     return CompressedCache(model.config).compressible
 
 
-HEURISTICS = sorted({path.stem for path in (CONFIGURATIONS / "policies").glob("*.yaml")} - {"full"})
+EVICTS_NOTHING = {"full", "quest"}
+HEURISTICS = sorted({path.stem for path in (CONFIGURATIONS / "policies").glob("*.yaml")} - EVICTS_NOTHING)
 LEARNED = ["budgets", "conditioned", "tokens"]
 
 

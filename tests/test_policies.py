@@ -22,6 +22,7 @@ from learnkv.scorers import (
 
 MADE_OF = {
     "full": (type(None), Uniform),
+    "quest": (type(None), Uniform),
     "streaming_llm": (StreamingLLM, Uniform),
     "snapkv": (SnapKV, Uniform),
     "pyramidkv": (SnapKV, Pyramid),

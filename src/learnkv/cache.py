@@ -42,8 +42,6 @@ class CompressedCache(Cache):
         self.steps: object = None
         """Decode steps of the last turn, captured as a graph, for as long as rows and tails stay where they are."""
 
-    # -- phases ------------------------------------------------------------------------------------------------------
-
     def compressed_layers(self) -> list[CompressedLayer]:
         """The layers that a policy decides about, in order."""
         return [self.layers[index] for index in self.compressible]
@@ -134,8 +132,6 @@ class CompressedCache(Cache):
             layer.fork() if index in self.compressible else copy.copy(layer) for index, layer in enumerate(self.layers)
         ]
         return twin
-
-    # -- continuation ------------------------------------------------------------------------------------------------
 
     @property
     def has_sliding_layers(self) -> bool:
@@ -263,8 +259,6 @@ class CompressedCache(Cache):
         self._select_rows(beam_idx)
         super().reorder_cache(beam_idx)
 
-    # -- what it costs -----------------------------------------------------------------------------------------------
-
     def tensors(self) -> Iterator[Tensor]:
         """Everything that is held for the compressible layers."""
         for layer in self.compressed_layers():
@@ -289,6 +283,15 @@ class CompressedCache(Cache):
         layers, _, heads = self.budgets.shape
         kept = self.budgets.sum((0, 2)).tolist()
         return [one / (n * layers * heads) for one, n in zip(kept, self.prompt_lengths, strict=True)]
+
+    @property
+    def read(self) -> list[float]:
+        """Fraction of each row's prompt entries that a single new token attends to."""
+        layers = [layer for layer in self.compressed_layers() if layer.segment is not None]
+        if all(layer.reading is None for layer in layers):
+            return self.spent
+        each = torch.stack([layer.entries_read().cpu().double().mean(-1) for layer in layers]).mean(0)
+        return (each / torch.tensor(self.prompt_lengths)).tolist()
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of what one head of model layer `layer_idx` retains."""

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.attention import attach
+from learnkv.budget import check_budget
 from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, beam_search, check_context, check_settings
 from learnkv.errors import UserError
 from learnkv.observation import Recording
-from learnkv.policy import Policy, check_budget
+from learnkv.policy import Policy
 from learnkv.probing import run_probe
 from learnkv.scorers.base import Scorer
 from learnkv.steps import steps_for

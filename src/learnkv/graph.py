@@ -43,6 +43,8 @@ def refusal(model: nn.Module, cache: CompressedCache, slots: int) -> str | None:
         return "a mixture of experts routes tokens on the host"
     if _MOVING_ROPE & set(_rope_types(getattr(config, "rope_parameters", None))):
         return "RoPE changes with the length"
+    if any(layer.reading is not None for layer in cache.compressed_layers()):
+        return "pages are chosen as the tail grows"
     if prefers_reference():
         return "references compute in place of kernels"
     return None

@@ -1,7 +1,7 @@
 """One layer of a compressed cache: the prompt as it was read, then what was retained of it, and the tail."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
+from learnkv.pages.base import PageSelector
+from learnkv.reading import Reading
 from learnkv.recorder import Recorder
 from learnkv.segments import Segment, Tail
 
@@ -37,6 +39,7 @@ class CompressedLayer(CacheLayerMixin):
         self.gates: Tensor | None = None
         self.segment: Segment | None = None
         self.tail: Tail | None = None
+        self.reading: Reading | None = None
         self.when_read: Callable[[], None] | None = None
         self.announced = False
         self.prompt = 0
@@ -102,6 +105,8 @@ class CompressedLayer(CacheLayerMixin):
             )
         if self.tail is not None:
             self.tail.crop(keep)
+        if self.reading is not None:
+            self.reading.renew()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = torch.arange(self.batch).repeat_interleave(repeats)
@@ -116,6 +121,8 @@ class CompressedLayer(CacheLayerMixin):
             self.segment = self.segment.rows(indices, self.heads)
         if self.tail is not None:
             self.tail = self.tail.rows(indices)
+        if self.reading is not None:
+            self.reading = self.reading.rows(indices)
         prompts, self.copies = indices // self.copies, 1
         for name in ("valid", "gates", *(() if self.holds_view else ("keys", "values"))):
             if (held := getattr(self, name)) is not None:
@@ -219,12 +226,26 @@ class CompressedLayer(CacheLayerMixin):
     def evict(self, segment: Segment) -> None:
         """Hold `segment` and nothing else of the prompt."""
         self.segment = segment
+        if self.reading is not None:
+            self.read_pages(self.reading.selector, self.reading.tokens.tolist())
         self.keys = self.values = self.valid = None
         self.recorder.forget()
 
     def relax(self, gates: Tensor) -> None:
         """Multiply every entry's softmax weight by its gate, [B, H, S]; nothing is freed."""
-        self.gates, self.segment = gates, None
+        self.gates, self.segment, self.reading = gates, None, None
+
+    def read_pages(self, selector: PageSelector, tokens: Sequence[int]) -> None:
+        """Let every single token attend to `tokens` [B] entries per head, in the pages that `selector` chooses."""
+        assert self.segment is not None
+        dense = self.at < selector.dense_layers
+        self.reading = None if dense else Reading(selector, tokens, self.segment)
+
+    def entries_read(self) -> Tensor:
+        """Entries of the prompt [B, H] that a single token attends to."""
+        assert self.segment is not None
+        held = self.segment.length.view(-1, self.heads)
+        return held if self.reading is None else self.reading.of_prompt(self.segment)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens to what is retained and to the tail."""
@@ -236,7 +257,13 @@ class CompressedLayer(CacheLayerMixin):
                 query, self.keys, self.values, self.gates, self.tail.keys, self.tail.values, mask, scaling
             )
         assert self.segment is not None
-        held = self.segment
+        held, pages, page_size = self.segment, None, 0
+        if self.reading is not None:
+            if query.shape[2] == 1:
+                pages = self.reading.choose(query, held, self.tail, mask)
+                page_size = self.reading.selector.page_size
+            else:  # a question is read whole, and which of its slots are padding shows afterwards
+                self.reading.renew()
         return decode_attention(
             query,
             held.keys,
@@ -249,6 +276,8 @@ class CompressedLayer(CacheLayerMixin):
             mask,
             scaling,
             self.tail.used,
+            pages,
+            page_size,
             spans=held.spans,
         )[0]
 
@@ -258,12 +287,14 @@ class CompressedLayer(CacheLayerMixin):
         twin.recorder = copy.copy(self.recorder)
         if self.tail is not None:
             twin.tail = self.tail.fork()
+        if self.reading is not None:
+            twin.reading = self.reading.fork()
         return twin
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
         held: list[Tensor | None] = [self.keys, self.values, self.valid, self.gates]
         parts = [tensor for tensor in held if tensor is not None] + self.recorder.tensors()
-        for part in (self.segment, self.tail):
+        for part in (self.segment, self.tail, self.reading):
             parts += [] if part is None else part.tensors()
         return parts

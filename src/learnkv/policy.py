@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learnkv.allocators.base import Allocator
 from learnkv.allocators.uniform import Uniform
+from learnkv.budget import check_budget, entries_to_keep
 from learnkv.cache import CompressedCache
 from learnkv.component import Component
 from learnkv.errors import UserError
@@ -17,9 +18,12 @@ from learnkv.ops.fit import fit
 from learnkv.ops.normal_scores import normal_scores
 from learnkv.ops.select import select
 from learnkv.ops.soft_topk import soft_topk
+from learnkv.pages.base import PageSelector
 from learnkv.scorers.base import Scorer
 
 TEMPERATURE = 0.5
+EVERYTHING = 2**30
+"""Tokens to read where a row's prompt is read whole, and what follows with it."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,32 @@ class Policy(Component):
         sinks: first tokens of the prompt that are always kept, per head.
         recent: last tokens of the prompt that are always kept, per head. Both count towards the budget and are
             clipped, recent tokens first served, to half of a row's budget.
+        pages: lets a decode step read chosen pages of what is retained. Without a scorer the budget is what it reads.
+        read: fraction of what is retained that a step reads, for a policy with a scorer and pages.
     """
 
     def __init__(
-        self, scorer: Scorer | None, allocator: Allocator | None = None, sinks: int = 4, recent: int = 8
+        self,
+        scorer: Scorer | None,
+        allocator: Allocator | None = None,
+        sinks: int = 4,
+        recent: int = 8,
+        pages: PageSelector | None = None,
+        read: float | None = None,
     ) -> None:
         super().__init__()
         if sinks < 0 or recent < 0:
             raise UserError(f"sinks={sinks} recent={recent}: expected numbers of tokens >= 0")
         self.scorer = scorer
         self.allocator = allocator if allocator is not None else Uniform()
+        if (read is not None) != (scorer is not None and pages is not None) or not 0 < (
+            1 if read is None else read
+        ) <= 1:
+            raise UserError(
+                f"read={read}: expected a fraction, above 0 and at most 1, with a scorer and pages, else none"
+            )
         self.sinks, self.recent = sinks, recent
+        self.pages, self.read = pages, read
 
     @property
     def recording(self) -> Recording:
@@ -71,7 +90,8 @@ class Policy(Component):
     @property
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
-        return self.scorer is not None and not self.scorer.probes and self.allocator.static
+        evicts = self.scorer is not None and not self.scorer.probes
+        return evicts and self.pages is None and self.allocator.static
 
     def plan(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> Plan:
         """Score every layer, split the budget once over all of them, and make it exact.
@@ -174,15 +194,25 @@ class Policy(Component):
     def compress(
         self, cache: CompressedCache, keep: float | None = None, budget: float | None = None
     ) -> CompressedCache:
-        """Evict in place everything that the plan does not keep; forks of the cache are not touched."""
+        """Evict in place everything that the plan does not keep, and let steps read pages of the rest.
+
+        Forks of the cache are not touched.
+        """
         check_budget(keep, budget)
         cache.seal()
-        if self.scorer is None or keep == 1:
+        if keep == 1:
             return cache
-        with torch.no_grad():
-            plan = self.plan(cache, keep, budget)
-            cache.evict(plan.scores, plan.budgets, plan.total)
-        cache.budgets = plan.budgets
+        if self.scorer is not None:
+            with torch.no_grad():
+                plan = self.plan(cache, keep, budget)
+                cache.evict(plan.scores, plan.budgets, plan.total)
+            cache.budgets = plan.budgets
+        if self.pages is not None:
+            total = entries_to_keep(cache, 1, keep, budget)
+            tokens = [max(round(one * (self.read or 1)), 1) for one in total]
+            whole = [EVERYTHING if one == n else one for one, n in zip(tokens, cache.prompt_lengths, strict=True)]
+            for layer in cache.compressed_layers():
+                layer.read_pages(self.pages, whole)
         return cache
 
     def compress_when_read(
@@ -221,6 +251,8 @@ class Policy(Component):
         both scores and budgets get a gradient from kept and evicted entries alike.
         """
         check_budget(keep, budget)
+        if self.pages is not None:
+            raise UserError("pages: query-aware reading is not trained, expected a policy without pages")
         cache.seal()
         if self.scorer is None or keep == 1:
             return cache.fork()
@@ -248,35 +280,9 @@ def _unit_scale(scores: Tensor) -> Tensor:
 
 def heuristic_of(policy: Policy) -> Policy:
     """The policy that a learned one starts from: its parts without their learned corrections."""
-    return Policy(
-        _without_correction(policy.scorer), _without_correction(policy.allocator), policy.sinks, policy.recent
-    )
+    parts = (_without_correction(policy.scorer), _without_correction(policy.allocator))
+    return Policy(*parts, policy.sinks, policy.recent, policy.pages, policy.read)
 
 
 def _without_correction(part: Any) -> Any:
     return getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part
-
-
-def check_budget(keep: float | None, budget: float | None) -> None:
-    """Raise unless exactly one of `keep` and `budget` is given and in range."""
-    if (keep is None) == (budget is None):
-        raise UserError(f"keep={keep} budget={budget}: expected exactly one of them")
-    if keep is not None and not 0 < keep <= 1:
-        raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries with 0 < keep <= 1")
-    if budget is not None and not 1 <= budget < float("inf"):
-        raise UserError(f"budget={budget:g}: expected at least one entry per head")
-
-
-def entries_to_keep(cache: CompressedCache, heads: int, keep: float | None, budget: float | None) -> list[int]:
-    """Entries to keep in each row over all `heads` heads of all layers: keep * n * heads, rounded half to even."""
-    check_budget(keep, budget)
-    total = []
-    for row, n in enumerate(cache.prompt_lengths):
-        asked = keep * n * heads if keep is not None else min(float(budget or 0), n) * heads
-        total.append(round(asked))
-        if total[-1] < heads:
-            raise UserError(
-                f"keep={keep:g}: leaves {asked / heads:.2f} entries per head of a prompt of {n} tokens (row {row}), "
-                "expected at least one"
-            )
-    return total

@@ -121,6 +121,11 @@ class Tail:
         """[B, H, length, D]."""
         return self._values if self.cursor is not None else self._values[:, :, : self.length]
 
+    @property
+    def pool(self) -> tuple[Tensor, int]:
+        """Keys [B*H*capacity, D], and how far apart the rows begin."""
+        return self._keys.reshape(-1, self._keys.shape[-1]), self.capacity
+
     def fork(self) -> "Tail":
         """An independent tail."""
         self._writable = False

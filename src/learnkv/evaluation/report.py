@@ -87,12 +87,18 @@ def _number(stderr: float | None) -> float:
 
 
 def _score_cell(rows: Sequence[Row]) -> str:
-    return f"**{_pm(score_of(rows))}** · {size(mean(rows, 'bytes'))} · {mean(rows, 'spent'):.3f}"
+    return f"**{_pm(score_of(rows))}** · {size(mean(rows, 'bytes'))} · {_kept(rows)}"
 
 
 def _text_cell(rows: Sequence[Row]) -> str:
     row = rows[0]
-    return f"**{row['kl']:.4f}** · ppl {row['perplexity']:.2f} · {size(row['bytes'])} · {row['spent']:.3f}"
+    return f"**{row['kl']:.4f}** · ppl {row['perplexity']:.2f} · {size(row['bytes'])} · {_kept(rows)}"
+
+
+def _kept(rows: Sequence[Row]) -> str:
+    """Fraction of entries kept, and of those read by a step where that is another one."""
+    spent, read = (mean(rows, key) for key in ("spent", "read"))
+    return f"{spent:.3f}" if read == spent else f"{spent:.3f} ({read:.3f} read)"
 
 
 def _pm(one: Estimate, sign: str = "", digits: int = 1) -> str:

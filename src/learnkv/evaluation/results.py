@@ -56,6 +56,7 @@ def _row(found: list[Record], full: list[Record]) -> dict[str, Any]:
         "keep": first["keep"] if first["keep"] is not None else fmean(record["asked"] for record in found),
         "budget": first["budget"],
         "spent": fmean(record["spent"] for record in found),
+        "read": fmean(record.get("read", record["spent"]) for record in found),
         "prefills": fmean(record.get("prefills", 1.0) for record in found),
         "bytes": round(fmean(record["bytes"] for record in found)),
         "bytes_full": round(fmean(record["bytes_full"] for record in found)),

@@ -119,7 +119,7 @@ def _full(cache: CompressedCache) -> list[dict[str, Any]]:
     """What each row of the full cache holds, padding not counted."""
     tokens = sum(cache.prompt_lengths)
     each = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
-    return [{"spent": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size} for size in each]
+    return [{"spent": 1.0, "read": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size} for size in each]
 
 
 def _held(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
@@ -129,7 +129,7 @@ def _held(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
     again = [sum(cache.probed[one][at] for one in policy.recording.probes) for at in range(len(cache.prompt_lengths))]
     rows, kept = _full(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
     for at, row in enumerate(rows):
-        row["spent"] = cache.spent[at]
+        row["spent"], row["read"] = cache.spent[at], cache.read[at]
         row["prefills"] = 1 + again[at] / cache.prompt_lengths[at]
         row["bytes"] = cache.nbytes * kept[at] / sum(kept)
         if with_budgets and cache.budgets is not None:

@@ -26,10 +26,14 @@ class Text(Family):
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
     ) -> tuple[list[dict[str, Any]], Any]:
-        """`score` is the share of continuation tokens that are the model's first choice."""
+        """`score` is the share of continuation tokens that are the model's first choice.
+
+        Where tokens read chosen pages they come one by one, as in generation: several at once would read everything.
+        """
         ids = torch.tensor([prompt.then for prompt in prompts], device=model.device)
+        parts = ids.split(ids.shape[1] if cache.read == cache.spent else 1, 1)
         with torch.no_grad():
-            logits = continuation(model, ids, cache)[:, :-1]
+            logits = torch.cat([continuation(model, part, cache) for part in parts], 1)[:, :-1]
         if bool(logits.isnan().any()):
             raise RunError("the model's output is NaN on text")
         records = [
