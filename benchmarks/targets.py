@@ -1,5 +1,6 @@
 """What is to be reached on an H200, and whether it was."""
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ Row = dict[str, Any]
 MB = 1e6
 
 
-def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+def where(rows: Iterable[Row], /, **wanted: Any) -> list[Row]:
     """The rows whose fields are what is asked for, or pass the test that is given."""
 
     def fits(row: Row, key: str, want: Any) -> bool:
@@ -29,7 +30,7 @@ def highest(rows: Iterable[Row], field: str) -> float | None:
     return max((row[field] for row in rows if field in row), default=None)
 
 
-def _decode(rows: list[Row], **wanted: Any) -> list[Row]:
+def _decode(rows: list[Row], /, **wanted: Any) -> list[Row]:
     return where(rows, kernel="decode_attention", impl="learnkv", **wanted)
 
 
@@ -44,7 +45,7 @@ def _skew_cost(rows: list[Row]) -> float | None:
     return max(ratios, default=None)
 
 
-def _against(rows: list[Row], peer: str, **wanted: Any) -> float | None:
+def _against(rows: list[Row], peer: str, /, **wanted: Any) -> float | None:
     """The largest ratio of our time to that of a peer."""
     ratios = [1 / row["peer"][peer] for row in _decode(rows, **wanted) if peer in row.get("peer", {})]
     return max(ratios, default=None)
@@ -88,11 +89,11 @@ class Target:
     measure: Callable[[list[Row]], float | None]
 
 
-def _share(kernel: str, **wanted: Any) -> Callable[[list[Row]], float | None]:
+def _share(kernel: str, /, **wanted: Any) -> Callable[[list[Row]], float | None]:
     return lambda rows: lowest(where(rows, kernel=kernel, impl="learnkv", **wanted), "share")
 
 
-def _time(kernel: str, **wanted: Any) -> Callable[[list[Row]], float | None]:
+def _time(kernel: str, /, **wanted: Any) -> Callable[[list[Row]], float | None]:
     return lambda rows: highest(where(rows, kernel=kernel, impl="learnkv", **wanted), "t_us")
 
 
@@ -104,7 +105,7 @@ def _ms(*at: Any) -> Callable[[list[Row]], float | None]:
     return measure
 
 
-def _field(name: str, **wanted: Any) -> Callable[[list[Row]], float | None]:
+def _field(name: str, /, **wanted: Any) -> Callable[[list[Row]], float | None]:
     return lambda rows: highest(where(rows, impl="learnkv", **wanted), name)
 
 
@@ -161,7 +162,11 @@ def summary(rows: list[Row], environment: dict[str, Any]) -> list[Row]:
     measured = [] if environment["dry_run"] or environment["gpu"] == "none" else rows
     found = []
     for target in TARGETS:
-        value = target.measure(measured)
+        try:
+            value = target.measure(measured)
+        except (ArithmeticError, KeyError, TypeError) as error:  # a hole in the rows must not cost the whole run
+            print(f"{target.item}, {target.condition}: {error!r}", file=sys.stderr)
+            value = None
         reached = None if value is None else (value >= target.goal if target.higher else value <= target.goal)
         found.append(
             {
