@@ -35,7 +35,7 @@ fi
 part() {
     local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) begin=$SECONDS
     shift 2
-    if ((left < 15)); then
+    if ((left < 5)); then
         echo "== $name: no time left"
         return
     fi

@@ -33,7 +33,7 @@ def row_lengths(batch: int, heads: int, kept: int, skew: str) -> list[int]:
     if skew == "dominant":
         others = batch * heads - 1
         return [1] * others + [batch * heads * kept - others]
-    weights = torch.randn(batch, heads, generator=torch.Generator().manual_seed(7)).mul(1.2).softmax(-1)
+    weights = torch.randn(batch, heads, generator=torch.Generator().manual_seed(0)).mul(1.2).softmax(-1)
     wanted = kept * (SHARE + (1 - SHARE) * heads * weights.double())
     whole = wanted.long()
     missing = heads * kept - whole.sum(-1, keepdim=True)
@@ -140,11 +140,13 @@ class Inputs:
     tail_length: Tensor
 
     @classmethod
-    def random(cls, case: Case, lengths: list[int], device: torch.device) -> "Inputs":
+    def random(
+        cls, case: Case, lengths: list[int], device: torch.device, dtype: torch.dtype = torch.bfloat16
+    ) -> "Inputs":
         shape, entries = case.shape, sum(lengths)
 
         def numbers(*size: int) -> Tensor:
-            return torch.randn(*size, device=device, dtype=torch.bfloat16)
+            return torch.randn(*size, device=device, dtype=dtype)
 
         length = torch.tensor(lengths, device=device)
         return cls(
