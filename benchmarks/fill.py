@@ -18,7 +18,7 @@ def compressed(model: PreTrainedModel, shape: Shape, batch: int, kept: int, skew
     lengths = row_lengths(batch, shape.kv_heads, kept, skew)
     slots = max(lengths)
     device, dtype = model.device, model.dtype
-    cache = CompressedCache(model.config, window=0)
+    cache = CompressedCache(model.config)
     cache.set_prompt([slots] * batch)
     budgets = torch.tensor(lengths, device=device).view(1, batch, shape.kv_heads)
     for at, layer in enumerate(cache.compressed_layers()):

@@ -193,7 +193,7 @@ def test_what_the_house_allows_is_no_breach(file, source):
 
 def test_the_library_needs_little():
     """What a machine for measurements may lack (a parser for command lines, Lightning, data sets) is not imported."""
-    assert needed_by("__init__.py") == {"torch", "transformers", "safetensors", "yaml"}
+    assert needed_by("__init__.py") == {"numpy", "torch", "transformers", "safetensors", "yaml"}
     assert "lightning" in needed_by("train.py")
 
 
