@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -82,6 +83,27 @@ def part(module: str) -> str:
 @functools.cache
 def imports_of(file: str) -> tuple[Import, ...]:
     return tuple(imports((PACKAGE / file).read_text(encoding="utf-8"), file))
+
+
+def needed_by(file: str) -> set[str]:
+    """Third-party packages that importing a file of the package imports, through the files that it imports."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    files = [file]
+    while files:
+        here = files.pop()
+        seen.add(here)
+        for module, _, lazy in imports_of(here):
+            top, *names = module.split(".")
+            if lazy or top in sys.stdlib_module_names:
+                continue
+            if top != "learnkv":
+                found.add(top)
+                continue
+            for end in range(len(names) + 1):  # a package comes with its __init__, a name with the file it lies in
+                path = "/".join(names[:end])
+                files += [f for f in (f"{path}.py", f"{path}/__init__.py".lstrip("/")) if f in FILES and f not in seen]
+    return found
 
 
 def faults(file: str, found: tuple[Import, ...]) -> Iterator[str]:
@@ -167,6 +189,12 @@ def test_each_rule_finds_its_breach(file, source, word):
 )
 def test_what_the_house_allows_is_no_breach(file, source):
     assert not list(faults(file, tuple(imports(source, file))))
+
+
+def test_the_library_needs_little():
+    """What a machine for measurements may lack (a parser for command lines, Lightning, data sets) is not imported."""
+    assert needed_by("__init__.py") == {"numpy", "torch", "transformers", "safetensors", "yaml"}
+    assert "lightning" in needed_by("train.py")
 
 
 def test_no_file_over_300_lines_but_kernels():

@@ -49,6 +49,7 @@ MADE_OF = {
     "critical_adakv": (scorers.CriticalKV, AdaKV),
     "defensivekv": (scorers.DefensiveKV, AdaKV),
     "layer_defensivekv": (scorers.DefensiveKV, Flat),
+    "restkv": (scorers.ReSTKV, Uniform),
     "vase": (scorers.VaSE, Uniform),
 }
 

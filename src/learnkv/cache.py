@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Probe, Recording
+from learnkv.ops.device import upload
 from learnkv.ops.gather_kv import gather_kv
 from learnkv.ops.select import select
 from learnkv.segments import Segment, Tail
@@ -146,7 +147,7 @@ class CompressedCache(Cache):
     def next_positions(self) -> Tensor:
         """[B] position of the next token of every row."""
         said = self._said().sum(-1)
-        return torch.tensor(self.prompt_lengths, device=said.device) + said
+        return upload(self.prompt_lengths, said.device) + said
 
     def extend_tail_mask(self, new: Tensor, padded: bool) -> Tensor:
         """Remember which of the next T slots [B, T] are tokens, and whether any is not; returns the tail's [B, M]."""

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from learnkv.errors import RunError, UserError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -43,6 +41,8 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
     repeating the key. A dict field with the metadata `arguments_of` takes the constructor arguments of that class
     (Lightning's Trainer), checked but not built. Every field has a default. Raises UserError where a word does not fit.
     """
+    from jsonargparse import ArgumentError, ArgumentParser
+
     about = (inspect.getdoc(schema) or "").split("\n\n")[0]
     parser = ArgumentParser(
         exit_on_error=False, allow_abbrev=False, prog=f"learnkv {kind}", description=about, print_config=None

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,6 +36,8 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
     Raises:
         UserError: a class that is not allowed, an unknown argument, a value of the wrong type.
     """
+    from jsonargparse import ArgumentError, ArgumentParser
+
     _check_classes(spec, ("learnkv", *allow), where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Policy, "policy")

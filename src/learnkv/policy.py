@@ -14,6 +14,7 @@ from learnkv.cache import CompressedCache
 from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
+from learnkv.ops.device import upload
 from learnkv.ops.fit import fit
 from learnkv.ops.normal_scores import normal_scores
 from learnkv.ops.select import select
@@ -116,7 +117,7 @@ class Policy(Component):
         wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
         decided = [self._decide(*one) for one in zip(seen, scores, budgets, strict=True)]
         scores = torch.stack([one.to(device) for one in decided])
-        return Plan(scores, wanted, budgets, torch.tensor(protected, device=device), sum(total))
+        return Plan(scores, wanted, budgets, upload(protected, device), sum(total))
 
     def _check_recorded(self, seen: Observation) -> None:
         """Raise where a scorer would silently judge by less than it asks for."""
@@ -157,7 +158,7 @@ class Policy(Component):
     ) -> tuple[Tensor, Tensor]:
         """What the allocator wants [L, B, H] and the integers that spend the budget exactly."""
         entries, spend, at_least = (
-            torch.tensor(numbers, device=scores.device) for numbers in (cache.prompt_lengths, total, protected)
+            upload(numbers, scores.device) for numbers in (cache.prompt_lengths, total, protected)
         )
         per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
         wanted = self.allocator(scores, features, per_head)
@@ -169,7 +170,7 @@ class Policy(Component):
         layer = cache.compressed_layers()[at]
         heads = layer.heads * len(cache.compressible)
         keep = [kept / (n * heads) for kept, n in zip(total, cache.prompt_lengths, strict=True)]
-        return replace(layer.observation(), keep=torch.tensor(keep, dtype=torch.float64, device=layer.device))
+        return replace(layer.observation(), keep=upload(keep, layer.device, torch.float64))
 
     def _decide(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] of one layer that decide within its heads, whose budgets [B, H] are known now."""
@@ -185,7 +186,7 @@ class Policy(Component):
 
     def _protects(self, seen: Observation, protected: list[int]) -> Tensor:
         """[B, H, S] True for the first `sinks` and last `recent` tokens, clipped to `protected` per row."""
-        both = torch.tensor(protected, device=seen.positions.device).view(-1, 1, 1)
+        both = upload(protected, seen.positions.device).view(-1, 1, 1)
         recent = both.clamp(max=self.recent)
         length = seen.valid.sum(-1, keepdim=True)
         inside = seen.positions < both - recent

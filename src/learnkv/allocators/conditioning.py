@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from learnkv.observation import Observation
+from learnkv.ops.device import upload
 from learnkv.ops.window_scores import window_scores
 
 KNOTS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
@@ -17,7 +18,7 @@ _SINKS = 4
 
 def hats(keep: Tensor) -> Tensor:
     """Hat functions of log keep, [B, M] for keep [B]: non-negative, sum to 1, one of them is 1 at each of the knots."""
-    knots = torch.tensor(KNOTS, dtype=torch.float64, device=keep.device).log()
+    knots = upload(KNOTS, keep.device, torch.float64).log()
     at = keep.double().clamp(KNOTS[0], KNOTS[-1]).log()
     right = torch.searchsorted(knots, at).clamp(1, len(KNOTS) - 1)
     share = ((at - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)

@@ -15,6 +15,7 @@ from learnkv.scorers.learned import LearnedScorer
 from learnkv.scorers.observed_attention import ObservedAttention
 from learnkv.scorers.prompt_order import PromptOrder
 from learnkv.scorers.random import Random
+from learnkv.scorers.restkv import ReSTKV
 from learnkv.scorers.rkv import RKV
 from learnkv.scorers.snapkv import SnapKV
 from learnkv.scorers.streaming_llm import StreamingLLM
@@ -38,6 +39,7 @@ __all__ = [
     "ObservedAttention",
     "PromptOrder",
     "Random",
+    "ReSTKV",
     "Scorer",
     "SnapKV",
     "StreamingLLM",

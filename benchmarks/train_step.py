@@ -1,0 +1,89 @@
+"""A training step on a model of 8B parameters: `python -m benchmarks.train_step --out parts/train_step.json`.
+
+The prompt is read once; a step relaxes the policy's plan to gates, reads a continuation through them with gradients and
+goes back to the policy's parameters. The model is frozen.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.decode import free
+from benchmarks.prefill import spent
+from benchmarks.results import Clock, Part, arguments, device
+from benchmarks.shapes import LLAMA_8B, QWEN_06B, Shape
+from benchmarks.timing import Timing
+from learnkv import CompressedCache, Policy, attach, continuation, prefill
+from learnkv.allocators.adakv import AdaKV
+from learnkv.allocators.learned import LearnedAllocator
+from learnkv.scorers.snapkv import SnapKV
+
+KEEP = 0.1
+
+
+def main(argv: list[str] | None = None) -> Part:
+    asked = arguments(__doc__, argv)
+    where = device(asked.dry_run)
+    part = Part(asked.out, "train_step", asked.dry_run)
+    clock = Clock(asked.seconds)
+    tried = [(LLAMA_8B, 32768, 512), (QWEN_06B, 32768, 512), (LLAMA_8B, 8192, 512)]
+    if asked.dry_run:
+        tried = [(LLAMA_8B.tiny(), 64, 5)]
+    model: PreTrainedModel | None = None
+    for shape, prompt, new in tried:
+        if clock.over():
+            return part
+        model = None
+        free()
+        model = attach(shape.build(where))
+        measure(part, model, shape, prompt, new)
+    part.finish()
+    return part
+
+
+def measure(part: Part, model: PreTrainedModel, shape: Shape, prompt: int, new: int) -> None:
+    """Reading, teacher and student of one step, apart and together."""
+    window = 8 if prompt < 1000 else 32
+    allocator = LearnedAllocator(AdaKV(), shape.layers, shape.kv_heads)
+    policy = Policy(SnapKV(window=window), allocator).to(model.device)
+    ids = torch.randint(1, shape.vocabulary, (1, prompt), device=model.device)
+    said = torch.randint(1, shape.vocabulary, (1, new), device=model.device)
+    about = {"model": shape.name, "B": 1, "T": prompt, "new": new, "dtype": "bfloat16", "impl": "learnkv"}
+
+    reading, peak, cache = spent(lambda: prefill(model, ids, window=window), 2)
+    part.add(reading, kernel="train: prefill", peak_gb=peak, **about)
+    if cache is None:
+        return
+    known = cache
+
+    def teach() -> CompressedCache:
+        fork = known.fork()
+        with torch.no_grad():
+            fork.taught = continuation(model, said, fork).log_softmax(-1)
+        return fork
+
+    teaching, peak, taught = spent(teach, 2)
+    part.add(teaching, kernel="train: teacher", peak_gb=peak, **about)
+    if taught is None:
+        return
+    truth: Tensor = taught.taught
+
+    def step() -> CompressedCache:
+        student = policy.relax(known, keep=KEEP)
+        logits = continuation(model, said, student)
+        loss = (
+            torch.nn.functional.kl_div(logits.log_softmax(-1), truth, reduction="none", log_target=True).sum(-1).mean()
+        )
+        policy.zero_grad()
+        loss.backward()
+        return student
+
+    stepping, peak, _ = spent(step, 3)
+    part.add(stepping, kernel="train: student, forward and backward", peak_gb=peak, **about)
+    if isinstance(stepping, Timing):
+        gradients = [held.grad for held in policy.parameters() if held.grad is not None]
+        assert gradients and all(bool(one.isfinite().all()) for one in gradients), "no finite gradient arrived"
+
+
+if __name__ == "__main__":
+    main()

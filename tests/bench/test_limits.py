@@ -1,0 +1,112 @@
+"""Bytes, operations and limits against numbers worked out by hand."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks import limits
+from benchmarks.limits import Ceilings, Work
+from benchmarks.shapes import LLAMA_8B, QWEN_05B, QWEN_06B, QWEN_7B, SHAPES
+from benchmarks.sweeps.decode import row_lengths
+
+H200 = Ceilings(read=4.3e12, copy=4.3e12, flops=790e12, node_us=1.2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "streamed", "token_bytes"),
+    [
+        (LLAMA_8B, 16.06e9, 15.01e9, 131072),
+        (QWEN_7B, 15.23e9, 14.14e9, 57344),
+        (QWEN_06B, 1.19e9, 1.19e9, 114688),
+        (QWEN_05B, 0.99e9, 0.99e9, 12288),
+    ],
+)
+def test_published_sizes(shape, weights, streamed, token_bytes):
+    assert 2 * shape.parameters == pytest.approx(weights, abs=5e6)
+    assert shape.streamed == pytest.approx(streamed, abs=5e6)
+    assert shape.token_bytes == token_bytes
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_parameters_are_those_that_are_built(shape):
+    tiny = shape.tiny()
+    model = tiny.build(torch.device("cpu"))
+    assert sum(held.numel() for held in model.parameters()) == tiny.parameters
+    assert model.dtype == torch.bfloat16 and not any(held.requires_grad for held in model.parameters())
+    assert model.config.num_attention_heads // model.config.num_key_value_heads == shape.group
+
+
+def test_an_8b_model_has_its_parameters():
+    config = AutoConfig.for_model(
+        "llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(held.numel() for held in model.parameters()) == LLAMA_8B.parameters == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("batch", "prompt", "kept", "full_ms", "ratio"),
+    [(1, 131072, 2048, 7.49, 2.11), (8, 32768, 512, 11.48, 3.18), (8, 131072, 13107, 35.45, 5.30)],
+)
+def test_whole_steps(batch, prompt, kept, full_ms, ratio):
+    """The ideal full cache and what a perfect compressed one gains, as the limits of the project were worked out."""
+    full = H200.limit_us(Work(LLAMA_8B.step_bytes(batch, prompt)))
+    small = H200.limit_us(Work(LLAMA_8B.step_bytes(batch, kept)))
+    assert full == pytest.approx(1e3 * full_ms, rel=2e-3)
+    assert full / small == pytest.approx(ratio, rel=5e-3)
+
+
+def test_a_decode_call():
+    """B=8, 512 kept: 8 rows x 8 heads x 512 entries x 256 numbers of 2 bytes, 3.9 us; queries add a hundredth."""
+    work = limits.decode_attention(8 * 8 * 512, 64, 4, 128)
+    assert work.bytes == 16_777_216 + 2 * 8 * 32 * 128 * 2 + 8 * 32 * 4
+    assert work.flops == 2 * 2 * 8 * 32 * 512 * 128
+    assert H200.floor_us(work) == pytest.approx(3.93, abs=0.02)
+    assert H200.limit_us(work) == pytest.approx(3.93 + 2.4, abs=0.02)
+
+
+def test_what_eviction_adds():
+    """Llama at 128k: keys of a layer are 268 MB; one reading with 128 queries 62 us, two 125, radix 3.9, compaction."""
+    one, two = (limits.window_scores(1, 8, 4, 32, 131072, 128, passes) for passes in (1, 2))
+    assert one.bytes == 131072 * 8 * 128 * 2 + 8 * 131072 * 4
+    assert two.bytes - one.bytes == 131072 * 8 * 128 * 2
+    assert H200.floor_us(one) == pytest.approx(63, abs=1)
+    assert H200.floor_us(two) == pytest.approx(126, abs=1)
+    assert one.flops == 2 * 32 * 32 * 131072 * 128
+    assert H200.floor_us(limits.select(8, 131072)) == pytest.approx(3.9, abs=0.05)
+    moved = limits.gather_kv(8 * 13107, 128)
+    assert moved.bytes == 8 * 13107 * (4 * 256 + 8)
+    assert H200.floor_us(moved) == pytest.approx(25, abs=0.3)
+    assert H200.floor_us(limits.page_bounds(8, 131072, 128, 16)) == pytest.approx(70, abs=0.5)
+
+
+def test_prefill_of_an_8b_model():
+    seconds = limits.prefill(LLAMA_8B.linear, 4096, 32, 32768) / 790e12
+    assert seconds == pytest.approx(0.935, abs=0.002)
+
+
+def test_gated_attention():
+    """512 queries after 32k: u = 32 heads x 128 x pairs, 4u forward and 4u back to the gates, 0.35 ms each."""
+    work = limits.gated_attention(512, 32768, 32, 128, products=2)
+    assert work.flops == 4 * 32 * 128 * 512 * (32768 - 256)
+    assert H200.floor_us(work) == pytest.approx(350, rel=0.02)
+
+
+def test_the_slower_of_bytes_and_operations_counts():
+    assert H200.floor_us(Work(4.3e6, 790e6)) == pytest.approx(1)
+    assert H200.floor_us(Work(4.3e6, 3 * 790e6)) == pytest.approx(3)
+    assert Ceilings(4e12, 2e12, 1e15, 1).floor_us(Work(4e6, traffic="copy")) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("skew", ["uniform", "adakv", "dominant"])
+@pytest.mark.parametrize(("batch", "heads", "kept"), [(8, 8, 512), (1, 4, 13107), (32, 8, 128)])
+def test_unequal_heads_spend_the_same(skew, batch, heads, kept):
+    lengths = row_lengths(batch, heads, kept, skew)
+    assert len(lengths) == batch * heads and sum(lengths) == batch * heads * kept and min(lengths) >= 1
+    if skew == "adakv":
+        rows = [sum(lengths[at : at + heads]) for at in range(0, len(lengths), heads)]
+        assert set(rows) == {heads * kept}
+        assert min(lengths) >= 0.2 * kept - 1
+        assert 2 < max(lengths) / kept < 5.2
