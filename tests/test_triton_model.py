@@ -6,9 +6,10 @@ import torch
 from kernels import DEVICE
 from models import build, tokens
 
-from learnkv import Policy, attach, generate, prefill
+from learnkv import Policy, attach, generate, load_policy, prefill
 from learnkv.allocators.adakv import AdaKV
 from learnkv.ops.dispatch import Impl, using
+from learnkv.pages import Quest
 from learnkv.scorers.snapkv import SnapKV
 
 KERNELS = {
@@ -17,22 +18,30 @@ KERNELS = {
     "gather_kv": ["_gather"],
     "decode_attention": ["_attend", "_merge"],
 }
+PAGES = {
+    "page_bounds": ["_enclose", "_score"],
+    "select": ["_list_slots"],
+    "decode_attention": ["_attend", "_merge"],
+}
 STEPS = 6
 
 
-def run(impl: Impl) -> tuple[list[list[int]], torch.Tensor]:
+def run(impl: Impl, policy: Policy) -> tuple[list[list[int]], torch.Tensor]:
     model = attach(build("mistral").to(DEVICE))
     prompt, question = tokens(2, 60).to(DEVICE), tokens(2, 3, seed=1).to(DEVICE)
     with using(impl):
-        cache = prefill(model, prompt, policy=Policy(SnapKV(window=8, kernel_size=3), AdaKV()), keep=0.3)
-        said = generate(model, question, cache, max_new_tokens=STEPS)
+        cache = prefill(model, prompt, policy=policy, keep=0.3)
+        said = generate(model, question, cache, max_new_tokens=STEPS, graph=False)
+    if cache.budgets is None:
+        return said.tolist(), torch.tensor(cache.read)
     kept = [cache.kept_positions(*at).tolist() for at in [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]]
     return [*kept, *said.tolist()], cache.budgets
 
 
-def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch):
+def counted(monkeypatch, kernels: dict[str, list[str]]) -> dict[str, int]:
+    """How often each of the kernels has been launched."""
     launched: dict[str, int] = {}
-    for op, names in KERNELS.items():
+    for op, names in kernels.items():
         module = importlib.import_module(f"learnkv.ops.{op}.triton")
         for name in names:
 
@@ -40,9 +49,14 @@ def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch):
                 launched[name] = launched.get(name, 0) + 1
 
             monkeypatch.setattr(getattr(module, name), "pre_run_hooks", [note])
-    want, budgets = run("reference")
+    return launched
+
+
+def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch):
+    launched, policy = counted(monkeypatch, KERNELS), Policy(SnapKV(window=8, kernel_size=3), AdaKV())
+    want, budgets = run("reference", policy)
     assert not launched
-    got, same = run("triton")
+    got, same = run("triton", policy)
     assert got == want and torch.equal(budgets, same)
     assert len(set(budgets.flatten().tolist())) > 1  # the heads are unequal, or nothing ragged was tested
     assert set(launched) == {name for names in KERNELS.values() for name in names}
@@ -50,3 +64,16 @@ def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch):
     assert launched["_attend"] == layers * STEPS  # the question, then every token but the last
     assert launched["_gather"] == launched["_reduce_weights"] == layers
     assert launched["_write"] == 1
+
+
+def test_the_same_tokens_from_chosen_pages(monkeypatch):
+    launched, policy = counted(monkeypatch, PAGES), Policy(None, pages=Quest(page_size=4, dense_layers=0))
+    want, read = run("reference", policy)
+    assert not launched
+    got, same = run("triton", policy)
+    assert got == want != run("reference", load_policy("full"))[0]
+    assert torch.equal(read, same) and read.max() < 0.3
+    layers = 2
+    assert launched["_enclose"] == layers * STEPS  # the prompt, then every token but the last and those of the question
+    assert launched["_score"] == launched["_list_slots"] == layers * (STEPS - 1)
+    assert launched["_attend"] == layers * STEPS

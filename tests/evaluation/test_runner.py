@@ -250,3 +250,18 @@ def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded, tmp_path):
 def test_passes_of_the_model_that_a_policy_takes_are_counted(loaded, tmp_path):
     records = compare(loaded, text_prompts(2), tmp_path, names=("snapkv", "kvzip"), keeps=[Budget(keep=0.5)])
     assert {row["policy"]: row["prefills"] for row in rows_of(records)} == {"full": 1.0, "snapkv": 1.0, "kvzip": 2.0}
+
+
+def test_what_is_read_stands_beside_what_is_held(loaded, tmp_path):
+    """Pages are read of a cache that holds everything, and their bounds: 32 of 35 entries, then one page of 16."""
+    keeps = [Budget(tokens=32), Budget(tokens=16)]
+    records = compare(loaded, text_prompts(2), tmp_path, names=("snapkv", "quest"), keeps=keeps)
+    full, *rows = rows_of(records)
+    assert (full["read"], full["spent"]) == (1.0, 1.0)
+    found = {(row["policy"], row["budget"]): row for row in rows}
+    for tokens in (32, 16):
+        snapkv, quest = (found[name, tokens] for name in ("snapkv", "quest"))
+        assert snapkv["read"] == snapkv["spent"] == pytest.approx(tokens / 35)
+        assert (quest["spent"], quest["read"]) == (1.0, pytest.approx(tokens / 35))
+        assert quest["bytes"] > full["bytes"] == quest["bytes_full"] > snapkv["bytes"]
+    assert 0 < found["quest", 32]["kl"] < found["quest", 16]["kl"]
