@@ -1,9 +1,9 @@
 """Every kernel against its limit and against its peers: `python -m benchmarks.kernels --out parts/kernels.json`."""
 
 from benchmarks.results import Clock, Part, arguments, device
-from benchmarks.sweeps import decode, eviction
+from benchmarks.sweeps import decode, eviction, pages
 
-SWEEPS = {"decode": decode.run, "eviction": eviction.run}
+SWEEPS = {"decode": decode.run, "eviction": eviction.run, "pages": pages.run}
 
 
 def main(argv: list[str] | None = None) -> Part:

@@ -1,6 +1,6 @@
 """One document of all parts of a run, with a limit and a fraction for every row: `<gpu>-<sha>.json`.
 
-`python -m benchmarks.merge FOLDER --into benchmarks/results` reads `FOLDER/*.json` (and `tests.xml` of pytest) and
+`python -m benchmarks.merge FOLDER --into benchmarks/results` reads `FOLDER/*.json` (and `*.xml` of pytest) and
 prints how the targets stand. It imports no torch: it runs after every part.
 """
 
@@ -48,8 +48,10 @@ def merge(folder: Path) -> dict[str, Any]:
     found["ceilings_measured"] = len(measured) >= 4
     found |= {"bw_read": ceilings.read, "bw_copy": ceilings.copy, "tflops": ceilings.flops / 1e12}
     found |= {"t_node_us": ceilings.node_us, "host_op_us": measured.get("host_op_us")}
-    if (folder / "tests.xml").is_file():
-        found["tests"] = tests(folder / "tests.xml")
+    if files := sorted(folder.glob("*.xml")):
+        found["tests"] = tests(files)
+    if (folder / "status").is_file():
+        found["status"] = (folder / "status").read_text(encoding="utf-8").splitlines()
     for row in rows:
         add_limit(row, ceilings)
     add_peers(rows)
@@ -85,11 +87,11 @@ def add_peers(rows: list[Row]) -> None:
                     ours["peer_limit"] = {one["impl"]: one["t_limit_us"] / ours["t_limit_us"] for one in limited}
 
 
-def tests(path: Path) -> dict[str, int]:
-    """Counts of a junit file, and the names of what failed."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
+def tests(files: list[Path]) -> dict[str, Any]:
+    """Counts of junit files, and the names of what failed."""
+    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0}
     failed = []
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
+    for case in (case for path in files for case in _cases(path)):
         state = "passed"
         if case.find("skipped") is not None:
             state = "skipped"
@@ -97,7 +99,14 @@ def tests(path: Path) -> dict[str, int]:
             state = "failed"
             failed.append(f"{case.get('classname')}::{case.get('name')}")
         counts[state] += 1
-    return counts | ({"names": failed[:40]} if failed else {})  # type: ignore[dict-item]
+    return counts | ({"names": failed[:40]} if failed else {})
+
+
+def _cases(path: Path) -> list[ElementTree.Element]:
+    try:
+        return list(ElementTree.parse(path).getroot().iter("testcase"))
+    except ElementTree.ParseError:  # stopped while it was written
+        return []
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -52,7 +52,9 @@ def _head(document: dict[str, Any] | None) -> list[str]:
     if unfinished:
         lines.append(f"**Stopped before their end**: {', '.join(unfinished)}.")
     if tests := found.get("tests"):
-        lines.append(f"GPU tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped.")
+        named = f" ({', '.join(tests['names'])})" if tests.get("names") else ""
+        counted = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+        lines.append(f"GPU tests: {counted}{named}.")
     above = [row for row in document["rows"] if row.get("above_limit")]
     if above:
         names = sorted({f"{row['kernel']} ({row['impl']})" for row in above})

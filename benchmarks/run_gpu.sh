@@ -21,7 +21,7 @@ PARTS=${PARTS:-$(mktemp -d)}
 RESULTS=${RESULTS:-${DRY_RUN:+$PARTS/merged}}
 RESULTS=${RESULTS:-benchmarks/results}
 mkdir -p "$PARTS"
-rm -f "$PARTS"/*.json "$PARTS/tests.xml"
+rm -f "$PARTS"/*.json "$PARTS"/*.xml "$PARTS/status"
 export PYTHONPATH="src:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 export SHA=${SHA:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
@@ -45,6 +45,7 @@ part() {
     local status=$?
     tail -n 3 "$PARTS/$name.log" | cut -c 1-300
     echo "== $name: status $status after $((SECONDS - begin)) s"
+    echo "$name $status $((SECONDS - begin))" >>"$PARTS/status"
     if compgen -G "$PARTS/*.json" >/dev/null; then
         timeout -k 5 60 "$PYTHON" -m benchmarks.merge "$PARTS" --into "$RESULTS" >"$PARTS/summary.log" 2>&1 ||
             tail -n 3 "$PARTS/summary.log"
@@ -64,16 +65,24 @@ script() {
 
 spread=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null && [ -z "$DRY_RUN" ]; then spread=(-n 8); fi # compilation is what takes time
-kernels=(tests/ops/test_triton_decode_attention.py tests/ops/test_triton_window_scores.py
-    tests/ops/test_triton_select.py tests/ops/test_triton_gather_kv.py)
-if [ -n "$DRY_RUN" ]; then kernels=(); fi # they run on the CPU wherever tests run
+
+# tests NAME LIMIT FILE...
+tests() {
+    local name=$1 limit=$2
+    shift 2
+    part "tests-$name" "$limit" "$PYTHON" -m pytest -q -rf ${spread[@]+"${spread[@]}"} -p no:cacheprovider \
+        --continue-on-collection-errors --junitxml="$PARTS/tests-$name.xml" "$@"
+}
 
 script ceilings 60
-part tests 110 "$PYTHON" -m pytest -q -rf ${spread[@]+"${spread[@]}"} -p no:cacheprovider \
-    --continue-on-collection-errors --junitxml="$PARTS/tests.xml" tests/gpu ${kernels[@]+"${kernels[@]}"}
+tests gpu 70 tests/gpu
+if [ -z "$DRY_RUN" ]; then # on the CPU they run wherever tests run
+    tests kernels 70 $(grep -l DEVICE tests/ops/test_*.py)
+fi
 script kernels 75 --only decode
 script decode 130
 script kernels 40 --only eviction
+script kernels 25 --only pages
 script prefill 60
 script train_step 50
 if [ -n "${KVPRESS_PYTHON:-}" ]; then

@@ -197,8 +197,26 @@ def test_the_library_needs_little():
     assert "lightning" in needed_by("train.py")
 
 
+MEASURING = [
+    *(ROOT / "benchmarks").rglob("*.py"),
+    *(ROOT / "tests" / "gpu").rglob("*.py"),
+    ROOT / "tests" / "kernels.py",
+]
+
+
+def test_measuring_needs_little():
+    """A machine with a GPU has torch, triton, transformers, numpy and pytest; other things are done elsewhere."""
+    allowed = {"torch", "triton", "transformers", "numpy", "pytest", "learnkv", "benchmarks", "kernels"}
+    elsewhere = {"report.py": {"matplotlib"}, "kvpress_adakv.py": {"kvpress"}}
+    assert len(MEASURING) > 15
+    for path in MEASURING:
+        found = {one.module.split(".")[0] for one in imports(path.read_text(encoding="utf-8"), path.name)}
+        needed = found - sys.stdlib_module_names - allowed - elsewhere.get(path.name, set())
+        assert not needed, f"{path}: {', '.join(sorted(needed))}"
+
+
 def test_no_file_over_300_lines_but_kernels():
-    ours = [ROOT / "train.py", ROOT / "eval.py", *PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    ours = [ROOT / "train.py", ROOT / "eval.py", *MEASURING, *PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     kernels = set(PACKAGE.glob("ops/*/triton.py"))
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in ours}
     assert len(lengths) > 20

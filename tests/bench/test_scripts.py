@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
 
+PAGED = ("page_bounds", "page_scores", "paged step", "unpaged step")
 SCRIPTS = {
     "ceilings": (ceilings, {"bw_copy", "bw_read", "flops", "t_node_us", "host_op_us"}),
-    "kernels": (kernels, {"decode_attention", "window_scores", "select", "gather_kv"}),
+    "kernels": (kernels, {"decode_attention", "window_scores", "select", "gather_kv", *PAGED}),
     "decode": (decode, {"decode step", "capacity"}),
     "prefill": (prefill, {"prefill"}),
     "train_step": (train_step, {"train: prefill", "train: teacher", "train: student, forward and backward"}),
@@ -45,7 +46,8 @@ def test_every_script_writes_all_of_its_rows(parts, name):
     peer = "Could not run 'aten::_flash_attention_forward'"  # the one contender that a CPU has not
     assert [row for row in part["rows"] if "failed" in row and peer not in row["failed"]] == []
     timed = [row for row in part["rows"] if "t_us" in row]
-    assert all(row["t_us"] > 0 and row["t_us_repeat"] > 0 for row in timed)
+    if name != "decode":  # differences of two turns, which noise may turn negative at this size
+        assert all(row["t_us"] > 0 and row["t_us_repeat"] > 0 for row in timed)
     assert all(row["err"] < 1e-2 for row in timed if "err" in row)
 
 
@@ -56,6 +58,8 @@ def test_all_contenders_are_there(parts):
         "window_scores": {"learnkv", "torch"},
         "select": {"learnkv", "torch.topk, sort"},
         "gather_kv": {"learnkv", "torch.index_select"},
+        "page_bounds": {"learnkv", "torch"},
+        "page_scores": {"learnkv", "torch"},
     }.items():
         assert {row["impl"] for row in rows if row["kernel"] == kernel} == peers
     steps = json.loads((parts / "decode.json").read_text())["rows"]
@@ -70,7 +74,7 @@ def test_the_merged_document(parts):
     ours = [row for row in document["rows"] if row.get("impl") == "learnkv" and "bytes" in row]
     assert len(ours) >= 8
     assert all({"kernel", "impl", "t_us", "t_limit_us", "frac", "share", "n_launch"} <= set(row) for row in ours)
-    assert all(row["frac"] >= row["share"] > 0 for row in ours)
+    assert all(row["frac"] >= row["share"] > 0 for row in ours if row["kernel"] != "decode step")
     assert len(document["summary"]) == len(TARGETS)
     assert {one["pass"] for one in document["summary"]} == {None}  # nothing was measured on a GPU
     assert "not measured on a GPU yet" in report.text([])
@@ -136,6 +140,8 @@ def test_targets_are_judged(tmp_path):
     ]
     env = {"gpu": "NVIDIA H200", "sha": "abc1234", "dry_run": False, "date": "2026-12-01"}
     env |= {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0"}
+    junit = "<testsuites><testsuite><testcase classname='t' name='a'/><testcase classname='t' name='b'><failure/>"
+    (tmp_path / "tests-gpu.xml").write_text(junit + "</testcase></testsuite></testsuites>")
     part = {"part": "x", "finished": True, "seconds": 1.0, "environment": env, "rows": rows}
     (tmp_path / "x.json").write_text(json.dumps(part))
     merge.main([str(tmp_path), "--into", str(tmp_path / "results")])
@@ -156,6 +162,7 @@ def test_targets_are_judged(tmp_path):
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "**missed**" in text and text.count("reached") == 2 and "NVIDIA H200, commit abc1234" in text
     assert "Ceilings were not measured in this run" in text
+    assert "GPU tests: 1 passed, 1 failed, 0 skipped (t::b)." in text
     assert {one.name for one in (tmp_path / "performance").iterdir()} == {"limit.png", "peers.png"}
 
 
@@ -190,6 +197,7 @@ if name == "prefill":
     document = json.loads(merged.read_text())
     assert set(document["environment"]["parts"]) >= {"ceilings", "kernels-only-decode", "decode"}
     assert "decode: status 124" in ran.stdout
+    assert any(line.startswith("decode 124 ") for line in document["environment"]["status"])
 
 
 def test_a_clock_runs_out():
