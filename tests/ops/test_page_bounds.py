@@ -63,6 +63,15 @@ def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(lengths, lat
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_entries_that_begin_within_a_page_touch_one_page_more(impl):
+    keys = draw(35, 32, seed=0)
+    bounds, one = empty_bounds(keys, 1, 2, 9, 32), torch.ones(1, dtype=torch.long, device=DEVICE)
+    page_bounds(keys, 0 * one, 3 * one, 3, 0 * one, bounds, 4, impl=impl)
+    page_bounds(keys, 3 * one, 32 * one, 32, 3 * one, bounds, 4, impl=impl)
+    assert torch.equal(bounds, in_loops([keys], 4, 9))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_scores_of_one_page_by_hand(impl):
     low, high = torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([[3.0, 0.5, 4.0]])
     bounds = torch.stack([torch.stack([low, high])]).to(DEVICE)

@@ -217,9 +217,7 @@ def _attend(
 
     while at < stop:
         batch, head = row // HEADS, row % HEADS
-        held = (
-            batch * (HEADS // SHARE) + head // SHARE
-        )  # row of the pool: with lists of their own, query heads share it
+        held = row // SHARE  # row of the pool, which query heads with lists of their own share
         kept = tl.load(length + held).to(tl.int32)
         kept_blocks = tl.cdiv(kept, BLOCK_N)
         count = kept_blocks + tl.cdiv(used, BLOCK_N)
