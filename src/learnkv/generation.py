@@ -13,9 +13,10 @@ from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, beam_search, check_context, check_settings
 from learnkv.errors import UserError
 from learnkv.observation import Recording
-from learnkv.policy import Policy, check_budget
+from learnkv.policy import Policy
 from learnkv.probing import run_probe
 from learnkv.scorers.base import Scorer
+from learnkv.spending import check_budget
 from learnkv.steps import steps_for
 
 
@@ -186,6 +187,7 @@ def _forward_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | No
         return seen
     if not cache.tail_padded:
         return None
+    tail = tail[:, cache.said_length - cache.tail_length :]
     slot = torch.arange(tail.shape[1], device=tail.device)
     causal = slot <= slot[tail.shape[1] - new :].unsqueeze(-1)
     # A padded query sees itself, so that its softmax is over something.
@@ -216,8 +218,8 @@ def generate(
 
     The cache remembers what was said, so that a further call is the next turn of a conversation. Tokens are the same as
     those of transformers' own `generate()`; steps wait for nothing between the looks, every 16 steps, whether all rows
-    have ended. What was read beyond the end is forgotten. With the sliding layers of a hybrid model, which cannot
-    forget, every step is looked at.
+    have ended. What was read beyond the end is forgotten. A cache that cannot forget, one with sliding layers or one
+    that evicts again while tokens are added, is looked at every step.
 
     Args:
         input_ids: [B, T] the question, left- or right-padded where lengths differ.

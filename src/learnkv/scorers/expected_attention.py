@@ -33,6 +33,8 @@ class ExpectedAttention(Scorer):
             measured once per model by `python -m learnkv.query_moments`; not given: those of the prompt itself.
     """
 
+    needs = frozenset({"rope"})
+
     def __init__(
         self,
         future: int = 512,
