@@ -44,6 +44,8 @@ MADE_OF = {
     "kvzip": (KVzip, Flat),
     "observed_attention": (ObservedAttention, Uniform),
     "expected_attention": (scorers.ExpectedAttention, Uniform),
+    "expected_attention_measured": (scorers.ExpectedAttention, Uniform),
+    "fast_kvzip": (scorers.FastKVzip, Flat),
     "criticalkv": (scorers.CriticalKV, Uniform),
     "critical_adakv": (scorers.CriticalKV, AdaKV),
     "defensivekv": (scorers.DefensiveKV, AdaKV),

@@ -6,6 +6,7 @@ from learnkv.scorers.compresskv import CompressKV
 from learnkv.scorers.criticalkv import CriticalKV
 from learnkv.scorers.defensivekv import DefensiveKV
 from learnkv.scorers.expected_attention import ExpectedAttention
+from learnkv.scorers.fast_kvzip import FastKVzip
 from learnkv.scorers.h2o import H2O
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
@@ -31,6 +32,7 @@ __all__ = [
     "CriticalKV",
     "DefensiveKV",
     "ExpectedAttention",
+    "FastKVzip",
     "KVzip",
     "KeyDiff",
     "Knorm",
