@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from learnkv.errors import UserError
 from learnkv.observation import Observation
-from learnkv.scorers import ExpectedAttention
+from learnkv.policy import Policy
+from learnkv.scorers import ExpectedAttention, SnapKV
 from learnkv.scorers.query_moments import QueryMoments
 
 
@@ -76,3 +77,10 @@ def test_sinks_come_first():
     scores = scorer(observe([20, 3], statistics=scorer.statistics))
     assert scores[0, :, :4].amin() > scores[0, :, 4:].amax()
     assert scores.isfinite()[1, :, -3:].all()
+
+
+def test_tokens_after_the_prompt_are_not_judged_by_it():
+    for scorer in (ExpectedAttention(), ExpectedAttention(covariance=False)):
+        with pytest.raises(UserError, match=r"every=8: ExpectedAttention reads of a prompt what is not held"):
+            Policy(scorer, every=8)
+        Policy(scorer, every=8, decode=SnapKV())

@@ -34,6 +34,8 @@ class ExpectedAttention(Scorer):
 
     needs = frozenset({"rope"})
 
+    needs = frozenset({"rope"})
+
     def __init__(
         self,
         future: int = 512,
