@@ -15,6 +15,7 @@ from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, check_context, next_token
 from learnkv.errors import RunError, UserError
 from learnkv.graph import Replay, capture, refusal
+from learnkv.ops.device import upload
 
 LOOK_EVERY = 16
 """Steps between two looks at the device: have all rows ended, is the output a number. A look waits for all steps."""
@@ -58,7 +59,7 @@ class Steps:
         self.spoken = torch.zeros(batch, setting.room, dtype=torch.bool, device=device)
         self.largest = torch.zeros(batch, setting.room, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.ends = torch.tensor(setting.ends, dtype=torch.long, device=device)
+        self.ends = upload(setting.ends, device, torch.long)
         self.cursor = torch.zeros(2, dtype=torch.long, device=device) if static else None
         self.generator = torch.Generator(device) if setting.sampling.seeded else None
         self.mask: Tensor | None = None
@@ -122,7 +123,7 @@ class Steps:
         if self.generator is not None and seed is not None:
             self.generator.manual_seed(seed)
         if self.cursor is not None:  # slots in use, and the slot that the next token goes to
-            self.cursor.copy_(self.cursor.new_tensor([self.base, self.base - 1]))
+            self.cursor.copy_(upload([self.base, self.base - 1], self.cursor.device))
             cache.follow(self.cursor)
 
     def _choose(self, logits: Tensor) -> None:
