@@ -28,6 +28,7 @@ TABLES = {
 WRAPPERS = {
     learnkv.scorers.CriticalKV: lambda: learnkv.scorers.CriticalKV(SnapKV(window=8)),
     learnkv.scorers.VaSE: lambda: learnkv.scorers.VaSE(SnapKV(window=8)),
+    learnkv.scorers.Chunked: lambda: learnkv.scorers.Chunked(SnapKV(window=8)),
 }
 """Those that correct another's scores."""
 

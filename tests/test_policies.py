@@ -31,6 +31,7 @@ MADE_OF = {
     "lukv": (SnapKV, LUKV),
     "duo_attention": (StreamingLLM, DuoAttention),
     "compresskv": (scorers.CompressKV, allocators.CompressKV),
+    "chunkkv": (scorers.Chunked, Uniform),
     "cake": (scorers.CAKE, allocators.CAKE),
     "lava": (scorers.LAVa, AdaKV),
     "knorm": (Knorm, Uniform),

@@ -2,6 +2,7 @@
 
 from learnkv.scorers.base import Scorer
 from learnkv.scorers.cake import CAKE
+from learnkv.scorers.chunked import Chunked
 from learnkv.scorers.compresskv import CompressKV
 from learnkv.scorers.criticalkv import CriticalKV
 from learnkv.scorers.defensivekv import DefensiveKV
@@ -28,6 +29,7 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "Chunked",
     "CompressKV",
     "CriticalKV",
     "DefensiveKV",
