@@ -31,7 +31,9 @@ def test_l2_norms_are_those_of_every_query_heads_part():
     for head in range(3):
         for member in range(2):
             at = (head * 2 + member) * 4
-            torch.testing.assert_close(norms[:, head, member], (values[:, head] @ weight[:, at : at + 4].T).norm(dim=-1))
+            torch.testing.assert_close(
+                norms[:, head, member], (values[:, head] @ weight[:, at : at + 4].T).norm(dim=-1)
+            )
 
 
 @pytest.mark.parametrize("outputs", [3, 4, 50])
