@@ -15,7 +15,7 @@ from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
 from learnkv.ops.device import upload
 from learnkv.ops.fit import fit
-from learnkv.ops.normal_scores import normal_scores
+from learnkv.ops.normal_scores import unit_scale
 from learnkv.ops.select import select
 from learnkv.ops.soft_topk import soft_topk
 from learnkv.recompression import agree, check_judge
@@ -247,36 +247,40 @@ class Policy(Component):
         for at, layer in enumerate(cache.compressed_layers()):
             layer.when_read = functools.partial(evict, at)
 
-    def relax(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> CompressedCache:
+    def relax(
+        self,
+        cache: CompressedCache,
+        keep: float | None = None,
+        budget: float | None = None,
+        *,
+        plan: Plan | None = None,
+        temperature: float = TEMPERATURE,
+    ) -> CompressedCache:
         """A fork whose entries are gated: the deployed set in the forward, the soft top-k's gradient in the backward.
 
         Gates are `hard + soft - stop_gradient(soft)`, so attention computes what it will compute after `compress`, and
         both scores and budgets get a gradient from kept and evicted entries alike.
+
+        Args:
+            cache, keep, budget: as for `compress`.
+            plan: what to keep where that has been planned already, for the same `keep` or `budget`.
+            temperature: width of the soft top-k in units of normal scores.
         """
         check_budget(keep, budget)
         cache.seal()
         if self.scorer is None or keep == 1:
             return cache.fork()
-        plan = self.plan(cache, keep, budget)
+        plan = self.plan(cache, keep, budget) if plan is None else plan
         flat = plan.scores.detach().flatten(0, 2)
         index = select(flat, plan.budgets.flatten(), plan.total)
         hard = torch.zeros(flat.numel(), device=flat.device).index_fill_(0, index, 1.0).view(plan.scores.shape)
-        soft = soft_topk(_unit_scale(plan.scores), plan.wanted, TEMPERATURE)
+        soft = soft_topk(unit_scale(plan.scores), plan.wanted, temperature)
         gates = hard + soft - soft.detach()
         student = cache.fork()
         for layer, gate in zip(student.compressed_layers(), gates, strict=True):
             layer.relax(gate.to(layer.device))
         student.budgets = plan.budgets
         return student
-
-
-def _unit_scale(scores: Tensor) -> Tensor:
-    """Scores whose size means the same in every head: learned ones as they are, a heuristic's as normal scores."""
-    if scores.requires_grad:
-        return scores
-    free = scores.isfinite()
-    normal = normal_scores(scores.flatten(0, 2).unsqueeze(1), free.flatten(0, 2).unsqueeze(1))
-    return torch.where(free, normal.view_as(scores), scores)
 
 
 def heuristic_of(policy: Policy) -> Policy:
