@@ -16,6 +16,7 @@ ALLOCATORS = subclasses(learnkv.allocators, Allocator)
 
 TABLES = {
     learnkv.scorers.CompressKV: "heads",
+    learnkv.scorers.FastKVzip: "gate",
     learnkv.allocators.HeadKV: "scores",
     learnkv.allocators.LUKV: "curve",
     learnkv.allocators.DuoAttention: "gates",
@@ -27,6 +28,7 @@ TABLES = {
 WRAPPERS = {
     learnkv.scorers.CriticalKV: lambda: learnkv.scorers.CriticalKV(SnapKV(window=8)),
     learnkv.scorers.VaSE: lambda: learnkv.scorers.VaSE(SnapKV(window=8)),
+    learnkv.scorers.Chunked: lambda: learnkv.scorers.Chunked(SnapKV(window=8)),
 }
 """Those that correct another's scores."""
 
@@ -40,6 +42,7 @@ KNOWS_ITS_HEAD = {
     LearnedScorer,
     learnkv.scorers.CompressKV,
     learnkv.scorers.VaSE,
+    learnkv.scorers.FastKVzip,
     LearnedAllocator,
     learnkv.allocators.HeadKV,
     learnkv.allocators.LUKV,
@@ -48,10 +51,10 @@ KNOWS_ITS_HEAD = {
 """Those of which a head's number is an input."""
 
 
-def build(cls: type[Component], layers: int, heads: int, group: int, dim: int) -> Component:
+def build(cls: type[Component], layers: int, heads: int, group: int, dim: int, hidden: int = 32) -> Component:
     """One with its defaults, whatever was learned drawn at random and tables made up."""
     if cls in TABLES:
-        return cls(made_up(TABLES[cls], layers, heads, group))
+        return cls(made_up(TABLES[cls], layers, heads, group, dim, hidden))
     if cls in WRAPPERS:
         return WRAPPERS[cls]()
     if cls in LEARNED:

@@ -175,7 +175,9 @@ def policy_for(name: str, model: PreTrainedModel) -> Policy:
     """A heuristic by the name of its YAML, or a learned policy whose parameters are random."""
     layers, heads = len(compressible(model)), heads_of(model)
     if name not in LEARNED:
-        return policy_of(name, layers, heads, model.config.num_attention_heads // heads)
+        config = model.config
+        group, hidden = config.num_attention_heads // heads, config.hidden_size
+        return policy_of(name, layers, heads, group, config.head_dim, hidden)
     base = {"budgets": AdaKV(), "conditioned": Uniform(), "tokens": Pyramid()}[name]
     allocator = LearnedAllocator(base, layers, heads, conditioned=name == "conditioned")
     scorer: Scorer = SnapKV(window=16)

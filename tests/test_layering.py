@@ -19,8 +19,20 @@ LAYERS = [
     {"errors"},
     {"component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
-    {"segments", "recorder", "reading", "layer", "cache"},
-    {"budget", "policy", "probing", "attention", "decoding", "graph", "steps", "generation"},
+    {"segments", "recorder", "reading", "renewal", "reopening", "layer", "compaction", "cache"},
+    {
+        "spending",
+        "recompression",
+        "paging",
+        "policy",
+        "heuristic",
+        "probing",
+        "attention",
+        "decoding",
+        "graph",
+        "steps",
+        "generation",
+    },
     {"config", "io", "models"},
     {"data"},
     {"calibration", "training", "evaluation"},
@@ -31,7 +43,7 @@ STRANGERS = [  # on one layer, yet never each other
     {"scorers", "allocators", "pages"},
     {"calibration", "training", "evaluation"},
 ]
-PRIVATE = {"segments": {"reading", "layer", "cache"}}  # how a cache is laid out is its own affair
+PRIVATE = {"segments": {"reading", "layer", "compaction", "cache"}}  # how a cache is laid out is its own affair
 LIBRARY_TOP = HEIGHT["models"]  # `import learnkv` gives what a program needs, not training or evaluation
 
 TRANSFORMERS = ["layer.py", "cache.py", "attention.py", "decoding.py", "generation.py", "probing.py", "models.py"]

@@ -10,7 +10,8 @@ from models import build as build_model
 
 from learnkv import CompressedCache, Policy, attach, continuation, prefill
 
-KEEP, LAYERS, HEADS, GROUP, DIM = 0.35, 3, 2, 2, 16
+KEEP, SHAPE = 0.35, (3, 2, 2, 16, 48)
+LAYERS, HEADS, *_ = SHAPE
 LENGTHS = (53, 34)
 SWAPPED = [1, 0]
 
@@ -19,7 +20,7 @@ PAIRS = [pytest.param(one, other, id=f"{one.__name__}-{other.__name__}") for one
 
 @functools.cache
 def policy_of(scorer: type, allocator: type) -> Policy:
-    return Policy(*(build(part, LAYERS, HEADS, GROUP, DIM) for part in (scorer, allocator)), sinks=2, recent=3)
+    return Policy(*(build(part, *SHAPE) for part in (scorer, allocator)), sinks=2, recent=3)
 
 
 @functools.cache
@@ -42,7 +43,7 @@ def read(which: str) -> CompressedCache:
     rows = [tokens(1, length, seed=8)[0] for length in LENGTHS]
     ids, mask = padded(rows[1:] if which == "alone" else rows)
     model = swapped_model() if which == "swapped" else attached("llama")
-    every = [Policy(build(scorer, LAYERS, HEADS, GROUP, DIM)) for scorer in SCORERS]
+    every = [Policy(build(scorer, *SHAPE)) for scorer in SCORERS]
     return prefill(model, ids, mask, window=max(LENGTHS), policies=every, chunk_size=20 if which == "chunks" else None)
 
 

@@ -26,8 +26,9 @@ def steps(monkeypatch) -> list[dict]:
     seen: list[dict] = []
 
     def record(query, keys, values, start, length, longest, tail_keys, tail_values, mask, *args, **how):
-        if args[2] is not None:
-            told = {"keys": keys, "start": start, "length": length, "tail": tail_keys, "mask": mask, "pages": args[2]}
+        if "pages" in how:
+            told = {"keys": keys, "start": start, "length": length, "tail": tail_keys, "mask": mask}
+            told["pages"] = how["pages"]
             seen.append(
                 {name: None if held is None else held.clone() for name, held in told.items()} | {"query": query}
             )
@@ -188,6 +189,18 @@ def test_pages_of_an_evicted_cache(steps):
     wide = quest().compress(evicted, keep=0.2)
     some = wide.budgets.clamp(max=12).sum((0, 2)) / (60 * 6)  # a head of nine has no twelve to read
     assert wide.read == pytest.approx(some.tolist()) and min(wide.read) < 0.2
+
+
+def test_pages_of_a_cache_that_evicts_while_it_is_added_to(steps):
+    """The tail of 8 slots is joined to the segment time and again; pages are those of what is held then."""
+    model = attached("llama")
+    policy = Policy(SnapKV(window=4), AdaKV(), every=8, pages=Quest(PAGE, dense_layers=0), read=0.5)
+    cache = policy.compress(prefill(model, tokens(2, 60), window=16), keep=0.5)
+    generate(model, tokens(2, 3), cache, max_new_tokens=30)
+    check_steps(steps, [15, 15])
+    assert len(steps) == 29 * 3
+    assert len({tuple(step["length"].tolist()) for step in steps}) == 3  # the heads' budgets stay, layer by layer
+    assert max(step["tail"].shape[2] for step in steps) <= 8
 
 
 def test_an_eviction_under_pages_keeps_them(steps):

@@ -1,6 +1,7 @@
 """One attention function, registered once: full attention until a cache layer is sealed, then what it retains."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,12 +26,14 @@ def compressed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cache_layer: CompressedLayer | None = None,
+    settle: Callable[[], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface; returns [B, T, H*G, D] and no weights.
 
     Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. Features that would be lost
-    (logit soft-capping, attention sinks as weights, a sliding window that has been exceeded) are refused.
+    (logit soft-capping, attention sinks as weights, a sliding window that has been exceeded) are refused. `settle` is
+    called after the last layer of a cache that may have to evict again.
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
@@ -46,7 +49,10 @@ def compressed_attention(
         return output
     _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return cache_layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
+    output = cache_layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous()
+    if settle is not None:
+        settle()
+    return output, None
 
 
 def _refuse_exceeded_window(module: nn.Module, layer: CompressedLayer, window: int | None) -> None:
@@ -73,7 +79,10 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             layer.recorder.rotations += (rotation,)
         if layer.recorder.recording.hidden:
             layer.recorder.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-    return args, {**kwargs, "cache_layer": layer}
+    kwargs = {**kwargs, "cache_layer": layer}
+    if cache.renewal is not None and module.layer_idx == cache.compressible[-1]:
+        kwargs["settle"] = cache.settle
+    return args, kwargs
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
+from learnkv.compaction import compact
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Probe, Recording
 from learnkv.ops.device import upload
-from learnkv.ops.gather_kv import gather_kv
-from learnkv.ops.select import select
-from learnkv.segments import Segment, Tail
+from learnkv.renewal import Renewal
+from learnkv.segments import Tail
 
 
 class CompressedCache(Cache):
@@ -38,6 +38,9 @@ class CompressedCache(Cache):
         self.tail_padded = False
         self.pending: tuple[Tensor, Tensor] | None = None
         self.budgets: Tensor | None = None
+        self.covered: list[int] = []
+        self.renewal: Renewal | None = None
+        """How the cache stays within its budget while tokens are added; None: it grows."""
         self.probed: dict[Probe, list[int]] = {}
         """Tokens of each row that were read in extra passes."""
         self.steps: object = None
@@ -80,50 +83,19 @@ class CompressedCache(Cache):
     def evict(self, scores: Tensor, budgets: Tensor, total: int, first: int = 0) -> None:
         """Keep the `budgets[l, b, h]` highest-scored entries of every head of layers first, first + 1, …
 
-        Nothing waits for a device where all layers share a pool. How much each of several pools holds is looked up.
-
         Args:
             scores: [L, B, H, S] float32, +inf protected, -inf no entry.
             budgets: [L, B, H] int64.
             total: sum of `budgets`.
             first: index of the first of these layers among the compressible ones.
         """
-        groups = self._groups(first, scores.shape[0])
-        for rows, group in groups:
-            whole = len(rows) == rows[-1] - rows[0] + 1  # a view of the budgets then serves as the table of lengths
-            at = slice(rows[0], rows[-1] + 1) if whole else rows
-            size = total if len(groups) == 1 else int(budgets[at].sum())
-            self._evict_group([self.layers[i] for i in group], scores[at], budgets[at], size)
+        layers = self.compressed_layers()[first : first + scores.shape[0]]
+        compact(layers, scores, budgets, total, None if self.renewal is None else self.renewal.recording)
 
-    def _groups(self, first: int, count: int) -> list[tuple[list[int], list[int]]]:
-        """Layers that share a pool: same device and head dimension."""
-        groups: dict[tuple[object, int], tuple[list[int], list[int]]] = {}
-        for at, index in enumerate(self.compressible[first : first + count]):
-            keys, _ = self.layers[index].whole_prompt()
-            rows, layers = groups.setdefault((keys.device, keys.shape[-1]), ([], []))
-            rows.append(at)
-            layers.append(index)
-        return list(groups.values())
-
-    @staticmethod
-    def _evict_group(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor, total: int) -> None:
-        first_keys, first_values = layers[0].whole_prompt()
-        device, dim = first_keys.device, first_keys.shape[-1]
-        count, batch, heads, slots = scores.shape
-        length = budgets.to(device).reshape(count, batch * heads)
-        start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
-        index = select(scores.to(device).reshape(count * batch * heads, slots), length.flatten(), total)
-        pool_keys, pool_values = first_keys.new_empty(total, dim), first_values.new_empty(total, dim)
-        row = (index // slots) // heads % batch
-        positions = layers[0].slot_positions()[row, index % slots].to(torch.int32)
-        for at, layer in enumerate(layers):
-            keys, values = (held.reshape(batch * heads, slots, dim) for held in layer.whole_prompt())
-            segment = Segment(pool_keys, pool_values, positions, start[at], length[at], slots)
-            first_row = at * batch * heads
-            gather_kv(
-                keys, values, index, first_row, start[at], length[at], pool_keys, pool_values, spans=segment.spans
-            )
-            layer.evict(segment)
+    def settle(self) -> None:
+        """Let the policy that keeps the cache within its budget evict again, once the tail is as long as was agreed."""
+        if self.renewal is not None and self.tail_length >= self.renewal.every and self.sealed:
+            self.renewal.renew(self)
 
     def fork(self) -> "CompressedCache":
         """A cache of its own that shares storage with this one; only tables and tails are copied."""
@@ -141,18 +113,23 @@ class CompressedCache(Cache):
 
     @property
     def tail_length(self) -> int:
-        """Slots read after the prompt."""
+        """Slots read after the prompt, or since entries were evicted again."""
         return self.layers[self.compressible[0]].tail_length
+
+    @property
+    def said_length(self) -> int:
+        """Slots read after the prompt."""
+        return self.layers[self.compressible[0]].folded + self.tail_length
 
     def next_positions(self) -> Tensor:
         """[B] position of the next token of every row."""
-        said = self._said().sum(-1)
+        said = self.said().sum(-1)
         return upload(self.prompt_lengths, said.device) + said
 
     def extend_tail_mask(self, new: Tensor, padded: bool) -> Tensor:
-        """Remember which of the next T slots [B, T] are tokens, and whether any is not; returns the tail's [B, M]."""
+        """Remember which of the next T slots [B, T] are tokens, and whether any is not; returns all said [B, M]."""
         known = 0 if self.tail_mask is None else self.tail_mask.shape[1]
-        said = self._said().to(new.device)
+        said = self.said().to(new.device)
         if known < said.shape[1]:  # what transformers' own generate() read
             padded = padded or not bool(said.all())
         self.tail_mask = torch.cat([said, new.bool()], 1)
@@ -160,7 +137,9 @@ class CompressedCache(Cache):
         return self.tail_mask
 
     def reserve(self, slots: int) -> int:
-        """Make room for so many more slots in every tail; returns the capacity that all have then."""
+        """Make room for so many more slots in every tail, as far as they get so long; returns the capacity of all."""
+        if self.renewal is not None:
+            slots = min(slots, max(self.renewal.every - self.tail_length, 1))
         return max(tail.reserve(slots) for tail in self.tails())
 
     def tails(self) -> list[Tail]:
@@ -173,37 +152,47 @@ class CompressedCache(Cache):
             tail.cursor = cursor
 
     @property
+    def forgets(self) -> bool:
+        """Whether what was read can be taken back."""
+        return self.renewal is None and not self.has_sliding_layers
+
+    @property
     def padded(self) -> bool:
-        """Whether tokens to come have to be told of padding: in the tail, or in what sliding layers hold."""
+        """Whether tokens to come have to be told of padding: in the tail, or in what sliding layers hold; or who judges
+        the tail."""
         prompt = self.layers[self.compressible[0]].prompt
+        if self.renewal is not None:
+            return True
         return self.tail_padded or (self.has_sliding_layers and min(self.prompt_lengths) < prompt)
 
     def seen(self, slots: int) -> Tensor:
-        """What a new token may see of a tail of so many slots, [B, 1, 1, slots]; with what sliding layers are told of
-        the prompt, [B, S + slots], in a hybrid model. Slots that are not in use yet count as tokens."""
-        said = self._said()
-        tail = torch.cat([said, said.new_ones(said.shape[0], slots - said.shape[1])], 1)
+        """What a new token may see of a tail of so many slots, [B, 1, 1, slots]; in a hybrid model of everything, with
+        as many slots ahead. Slots that are not in use yet count as tokens."""
+        said = self.said()
+        ahead = said.new_ones(said.shape[0], slots - self.tail_length)
         if self.has_sliding_layers:
-            return torch.cat([self.prompt_mask.to(tail.device), tail], 1)
-        return tail[:, None, None]
+            return torch.cat([self.prompt_mask.to(said.device), said, ahead], 1)
+        return torch.cat([said[:, said.shape[1] - self.tail_length :], ahead], 1)[:, None, None]
 
     def end_turn(self, begin: int, spoken: Tensor, padded: bool) -> None:
         """Of the slots from `begin` on keep what was said [B, T], True for tokens, and forget the others."""
-        for tail in self.tails():
-            tail.crop(begin + spoken.shape[1])
+        for layer in self.compressed_layers():
+            assert layer.tail is not None
+            layer.tail.crop(begin + spoken.shape[1] - layer.folded)
+            layer.recorder.crop(layer.tail.length)
         assert self.tail_mask is not None
-        self.tail_mask = torch.cat([self.tail_mask, spoken], 1)
+        self.tail_mask = torch.cat([self.tail_mask[:, :begin], spoken], 1)
         self.tail_padded = self.tail_padded or padded
 
-    def _said(self) -> Tensor:
-        """[B, M] which slots of the tail are tokens, also where transformers' own generate() read them."""
+    def said(self) -> Tensor:
+        """[B, M] which slots after the prompt are tokens, also where transformers' own generate() read them."""
         first = self.compressed_layers()[0]
         device = first.device
         known = torch.ones(first.batch, 0, dtype=torch.bool) if self.tail_mask is None else self.tail_mask
-        known = known.to(device)[:, : first.tail_length]
-        new = torch.ones(known.shape[0], first.tail_length - known.shape[1], dtype=torch.bool, device=device)
+        known = known.to(device)[:, : self.said_length]
+        new = torch.ones(known.shape[0], self.said_length - known.shape[1], dtype=torch.bool, device=device)
         if first.tail is not None and first.tail.seen is not None and new.shape[1]:
-            new = first.tail.seen[:, known.shape[1] :]
+            new = first.tail.seen[:, known.shape[1] - first.folded :]
         return torch.cat([known, new], 1)
 
     def refuse_gaps(self, seen: Tensor) -> None:
@@ -228,6 +217,7 @@ class CompressedCache(Cache):
         """Forget everything."""
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.steps = [], None, None, None, None
+        self.covered, self.renewal = [], None
         self.tail_padded = False
 
     def activate_past_recording(self) -> None:
@@ -244,6 +234,8 @@ class CompressedCache(Cache):
             self.pending = (ids[rows.to(ids.device)], mask[rows.to(mask.device)])
         if self.budgets is not None:
             self.budgets = self.budgets[:, rows.to(self.budgets.device)]
+        self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
+        self.renewal = None if self.renewal is None else self.renewal.rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies adjacent; the prompt is shared, tails are copied."""
@@ -272,27 +264,33 @@ class CompressedCache(Cache):
         return sum(storages.values())
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row that budgets speak of: the prompt's, and those that have been judged since."""
+        return self.covered or self.prompt_lengths
+
+    @property
     def full_nbytes(self) -> int:
-        """Bytes of the keys and values of all tokens of the prompts, padding not counted."""
-        return sum(layer.token_nbytes for layer in self.compressed_layers()) * sum(self.prompt_lengths)
+        """Bytes of the keys and values of all tokens that budgets speak of, padding not counted."""
+        return sum(layer.token_nbytes for layer in self.compressed_layers()) * sum(self.lengths)
 
     @property
     def spent(self) -> list[float]:
-        """Fraction of each row's prompt entries that is retained."""
+        """Fraction of each row's entries that is retained: of the prompt's, and of those judged since."""
         if self.budgets is None:
             return [1.0] * len(self.prompt_lengths)
         layers, _, heads = self.budgets.shape
         kept = self.budgets.sum((0, 2)).tolist()
-        return [one / (n * layers * heads) for one, n in zip(kept, self.prompt_lengths, strict=True)]
+        return [one / (n * layers * heads) for one, n in zip(kept, self.lengths, strict=True)]
 
     @property
     def read(self) -> list[float]:
         """Fraction of each row's prompt entries that a single new token attends to."""
-        layers = [layer for layer in self.compressed_layers() if layer.segment is not None]
-        if all(layer.reading is None for layer in layers):
+        each = [(one.segment, one.reading) for one in self.compressed_layers() if one.segment is not None]
+        if all(reading is None for _, reading in each):
             return self.spent
-        each = torch.stack([layer.entries_read().cpu().double().mean(-1) for layer in layers]).mean(0)
-        return (each / torch.tensor(self.prompt_lengths)).tolist()
+        counts = [one.length if reading is None else reading.of_prompt(one) for one, reading in each]
+        share = torch.stack([count.cpu().view(len(self.lengths), -1) for count in counts]).double().mean((0, 2))
+        return (share / torch.tensor(self.lengths)).tolist()
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of what one head of model layer `layer_idx` retains."""

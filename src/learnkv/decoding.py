@@ -47,7 +47,7 @@ def check_context(model: PreTrainedModel, cache: CompressedCache, positions: Ten
         slots: read or about to be read, and not counted by the cache yet.
     """
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    reached = max(cache.prompt_lengths) + cache.tail_length + slots
+    reached = max(cache.prompt_lengths) + cache.said_length + slots
     # The bound counts padding; only where it is exceeded is the true number worth a host sync.
     if context is not None and reached > context and (reached := int(positions.max()) + 1) > context:
         raise UserError(f"{reached} tokens with the continuation: the model's context is {context}")

@@ -3,20 +3,21 @@
 import functools
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.attention import attach
-from learnkv.budget import check_budget
 from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, beam_search, check_context, check_settings
 from learnkv.errors import UserError
 from learnkv.observation import Recording
 from learnkv.policy import Policy
-from learnkv.probing import run_probe
+from learnkv.probing import run_probe, scores_of
 from learnkv.scorers.base import Scorer
+from learnkv.spending import check_budget
 from learnkv.steps import steps_for
 
 
@@ -93,9 +94,7 @@ def score_prompt(
     Args:
         input_ids, attention_mask: as for `prefill`.
     """
-    cache = prefill(model, input_ids, attention_mask, window=0, policies=[Policy(scorer)])
-    seen = [layer.observation() for layer in cache.compressed_layers()]
-    return torch.stack([scorer(one).masked_fill(~one.valid, float("-inf")) for one in seen])
+    return scores_of(prefill(model, input_ids, attention_mask, window=0, policies=[Policy(scorer)]), scorer)
 
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:
@@ -130,8 +129,23 @@ def continuation(
         input_ids: [B, T] continuations, right-padded where their lengths differ.
         attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
     """
-    ids, mask, padded = _with_pending(*_check_continuation(input_ids, attention_mask, cache), cache)
-    return _read(model, ids, mask, padded, cache)[:, ids.shape[1] - input_ids.shape[1] :]
+    return _continue(model, input_ids, cache, attention_mask)[0]
+
+
+def continuation_states(
+    model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache, attention_mask: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """As `continuation`: the logits [B, T, V], and hidden states [B, T, E] after every layer, the last normalised."""
+    return _continue(model, input_ids, cache, attention_mask, hidden=True)
+
+
+def _continue(
+    model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache, mask: Tensor | None, hidden: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    ids, mask, padded = _with_pending(*_check_continuation(input_ids, mask, cache), cache)
+    said = _read(model, ids, mask, padded, cache, hidden=hidden)
+    begin = ids.shape[1] - input_ids.shape[1]
+    return said.logits[:, begin:], [state[:, begin:] for state in said.hidden_states[1:]] if hidden else []
 
 
 def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor, bool]:
@@ -162,9 +176,18 @@ def _with_pending(ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCach
 
 
 def _read(
-    model: PreTrainedModel, ids: Tensor, new: Tensor, padded: bool, cache: CompressedCache, last: int = 0
-) -> Tensor:
-    """Logits [B, T, V] of tokens [B, T], of which those count that are `new` [B, T]; of the `last` only, 0: of all."""
+    model: PreTrainedModel,
+    ids: Tensor,
+    new: Tensor,
+    padded: bool,
+    cache: CompressedCache,
+    last: int = 0,
+    hidden: bool = False,
+) -> Any:
+    """The model's output, with logits [B, T, V] of tokens [B, T], of which those count that are `new` [B, T].
+
+    Logits of the `last` tokens only, 0: of all; hidden states if asked for.
+    """
     attach(model)
     positions = cache.next_positions().to(ids.device).unsqueeze(-1) + (new.cumsum(-1) - 1).clamp_min(0)
     check_context(model, cache, positions, ids.shape[1])
@@ -176,7 +199,8 @@ def _read(
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=last,
-    ).logits
+        output_hidden_states=hidden,
+    )
 
 
 def _forward_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | None:
@@ -187,6 +211,7 @@ def _forward_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | No
         return seen
     if not cache.tail_padded:
         return None
+    tail = tail[:, cache.said_length - cache.tail_length :]
     slot = torch.arange(tail.shape[1], device=tail.device)
     causal = slot <= slot[tail.shape[1] - new :].unsqueeze(-1)
     # A padded query sees itself, so that its softmax is over something.
@@ -217,8 +242,8 @@ def generate(
 
     The cache remembers what was said, so that a further call is the next turn of a conversation. Tokens are the same as
     those of transformers' own `generate()`; steps wait for nothing between the looks, every 16 steps, whether all rows
-    have ended. What was read beyond the end is forgotten. With the sliding layers of a hybrid model, which cannot
-    forget, every step is looked at.
+    have ended. What was read beyond the end is forgotten. A cache that cannot forget, one with sliding layers or one
+    that evicts again while tokens are added, is looked at every step.
 
     Args:
         input_ids: [B, T] the question, left- or right-padded where lengths differ.
@@ -252,7 +277,7 @@ def generate(
         return found.masked_fill(over, pad)  # transformers takes another id for a pad_token_id of 0
     if padded:
         ids, mask = _packed(ids, mask, "right")
-    logits = _read(model, ids, mask, padded, cache, last=0 if padded else 1)
+    logits = _read(model, ids, mask, padded, cache, last=0 if padded else 1).logits
     if padded:
         logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))
     return steps_for(model, cache, max_new_tokens, sampling, ends, pad, graph).turn(

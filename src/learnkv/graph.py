@@ -35,6 +35,8 @@ def refusal(model: nn.Module, cache: CompressedCache, slots: int) -> str | None:
         return "the model is spread over several devices"
     if cache.has_sliding_layers:
         return "sliding layers of a hybrid model"
+    if cache.renewal is not None:
+        return "the policy evicts while tokens are added"
     if window is not None and max(layer.prompt for layer in cache.compressed_layers()) + slots > window:
         return f"the sliding window of {window} tokens may be exceeded"
     if any(layer.gates is not None for layer in cache.compressed_layers()):

@@ -36,13 +36,16 @@ class CompressedLayer(CacheLayerMixin):
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         self.valid: Tensor | None = None
+        self.positions: Tensor | None = None
         self.gates: Tensor | None = None
         self.segment: Segment | None = None
         self.tail: Tail | None = None
         self.reading: Reading | None = None
         self.when_read: Callable[[], None] | None = None
         self.announced = False
+        self.live = False
         self.prompt = 0
+        self.folded = 0
         self.copies = 1
         self.heads = 0
         self.token_nbytes = 0
@@ -79,13 +82,13 @@ class CompressedLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def get_seq_length(self, *args: object) -> int:
-        return self.prompt + self.tail_length
+        return self.prompt + self.folded + self.tail_length
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         # transformers 5.17 hands over positions, later releases a length.
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         if self.sealed:
-            return self.tail_length + new, self.prompt
+            return self.tail_length + new, self.prompt + self.folded
         return self.prompt + new, 0
 
     def get_max_length(self) -> int:
@@ -105,8 +108,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         if self.tail is not None:
             self.tail.crop(keep)
-        if self.reading is not None:
-            self.reading.renew()
+            self.recorder.crop(keep)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         batch = torch.arange(self.batch).repeat_interleave(repeats)
@@ -172,7 +174,7 @@ class CompressedLayer(CacheLayerMixin):
             raise UserError(f"attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
         # Without padding the mask comes and goes with the length of a chunk; with padding it is always there.
         self.valid = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1).clone()
-        self.recorder.observe(query, self.at, *self.whole_prompt(), self.slot_positions())
+        self.recorder.observe(query, self.at, *self.whole_prompt(), self.entry_positions())
         if self.when_read is not None:
             self.when_read()
             self.when_read = None
@@ -201,9 +203,15 @@ class CompressedLayer(CacheLayerMixin):
         valid = torch.ones(shape, dtype=torch.bool, device=self.device) if self.valid is None else self.valid
         return torch.where(valid, valid.cumsum(-1) - 1, -1)
 
+    def entry_positions(self) -> Tensor:
+        """Prompt position of each entry, negative where there is none: [B, H, S] int64."""
+        if self.positions is not None:
+            return self.positions
+        return self.slot_positions().unsqueeze(1).expand(-1, self.heads, -1)
+
     def observation(self) -> Observation:
         """What a scorer may see; only while the prompt is complete."""
-        return self.recorder.observation(self.at, *self.whole_prompt(), self.slot_positions())
+        return self.recorder.observation(self.at, *self.whole_prompt(), self.entry_positions())
 
     def seal(self) -> None:
         """End the prompt: its entries become rows of a pool without being copied."""
@@ -223,13 +231,13 @@ class CompressedLayer(CacheLayerMixin):
             slots,
         )
 
-    def evict(self, segment: Segment) -> None:
-        """Hold `segment` and nothing else of the prompt."""
-        self.segment = segment
+    def evict(self, segment: Segment, live: Recording | None = None) -> None:
+        """Hold `segment` and nothing else of the prompt; of tokens to come record what is `live`."""
+        self.segment, self.live = segment, live is not None
         if self.reading is not None:
             self.read_pages(self.reading.selector, self.reading.tokens.tolist())
-        self.keys = self.values = self.valid = None
-        self.recorder.forget()
+        self.keys = self.values = self.valid = self.positions = None
+        self.recorder.forget(live)
 
     def relax(self, gates: Tensor) -> None:
         """Multiply every entry's softmax weight by its gate, [B, H, S]; nothing is freed."""
@@ -241,29 +249,20 @@ class CompressedLayer(CacheLayerMixin):
         dense = self.at < selector.dense_layers
         self.reading = None if dense else Reading(selector, tokens, self.segment)
 
-    def entries_read(self) -> Tensor:
-        """Entries of the prompt [B, H] that a single token attends to."""
-        assert self.segment is not None
-        held = self.segment.length.view(-1, self.heads)
-        return held if self.reading is None else self.reading.of_prompt(self.segment)
-
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens to what is retained and to the tail."""
         assert self.tail is not None
         self.tail.seen = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1)
+        if self.live:
+            self.recorder.hold_back(query)
         if self.gates is not None:
             assert self.keys is not None and self.values is not None
             return gated_attention(
                 query, self.keys, self.values, self.gates, self.tail.keys, self.tail.values, mask, scaling
             )
         assert self.segment is not None
-        held, pages, page_size = self.segment, None, 0
-        if self.reading is not None:
-            if query.shape[2] == 1:
-                pages = self.reading.choose(query, held, self.tail, mask)
-                page_size = self.reading.selector.page_size
-            else:  # a question is read whole, and which of its slots are padding shows afterwards
-                self.reading.renew()
+        held = self.segment
+        read = {} if self.reading is None else self.reading.choose(query, held, self.tail, mask)
         return decode_attention(
             query,
             held.keys,
@@ -276,9 +275,8 @@ class CompressedLayer(CacheLayerMixin):
             mask,
             scaling,
             self.tail.used,
-            pages,
-            page_size,
             spans=held.spans,
+            **read,
         )[0]
 
     def fork(self) -> "CompressedLayer":

@@ -2,29 +2,28 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from learnkv.allocators.base import Allocator
 from learnkv.allocators.uniform import Uniform
-from learnkv.budget import check_budget, entries_to_keep
 from learnkv.cache import CompressedCache
 from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
 from learnkv.ops.device import upload
 from learnkv.ops.fit import fit
-from learnkv.ops.normal_scores import normal_scores
+from learnkv.ops.normal_scores import unit_scale
 from learnkv.ops.select import select
 from learnkv.ops.soft_topk import soft_topk
 from learnkv.pages.base import PageSelector
+from learnkv.paging import check_reading, read_pages
+from learnkv.recompression import agree, check_judge
 from learnkv.scorers.base import Scorer
+from learnkv.spending import check_budget, entries_to_keep
 
 TEMPERATURE = 0.5
-EVERYTHING = 2**30
-"""Tokens to read where a row's prompt is read whole, and what follows with it."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class Policy(Component):
         sinks: first tokens of the prompt that are always kept, per head.
         recent: last tokens of the prompt that are always kept, per head. Both count towards the budget and are
             clipped, recent tokens first served, to half of a row's budget.
+        every: tokens read after compression that are held beside the budget, a batch's padding counted; as many are
+            judged together with what is retained, and each head is evicted down to its budget. 0: all are kept.
+        decode: scorer of those evictions; None: `scorer`.
         pages: lets a decode step read chosen pages of what is retained. Without a scorer the budget is what it reads.
         read: fraction of what is retained that a step reads, for a policy with a scorer and pages.
     """
@@ -62,20 +64,19 @@ class Policy(Component):
         allocator: Allocator | None = None,
         sinks: int = 4,
         recent: int = 8,
+        every: int = 0,
+        decode: Scorer | None = None,
         pages: PageSelector | None = None,
         read: float | None = None,
     ) -> None:
         super().__init__()
         if sinks < 0 or recent < 0:
             raise UserError(f"sinks={sinks} recent={recent}: expected numbers of tokens >= 0")
+        check_judge(every, decode or scorer)
         self.scorer = scorer
+        self.every, self.decode = every, decode
         self.allocator = allocator if allocator is not None else Uniform()
-        if (read is not None) != (scorer is not None and pages is not None) or not 0 < (
-            1 if read is None else read
-        ) <= 1:
-            raise UserError(
-                f"read={read}: expected a fraction, above 0 and at most 1, with a scorer and pages, else none"
-            )
+        check_reading(scorer is not None, pages, read)
         self.sinks, self.recent = sinks, recent
         self.pages, self.read = pages, read
 
@@ -83,10 +84,10 @@ class Policy(Component):
     def recording(self) -> Recording:
         """What has to be recorded of a prompt for this policy."""
         mine = Recording(self.allocator.window)
-        if self.scorer is None:
-            return mine
-        part = self.scorer
-        return mine | Recording(part.window, "hidden" in part.needs, part.statistics, part.probes)
+        for part in (self.scorer, self.decode):
+            if part is not None:
+                mine |= Recording(part.window, "hidden" in part.needs, part.statistics, part.probes)
+        return mine
 
     @property
     def reads_once(self) -> bool:
@@ -108,15 +109,33 @@ class Policy(Component):
         assert self.scorer is not None
         cache.seal()
         total, protected = self._spending(cache, keep, budget)
-        seen = [self._seen(cache, at, total) for at in range(len(cache.compressible))]
+        seen = [self.seen(cache, at, total) for at in range(len(cache.compressible))]
         self._check_recorded(seen[0])
+        return self.plan_within(cache, seen, self.scorer, total, protected)
+
+    def plan_within(
+        self,
+        cache: CompressedCache,
+        seen: list[Observation],
+        scorer: Scorer,
+        total: list[int],
+        protected: list[int],
+        decided: list[bool] | None = None,
+    ) -> Plan:
+        """The plan for `total` entries per row, of which `protected` per head are kept in any case.
+
+        Rows that are `decided` keep the budgets that the cache has.
+        """
         device = seen[0].keys.device
-        scores = torch.stack([self._score(one, protected).to(device) for one in seen])
+        scores = torch.stack([self.score(scorer, one, protected).to(device) for one in seen])
         features = [self.allocator.features(one) for one in seen]
         known = [one.to(device) for one in features if one is not None]
         wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
-        decided = [self._decide(*one) for one in zip(seen, scores, budgets, strict=True)]
-        scores = torch.stack([one.to(device) for one in decided])
+        if decided is not None and cache.budgets is not None:
+            old = upload(decided, device).view(1, -1, 1)
+            budgets = torch.where(old, cache.budgets.to(device), budgets)
+        refined = [self.refine(scorer, *one) for one in zip(seen, scores, budgets, strict=True)]
+        scores = torch.stack([one.to(device) for one in refined])
         return Plan(scores, wanted, budgets, upload(protected, device), sum(total))
 
     def _check_recorded(self, seen: Observation) -> None:
@@ -157,38 +176,35 @@ class Policy(Component):
         protected: list[int],
     ) -> tuple[Tensor, Tensor]:
         """What the allocator wants [L, B, H] and the integers that spend the budget exactly."""
-        entries, spend, at_least = (
-            upload(numbers, scores.device) for numbers in (cache.prompt_lengths, total, protected)
-        )
+        entries, spend, at_least = (upload(numbers, scores.device) for numbers in (cache.lengths, total, protected))
         per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
         wanted = self.allocator(scores, features, per_head)
         return wanted, fit(wanted, entries, spend, at_least)
 
     @staticmethod
-    def _seen(cache: CompressedCache, at: int, total: list[int]) -> Observation:
+    def seen(cache: CompressedCache, at: int, total: list[int]) -> Observation:
         """What the scorer may see of one layer, and how much of every row will be kept."""
         layer = cache.compressed_layers()[at]
         heads = layer.heads * len(cache.compressible)
-        keep = [kept / (n * heads) for kept, n in zip(total, cache.prompt_lengths, strict=True)]
+        keep = [kept / (n * heads) for kept, n in zip(total, cache.lengths, strict=True)]
         return replace(layer.observation(), keep=upload(keep, layer.device, torch.float64))
 
-    def _decide(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+    @staticmethod
+    def refine(scorer: Scorer, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] of one layer that decide within its heads, whose budgets [B, H] are known now."""
-        assert self.scorer is not None
         scores, budgets = scores.to(seen.keys.device), budgets.to(seen.keys.device)
-        return torch.where(scores.isfinite(), self.scorer.refine(seen, scores, budgets).float(), scores)
+        return torch.where(scores.isfinite(), scorer.refine(seen, scores, budgets).float(), scores)
 
-    def _score(self, seen: Observation, protected: list[int]) -> Tensor:
+    def score(self, scorer: Scorer, seen: Observation, protected: list[int]) -> Tensor:
         """Scores [B, H, S] of one layer with protected entries at +inf and absent ones at -inf."""
-        assert self.scorer is not None
-        scores = self.scorer(seen).float()
+        scores = scorer(seen).float()
         return scores.masked_fill(~seen.valid, float("-inf")).masked_fill(self._protects(seen, protected), float("inf"))
 
     def _protects(self, seen: Observation, protected: list[int]) -> Tensor:
         """[B, H, S] True for the first `sinks` and last `recent` tokens, clipped to `protected` per row."""
         both = upload(protected, seen.positions.device).view(-1, 1, 1)
         recent = both.clamp(max=self.recent)
-        length = seen.valid.sum(-1, keepdim=True)
+        length = seen.length.view(-1, 1, 1)
         inside = seen.positions < both - recent
         return ((inside & (self.sinks > 0)) | (seen.positions >= length - recent)) & seen.valid
 
@@ -205,15 +221,12 @@ class Policy(Component):
             return cache
         if self.scorer is not None:
             with torch.no_grad():
+                cache.renewal = agree(self, cache, keep, budget)
                 plan = self.plan(cache, keep, budget)
                 cache.evict(plan.scores, plan.budgets, plan.total)
             cache.budgets = plan.budgets
         if self.pages is not None:
-            total = entries_to_keep(cache, 1, keep, budget)
-            tokens = [max(round(one * (self.read or 1)), 1) for one in total]
-            whole = [EVERYTHING if one == n else one for one, n in zip(tokens, cache.prompt_lengths, strict=True)]
-            for layer in cache.compressed_layers():
-                layer.read_pages(self.pages, whole)
+            read_pages(self.pages, cache, keep, budget, 1.0 if self.read is None else self.read)
         return cache
 
     def compress_when_read(
@@ -225,13 +238,16 @@ class Policy(Component):
         for more than one layer. What is kept is what `compress` would keep.
         """
         assert self.reads_once
+        scorer = self.scorer
+        assert scorer is not None
         split: list[tuple[Tensor, list[int]]] = []
 
         def evict(at: int) -> None:
             total, protected = self._spending(cache, keep, budget)
-            seen = self._seen(cache, at, total)
-            scores = self._score(seen, protected)
+            seen = self.seen(cache, at, total)
+            scores = self.score(scorer, seen, protected)
             if not split:
+                cache.renewal = agree(self, cache, keep, budget)
                 like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
                 shape = (len(cache.compressible), -1, scores.shape[1], -1)
                 budgets = self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1]
@@ -239,17 +255,30 @@ class Policy(Component):
                 split.append((budgets, budgets.sum((1, 2)).tolist()))
                 cache.budgets = budgets
             budgets, of_layer = split[0]
-            scores = self._decide(seen, scores, budgets[at])
+            scores = self.refine(scorer, seen, scores, budgets[at])
             cache.evict(scores.unsqueeze(0), budgets[at : at + 1].to(scores.device), of_layer[at], first=at)
 
         for at, layer in enumerate(cache.compressed_layers()):
             layer.when_read = functools.partial(evict, at)
 
-    def relax(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> CompressedCache:
+    def relax(
+        self,
+        cache: CompressedCache,
+        keep: float | None = None,
+        budget: float | None = None,
+        *,
+        plan: Plan | None = None,
+        temperature: float = TEMPERATURE,
+    ) -> CompressedCache:
         """A fork whose entries are gated: the deployed set in the forward, the soft top-k's gradient in the backward.
 
         Gates are `hard + soft - stop_gradient(soft)`, so attention computes what it will compute after `compress`, and
         both scores and budgets get a gradient from kept and evicted entries alike.
+
+        Args:
+            cache, keep, budget: as for `compress`.
+            plan: what to keep where that has been planned already, for the same `keep` or `budget`.
+            temperature: width of the soft top-k in units of normal scores.
         """
         check_budget(keep, budget)
         if self.pages is not None:
@@ -257,33 +286,14 @@ class Policy(Component):
         cache.seal()
         if self.scorer is None or keep == 1:
             return cache.fork()
-        plan = self.plan(cache, keep, budget)
+        plan = self.plan(cache, keep, budget) if plan is None else plan
         flat = plan.scores.detach().flatten(0, 2)
         index = select(flat, plan.budgets.flatten(), plan.total)
         hard = torch.zeros(flat.numel(), device=flat.device).index_fill_(0, index, 1.0).view(plan.scores.shape)
-        soft = soft_topk(_unit_scale(plan.scores), plan.wanted, TEMPERATURE)
+        soft = soft_topk(unit_scale(plan.scores), plan.wanted, temperature)
         gates = hard + soft - soft.detach()
         student = cache.fork()
         for layer, gate in zip(student.compressed_layers(), gates, strict=True):
             layer.relax(gate.to(layer.device))
         student.budgets = plan.budgets
         return student
-
-
-def _unit_scale(scores: Tensor) -> Tensor:
-    """Scores whose size means the same in every head: learned ones as they are, a heuristic's as normal scores."""
-    if scores.requires_grad:
-        return scores
-    free = scores.isfinite()
-    normal = normal_scores(scores.flatten(0, 2).unsqueeze(1), free.flatten(0, 2).unsqueeze(1))
-    return torch.where(free, normal.view_as(scores), scores)
-
-
-def heuristic_of(policy: Policy) -> Policy:
-    """The policy that a learned one starts from: its parts without their learned corrections."""
-    parts = (_without_correction(policy.scorer), _without_correction(policy.allocator))
-    return Policy(*parts, policy.sinks, policy.recent, policy.pages, policy.read)
-
-
-def _without_correction(part: Any) -> Any:
-    return getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part

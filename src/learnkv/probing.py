@@ -1,4 +1,4 @@
-"""Extra passes over prompts that have been read, for scorers that ask for them."""
+"""Scores of prompts that have been read, and the extra passes over them that scorers ask for."""
 
 import functools
 
@@ -10,6 +10,7 @@ from learnkv.cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Pass, Probe, Recording
+from learnkv.scorers.base import Scorer
 
 
 @torch.no_grad()
@@ -51,3 +52,10 @@ def _note(probe: Probe, told: Pass, layer: CompressedLayer, home: CompressedLaye
     home.recorder.statistics = {**known, probe: figure}
     layer.keys = layer.values = None
     layer.recorder.forget()
+
+
+@torch.no_grad()
+def scores_of(cache: CompressedCache, scorer: Scorer) -> Tensor:
+    """Scores [L, B, H, S] of a complete prompt that was read for a policy with this scorer, -inf at padding."""
+    seen = [layer.observation() for layer in cache.compressed_layers()]
+    return torch.stack([scorer(one).masked_fill(~one.valid, float("-inf")) for one in seen])

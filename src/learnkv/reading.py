@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from learnkv.ops.device import upload
 from learnkv.ops.page_bounds import empty_bounds, page_bounds
 from learnkv.ops.tail_slots import tail_slots
 from learnkv.pages.base import PageSelector
@@ -26,7 +28,7 @@ class Reading:
 
     def __init__(self, selector: PageSelector, tokens: Sequence[int], segment: Segment) -> None:
         self.selector = selector
-        self.tokens = torch.tensor(tokens, device=segment.start.device)
+        self.tokens = upload(tokens, segment.start.device)
         self.most = selector.most(max(tokens))
         self.bounds: Tensor | None = None
         self._begin(segment)
@@ -42,26 +44,27 @@ class Reading:
         self.enclosed, self._writable = 0, True
         return bounds
 
-    def renew(self) -> None:
-        """Forget the bounds if they know anything of the tail."""
-        if self.enclosed:
-            self.bounds, self.enclosed = None, 0
-
     @torch.no_grad()
-    def choose(self, query: Tensor, segment: Segment, tail: Tail, mask: Tensor | None) -> Tensor:
-        """Pages that the token at the end of the tail reads, as `decode_attention` takes them.
+    def choose(self, query: Tensor, segment: Segment, tail: Tail, mask: Tensor | None) -> dict[str, Any]:
+        """Arguments that let `decode_attention` read what the newest tokens may: one token chosen pages, several all.
 
         Args:
-            query: [B, H*G, 1, D].
-            mask: [B, 1, 1, M] True where it sees a slot of the tail; None: all.
+            query: [B, H*G, T, D].
+            mask: [B, 1, T, M] True where a token sees a slot of the tail; None: all.
         """
+        if self.enclosed and (query.shape[2] > 1 or self.enclosed >= tail.length):
+            # Which slots of a question are padding shows afterwards; what was cropped is still enclosed.
+            self.bounds, self.enclosed = None, 0
+        if query.shape[2] > 1:
+            return {}
         batch, heads = query.shape[0], len(segment.start) // query.shape[0]
         seen = None if mask is None else mask[:, 0, 0].expand(batch, -1)
         bounds = self._enclose(segment, tail, seen)
         said = query.new_full((batch,), tail.length, dtype=torch.long) if seen is None else seen.sum(-1)
         entries = segment.length.view(batch, heads) + said.unsqueeze(-1)
         most = min(self.most, bounds.shape[2])
-        return self.selector(query[:, :, 0], bounds.unflatten(0, (batch, heads)), entries, self.tokens, most)
+        pages = self.selector(query[:, :, 0], bounds.unflatten(0, (batch, heads)), entries, self.tokens, most)
+        return {"pages": pages, "page_size": self.selector.page_size}
 
     def _enclose(self, segment: Segment, tail: Tail, seen: Tensor | None) -> Tensor:
         """Add what the tail has and the bounds do not know."""
@@ -88,7 +91,7 @@ class Reading:
         return bounds
 
     def of_prompt(self, segment: Segment) -> Tensor:
-        """Entries of the segment [B, H] that a token attends to, as if nothing had been read after it."""
+        """Entries of the segment [B, H] that a token attends to, were nothing read after it."""
         entries = segment.length.view(len(self.tokens), -1)
         return torch.minimum(self.selector.count(entries, self.tokens) * self.selector.page_size, entries)
 

@@ -8,11 +8,16 @@ from learnkv.ops.rotary import Rotary
 
 
 class Recorder:
-    """The last queries of the prompt, hidden states and statistics, as far as `recording` asks for them."""
+    """The last queries of the prompt, hidden states and statistics, as far as `recording` asks for them.
+
+    Of tokens that come after the prompt the queries are held back until entries are judged again.
+    """
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self.queries: Tensor | None = None
+        self.query_positions: Tensor | None = None
+        self.unread: Tensor | None = None
         self.hidden: Tensor | None = None
         self.statistics: dict[Statistic | Probe, Tensor] = {}
         self.rotations: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -25,33 +30,66 @@ class Recorder:
         self.hidden = new if self.hidden is None else torch.cat([self.hidden, new], 1)
 
     def observe(self, queries: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Take note of the newest queries [B, H*G, T, D], whose entries are the last of those given."""
-        new = queries.detach()
+        """Take note of the newest queries [B, H*G, T, D], whose entries are the last of those at `positions` [B, H, S],
+        negative where there is none."""
+        new, at = queries.detach(), positions[:, 0, positions.shape[2] - queries.shape[2] :]
+        self._gather(new, at, layer_idx, keys, values, positions)
         if window := self.recording.window:
-            both = new[:, :, -window:]
-            both = both if self.queries is None else torch.cat([self.queries, both], 2)
-            self.queries = both[:, :, -window:].clone()
+            self._hold(*self._with_last(new[:, :, -window:], at[:, -window:]))
+
+    def hold_back(self, queries: Tensor) -> None:
+        """Keep the queries [B, H*G, T, D] of tokens that are not judged yet."""
+        if self.recording.window or self.recording.statistics:
+            new = queries.detach()
+            self.unread = new if self.unread is None else torch.cat([self.unread, new], 2)
+
+    def resume(self, said: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Take note of the queries that were held back, at `said` [B, M]; as for `observe`, but entries have holes."""
+        if self.unread is None:
+            return
+        self._gather(self.unread, said, layer_idx, keys, values, positions)
+        if self.recording.window:
+            new, at = self._with_last(self.unread, said)
+            order = (at >= 0).to(torch.int8).argsort(dim=-1, stable=True)  # padding first
+            new = new.gather(2, order[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3]))
+            self._hold(new, at.gather(1, order))
+        self.unread = None
+
+    def _gather(self, new: Tensor, at: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         if self.recording.statistics:
-            chunk = self._seen(new, layer_idx, keys, values, positions)
+            chunk = self._seen(new, at, layer_idx, keys, values, positions)
             self.statistics = {one: one.update(chunk, self.statistics.get(one)) for one in self.recording.statistics}
 
-    def observation(self, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> Observation:
-        """What a scorer may see of the entries [B, H, S, D] at `positions` [B, S], negative where there is none."""
-        queries = keys[:, :, :0] if self.queries is None else self.queries
-        return self._seen(queries, layer_idx, keys, values, positions)
+    def _with_last(self, new: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """New queries [B, H*G, T, D] at positions [B, T] behind those that are held."""
+        if self.queries is None or self.query_positions is None:
+            return new, at
+        return torch.cat([self.queries, new], 2), torch.cat([self.query_positions, at], 1)
 
-    def _seen(self, queries: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> Observation:
-        batch, heads, slots, _ = keys.shape
+    def _hold(self, queries: Tensor, at: Tensor) -> None:
+        window = self.recording.window
+        self.queries, self.query_positions = queries[:, :, -window:].clone(), at[:, -window:].clone()
+
+    def observation(self, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> Observation:
+        """What a scorer may see of the entries [B, H, S, D] at `positions` [B, H, S], negative where there is none."""
+        if self.queries is None or self.query_positions is None:
+            nothing = positions[:, 0, :0]
+            return self._seen(keys[:, :, :0], nothing, layer_idx, keys, values, positions)
+        return self._seen(self.queries, self.query_positions, layer_idx, keys, values, positions)
+
+    def _seen(
+        self, queries: Tensor, at: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> Observation:
         rope = Rotary(*(torch.cat(part, 1) for part in zip(*self.rotations, strict=True))) if self.rotations else None
         return Observation(
             layer_idx=layer_idx,
             queries=queries,
-            query_positions=positions[:, slots - queries.shape[2] :],
+            query_positions=at,
             keys=keys,
             values=values,
             scaling=self.scaling,
-            valid=(positions >= 0).unsqueeze(1).expand(batch, heads, slots),
-            positions=positions.unsqueeze(1).expand(batch, heads, slots),
+            valid=positions >= 0,
+            positions=positions,
             output_weight=self.output_weight,
             hidden=self.hidden,
             rope=rope,
@@ -64,18 +102,33 @@ class Recorder:
         chosen.queries, chosen.hidden = (
             None if one is None else _rows(one, batch) for one in (self.queries, self.hidden)
         )
+        chosen.query_positions = None if self.query_positions is None else _rows(self.query_positions, batch)
+        chosen.unread = None if self.unread is None else _rows(self.unread, batch)
         chosen.statistics = {which: _rows(held, batch) for which, held in self.statistics.items()}
         chosen.rotations = tuple((_shared(cos, batch), _shared(sin, batch)) for cos, sin in self.rotations)
         chosen.output_weight, chosen.scaling = self.output_weight, self.scaling
         return chosen
 
-    def forget(self) -> None:
-        """Hold nothing of the prompt any more."""
-        self.queries, self.hidden, self.rotations, self.statistics = None, None, (), {}
+    def crop(self, slots: int) -> None:
+        """Forget the queries of tokens after the first `slots` that were not judged yet."""
+        self.unread = None if self.unread is None else self.unread[:, :, :slots]
+
+    def forget(self, live: Recording | None = None) -> None:
+        """Hold nothing of the prompt any more but the queries that `live`, what is recorded from now on, asks for."""
+        kept = live.window if live is not None else 0
+        if kept and self.queries is not None and self.query_positions is not None:
+            self.queries = self.queries[:, :, -kept:].clone()
+            self.query_positions = self.query_positions[:, -kept:].clone()
+        else:
+            self.queries = self.query_positions = None
+        self.hidden, self.rotations, self.statistics = None, (), {}
+        if live is not None:
+            self.recording = live
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
-        return [held for held in (self.queries, self.hidden, *self.statistics.values()) if held is not None]
+        held = (self.queries, self.query_positions, self.unread, self.hidden, *self.statistics.values())
+        return [one for one in held if one is not None]
 
 
 def _rows(held: Tensor, rows: Tensor) -> Tensor:

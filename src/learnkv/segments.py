@@ -2,10 +2,13 @@
 
 import copy
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from learnkv.observation import Statistic
 
 TAIL_CHUNK = 64
 
@@ -26,6 +29,8 @@ class Segment:
     """[B*H] int64."""
     longest: int
     """Upper bound of `length`, known on the host."""
+    statistics: Mapping[Statistic, Tensor] = field(default_factory=dict)
+    """[N, F] of every entry, what is still gathered."""
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int]] | None:
@@ -38,7 +43,13 @@ class Segment:
         """The segment of batch rows `batch` [B'], sharing the pool."""
         start = self.start.view(-1, heads)[batch.to(self.start.device)].flatten()
         length = self.length.view(-1, heads)[batch.to(self.start.device)].flatten()
-        return Segment(self.keys, self.values, self.positions, start, length, self.longest)
+        return Segment(self.keys, self.values, self.positions, start, length, self.longest, self.statistics)
+
+    def padded(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Index into the pool [B*H, slots] of every row's entries, at the end of its slots, and where there is one."""
+        entry = torch.arange(slots, device=self.start.device) - (slots - self.length).unsqueeze(-1)
+        there = entry >= 0
+        return (self.start.unsqueeze(-1) + entry).masked_fill(~there, 0), there
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions [length] of one row (host sync)."""
@@ -47,7 +58,7 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
-        return [self.keys, self.values, self.positions, self.start, self.length]
+        return [self.keys, self.values, self.positions, self.start, self.length, *self.statistics.values()]
 
 
 class Tail:

@@ -15,6 +15,7 @@ from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, check_context, next_token
 from learnkv.errors import RunError, UserError
 from learnkv.graph import Replay, capture, refusal
+from learnkv.ops.device import upload
 
 LOOK_EVERY = 16
 """Steps between two looks at the device: have all rows ended, is the output a number. A look waits for all steps."""
@@ -34,6 +35,8 @@ class Setting:
     batch: int
     capacity: int
     padded: bool
+    room: int
+    """Tokens that a turn may say."""
 
 
 class Steps:
@@ -48,15 +51,15 @@ class Steps:
     def __init__(self, cache: CompressedCache, setting: Setting, static: bool) -> None:
         self.setting, self.static = setting, static
         device = cache.next_positions().device
-        batch, capacity = setting.batch, setting.capacity
+        batch = setting.batch
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros_like(self.token)
         self.live = torch.ones(batch, dtype=torch.bool, device=device)
-        self.said = torch.zeros(batch, capacity, dtype=torch.long, device=device)
-        self.spoken = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
-        self.largest = torch.zeros(batch, capacity, device=device)
+        self.said = torch.zeros(batch, setting.room, dtype=torch.long, device=device)
+        self.spoken = torch.zeros(batch, setting.room, dtype=torch.bool, device=device)
+        self.largest = torch.zeros(batch, setting.room, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
-        self.ends = torch.tensor(setting.ends, dtype=torch.long, device=device)
+        self.ends = upload(setting.ends, device, torch.long)
         self.cursor = torch.zeros(2, dtype=torch.long, device=device) if static else None
         self.generator = torch.Generator(device) if setting.sampling.seeded else None
         self.mask: Tensor | None = None
@@ -81,7 +84,7 @@ class Steps:
         self._begin(cache, seed)
         try:
             self._choose(logits)
-            self._run(new, stop, 1 if cache.has_sliding_layers else LOOK_EVERY)
+            self._run(new, stop, LOOK_EVERY if cache.forgets else 1)
             return self._end()
         finally:
             if self.static:
@@ -105,13 +108,14 @@ class Steps:
     def _begin(self, cache: CompressedCache, seed: int | None) -> None:
         """Start a turn behind what the cache has read."""
         self.cache, self.taken = cache, 0
-        self.base = cache.tail_length
+        self.base = cache.said_length
         self.position.copy_(cache.next_positions().unsqueeze(-1))
         self.live.fill_(True)
         self.said.fill_(self.setting.pad)
         for buffer in (self.spoken, self.count):
             buffer.zero_()
-        seen = cache.seen(self.setting.capacity) if self.setting.padded else None
+        slots = cache.tail_length + self.setting.room if cache.has_sliding_layers else self.setting.capacity
+        seen = cache.seen(slots) if self.setting.padded else None
         if self.mask is None or seen is None:
             self.mask = seen
         else:
@@ -119,7 +123,7 @@ class Steps:
         if self.generator is not None and seed is not None:
             self.generator.manual_seed(seed)
         if self.cursor is not None:  # slots in use, and the slot that the next token goes to
-            self.cursor.copy_(self.cursor.new_tensor([self.base, self.base - 1]))
+            self.cursor.copy_(upload([self.base, self.base - 1], self.cursor.device))
             cache.follow(self.cursor)
 
     def _choose(self, logits: Tensor) -> None:
@@ -160,10 +164,13 @@ class Steps:
         """What the tokens may see of the tail [B, 1, 1, M], None: all; in a hybrid model of everything [B, S + M]."""
         if self.mask is None or self.static:
             return self.mask
-        used = self.mask.shape[-1] - self.setting.capacity + self.cache.tail_length + 1
+        used = self.cache.tail_length + 1
         if self.cache.has_sliding_layers:
-            self.mask[:, used - 1] = self.live
+            used = self.cache.compressed_layers()[0].get_seq_length() + 1
+            self.mask[:, used - 1] = self.spoken[:, self.taken]
             self.cache.refuse_gaps(self.mask[:, :used])
+        elif self.cache.renewal is not None:  # it has to know what it judges
+            self.mask[..., used - 1] = self.spoken[:, self.taken].view(-1, 1, 1)
         return self.mask[..., :used]
 
     def _look(self, step: int) -> bool:
@@ -204,10 +211,10 @@ def steps_for(
         UserError: for graph=True where the step cannot be captured.
     """
     capacity = cache.reserve(new - 1)
-    refused = "graph=False" if graph is False else refusal(model, cache, cache.tail_length + new - 1)
+    refused = "graph=False" if graph is False else refusal(model, cache, cache.said_length + new - 1)
     if graph and refused is not None:
         raise UserError(f"graph=True: {refused}")
-    setting = Setting(model, sampling, ends, pad, len(cache.prompt_lengths), capacity, cache.padded)
+    setting = Setting(model, sampling, ends, pad, len(cache.prompt_lengths), capacity, cache.padded, max(capacity, new))
     if refused is None and isinstance(cache.steps, Steps) and cache.steps.serves(cache, setting):
         return cache.steps
     steps = Steps(cache, setting, static=refused is None)

@@ -4,14 +4,18 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from learnkv.calibration.curve import budget_curve
 from learnkv.calibration.gates import head_gates
 from learnkv.calibration.heads import Kind, head_scores
+from learnkv.calibration.kvzip_gate import kvzip_gate
 from learnkv.calibration.layers import layer_errors
+from learnkv.calibration.moments import query_moments
 from learnkv.calibration.trials import draw
 from learnkv.config import run_main
 from learnkv.errors import UserError
-from learnkv.formats import duo, headkv, layers, lukv
+from learnkv.formats import duo, headkv, layers, lukv, tensors
 from learnkv.io import load_policy
 from learnkv.models import load_model
 
@@ -26,7 +30,8 @@ class TablesConfig:
     Args:
         model: `reference`, a model's folder or a hub id.
         out: folder to write: `head_scores.json` (HeadKV), `semantic_heads.json` and `layer_errors.json` (CompressKV),
-            `lukv.npy` (LU-KV), `duo/` (DuoAttention).
+            `lukv.npy` (LU-KV), `duo/` (DuoAttention), `query_moments.safetensors` (ExpectedAttention),
+            `kvzip_gate.safetensors` (Fast KVzip).
         policy: whose entries the layer errors and the curve are about.
         keep: fraction at which layer errors are measured.
         lengths: tokens of the contexts.
@@ -35,6 +40,7 @@ class TablesConfig:
         recent: latest tokens that a streaming head keeps.
         gate_steps: steps of the gates' training, one question each.
         gate_penalty: nats that a gate costs, on average over heads.
+        kvzip_steps: steps of the training of Fast KVzip's gate, in every layer.
         seed: of the questions.
         revision, dtype, device, attn: as anywhere a model is loaded.
     """
@@ -49,6 +55,7 @@ class TablesConfig:
     recent: int = 28
     gate_steps: int = 120
     gate_penalty: float = 0.3
+    kvzip_steps: int = 400
     seed: int = 0
     revision: str | None = None
     dtype: str = "auto"
@@ -58,9 +65,10 @@ class TablesConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise UserError("out=: expected a folder to write, got nothing")
-        if self.samples < 1 or not self.lengths or self.gate_steps < 1:
+        if self.samples < 1 or not self.lengths or self.gate_steps < 1 or self.kvzip_steps < 1:
             raise UserError(
-                f"samples={self.samples} lengths={self.lengths} gate_steps={self.gate_steps}: expected one at least"
+                f"samples={self.samples} lengths={self.lengths} gate_steps={self.gate_steps} "
+                f"kvzip_steps={self.kvzip_steps}: expected one at least"
             )
 
 
@@ -80,7 +88,11 @@ def main(config: TablesConfig, resolved: str) -> None:
     print(lukv.write(out / "lukv.npy", budget_curve(model, trials, policy)), flush=True)
     gates = head_gates(model, trials, config.sink, config.recent, config.gate_steps, config.gate_penalty)
     told = {"model_name": config.model, "num_steps": config.gate_steps, "reg_weight": config.gate_penalty}
-    print(duo.write(out / "duo", gates, config.sink, config.recent, told))
+    print(duo.write(out / "duo", gates, config.sink, config.recent, told), flush=True)
+    contexts = [trial.context for trial in trials]
+    print(tensors.write(out / "query_moments.safetensors", query_moments(model, contexts), torch.float16), flush=True)
+    gate = kvzip_gate(model, contexts, config.kvzip_steps, seed=config.seed)
+    print(tensors.write(out / "kvzip_gate.safetensors", gate, torch.float16))
 
 
 if __name__ == "__main__":

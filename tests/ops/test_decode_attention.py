@@ -1,13 +1,14 @@
 """Ragged decode attention against loops in float64."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.decode_attention import decode_attention, reference
 
 
 def in_loops(query, keys, values, start, length, tail_keys, tail_values, sees, scaling):
@@ -57,10 +58,12 @@ def check(query, keys, values, start, length, tail_keys, tail_values, mask=None,
     sees = causal(batch, new, tail_keys.shape[2]) if mask is None else mask[:, 0]
     longest = int(length.max()) if longest is None else longest
     scaling = 1.3 * dim**-0.5
-    ours = decode_attention(query, keys, values, start, length, longest, tail_keys, tail_values, mask, scaling)
     told = in_loops(query, keys, values, start, length, tail_keys, tail_values, sees, scaling)
-    for one, other in zip(ours, told, strict=True):
-        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=2e-6)
+    for worth_a_call in (0, 40, 4096):  # every row a view; some copied together; all of them, small as they are
+        with patch.object(reference, "_WORTH_A_CALL", worth_a_call):
+            ours = decode_attention(query, keys, values, start, length, longest, tail_keys, tail_values, mask, scaling)
+        for one, other in zip(ours, told, strict=True):
+            torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 7])

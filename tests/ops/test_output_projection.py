@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import learnkv.ops.output_projection as module
-from learnkv.ops.output_projection import isometries, projected_l1
+from learnkv.ops.output_projection import isometries, projected_l1, projected_l2
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -22,6 +22,18 @@ def test_l1_norms_are_those_of_every_query_heads_part(at_once, monkeypatch):
             at = (head * 2 + member) * 4
             want = (values[:, head] @ weight[:, at : at + 4].T).abs().sum(-1)
             torch.testing.assert_close(norms[:, head, member], want)
+
+
+def test_l2_norms_are_those_of_every_query_heads_part():
+    values, weight = drawn(2, 3, 7, 4), drawn(10, 3 * 2 * 4)
+    norms = projected_l2(values, weight)
+    assert norms.shape == (2, 3, 2, 7)
+    for head in range(3):
+        for member in range(2):
+            at = (head * 2 + member) * 4
+            torch.testing.assert_close(
+                norms[:, head, member], (values[:, head] @ weight[:, at : at + 4].T).norm(dim=-1)
+            )
 
 
 @pytest.mark.parametrize("outputs", [3, 4, 50])

@@ -1,7 +1,12 @@
-"""Methods that add up the attention of all queries: H2O."""
+"""Methods that add up the attention of all queries: H2O, of a prompt and while tokens are added."""
 
 import numpy as np
+import torch
+from transformers import LlamaConfig
 
+from learnkv.cache import CompressedCache
+from learnkv.policy import Policy
+from learnkv.scorers.received import ReceivedAttention
 from originals.comparing import assert_kept, assert_scores, budgets, kept
 from originals.loading import Case, inputs_of, observation, policy
 
@@ -21,4 +26,44 @@ def check_h2o(case: Case, causal: bool = True) -> None:
     assert_kept(kept(scores, budgets(h2o, scores, params["capacity"])[0]), golden, case["kept"])
 
 
-FAMILIES = {"h2o": check_h2o, "h2o_legacy_acausal": lambda case: check_h2o(case, causal=False)}
+def check_h2o_decode(case: Case) -> None:
+    """A cache of one layer reads the prompt and then a token at a time, as a model would make it do."""
+    params, inputs = case.params, inputs_of(case)
+    prompt, budget = params["P"], params["hh_size"] + params["recent_size"]
+    scorer = policy("h2o", scorer={"group_reduce": "sum", "recent": params["recent_size"]}).scorer
+    h2o = Policy(scorer, sinks=0, recent=0, every=1)
+    cache = CompressedCache(LlamaConfig(num_hidden_layers=1), h2o.recording)
+    (layer,) = cache.compressed_layers()
+    layer.recorder.scaling = inputs["q"].shape[-1] ** -0.5
+
+    def read(at: slice) -> None:
+        layer.announced = True
+        layer.update(inputs["k"][:, :, at], inputs["v"][:, :, at])
+
+    def assert_same(kept: np.ndarray, score: np.ndarray) -> None:
+        """Kept positions [H, C], among which there are no ties, and their sums."""
+        for head, (theirs, sums) in enumerate(zip(kept, score, strict=True)):
+            assert cache.kept_positions(0, 0, head).tolist() == theirs.tolist()
+            begin = int(layer.segment.start[head])
+            held = layer.segment.statistics[ReceivedAttention()][begin : begin + len(theirs), 0]
+            assert_scores(held.numpy(), sums)
+
+    with torch.no_grad():
+        read(slice(0, prompt))
+        layer.observe(inputs["q"][:, :, :prompt], None)
+        h2o.compress(cache, budget=budget)
+        assert_same(case["prefill_kept"], case["prefill_score"])
+        for step, (kept, score) in enumerate(zip(case["kept"], case["score"], strict=True)):
+            token = slice(prompt + step, prompt + step + 1)
+            read(token)
+            layer.attend(inputs["q"][:, :, token], None, layer.recorder.scaling)
+            cache.settle()
+            assert cache.tail_length == 0
+            assert_same(kept, score)
+
+
+FAMILIES = {
+    "h2o": check_h2o,
+    "h2o_legacy_acausal": lambda case: check_h2o(case, causal=False),
+    "h2o_decode": check_h2o_decode,
+}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from learnkv.observation import Observation, Pass
-from learnkv.ops.output_norms import output_norms
+from learnkv.ops.output_projection import projected_l2
 from learnkv.policy import Policy
 from originals.comparing import assert_best, assert_scores, kept
 from originals.loading import Case, inputs_of, observation, policy
@@ -124,7 +124,7 @@ def check_kvpress(case: Case, first: str) -> None:
         inputs, weight = inputs_of(case), torch.from_numpy(case.shared["Wo"])
         rows = torch.cat([inputs["q_pre"][0, :, a:b] for *_, a, b in chunks], 1)
         assert_scores(rows.transpose(0, 1).flatten(1).norm(dim=-1).numpy(), case["h_norm"])
-        norms = output_norms(inputs["v"][:, :, :end], weight, 2)[0].flatten(0, 1)
+        norms = projected_l2(inputs["v"][:, :, :end], weight)[0].flatten(0, 1)
         assert_scores(norms.numpy(), case["wov_norm_ctx"])
     groups = [scores[layer : layer + 1] for layer in range(len(scores))] if params["layerwise"] else [scores]
     masks = [highest(kvzip, one, one.numel() - int(one.numel() * params["compression_ratio"]))[0] for one in groups]

@@ -25,7 +25,7 @@ def check_quest(case: Case) -> None:
     tail = Tail(k[:, :, -1:], v[:, :, -1:], 1)
     reading = Reading(quest.pages, [params["token_budget"]], segment)
     query = q[:, :, -1:]
-    pages = reading.choose(query, segment, tail, None)
+    pages = reading.choose(query, segment, tail, None)["pages"]
 
     held = -(-total // size)
     bounds = reading.bounds[:, :, :held]

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from learnkv.errors import UserError
 from learnkv.observation import Observation
-from learnkv.scorers import ExpectedAttention
+from learnkv.policy import Policy
+from learnkv.scorers import ExpectedAttention, SnapKV
 from learnkv.scorers.query_moments import QueryMoments
 
 
@@ -51,9 +52,7 @@ def test_measured_moments_take_the_place_of_the_prompts(tmp_path):
     bare = dataclasses.replace(seen, statistics={})
     torch.testing.assert_close(measured(bare), own(seen))
     assert not torch.allclose(measured(dataclasses.replace(bare, layer_idx=0)), own(seen))
-    with pytest.raises(
-        UserError, match=r"moments=.*holds 2 layers of 6 heads of 16, the model has layer 1 with 12 of 16"
-    ):
+    with pytest.raises(UserError, match=r"moments=.*made for 2 layers of 6 heads of 16, layer 1 .* has 12 of 16"):
         measured(observe([40], heads=4))
 
 
@@ -61,7 +60,7 @@ def test_measured_moments_take_the_place_of_the_prompts(tmp_path):
 def test_a_file_of_something_else_is_named(held, tmp_path):
     file = tmp_path / "moments.safetensors"
     save_file(held, file)
-    with pytest.raises(UserError, match=r"^moments=.*expected mean \[L, H, D\]"):
+    with pytest.raises(UserError, match=r"expected (mean of shape \[L, N, D\]|covariance)"):
         ExpectedAttention(moments=str(file))
 
 
@@ -78,3 +77,10 @@ def test_sinks_come_first():
     scores = scorer(observe([20, 3], statistics=scorer.statistics))
     assert scores[0, :, :4].amin() > scores[0, :, 4:].amax()
     assert scores.isfinite()[1, :, -3:].all()
+
+
+def test_tokens_after_the_prompt_are_not_judged_by_it():
+    for scorer in (ExpectedAttention(), ExpectedAttention(covariance=False)):
+        with pytest.raises(UserError, match=r"every=8: ExpectedAttention reads of a prompt what is not held"):
+            Policy(scorer, every=8)
+        Policy(scorer, every=8, decode=SnapKV())

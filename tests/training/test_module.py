@@ -5,13 +5,22 @@ import torch
 
 from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.errors import RunError, UserError
-from learnkv.generation import continuation, prefill
+from learnkv.generation import continuation, prefill, score_prompt
 from learnkv.models import load_model
+from learnkv.ops.normal_scores import normal_scores
 from learnkv.policy import Policy
-from learnkv.scorers import LearnedScorer, SnapKV
-from learnkv.training.data import Drawing
+from learnkv.scorers import KVzip, LearnedScorer, SnapKV
+from learnkv.training.data import Batch, Drawing
 from learnkv.training.losses import forward_kl
 from learnkv.training.module import Distillation
+from learnkv.training.objectives import (
+    BudgetRegression,
+    ForwardKL,
+    HiddenMSE,
+    ReverseKL,
+    ScoreRegression,
+    WeightedSum,
+)
 from learnkv.training.sources import NextText, Spans
 from learnkv.training.text import Pool
 
@@ -108,6 +117,77 @@ def test_kept_fractions_are_functions_of_seed_and_batch(model):
     assert all(0.1 <= low <= 0.2 <= high <= 0.4 for low, high in map(module.keeps, range(20)))
     listed = distillation(model, learned(), keep=(0.1, 0.3), students=3)
     assert {keep for number in range(20) for keep in listed.keeps(number)} == {0.1, 0.3}
+
+
+def test_a_sandwich_has_the_lowest_the_highest_and_others_between(model):
+    module = distillation(model, learned(), keep=(), keep_range=(0.1, 0.4), students=4, draw="sandwich")
+    found = [module.keeps(number) for number in range(20)]
+    assert {(one[0], one[-1]) for one in found} == {(0.1, 0.4)}
+    between = [keep for one in found for keep in one[1:-1]]
+    assert len(set(between)) == 40
+    assert 0.1 < min(between) < 0.13 < 0.3 < max(between) < 0.4
+    assert module.keeps(7) == found[7]
+    listed = distillation(model, learned(), keep=(0.3, 0.1, 0.2), students=3, draw="sandwich")
+    assert {tuple(listed.keeps(number)) for number in range(20)} == {(0.1, keep, 0.3) for keep in (0.1, 0.2, 0.3)}
+
+
+def test_the_temperature_falls_evenly_in_its_logarithm(model, monkeypatch):
+    module = distillation(model, learned(), temperature=(0.5, 0.125), steps=5)
+    steps = iter(range(6))
+    monkeypatch.setattr(Distillation, "global_step", property(lambda self: next(steps)))
+    found = [module.width for _ in range(6)]
+    assert found == pytest.approx([0.5, 0.5 * 2**-0.5, 0.25, 0.25 * 2**-0.5, 0.125, 0.125])
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ReverseKL(),
+        HiddenMSE("all"),
+        ScoreRegression(KVzip()),
+        WeightedSum([ForwardKL(), BudgetRegression(KVzip())], [1, 1]),
+    ],
+)
+def test_every_objective_trains_the_policy_and_is_a_mean_over_prompts(model, objective):
+    one, policy = batch(1), learned()
+    for parameter in policy.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    loss = distillation(model, policy, objective=objective).training_step(one, 0)
+    loss.backward()
+    touched = {name: parameter.grad.abs().max() > 0 for name, parameter in policy.named_parameters()}
+    assert touched.pop("scorer.weight_out")
+    assert all(touched[name] for name in touched if name.startswith("scorer.") or objective.reads)
+    assert all(touched.values()) == objective.reads  # scores know nothing of budgets
+    halves = []
+    for row in range(2):
+        parts = [held.chunk(2)[row] for held in one[1:]]
+        halves.append(distillation(model, policy, objective=objective).training_step(Batch(one.number, *parts), 0))
+    assert loss.item() == pytest.approx(torch.stack(halves).mean().item(), rel=1e-4)
+
+
+def test_scores_of_a_slower_scorer_are_what_regression_learns(model):
+    policy, target, one = learned(), KVzip(), batch(1)
+    module = distillation(model, policy, objective=ScoreRegression(target), lr=2e-2)
+    optimizer, losses = module.configure_optimizers()["optimizer"], []
+    for _ in range(25):
+        optimizer.zero_grad()
+        losses.append(module.training_step(one, 0))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    cache = prefill(model, one.prompts, one.prompt_mask, policies=[policy, Policy(target)])
+    scores, wanted = policy.plan(cache, keep=0.2).scores, score_prompt(model, target, one.prompts, one.prompt_mask)
+    asked = scores.isfinite()
+    ranks = torch.stack([normal_scores(held, free) for held, free in zip(wanted, asked, strict=True)])
+    apart = torch.where(asked, scores - ranks, 0.0).square().sum((0, 2, 3)) / asked.sum((0, 2, 3))
+    assert module.training_step(one, 0).item() == pytest.approx(apart.mean().item(), rel=1e-5)
+
+
+def test_noise_changes_what_one_student_keeps(model):
+    keys = {"keep": (), "keep_range": (0.1, 0.4), "students": 3, "draw": "sandwich"}
+    losses = [distillation(model, learned(), exploration=one, **keys).training_step(batch(1), 0) for one in (0, 1, 1)]
+    assert losses[1] != losses[0]
+    assert losses[1] == losses[2]
 
 
 def test_context_weights_change_the_loss_and_not_its_minimum(model):

@@ -28,6 +28,34 @@ def assert_same(one, other, **tolerance) -> None:
         torch.testing.assert_close(one[name], other[name], **{"rtol": 0, "atol": 0, **tolerance})
 
 
+ALL = """
+objective:
+  class_path: learnkv.training.objectives.WeightedSum
+  init_args:
+    objectives:
+    - {class_path: learnkv.training.objectives.ReverseKL, init_args: {temperature: 2.0}}
+    - {class_path: learnkv.training.objectives.HiddenMSE, init_args: {layers: all}}
+    - class_path: learnkv.training.objectives.ScoreRegression
+      init_args: {target: &kvzip {class_path: learnkv.scorers.KVzip}}
+    - class_path: learnkv.training.objectives.BudgetRegression
+      init_args: {target: *kvzip}
+    weights: [1, 0.5, 0.1, 0.1]
+weights: context
+draw: sandwich
+students: 3
+temperature: [0.5, 0.2]
+exploration: 1.0
+"""
+
+
+def everything(folder, objective: str) -> list[str]:
+    """What is typed for all objectives and draws at once; nothing for `kl`."""
+    if objective == "kl":
+        return []
+    (folder / "all.yaml").write_text(ALL)
+    return [f"config={folder / 'all.yaml'}"]
+
+
 def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(words) == 0
@@ -80,8 +108,9 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
     assert "cannot be continued" in capsys.readouterr().err
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch, capsys):
-    words = [*words, "trainer.accumulate_grad_batches=2", "save_every=1"]
+@pytest.mark.parametrize("objective", ["kl", "all"])
+def test_a_resumed_run_equals_an_uninterrupted_one(words, objective, tmp_path, monkeypatch, capsys):
+    words = [*words, *everything(tmp_path, objective), "trainer.accumulate_grad_batches=2", "save_every=1"]
     whole, cut = (f"output={tmp_path / name}" for name in ("whole", "cut"))
     assert main([*words, whole]) == 0
     step, seen = Distillation.training_step, []
@@ -103,8 +132,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_accumulation(words, tmp_path):
-    words = [*words, "trainer.max_steps=3"]
+@pytest.mark.parametrize("objective", ["kl", "all"])
+def test_two_processes_equal_one_with_accumulation(words, objective, tmp_path):
+    words = [*words, *everything(tmp_path, objective), "trainer.max_steps=3"]
     assert main([*words, f"output={tmp_path / 'one'}", "trainer.accumulate_grad_batches=2"]) == 0
     command = [sys.executable, "-m", "learnkv.train", *words, f"output={tmp_path / 'two'}"]
     command += ["trainer.devices=2", "trainer.strategy=ddp"]
@@ -150,7 +180,9 @@ def test_no_arguments_is_one_line(capsys):
 
 
 def test_nan_is_one_line_and_exit_code_1(words, monkeypatch, capsys):
-    monkeypatch.setattr("learnkv.training.module.forward_kl", lambda teacher, student: student[:, 0] * torch.nan)
+    monkeypatch.setattr(
+        "learnkv.training.objectives.kl.forward_kl", lambda teacher, student, _: student[:, 0] * torch.nan
+    )
     assert main(words) == 1
     assert "not finite" in capsys.readouterr().err.strip().splitlines()[-1]
 

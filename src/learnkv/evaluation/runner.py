@@ -14,8 +14,9 @@ from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.generation import prefill
+from learnkv.heuristic import heuristic_of
 from learnkv.models import describe_model
-from learnkv.policy import Policy, heuristic_of
+from learnkv.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -21,3 +21,12 @@ def normal_scores(scores: Tensor, valid: Tensor) -> Tensor:
     not_above = torch.searchsorted(ordered, flat, right=True).minimum(count)
     share = ((below + not_above).double() / 2 / count.clamp_min(1)).clamp(1e-9, 1 - 1e-9)
     return torch.special.ndtri(share).float().view_as(scores)
+
+
+def unit_scale(scores: Tensor) -> Tensor:
+    """Scores whose size means the same in every head: learned ones as they are, a heuristic's as normal scores."""
+    if scores.requires_grad:
+        return scores
+    free = scores.isfinite()
+    normal = normal_scores(scores.flatten(0, 2).unsqueeze(1), free.flatten(0, 2).unsqueeze(1))
+    return torch.where(free, normal.view_as(scores), scores)

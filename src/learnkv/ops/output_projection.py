@@ -25,6 +25,13 @@ def projected_l1(values: Tensor, weight: Tensor) -> Tensor:
     return norms
 
 
+def projected_l2(values: Tensor, weight: Tensor) -> Tensor:
+    """L2 norms |W_n v|_2 of values, [B, H, G, S] float32; arguments as for `projected_l1`."""
+    heads, dim = values.shape[1], values.shape[3]
+    members = isometries(weight, weight.shape[1] // dim).unflatten(0, (heads, -1)).unbind(1)  # G of [H, R, D]
+    return torch.stack([(values.float() @ part.transpose(1, 2)).norm(dim=-1) for part in members], 2)
+
+
 def isometries(weight: Tensor, heads: int) -> Tensor:
     """Small matrices R_n [N, min(D, E), D] float32 with |R_n x|_2 = |W_n x|_2 for the `heads` parts of `weight`."""
     parts = weight.float().unflatten(1, (heads, -1)).permute(1, 0, 2)  # [N, E, D]

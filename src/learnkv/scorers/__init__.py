@@ -2,10 +2,12 @@
 
 from learnkv.scorers.base import Scorer
 from learnkv.scorers.cake import CAKE
+from learnkv.scorers.chunked import Chunked
 from learnkv.scorers.compresskv import CompressKV
 from learnkv.scorers.criticalkv import CriticalKV
 from learnkv.scorers.defensivekv import DefensiveKV
 from learnkv.scorers.expected_attention import ExpectedAttention
+from learnkv.scorers.fast_kvzip import FastKVzip
 from learnkv.scorers.h2o import H2O
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
@@ -27,10 +29,12 @@ __all__ = [
     "H2O",
     "RKV",
     "TOVA",
+    "Chunked",
     "CompressKV",
     "CriticalKV",
     "DefensiveKV",
     "ExpectedAttention",
+    "FastKVzip",
     "KVzip",
     "KeyDiff",
     "Knorm",

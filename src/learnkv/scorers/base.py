@@ -17,7 +17,7 @@ class Scorer(Component, ABC):
     """
 
     needs: frozenset[str] = frozenset()
-    """Costly parts of the observation that are only recorded on demand: `hidden`."""
+    """Parts of the observation that there are for a prompt only: `hidden`, which is recorded on demand, and `rope`."""
     window: int = 0
     """Number of last prompt queries that the scorer reads (0: none)."""
     statistics: frozenset[Statistic] = frozenset()

@@ -82,12 +82,11 @@ class DefensiveKV(Scorer):
         sizes = projected_l1(seen.values, seen.projection).mean(2).masked_fill(~seen.valid, 0.0)
         factor = sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
         bias = self._bias(average, past, inside)
-        count = self._count(average, past, bias, seen.kept)
+        count = self._count(average, past, bias, seen)
         place = average.masked_fill(~past, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         promoted = (place < count.unsqueeze(-1)) & past
         scores = defensive * factor
-        room = (seen.kept.view(-1, 1, 1) * seen.valid.sum(-1, keepdim=True) / 2).floor()
-        always = inside & (seen.positions >= seen.length.view(-1, 1, 1) - room)
+        always = inside & (seen.positions >= (seen.length - (seen.kept * seen.length / 2).floor()).view(-1, 1, 1))
         best = scores.masked_fill(~seen.valid, 0.0).amax((1, 2), keepdim=True)
         if self.variant == "original":
             best, always = scores.masked_fill(~past, 0.0).amax().expand_as(best), inside
@@ -113,7 +112,7 @@ class DefensiveKV(Scorer):
         bias = average.masked_fill(~near, 0.0).sum(-1).mean(-1)
         return bias.mean().expand_as(bias) if self.variant == "original" else bias
 
-    def _count(self, average: Tensor, past: Tensor, bias: Tensor, keep: Tensor) -> Tensor:
+    def _count(self, average: Tensor, past: Tensor, bias: Tensor, seen: Observation) -> Tensor:
         """[B, H] entries to promote: those before the one with which the best hold `mass` less `bias` of a head."""
         share = average.masked_fill(~past, 0.0).double()
         share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
@@ -121,7 +120,8 @@ class DefensiveKV(Scorer):
         reached = held >= (self.mass - bias).view(-1, 1, 1)
         first = torch.where(reached.any(-1), reached.int().argmax(-1), 0)
         entries = past.sum(-1)
-        most = (entries * keep.unsqueeze(-1) - self.window).trunc().long()
+        read = (seen.length - seen.in_window(self.window)[:, 0].sum(-1)).clamp(min=0)  # [B] before the window
+        most = (read * seen.kept - self.window).trunc().long().unsqueeze(-1)
         if self.variant == "original":
             return torch.where(most < 0, (entries + most).clamp(min=0), first.minimum(most))
         return first.minimum(most.clamp(min=0))

@@ -1,11 +1,11 @@
 """ExpectedAttention scores."""
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from learnkv.errors import UserError
+from learnkv.formats import tensors
+from learnkv.formats.files import locate
 from learnkv.observation import Observation
 from learnkv.ops.rotary import rotate
 from learnkv.scorers.base import Scorer
@@ -29,9 +29,12 @@ class ExpectedAttention(Scorer):
         covariance: whether the covariance counts, or the mean alone.
         value_norm: whether scores are multiplied by the norm of the value.
         epsilon: added to the expected attention before that, and only then.
-        moments: safetensors file with `mean` [L, H*G, D] and `covariance` [L, H*G, D, D] of queries before rotation,
-            measured once per model by `python -m learnkv.query_moments`; not given: those of the prompt itself.
+        moments: safetensors file with the moments of a model's queries, or `reference`; not given: those of the prompt.
     """
+
+    needs = frozenset({"rope"})
+
+    needs = frozenset({"rope"})
 
     def __init__(
         self,
@@ -51,9 +54,11 @@ class ExpectedAttention(Scorer):
         self.value_norm = value_norm
         self.epsilon = epsilon
         self.source = moments
-        self.measured: dict[str, Tensor] | None = None if moments is None else _read(moments)
+        self.measured: dict[str, Tensor] | None = None
         if moments is None:
             self.statistics = frozenset({QueryMoments(sinks)})
+        else:
+            self.measured = tensors.read(locate(moments, "query_moments.safetensors"), tensors.MOMENTS)
 
     def forward(self, seen: Observation) -> Tensor:
         mean, covariance = self.future_queries(seen)
@@ -90,24 +95,9 @@ class ExpectedAttention(Scorer):
         shape = (seen.queries.shape[1], seen.keys.shape[3])
         if seen.layer_idx >= layers or (heads, dim) != shape:
             raise UserError(
-                f"moments={self.source}: holds {layers} layers of {heads} heads of {dim}, the model has layer "
-                f"{seen.layer_idx} with {shape[0]} of {shape[1]}"
+                f"moments={self.source}: made for {layers} layers of {heads} heads of {dim}, layer {seen.layer_idx} of "
+                f"the model has {shape[0]} of {shape[1]}; python -m learnkv.tables model=MODEL out=FOLDER makes a file"
             )
-        mean, covariance = (self.measured[name][seen.layer_idx].to(seen.keys.device) for name in _NAMES)
+        mean, covariance = (self.measured[name][seen.layer_idx].to(seen.keys.device) for name in tensors.MOMENTS)
         batch = len(seen.keys)
         return mean.expand(batch, -1, -1), covariance.expand(batch, -1, -1, -1)
-
-
-_NAMES = ("mean", "covariance")
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    try:
-        held = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"moments={path}: cannot be read: {str(error).splitlines()[0]}") from None
-    shapes = {name: tuple(held[name].shape) for name in _NAMES if name in held}
-    mean = shapes.get("mean", ())
-    if len(mean) != 3 or shapes.get("covariance") != (*mean, mean[-1]):
-        raise UserError(f"moments={path}: expected mean [L, H, D] and covariance [L, H, D, D], got {shapes}")
-    return {name: held[name].float() for name in _NAMES}

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.errors import UserError
 from learnkv.observation import Observation, Pass, Probe
 from learnkv.ops.attention_columns import attention_columns
-from learnkv.ops.output_norms import output_norms
+from learnkv.ops.output_projection import projected_l2
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Repetition(Probe):
             query_weight=self._query_weight(seen),
         )  # [B, H, G, J]
         if self.normalized:
-            columns = columns * self._output_norms(seen, seen.values.gather(2, each))
+            columns = columns * projected_l2(seen.values.gather(2, each), seen.projection)
         asked = (positions >= told.begin[:, None, None]) & (positions < told.end[:, None, None])
         found = seen.keys.new_zeros(seen.positions.shape, dtype=torch.float32)
         found = found.scatter(2, at, columns.amax(2).masked_fill(~asked, 0.0))[..., :prompt].unsqueeze(-1)
@@ -110,9 +109,3 @@ class Repetition(Probe):
             return None
         assert seen.hidden is not None
         return 1 / seen.hidden.float().norm(dim=-1).clamp(min=1e-12)  # padding may be read as zeros
-
-    @staticmethod
-    def _output_norms(seen: Observation, values: Tensor) -> Tensor:
-        if seen.output_weight is None:
-            raise UserError("normalized: the model has no floating-point weight of that name: o_proj")
-        return output_norms(values, seen.output_weight, 2)

@@ -41,5 +41,5 @@ class VaSE(Scorer):
         scores = normal_scores(self.base(seen), seen.valid) - self.temperature * (-draw.log()).log()
         sizes = seen.values.float().norm(dim=-1).masked_fill(~seen.valid, -1.0)
         place = sizes.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        reserved = (self.large * seen.kept.view(-1, 1, 1) * seen.valid.sum(-1, keepdim=True)).floor()
+        reserved = (self.large * seen.kept * seen.length).floor().view(-1, 1, 1)
         return torch.where(place < reserved, scores + 1e3, scores)

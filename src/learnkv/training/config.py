@@ -6,8 +6,10 @@ from typing import Any, Literal
 from lightning.pytorch import Trainer
 
 from learnkv.errors import UserError
-from learnkv.policy import Policy
+from learnkv.policy import TEMPERATURE, Policy
+from learnkv.training.draws import Draw
 from learnkv.training.losses import Weighting
+from learnkv.training.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ class TrainConfig:
         keep: kept fractions to draw from; log-uniform in `keep_range` if not given.
         keep_range: lowest and highest kept fraction.
         students: kept fractions per batch.
-        weights: `uniform`, or `context` for tokens that need the context to count more.
+        draw: `spread` draws one fraction in each equal part of the range, `sandwich` always the lowest and the highest
+            and the others between them.
+        objective: what is minimised: a class of `learnkv.training.objectives`; forward KL if not given.
+        weights: of tokens in it: `uniform`, or `context` for tokens that need the context to count more.
+        temperature: of the soft top-k that gradients come from, at the first and at the last step.
+        exploration: scale of Gumbel noise on the scores of one student per batch, in temperatures; 0: none.
         batch_size: contexts read at once.
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
@@ -100,7 +107,11 @@ class TrainConfig:
     keep: tuple[float, ...] = ()
     keep_range: tuple[float, float] = (0.02, 0.6)
     students: int = 2
+    draw: Draw = "spread"
+    objective: Objective | None = None
     weights: Weighting = "uniform"
+    temperature: tuple[float, float] = (TEMPERATURE, TEMPERATURE)
+    exploration: float = 0.0
     batch_size: int = 2
     lr: float = 5e-3
     budget_lr: float = 0.1
@@ -123,6 +134,16 @@ class TrainConfig:
             low, high = getattr(self, key) or (1, 1)
             if not 0 < low <= high:
                 raise UserError(f"{key}={low},{high}: expected the lowest and the highest, in this order")
+        if min(self.temperature) <= 0 or self.exploration < 0:
+            first, last = self.temperature
+            raise UserError(
+                f"temperature={first:g},{last:g} exploration={self.exploration:g}: expected temperatures above 0, "
+                "a scale of 0 or more"
+            )
+        if self.draw == "sandwich" and self.students < 2:
+            raise UserError(
+                f"students={self.students}: draw=sandwich has at least 2, the lowest and the highest fraction"
+            )
         if not 0 <= self.query_aware <= 1:
             raise UserError(f"query_aware={self.query_aware:g}: expected a fraction from 0 to 1")
         for key in ("continuations", "students", "batch_size", "save_every", "lr", "budget_lr"):

@@ -4,9 +4,10 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 T = TypeVar("T")
+Draw = Literal["spread", "sandwich"]
 
 
 def generator(seed: int, *place: str | int) -> random.Random:

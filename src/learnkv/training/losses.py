@@ -1,4 +1,4 @@
-"""What distillation minimises: forward KL from the full cache to the compressed one, token by token."""
+"""Divergences between the full cache and the compressed one token by token, and means over the tokens of a prompt."""
 
 from typing import Literal
 
@@ -10,11 +10,21 @@ Weighting = Literal["uniform", "context"]
 _LEAST, _MOST = 0.05, 20.0
 
 
-def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
+def forward_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) in nats, [N], from logits [N, V]; the gradient reaches the student only."""
-    log_p = teacher.detach().float().log_softmax(-1)
-    log_q = student.float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_p, log_q = _log_probabilities(teacher, student, temperature)
+    return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+
+
+def reverse_kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(student || teacher) in nats, [N], from logits [N, V]; the gradient reaches the student only."""
+    log_p, log_q = _log_probabilities(teacher, student, temperature)
+    return (log_q.exp() * (log_q - log_p)).sum(-1) * temperature**2
+
+
+def _log_probabilities(teacher: Tensor, student: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_p = (teacher.detach().float() / temperature).log_softmax(-1)
+    return log_p, (student.float() / temperature).log_softmax(-1)
 
 
 def context_weights(lost: Tensor, sample: Tensor, samples: int) -> Tensor:

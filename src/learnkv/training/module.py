@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -10,13 +11,18 @@ from torch import Tensor, nn
 
 from learnkv.cache import CompressedCache
 from learnkv.errors import RunError, UserError
-from learnkv.generation import continuation, prefill
+from learnkv.generation import continuation, continuation_states, prefill
+from learnkv.heuristic import heuristic_of
 from learnkv.io import GRID
-from learnkv.policy import Policy, heuristic_of
+from learnkv.policy import TEMPERATURE, Plan, Policy
+from learnkv.probing import scores_of
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.training import draws
 from learnkv.training.data import Batch
-from learnkv.training.losses import Weighting, context_weights, forward_kl, sample_means
+from learnkv.training.draws import Draw
+from learnkv.training.exploration import explored
+from learnkv.training.losses import Weighting, context_weights, forward_kl
+from learnkv.training.objectives import Comparison, ForwardKL, Objective, Said
 
 VALIDATION_KEEPS = (0.5, 0.25, 0.1, 0.05)
 
@@ -33,8 +39,13 @@ class Distillation(L.LightningModule):
         steps: length of the schedule: 3 % warm-up, then a cosine down to a tenth.
         keep: kept fractions to draw from; empty: log-uniform in `keep_range`.
         keep_range: lowest and highest kept fraction.
-        students: kept fractions per batch, one in each equal part of the range.
+        students: kept fractions per batch.
         weights: `uniform`, or `context` for tokens that need the context to count more.
+        objective: what is minimised; forward KL if not given.
+        draw: of kept fractions: `spread`, one in each equal part of the range, or `sandwich`, always the lowest and the
+            highest and at random between them. From a list, all at random, or its two ends and the others at random.
+        temperature: of the soft top-k at the first and at the last step.
+        exploration: scale of Gumbel noise on the scores of one student, in temperatures; 0: none.
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
         seed: of the draws of kept fractions.
@@ -53,6 +64,10 @@ class Distillation(L.LightningModule):
         keep_range: tuple[float, float] = (0.02, 0.6),
         students: int = 2,
         weights: Weighting = "uniform",
+        objective: Objective | None = None,
+        draw: Draw = "spread",
+        temperature: tuple[float, float] = (TEMPERATURE, TEMPERATURE),
+        exploration: float = 0.0,
         lr: float = 5e-3,
         budget_lr: float = 0.1,
         seed: int = 0,
@@ -63,7 +78,9 @@ class Distillation(L.LightningModule):
         self.model = model.eval().requires_grad_(False)
         self.policy = policy
         self.steps, self.students, self.weights = steps, students, weights
-        self.keep, self.keep_range = tuple(keep), keep_range
+        self.objective = objective or ForwardKL()
+        self.keep, self.keep_range, self.draw = tuple(keep), keep_range, draw
+        self.temperature, self.exploration = temperature, exploration
         self.lr, self.budget_lr, self.seed = lr, budget_lr, seed
         self.description = dict(description or {})
         self.measured: list[Tensor] = []
@@ -80,29 +97,61 @@ class Distillation(L.LightningModule):
     def keeps(self, index: int) -> list[float]:
         """Kept fractions of the students of batch `index`."""
         rng = draws.generator(self.seed, "keep", index)
+        if self.draw == "sandwich":
+            low, high = (min(self.keep), max(self.keep)) if self.keep else self.keep_range
+            between = [
+                rng.choice(self.keep) if self.keep else draws.log_uniform(rng, low, high)
+                for _ in range(self.students - 2)
+            ]
+            return [low, *between, high]
         if self.keep:
             return [rng.choice(self.keep) for _ in range(self.students)]
         return draws.spread(rng, *self.keep_range, self.students)
 
+    @property
+    def width(self) -> float:
+        """Temperature of the soft top-k at this step: from the first to the last one, evenly in its logarithm."""
+        first, last = self.temperature
+        return first * (last / first) ** min(1.0, self.global_step / max(1, self.steps - 1))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy])
-        with torch.no_grad():
-            teacher = self._logits(cache.fork(), batch)
-        sample, weights = self._tokens(cache, batch, teacher)
+        objective = self.objective
+        imitated = [Policy(target) for target in objective.targets]
+        cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy, *imitated])
+        seen = Comparison(len(batch.prompts), targets={one: scores_of(cache, one) for one in objective.targets})
+        if objective.reads:
+            with torch.no_grad():
+                teacher = self._said(cache.fork(), batch)
+            sample, weights = self._tokens(cache, batch, teacher.logits)
+            seen = replace(seen, sample=sample, weights=weights)
         losses, spent = [], []
-        for keep in self.keeps(batch.number):
-            student = self.policy.relax(cache, keep=keep)
-            spent.append(sum(student.spent) / len(student.spent) / keep)
-            kl = forward_kl(teacher, self._logits(student, batch))
-            losses.append(sample_means(kl, sample, len(batch.prompts), weights).mean())
+        for at, keep in enumerate(self.keeps(batch.number)):
+            plan = self._plan(cache, keep, batch.number, exploring=at == self.students // 2)
+            if objective.reads:
+                student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.width)
+                spent.append(sum(student.spent) / len(student.spent) / keep)
+                seen = replace(seen, both=(teacher, self._said(student, batch)))
+            losses.append(objective(replace(seen, plan=plan)).mean())
         loss = torch.stack(losses).mean()
         if not torch.isfinite(loss):
             raise RunError(
                 f"the loss of step {self.global_step} is {loss.item()}: the model's or policy's output is not finite"
             )
-        self.log("train/kl", loss.detach(), on_step=True, on_epoch=False)
+        self.log(f"train/{objective.name}", loss.detach(), on_step=True, on_epoch=False)
+        if not objective.reads:  # what it does not reach has a gradient, too: of 0
+            return loss + sum(0.0 * one.sum() for one in self.policy.parameters())
         self.log("train/spent_over_asked", sum(spent) / len(spent), on_step=True, on_epoch=False)
         return loss
+
+    def _plan(self, cache: CompressedCache, keep: float, number: int, exploring: bool) -> Plan | None:
+        """What a student keeps; None where that is everything and nobody asks."""
+        if keep == 1 and not self.objective.plans:
+            return None
+        plan = self.policy.plan(cache, keep=keep)
+        if not exploring or self.exploration == 0:
+            return plan
+        noise = draws.generator(self.seed, "exploration", number).getrandbits(63)
+        return explored(plan, self.exploration * self.width, noise)
 
     def _tokens(self, cache: CompressedCache, batch: Batch, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sample of each counted token and its weight."""
@@ -115,12 +164,25 @@ class Distillation(L.LightningModule):
             lost = forward_kl(teacher, self._logits(local, batch))
         return sample, context_weights(lost, sample, len(batch.prompts))
 
+    def _said(self, cache: CompressedCache, batch: Batch) -> Said:
+        """What an objective looks at of the counted tokens; `cache` is used up."""
+        if not self.objective.hidden:
+            return Said(self._logits(cache, batch))
+        self._repeat(cache, batch)
+        logits, hidden = continuation_states(self.model, batch.continuations, cache, batch.continuation_mask)
+        return Said(logits[batch.counted], tuple(state[batch.counted] for state in hidden))
+
     def _logits(self, cache: CompressedCache, batch: Batch) -> Tensor:
         """Logits [N, V] of the counted tokens; `cache` is used up."""
+        self._repeat(cache, batch)
+        return continuation(self.model, batch.continuations, cache, batch.continuation_mask)[batch.counted]
+
+    @staticmethod
+    def _repeat(cache: CompressedCache, batch: Batch) -> None:
+        """A row for every continuation."""
         copies = len(batch.continuations) // len(batch.prompts)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        return continuation(self.model, batch.continuations, cache, batch.continuation_mask)[batch.counted]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """KL of the deployed policy, and of the heuristic it starts from, at fixed kept fractions."""

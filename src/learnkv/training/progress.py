@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class ProgressLine(Callback):
-    """Step, KL, spent over asked budget, throughput and time to go; rewritten in a terminal, repeated elsewhere.
+    """Step, loss, spent over asked budget, throughput and time to go; rewritten in a terminal, repeated elsewhere.
 
     Args:
         every: seconds between lines where there is no terminal.
@@ -19,7 +19,7 @@ class ProgressLine(Callback):
         self.live = sys.stderr.isatty()
         self.begun = self.told = 0.0
         self.first = self.tokens = 0
-        self.kl: float | None = None
+        self.loss: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begun = self.told = time.monotonic()
@@ -29,8 +29,8 @@ class ProgressLine(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.tokens += batch.prompts.numel() * trainer.world_size
-        kl = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self.kl = kl if self.kl is None else 0.95 * self.kl + 0.05 * kl
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         now = time.monotonic()
         done, steps = trainer.global_step, trainer.max_steps
         if now - self.told < (0.5 if self.live else self.every) and done < steps:
@@ -40,10 +40,12 @@ class ProgressLine(Callback):
         self.told = now
         speed = self.tokens / (now - self.begun)
         left = (now - self.begun) / (done - self.first) * (steps - done)
-        spent = float(trainer.callback_metrics.get("train/spent_over_asked", float("nan")))
+        spent = trainer.callback_metrics.get("train/spent_over_asked")
+        told = "" if spent is None else f"spent/asked {float(spent):.3f}  "
         bar = "#" * round(20 * done / steps)
+        name = "KL" if pl_module.objective.name == "kl" else pl_module.objective.name
         line = (
-            f"step {done}/{steps} [{bar:<20}] KL {self.kl:.4f}  spent/asked {spent:.3f}  "
+            f"step {done}/{steps} [{bar:<20}] {name} {self.loss:.4f}  {told}"
             f"{speed:,.0f} prompt tokens/s  {left / 60:.1f} min left"
         )
         print(f"\r{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)

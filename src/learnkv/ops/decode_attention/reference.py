@@ -1,7 +1,8 @@
 """Ragged decode attention in plain PyTorch: rows are read where they lie, softmax in float32.
 
-Nothing of the pool is copied or padded: rows of one length that lie at equal distances are one strided view, any other
-row is a view of its own. So the bytes read are the bytes kept, however unequal the heads are.
+Rows of one length that lie at equal distances are one strided view of the pool, any other row is a view of its own. So
+the bytes read are the bytes kept, however unequal the heads are. Only rows so short that a call costs more than their
+bytes are copied together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from learnkv.ops.device import upload
 from learnkv.ops.tail_slots import tail_slots
+
+_WORTH_A_CALL = 4096
+"""Elements of keys; reading fewer takes less time than the calls for it (some 30 us on a CPU)."""
 
 
 def decode_attention(
@@ -43,13 +48,33 @@ def decode_attention(
 
     spans = spans if spans is not None else list(zip(start.tolist(), length.tolist(), strict=True))
     assert all(count <= longest for _, count in spans)
+    views = list(_views(spans))
+    tiny = [view for view in views if 0 < view[1] * view[4] * dim < _WORTH_A_CALL]
+    short = [row for first, rows, *_ in tiny for row in range(first, first + rows)] if len(tiny) > 2 else []
+    order: list[int] = []
     outputs, sums = [], []
-    for first, rows, at, apart, count in _views(spans):
+    for first, rows, at, apart, count in views:
+        if first in short:
+            continue
         kept_keys, kept_values = (_strided(pool, rows, at, apart, count) for pool in (keys, values))
         logits = products(packed[first : first + rows], kept_keys)
         sums.append(logits.logsumexp(-1, keepdim=True))
         outputs.append(logits.softmax(-1).to(query.dtype) @ kept_values)
+        order += range(first, first + rows)
+    if short:
+        place, absent = _places([spans[row] for row in short], query.device)
+        kept_keys, kept_values = (
+            pool.index_select(0, place.flatten()).view(*place.shape, dim) for pool in (keys, values)
+        )
+        asking = packed if len(short) == len(spans) else packed[upload(short, query.device)]
+        logits = products(asking, kept_keys).masked_fill(absent.unsqueeze(1), float("-inf"))
+        sums.append(logits.logsumexp(-1, keepdim=True))
+        outputs.append(logits.softmax(-1).to(query.dtype) @ kept_values)
+        order += short
     past, past_lse = torch.cat(outputs), torch.cat(sums)
+    if order != sorted(order):
+        back = sorted(range(len(order)), key=order.__getitem__)
+        past, past_lse = (part[upload(back, query.device)] for part in (past, past_lse))
 
     recent = products(packed, tail_keys.reshape(batch * heads, tail, dim))
     if new > 1 or tail_mask is not None or tail_length is not None:
@@ -78,6 +103,13 @@ def _views(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, in
             rows += 1
         yield first, rows, at, apart, count
         first += rows
+
+
+def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Entries of the pool [R, longest] of rows padded to the longest, with their last entry, and where they are."""
+    start, length = (upload(column, device).unsqueeze(-1) for column in zip(*spans, strict=True))
+    slot = torch.arange(max(count for _, count in spans), device=device)
+    return start + torch.minimum(slot, length - 1), slot >= length
 
 
 def _strided(pool: Tensor, rows: int, at: int, apart: int, count: int) -> Tensor:

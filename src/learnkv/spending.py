@@ -1,4 +1,4 @@
-"""What a budget means: a fraction of the prompt's entries, or tokens per head."""
+"""How many entries a budget buys."""
 
 from learnkv.cache import CompressedCache
 from learnkv.errors import UserError

@@ -1,0 +1,82 @@
+"""Fast KVzip's gate, trained to tell KVzip's scores from hidden states."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from learnkv.formats.tensors import stack
+from learnkv.generation import prefill
+from learnkv.policy import Policy
+from learnkv.scorers import FastKVzip, KVzip
+from learnkv.scorers.fast_kvzip import gate_scores
+
+FEATURES, BASE_KEYS = 16, 16
+
+
+class _Targets(KVzip):
+    """KVzip's scores, with the hidden states kept beside them."""
+
+    needs = FastKVzip.needs
+
+
+def kvzip_gate(
+    model: Any, contexts: Sequence[Tensor], steps: int, batch: int = 1024, learning_rate: float = 0.01, seed: int = 0
+) -> dict[str, Tensor]:
+    """Weights of the gate [L, …] after `steps` of Adam on the binary cross-entropy to KVzip's scores of `contexts`.
+
+    Contexts are [1, S] each. A step draws `batch` tokens of all of them; every layer is trained by itself.
+    """
+    kvzip = Policy(_Targets())
+    inputs: list[list[Tensor]] = []
+    targets: list[list[Tensor]] = []
+    for context in contexts:
+        layers = prefill(model, context.to(model.device), window=1, policies=[kvzip]).compressed_layers()
+        for at, layer in enumerate(layers):
+            if at == len(inputs):
+                inputs.append([])
+                targets.append([])
+            seen = layer.observation()
+            assert seen.hidden is not None and kvzip.scorer is not None
+            inputs[at].append(seen.hidden[0].float())
+            targets[at].append(kvzip.scorer(seen)[0].clamp(0, 1))
+            group = seen.num_key_value_groups
+    generator = torch.Generator().manual_seed(seed)
+    return stack(
+        [
+            _trained(torch.cat(xs), torch.cat(ys, 1), group, steps, batch, learning_rate, generator)
+            for xs, ys in zip(inputs, targets, strict=True)
+        ]
+    )
+
+
+def _trained(
+    hidden: Tensor, target: Tensor, group: int, steps: int, batch: int, rate: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Weights of one layer from hidden states [N, E] and scores [H, N]."""
+    heads, width = target.shape[0], hidden.shape[-1]
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(hidden.device)
+
+    weights = {
+        "q_proj.weight": drawn(heads * group * FEATURES, width) * width**-0.5,
+        "q_proj.bias": torch.zeros(heads * group * FEATURES, device=hidden.device),
+        "k_proj.weight": drawn(heads * FEATURES, width) * width**-0.5,
+        "q_norm.weight": torch.ones(FEATURES, device=hidden.device),
+        "k_norm.weight": torch.ones(FEATURES, device=hidden.device),
+        "k_base": drawn(heads, 1, BASE_KEYS, FEATURES),
+        "b": torch.zeros(heads, 1, group, device=hidden.device),
+    }
+    adam = torch.optim.Adam([one.requires_grad_() for one in weights.values()], rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(hidden), (batch,), generator=generator).to(hidden.device)
+        score = gate_scores(weights, hidden[chosen].unsqueeze(0))[0]
+        adam.zero_grad()
+        F.binary_cross_entropy(score.clamp(1e-6, 1 - 1e-6), target[:, chosen]).backward()
+        adam.step()
+        schedule.step()
+    return {name: one.detach() for name, one in weights.items()}

@@ -1,0 +1,97 @@
+"""Eviction while tokens are added: what is retained and the tail are judged as a prompt is."""
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from learnkv.cache import CompressedCache
+from learnkv.errors import UserError
+from learnkv.observation import Recording
+from learnkv.ops.device import upload
+from learnkv.renewal import Renewal
+from learnkv.reopening import reopen
+from learnkv.scorers.base import Scorer
+from learnkv.spending import entries_to_keep
+
+if TYPE_CHECKING:
+    from learnkv.policy import Policy
+
+
+def check_judge(every: int, judge: Scorer | None) -> None:
+    """Raise where a scorer cannot judge tokens that come after the prompt."""
+    if every < 0:
+        raise UserError(f"every={every}: expected a number of tokens, 0 to keep all that come after the prompt")
+    if every and judge is not None and (judge.needs or judge.probes):
+        raise UserError(
+            f"every={every}: {type(judge).__name__} reads of a prompt what is not held of later tokens; expected "
+            "another scorer as decode"
+        )
+
+
+def agree(policy: "Policy", cache: CompressedCache, keep: float | None, budget: float | None) -> Renewal | None:
+    """What a cache that is about to be compressed will hold to; None for a policy that leaves later tokens alone."""
+    judge = policy.decode or policy.scorer
+    if not policy.every or judge is None:
+        return None
+    heads = _heads(cache)
+    held = entries_to_keep(cache, heads, keep, budget)
+    most = held if budget is None else [round(budget * heads)] * len(held)
+    live = Recording(max(judge.window, policy.allocator.window), statistics=judge.statistics)
+    return Renewal(policy.every, tuple(most), tuple(held), live, partial(recompress, policy))
+
+
+@torch.no_grad()
+def recompress(policy: "Policy", cache: CompressedCache) -> None:
+    """Join the tail to what is retained and evict until every row is within its budget.
+
+    Once a row had to evict, its heads keep the budgets that they were given then. So each layer is judged and evicted
+    by itself. As long as a row holds everything, the allocator is asked anew.
+    """
+    renewal, judge, heads = cache.renewal, policy.decode or policy.scorer, _heads(cache)
+    assert renewal is not None and judge is not None and cache.budgets is not None
+    evicted = [kept < n * heads for kept, n in zip(renewal.held, cache.lengths, strict=True)]
+    said, new = _join_tail(cache)
+    total = [min(most, kept + more * heads) for most, kept, more in zip(renewal.budget, renewal.held, new, strict=True)]
+    protected = [
+        min(policy.sinks + policy.recent, most // (2 * heads), n)
+        for most, n in zip(renewal.budget, cache.lengths, strict=True)
+    ]
+    longest, of_layer = (part.tolist() for part in (cache.budgets.amax((1, 2)), cache.budgets.sum((1, 2))))
+    cache.renewal = replace(renewal, held=tuple(total))
+    if all(evicted):
+        for at, budgets in enumerate(cache.budgets):
+            _reopen(cache, at, longest[at], said)
+            seen = policy.seen(cache, at, total)
+            scores = policy.refine(judge, seen, policy.score(judge, seen, protected), budgets)
+            cache.evict(scores.unsqueeze(0), budgets.unsqueeze(0).to(scores.device), of_layer[at], first=at)
+        return
+    for at in range(len(of_layer)):
+        _reopen(cache, at, max(longest), said)
+    seen_by_layer = [policy.seen(cache, at, total) for at in range(len(of_layer))]
+    plan = policy.plan_within(cache, seen_by_layer, judge, total, protected, evicted)
+    cache.evict(plan.scores, plan.budgets, plan.total)
+    cache.budgets = plan.budgets
+
+
+def _reopen(cache: CompressedCache, at: int, longest: int, said: Tensor) -> None:
+    layer = cache.compressed_layers()[at]
+    reopen(layer, longest, said.to(layer.device))
+
+
+def _join_tail(cache: CompressedCache) -> tuple[Tensor, list[int]]:
+    """Count the tail among what budgets speak of; returns its positions [B, M], -1 for padding, and its tokens."""
+    cache.tail_mask = said = cache.said()
+    base = upload(cache.prompt_lengths, said.device).unsqueeze(-1)
+    begin = said.shape[1] - cache.tail_length
+    positions = torch.where(said, base + said.cumsum(-1) - 1, -1)[:, begin:]
+    new = said[:, begin:].sum(-1).tolist()
+    cache.covered = [known + more for known, more in zip(cache.lengths, new, strict=True)]
+    return positions, new
+
+
+def _heads(cache: CompressedCache) -> int:
+    layers = cache.compressed_layers()
+    return layers[0].heads * len(layers)
