@@ -17,8 +17,10 @@ def base_of(params: dict[str, Any]) -> tuple[dict[str, Any], slice]:
         arguments = {"window": params["window"], "kernel_size": params["kernel"], "pooling": "avg"}
         return {"class_path": "learnkv.scorers.SnapKV", "init_args": arguments}, slice(-params["window"], None)
     assert params["base"] == "ExpectedAttention", params["base"]
-    arguments = {"epsilon": params["epsilon"], "value_norm": params["use_vnorm"]}
-    return {"class_path": "learnkv.scorers.ExpectedAttention", "init_args": arguments}, slice(0, 4)
+    sinks = params.get("n_sink", 4)
+    arguments = {"epsilon": params["epsilon"], "value_norm": params["use_vnorm"], "sinks": sinks}
+    arguments["future"] = params.get("n_future_positions", 512)
+    return {"class_path": "learnkv.scorers.ExpectedAttention", "init_args": arguments}, slice(0, sinks)
 
 
 def budget_of(params: dict[str, Any], entries: int) -> Tensor:

@@ -53,7 +53,7 @@ def assert_chosen(mine: np.ndarray, golden: np.ndarray, places: list[np.ndarray]
 
 def check_defensivekv(case: Case) -> None:
     pathological = "pathological" in json.dumps(case.notes)
-    made, parts = scored_parts(case, "defensivekv", case.params["q_scale"])
+    made, parts = scored_parts(case, "defensivekv", case.params.get("q_scale", 1.0))
     golden = check_parts(case, [parts], pathological)
     if pathological:  # which of many ties are kept is unspecified
         return

@@ -89,7 +89,8 @@ def check_streaming_llm(case: Case) -> None:
     streaming = policy("streaming_llm", scorer={"sinks": case.params["n_sink"]})
     scores = scored(case, streaming)
     mask = kept(scores, budgets(streaming, scores, case.params["n_kept"])[0])
-    assert np.array_equal(mask, case["scores"] > 0)
+    if "scores" in case:
+        assert np.array_equal(mask, case["scores"] > 0)
     assert_kept(mask, scores.numpy(), case["kept"])
 
 

@@ -13,6 +13,7 @@ from learnkv.ops.reduce_group import GroupReduce, reduce_group
 from learnkv.ops.shifted_mean import shifted_mean
 from learnkv.scorers.base import Scorer
 
+_NARROWEST = 5
 _SURE = 1 - 1e-6  # the odds of an entry that has all attention are those of this
 
 
@@ -24,13 +25,13 @@ class ReSTKV(Scorer):
     of it without j.
     Neighbours are pooled by how far attention moves within the window: with d the mean distance between the entries of
     one rank for a query of its first half and for that of its second half, over the ranks that will be kept,
-    max(kernel_size, 2 floor(|d| / scale) + 1) neighbours around the entry d / scale further on.
+    max(5, 2 floor(|d| / scale) + 1) neighbours around the entry d / scale further on.
 
     The original works per query head, here these are reduced. Its other modes are options.
 
     Args:
         window: number of last prompt queries that are asked.
-        kernel_size: neighbouring entries that are pooled, odd.
+        kernel_size: neighbouring entries that are pooled otherwise and within the window, odd.
         pooling: as above, or the mean or maximum of `kernel_size` neighbours.
         alpha: weight of a query beside all earlier ones; None: the mean of all.
         each_query: the score of every query is computed before the weighted mean, not its attention, with o over all
@@ -129,5 +130,5 @@ class ReSTKV(Scorer):
         both = (pairs < half).unsqueeze(-1) & counted.unsqueeze(1)  # [B, P, S]
         number = both.sum((1, 2)).clamp(min=1).view(-1, 1, 1)
         distance = (apart * both[:, None, None]).sum((3, 4)) / number / self.scale
-        width = (2 * distance.abs().floor() + 1).clamp(min=self.kernel_size)
+        width = (2 * distance.abs().floor() + 1).clamp(min=_NARROWEST)
         return width, torch.where(distance < 0, distance.floor() + 1, distance.floor())
