@@ -20,7 +20,7 @@ LAYERS = [
     {"component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
     {"segments", "recorder", "renewal", "reopening", "layer", "compaction", "cache"},
-    {"spending", "recompression", "policy", "probing", "attention", "decoding", "graph", "steps", "generation"},
+    {"spending", "plan", "recompression", "policy", "probing", "attention", "decoding", "graph", "steps", "generation"},
     {"config", "io", "models"},
     {"data"},
     {"calibration", "training", "evaluation"},

@@ -35,6 +35,8 @@ class CompressedLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.valid: Tensor | None = None
         self.positions: Tensor | None = None
+        self.rotated: Tensor | None = None
+        self.frequencies: Tensor | None = None
         self.gates: Tensor | None = None
         self.segment: Segment | None = None
         self.tail: Tail | None = None
@@ -204,6 +206,19 @@ class CompressedLayer(CacheLayerMixin):
             return self.positions
         return self.slot_positions().unsqueeze(1).expand(-1, self.heads, -1)
 
+    def stands(self) -> Tensor:
+        """Position that each key is rotated to, [B, H, S]."""
+        return self.entry_positions() if self.rotated is None else self.rotated
+
+    def rotary_frequencies(self) -> Tensor:
+        """Radians per position [F] of the model's RoPE; UserError for a model without it."""
+        if self.frequencies is None:
+            seen = self.observation()
+            if seen.rope is None:
+                raise UserError("rerotate: the model does not rotate its keys")
+            self.frequencies = seen.rope.frequencies(seen.length)
+        return self.frequencies
+
     def observation(self) -> Observation:
         """What a scorer may see; only while the prompt is complete."""
         return self.recorder.observation(self.at, *self.whole_prompt(), self.entry_positions())
@@ -229,7 +244,7 @@ class CompressedLayer(CacheLayerMixin):
     def evict(self, segment: Segment, live: Recording | None = None) -> None:
         """Hold `segment` and nothing else of the prompt; of tokens to come record what is `live`."""
         self.segment, self.live = segment, live is not None
-        self.keys = self.values = self.valid = self.positions = None
+        self.keys = self.values = self.valid = self.positions = self.rotated = None
         self.recorder.forget(live)
 
     def relax(self, gates: Tensor) -> None:

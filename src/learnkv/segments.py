@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Segment:
     """Upper bound of `length`, known on the host."""
     statistics: Mapping[Statistic, Tensor] = field(default_factory=dict)
     """[N, F] of every entry, what is still gathered."""
+    rotated: Tensor | None = None
+    """[N] int32 position that every key is rotated to; None: its prompt position."""
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int]] | None:
@@ -43,7 +45,7 @@ class Segment:
         """The segment of batch rows `batch` [B'], sharing the pool."""
         start = self.start.view(-1, heads)[batch.to(self.start.device)].flatten()
         length = self.length.view(-1, heads)[batch.to(self.start.device)].flatten()
-        return Segment(self.keys, self.values, self.positions, start, length, self.longest, self.statistics)
+        return replace(self, start=start, length=length)
 
     def padded(self, slots: int) -> tuple[Tensor, Tensor]:
         """Index into the pool [B*H, slots] of every row's entries, at the end of its slots, and where there is one."""
@@ -58,7 +60,8 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
-        return [self.keys, self.values, self.positions, self.start, self.length, *self.statistics.values()]
+        always = [self.keys, self.values, self.positions, self.start, self.length, *self.statistics.values()]
+        return always if self.rotated is None else [*always, self.rotated]
 
 
 class Tail:
