@@ -13,7 +13,8 @@ from learnkv.cache import CompressedCache
 from learnkv.errors import RunError, UserError
 from learnkv.generation import continuation, continuation_states, prefill
 from learnkv.io import GRID
-from learnkv.policy import TEMPERATURE, Plan, Policy, heuristic_of
+from learnkv.plan import Plan
+from learnkv.policy import TEMPERATURE, Policy, heuristic_of
 from learnkv.probing import scores_of
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.training import draws
