@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
-from learnkv.compaction import compact
+from learnkv.compaction import Rerotate, compact
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Probe, Recording
@@ -80,7 +80,9 @@ class CompressedCache(Cache):
         for layer in self.compressed_layers():
             layer.seal()
 
-    def evict(self, scores: Tensor, budgets: Tensor, total: int, first: int = 0) -> None:
+    def evict(
+        self, scores: Tensor, budgets: Tensor, total: int, first: int = 0, rerotate: Rerotate | None = None
+    ) -> None:
         """Keep the `budgets[l, b, h]` highest-scored entries of every head of layers first, first + 1, …
 
         Args:
@@ -88,9 +90,10 @@ class CompressedCache(Cache):
             budgets: [L, B, H] int64.
             total: sum of `budgets`.
             first: index of the first of these layers among the compressible ones.
+            rerotate: consecutive positions for what is kept, from the `start` or up to the `end`; None: their own.
         """
         layers = self.compressed_layers()[first : first + scores.shape[0]]
-        compact(layers, scores, budgets, total, None if self.renewal is None else self.renewal.recording)
+        compact(layers, scores, budgets, total, None if self.renewal is None else self.renewal.recording, rerotate)
 
     def settle(self) -> None:
         """Let the policy that keeps the cache within its budget evict again, once the tail is as long as was agreed."""

@@ -1,16 +1,28 @@
 """Eviction: the highest-scored entries of layers move into a pool of exactly their number."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Recording
-from learnkv.ops.gather_kv import gather_kv
+from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.select import select
 from learnkv.segments import Segment
 
+Rerotate = Literal["start", "end"]
+"""Where keys are rotated to: consecutive positions from 0 on, or up to the last token's."""
 
-def compact(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor, total: int, live: Recording | None) -> None:
+
+def compact(
+    layers: list[CompressedLayer],
+    scores: Tensor,
+    budgets: Tensor,
+    total: int,
+    live: Recording | None,
+    rerotate: Rerotate | None,
+) -> None:
     """Keep the `budgets[l, b, h]` highest-scored entries of every head of `layers`; one pool per device and head size.
 
     Nothing waits for a device where all layers share a pool. How much each of several pools holds is looked up.
@@ -20,13 +32,14 @@ def compact(layers: list[CompressedLayer], scores: Tensor, budgets: Tensor, tota
         budgets: [L, B, H] int64.
         total: sum of `budgets`.
         live: what is recorded of tokens to come.
+        rerotate: give the entries of every head consecutive positions; None: their keys stay as they are.
     """
     groups = _groups(layers)
     for rows in groups:
         whole = len(rows) == rows[-1] - rows[0] + 1  # a view of the budgets then serves as the table of lengths
         at = slice(rows[0], rows[-1] + 1) if whole else rows
         size = total if len(groups) == 1 else int(budgets[at].sum())
-        _compact([layers[row] for row in rows], scores[at], budgets[at], size, live)
+        _compact([layers[row] for row in rows], scores[at], budgets[at], size, live, rerotate)
 
 
 def _groups(layers: list[CompressedLayer]) -> list[list[int]]:
@@ -39,7 +52,12 @@ def _groups(layers: list[CompressedLayer]) -> list[list[int]]:
 
 
 def _compact(
-    layers: list[CompressedLayer], scores: Tensor, budgets: Tensor, total: int, live: Recording | None
+    layers: list[CompressedLayer],
+    scores: Tensor,
+    budgets: Tensor,
+    total: int,
+    live: Recording | None,
+    rerotate: Rerotate | None,
 ) -> None:
     first_keys, first_values = layers[0].whole_prompt()
     device, dim = first_keys.device, first_keys.shape[-1]
@@ -53,11 +71,15 @@ def _compact(
     statistics = {
         one: torch.stack([layer.recorder.statistics[one] for layer in layers]).flatten(0, 3)[index] for one in followed
     }
+    stood, first, rotated = _rerotated(layers, index, positions, start, length, slots, rerotate)
     for at, layer in enumerate(layers):
         keys, values = (held.reshape(batch * heads, slots, dim) for held in layer.whole_prompt())
-        segment = Segment(pool_keys, pool_values, positions, start[at], length[at], slots, statistics)
+        segment = Segment(pool_keys, pool_values, positions, start[at], length[at], slots, statistics, rotated)
         first_row = at * batch * heads
-        gather_kv(keys, values, index, first_row, start[at], length[at], pool_keys, pool_values, spans=segment.spans)
+        turned = None if rerotate is None else Rerotation(stood, first[at], layer.rotary_frequencies())
+        gather_kv(
+            keys, values, index, first_row, start[at], length[at], pool_keys, pool_values, turned, spans=segment.spans
+        )
         layer.evict(segment, live)
 
 
@@ -67,3 +89,27 @@ def _positions(layers: list[CompressedLayer], index: Tensor, heads: int, slots: 
         return torch.stack([layer.entry_positions() for layer in layers]).flatten()[index]
     shared = layers[0].slot_positions()
     return shared[(index // slots) // heads % shared.shape[0], index % slots]
+
+
+def _rerotated(
+    layers: list[CompressedLayer],
+    index: Tensor,
+    positions: Tensor,
+    start: Tensor,
+    length: Tensor,
+    slots: int,
+    rerotate: Rerotate | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Positions [N] that the chosen keys are rotated to so far, those [L, R] that the first of every row gets, and
+    those [N] that all get; the last is None where nothing is rotated."""
+    first = torch.zeros_like(length)
+    if rerotate is None:
+        return positions, first, None
+    stood = positions
+    if layers[0].rotated is not None:
+        stood = torch.stack([layer.stands() for layer in layers]).flatten()[index].to(torch.int32)
+    if rerotate == "end":
+        tokens = layers[0].entry_positions().amax((1, 2)) + 1
+        first = tokens.repeat_interleave(layers[0].heads) - length
+    rank = torch.arange(len(index), device=index.device) - start.flatten()[index // slots]
+    return stood, first, (first.flatten()[index // slots] + rank).to(torch.int32)

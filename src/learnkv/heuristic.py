@@ -14,6 +14,7 @@ def heuristic_of(policy: Policy) -> Policy:
         policy.recent,
         policy.every,
         _without_correction(policy.decode),
+        policy.rerotate,
         policy.pages,
         policy.read,
     )

@@ -37,6 +37,8 @@ class CompressedLayer(CacheLayerMixin):
         self.values: Tensor | None = None
         self.valid: Tensor | None = None
         self.positions: Tensor | None = None
+        self.rotated: Tensor | None = None
+        self.frequencies: Tensor | None = None
         self.gates: Tensor | None = None
         self.segment: Segment | None = None
         self.tail: Tail | None = None
@@ -121,10 +123,9 @@ class CompressedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.segment is not None:
             self.segment = self.segment.rows(indices, self.heads)
-        if self.tail is not None:
-            self.tail = self.tail.rows(indices)
-        if self.reading is not None:
-            self.reading = self.reading.rows(indices)
+        for name in ("tail", "reading"):
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, held.rows(indices))
         prompts, self.copies = indices // self.copies, 1
         for name in ("valid", "gates", *(() if self.holds_view else ("keys", "values"))):
             if (held := getattr(self, name)) is not None:
@@ -209,6 +210,19 @@ class CompressedLayer(CacheLayerMixin):
             return self.positions
         return self.slot_positions().unsqueeze(1).expand(-1, self.heads, -1)
 
+    def stands(self) -> Tensor:
+        """Position that each key is rotated to, [B, H, S]."""
+        return self.entry_positions() if self.rotated is None else self.rotated
+
+    def rotary_frequencies(self) -> Tensor:
+        """Radians per position [F] of the model's RoPE; UserError for a model without it."""
+        if self.frequencies is None:
+            seen = self.observation()
+            if seen.rope is None:
+                raise UserError("rerotate: the model does not rotate its keys")
+            self.frequencies = seen.rope.frequencies(seen.length)
+        return self.frequencies
+
     def observation(self) -> Observation:
         """What a scorer may see; only while the prompt is complete."""
         return self.recorder.observation(self.at, *self.whole_prompt(), self.entry_positions())
@@ -217,26 +231,15 @@ class CompressedLayer(CacheLayerMixin):
         """End the prompt: its entries become rows of a pool without being copied."""
         if self.sealed or self.keys is None or self.values is None:
             return
-        batch, heads, slots, dim = self.keys.shape
         self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
-        positions = self.slot_positions()
-        padding = (positions < 0).sum(-1)
-        start = torch.arange(batch * heads, device=self.device) * slots + padding.repeat_interleave(heads)
-        self.segment = Segment(
-            self.keys.view(-1, dim),
-            self.values.view(-1, dim),
-            positions.to(torch.int32).unsqueeze(1).expand(batch, heads, slots).reshape(-1),
-            start,
-            (slots - padding).repeat_interleave(heads),
-            slots,
-        )
+        self.segment = Segment.whole(self.keys, self.values, self.slot_positions())
 
     def evict(self, segment: Segment, live: Recording | None = None) -> None:
         """Hold `segment` and nothing else of the prompt; of tokens to come record what is `live`."""
         self.segment, self.live = segment, live is not None
         if self.reading is not None:
             self.read_pages(self.reading.selector, self.reading.tokens.tolist())
-        self.keys = self.values = self.valid = self.positions = None
+        self.keys = self.values = self.valid = self.positions = self.rotated = None
         self.recorder.forget(live)
 
     def relax(self, gates: Tensor) -> None:
@@ -246,8 +249,7 @@ class CompressedLayer(CacheLayerMixin):
     def read_pages(self, selector: PageSelector, tokens: Sequence[int]) -> None:
         """Let every single token attend to `tokens` [B] entries per head, in the pages that `selector` chooses."""
         assert self.segment is not None
-        dense = self.at < selector.dense_layers
-        self.reading = None if dense else Reading(selector, tokens, self.segment)
+        self.reading = None if self.at < selector.dense_layers else Reading(selector, tokens, self.segment)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens to what is retained and to the tail."""

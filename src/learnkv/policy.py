@@ -1,7 +1,7 @@
 """A policy: what every heuristic and every learned predictor is at deployment and in training."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from learnkv.allocators.base import Allocator
 from learnkv.allocators.uniform import Uniform
 from learnkv.cache import CompressedCache
+from learnkv.compaction import Rerotate
 from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
@@ -19,27 +20,12 @@ from learnkv.ops.select import select
 from learnkv.ops.soft_topk import soft_topk
 from learnkv.pages.base import PageSelector
 from learnkv.paging import check_reading, read_pages
+from learnkv.plan import Plan
 from learnkv.recompression import agree, check_judge
 from learnkv.scorers.base import Scorer
 from learnkv.spending import check_budget, entries_to_keep
 
 TEMPERATURE = 0.5
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to keep of a prompt, before anything is kept."""
-
-    scores: Tensor
-    """[L, B, H, S] float32; +inf protected, -inf no entry."""
-    wanted: Tensor
-    """[L, B, H] entries as the allocator asks for them, differentiable."""
-    budgets: Tensor
-    """[L, B, H] int64, each row sums to its budget exactly."""
-    protected: Tensor
-    """[B] entries per head that every policy keeps: sinks and most recent."""
-    total: int
-    """Sum of `budgets`, known on the host from the budget alone."""
 
 
 class Policy(Component):
@@ -54,6 +40,8 @@ class Policy(Component):
         every: tokens read after compression that are held beside the budget, a batch's padding counted; as many are
             judged together with what is retained, and each head is evicted down to its budget. 0: all are kept.
         decode: scorer of those evictions; None: `scorer`.
+        rerotate: rotate what a head keeps to consecutive positions, from 0 on (`start`, as kvpress does) or up to that
+            of the last token (`end`: distances count what is held, as in StreamingLLM); None: keys stay as they are.
         pages: lets a decode step read chosen pages of what is retained. Without a scorer the budget is what it reads.
         read: fraction of what is retained that a step reads, for a policy with a scorer and pages.
     """
@@ -66,6 +54,7 @@ class Policy(Component):
         recent: int = 8,
         every: int = 0,
         decode: Scorer | None = None,
+        rerotate: Rerotate | None = None,
         pages: PageSelector | None = None,
         read: float | None = None,
     ) -> None:
@@ -74,7 +63,7 @@ class Policy(Component):
             raise UserError(f"sinks={sinks} recent={recent}: expected numbers of tokens >= 0")
         check_judge(every, decode or scorer)
         self.scorer = scorer
-        self.every, self.decode = every, decode
+        self.every, self.decode, self.rerotate = every, decode, rerotate
         self.allocator = allocator if allocator is not None else Uniform()
         check_reading(scorer is not None, pages, read)
         self.sinks, self.recent = sinks, recent
@@ -223,7 +212,7 @@ class Policy(Component):
             with torch.no_grad():
                 cache.renewal = agree(self, cache, keep, budget)
                 plan = self.plan(cache, keep, budget)
-                cache.evict(plan.scores, plan.budgets, plan.total)
+                cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
             cache.budgets = plan.budgets
         if self.pages is not None:
             read_pages(self.pages, cache, keep, budget, 1.0 if self.read is None else self.read)
@@ -256,7 +245,8 @@ class Policy(Component):
                 cache.budgets = budgets
             budgets, of_layer = split[0]
             scores = self.refine(scorer, seen, scores, budgets[at])
-            cache.evict(scores.unsqueeze(0), budgets[at : at + 1].to(scores.device), of_layer[at], first=at)
+            mine = budgets[at : at + 1].to(scores.device)
+            cache.evict(scores.unsqueeze(0), mine, of_layer[at], at, self.rerotate)
 
         for at, layer in enumerate(cache.compressed_layers()):
             layer.when_read = functools.partial(evict, at)
@@ -281,6 +271,8 @@ class Policy(Component):
             temperature: width of the soft top-k in units of normal scores.
         """
         check_budget(keep, budget)
+        if self.rerotate is not None:
+            raise UserError(f"rerotate={self.rerotate}: expected none in training, where evicted keys stay in place")
         if self.pages is not None:
             raise UserError("pages: query-aware reading is not trained, expected a policy without pages")
         cache.seal()

@@ -66,13 +66,14 @@ def recompress(policy: "Policy", cache: CompressedCache) -> None:
             _reopen(cache, at, longest[at], said)
             seen = policy.seen(cache, at, total)
             scores = policy.refine(judge, seen, policy.score(judge, seen, protected), budgets)
-            cache.evict(scores.unsqueeze(0), budgets.unsqueeze(0).to(scores.device), of_layer[at], first=at)
+            mine = budgets.unsqueeze(0).to(scores.device)
+            cache.evict(scores.unsqueeze(0), mine, of_layer[at], at, policy.rerotate)
         return
     for at in range(len(of_layer)):
         _reopen(cache, at, max(longest), said)
     seen_by_layer = [policy.seen(cache, at, total) for at in range(len(of_layer))]
     plan = policy.plan_within(cache, seen_by_layer, judge, total, protected, evicted)
-    cache.evict(plan.scores, plan.budgets, plan.total)
+    cache.evict(plan.scores, plan.budgets, plan.total, rerotate=policy.rerotate)
     cache.budgets = plan.budgets
 
 

@@ -24,11 +24,15 @@ def reopen(layer: CompressedLayer, longest: int, said: Tensor) -> None:
     positions = torch.cat([retained, said.unsqueeze(1).expand(-1, layer.heads, -1)], 2)
     keys = torch.cat([held.keys[at].view(*shape, -1), tail.keys], 2)
     values = torch.cat([held.values[at].view(*shape, -1), tail.values], 2)
+    rotated = positions
+    if held.rotated is not None:
+        rotated = torch.cat([held.rotated[at].view(shape).long(), positions[..., longest:]], 2)
     layer.recorder.statistics = {one: pool[at].view(*shape, -1) for one, pool in held.statistics.items()}
     layer.recorder.resume(said, layer.at, keys, values, positions)
     order = (positions >= 0).to(torch.int8).argsort(dim=-1, stable=True)
     layer.keys, layer.values, layer.positions = _moved(keys, order), _moved(values, order), positions.gather(2, order)
     layer.recorder.statistics = {one: _moved(stat, order) for one, stat in layer.recorder.statistics.items()}
+    layer.rotated = None if held.rotated is None else rotated.gather(2, order)
     layer.segment = None
     layer.folded += tail.length
     tail.crop(0)

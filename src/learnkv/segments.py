@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,18 @@ class Segment:
     """Upper bound of `length`, known on the host."""
     statistics: Mapping[Statistic, Tensor] = field(default_factory=dict)
     """[N, F] of every entry, what is still gathered."""
+    rotated: Tensor | None = None
+    """[N] int32 position that every key is rotated to; None: its prompt position."""
+
+    @classmethod
+    def whole(cls, keys: Tensor, values: Tensor, positions: Tensor) -> "Segment":
+        """A view of a prompt [B, H, S, D], left-padded, whose slots have `positions` [B, S], -1 for padding."""
+        batch, heads, slots, dim = keys.shape
+        padding = (positions < 0).sum(-1)
+        start = torch.arange(batch * heads, device=keys.device) * slots + padding.repeat_interleave(heads)
+        each = positions.to(torch.int32).unsqueeze(1).expand(batch, heads, slots).reshape(-1)
+        length = (slots - padding).repeat_interleave(heads)
+        return cls(keys.view(-1, dim), values.view(-1, dim), each, start, length, slots)
 
     @functools.cached_property
     def spans(self) -> list[tuple[int, int]] | None:
@@ -43,7 +55,7 @@ class Segment:
         """The segment of batch rows `batch` [B'], sharing the pool."""
         start = self.start.view(-1, heads)[batch.to(self.start.device)].flatten()
         length = self.length.view(-1, heads)[batch.to(self.start.device)].flatten()
-        return Segment(self.keys, self.values, self.positions, start, length, self.longest, self.statistics)
+        return replace(self, start=start, length=length)
 
     def padded(self, slots: int) -> tuple[Tensor, Tensor]:
         """Index into the pool [B*H, slots] of every row's entries, at the end of its slots, and where there is one."""
@@ -58,7 +70,8 @@ class Segment:
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
-        return [self.keys, self.values, self.positions, self.start, self.length, *self.statistics.values()]
+        always = [self.keys, self.values, self.positions, self.start, self.length, *self.statistics.values()]
+        return always if self.rotated is None else [*always, self.rotated]
 
 
 class Tail:

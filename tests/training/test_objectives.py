@@ -10,7 +10,7 @@ from torch import Tensor
 from learnkv.config import parse
 from learnkv.errors import UserError
 from learnkv.ops.normal_scores import normal_scores
-from learnkv.policy import Plan
+from learnkv.plan import Plan
 from learnkv.scorers import KVzip
 from learnkv.training.config import TrainConfig
 from learnkv.training.exploration import explored

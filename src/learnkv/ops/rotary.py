@@ -27,7 +27,20 @@ class Rotary:
         return rotate(vectors.float(), cos / size, -sin / size)
 
     def after(self, lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, steps, R] in float64 of the positions that follow prompts of `lengths` [B] tokens.
+        """cos and sin [B, steps, R] in float64 of the positions that follow prompts of `lengths` [B] tokens."""
+        last = self._wave(-1)
+        ahead = torch.arange(1, steps + 1, device=last.device).view(-1, 1)
+        angle = last.angle().unsqueeze(1) + ahead * self._turn(lengths).unsqueeze(1)
+        size = last.abs().unsqueeze(1)
+        return size * angle.cos(), size * angle.sin()
+
+    def frequencies(self, lengths: Tensor) -> Tensor:
+        """Radians per position [R/2] float32 of channel i against channel i + R/2, as the longest prompt shows them."""
+        turn = self._turn(lengths).gather(0, lengths.argmax().expand(1, self.cos.shape[2]))
+        return turn[0, : self.cos.shape[2] // 2].float()
+
+    def _turn(self, lengths: Tensor) -> Tensor:
+        """Radians per position [B, R] in float64.
 
         A model's angle per position is known from no argument, so it is measured: over one slot, then over twice as
         many each time, which settles its last digits even where cos and sin are kept in bfloat16. A prompt of one token
@@ -41,10 +54,7 @@ class Rotary:
             angle = angle + 2 * math.pi * ((apart * turn - angle) / (2 * math.pi)).round()
             turn = torch.where((lengths > apart).unsqueeze(-1), angle / apart, turn)
             apart *= 2
-        ahead = torch.arange(1, steps + 1, device=last.device).view(-1, 1)
-        angle = last.angle().unsqueeze(1) + ahead * turn.unsqueeze(1)
-        size = last.abs().unsqueeze(1)
-        return size * angle.cos(), size * angle.sin()
+        return turn
 
     def _wave(self, slot: int) -> Tensor:
         """cos + i sin of a slot, [B, R]."""

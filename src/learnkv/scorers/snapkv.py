@@ -12,6 +12,12 @@ from learnkv.scorers.base import Scorer
 class SnapKV(Scorer):
     """Attention that the last prompt queries give to an entry and its neighbours (SnapKV, arXiv 2404.14469).
 
+    score_j = pool(mean_i A_ij) over the window's queries i, reduced over the query heads of a kv head. What is in print
+    differs: the authors' code has window 64, kernel 5 and mean pooling as defaults, in its LongBench runs window 32,
+    kernel 7 and maximum pooling, and one set of entries per query head; KVCache-Factory always has window 8;
+    kvpress has window 64, kernel 5, mean pooling, and reduces query heads after pooling. All of them always keep the
+    window, where here it is ranked by what its own queries give it.
+
     Args:
         window: number of last prompt queries that are asked.
         kernel_size: neighbouring entries that are pooled, odd.

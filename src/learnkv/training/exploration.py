@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from learnkv.ops.normal_scores import unit_scale
-from learnkv.policy import Plan
+from learnkv.plan import Plan
 
 
 def explored(plan: Plan, scale: float, seed: int) -> Plan:

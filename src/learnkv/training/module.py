@@ -14,7 +14,8 @@ from learnkv.errors import RunError, UserError
 from learnkv.generation import continuation, continuation_states, prefill
 from learnkv.heuristic import heuristic_of
 from learnkv.io import GRID
-from learnkv.policy import TEMPERATURE, Plan, Policy
+from learnkv.plan import Plan
+from learnkv.policy import TEMPERATURE, Policy
 from learnkv.probing import scores_of
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.training import draws

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learnkv.component import Component
-from learnkv.policy import Plan
+from learnkv.plan import Plan
 from learnkv.scorers.base import Scorer
 from learnkv.training.losses import sample_means
 

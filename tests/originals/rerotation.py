@@ -1,0 +1,41 @@
+"""Keys that are rotated to consecutive positions, as in kvpress."""
+
+import torch
+from transformers import LlamaConfig
+
+from learnkv.cache import CompressedCache
+from learnkv.io import build_policy
+from originals.comparing import assert_scores
+from originals.loading import Case, inputs_of, policy
+
+NAMES = {"StreamingLLM": "streaming_llm", "KeyDiff": "keydiff", "Knorm": "knorm"}
+
+
+def check_rerotation(case: Case) -> None:
+    """A cache of one layer evicts as it would for a model."""
+    params, inputs = case.params, inputs_of(case)
+    spec = policy(NAMES[params["press"]]).spec() | {"sinks": 0, "recent": 0, "rerotate": "start"}
+    rotating = build_policy(spec)
+    cache = CompressedCache(LlamaConfig(num_hidden_layers=1), rotating.recording)
+    (layer,) = cache.compressed_layers()
+    slots, dim = inputs["k"].shape[2:]
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = (torch.arange(slots).unsqueeze(-1) * frequency).repeat(1, 2).unsqueeze(0)
+    layer.recorder.rotations = ((angle.cos().float(), angle.sin().float()),)
+    layer.recorder.scaling = dim**-0.5
+    with torch.no_grad():
+        layer.announced = True
+        layer.update(inputs["k"], inputs["v"])
+        layer.observe(inputs["q"], None)
+        rotating.compress(cache, budget=params["n_kept"])
+    kept, keys = case["kept"], case["keys_out"]
+    batch, heads = kept.shape[:2]
+    for row in range(batch):
+        for head in range(heads):
+            assert cache.kept_positions(0, row, head).tolist() == kept[row, head].tolist()
+            begin = int(layer.segment.start[row * heads + head])
+            ours = layer.segment.keys[begin : begin + kept.shape[2]]
+            assert_scores(ours.numpy(), keys[row, head], atol=2e-5)
+
+
+FAMILIES = {"kvpress_rerotate": check_rerotation}
