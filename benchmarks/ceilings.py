@@ -14,7 +14,8 @@ import triton.language as tl
 from benchmarks.results import Part, arguments, device
 from benchmarks.timing import capture
 
-NODES = 1000
+NODES, SIZE, COUNT = 1000, 8192, 2**30
+"""Nodes of a graph, rows of a square matrix, numbers of single precision that are copied and read."""
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def best_us(call: Callable[[], object], dry_run: bool) -> float:
 
 def bandwidths(part: Part, where: torch.device, dry_run: bool) -> None:
     """Copy (bytes read plus written) and read-only stream, both over 4 GB of random numbers."""
-    count = 2**13 if dry_run else 2**30
+    count = 2**13 if dry_run else COUNT
     numbers = torch.rand(count, device=where)
     target = torch.full_like(numbers, torch.nan)
     us = best_us(lambda: target.copy_(numbers), dry_run)
@@ -68,7 +69,7 @@ def bandwidths(part: Part, where: torch.device, dry_run: bool) -> None:
 
 def matrix(part: Part, where: torch.device, dry_run: bool) -> None:
     """A square bfloat16 product of random numbers."""
-    size = 64 if dry_run else 8192
+    size = 64 if dry_run else SIZE
     one, two = (torch.randn(size, size, device=where, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(one)
     us = best_us(lambda: torch.mm(one, two, out=product), dry_run)

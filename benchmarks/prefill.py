@@ -1,8 +1,7 @@
 """Reading a prompt with and without compression, time and peak memory: `python -m benchmarks.prefill --out FILE`."""
 
-import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -19,9 +18,11 @@ from learnkv.allocators.uniform import Uniform
 from learnkv.cache import CompressedCache
 from learnkv.scorers.snapkv import SnapKV
 
+Made = TypeVar("Made")
+
 KEEP = 0.1
-REPEATS = {32768: 2}
-"""Prompts that are read more than once: at 128k a reading takes ten seconds."""
+PROMPTS = {32768: 2, 131072: 1}
+"""Tokens, and how often they are read: at 128k it takes ten seconds."""
 
 
 def main(argv: list[str] | None = None) -> Part:
@@ -31,15 +32,15 @@ def main(argv: list[str] | None = None) -> Part:
     clock = Clock(asked.seconds)
     shape = LLAMA_8B.tiny() if asked.dry_run else LLAMA_8B
     model = attach(shape.build(where))
-    for prompt in (96,) if asked.dry_run else (32768, 131072):
+    for prompt, times in ({96: 1} if asked.dry_run else PROMPTS).items():
         if clock.over():
             return part
-        measure(part, model, shape, prompt, clock)
+        measure(part, model, shape, prompt, times, clock)
     part.finish()
     return part
 
 
-def measure(part: Part, model: PreTrainedModel, shape: Shape, prompt: int, clock: Clock) -> None:
+def measure(part: Part, model: PreTrainedModel, shape: Shape, prompt: int, times: int, clock: Clock) -> None:
     """One prompt: read alone, what compression adds, and read while every layer is evicted at once."""
     ids = torch.randint(1, shape.vocabulary, (1, prompt), device=model.device)
     window = 8 if prompt < 1000 else 32
@@ -50,11 +51,11 @@ def measure(part: Part, model: PreTrainedModel, shape: Shape, prompt: int, clock
     def read(**options: Any) -> Callable[[], CompressedCache]:
         return lambda: prefill(model, ids, window=window, **options)
 
-    if prompt in REPEATS:
+    if times > 1:
         warm = ids[:, : prompt // 8]
         for policy in (adaptive, even):  # kernels are compiled, libraries choose theirs
             prefill(model, warm, policy=policy, keep=KEEP)
-    alone, peak, cache = spent(read(), REPEATS.get(prompt, 1))
+    alone, peak, cache = spent(read(), times)
     part.add(alone, work, impl="full cache", peak_gb=peak, cache_bytes=held(cache), **about)
     if cache is None or isinstance(alone, str):
         return
@@ -79,7 +80,7 @@ def measure(part: Part, model: PreTrainedModel, shape: Shape, prompt: int, clock
     del cache
     if clock.over():
         return
-    once, peak, small = spent(read(policy=even, keep=KEEP), REPEATS.get(prompt, 1))
+    once, peak, small = spent(read(policy=even, keep=KEEP), times)
     part.add(
         once,
         work,
@@ -97,15 +98,15 @@ def held(cache: CompressedCache | None) -> int | None:
     return None if cache is None else cache.nbytes
 
 
-def spent(call: Callable[[], CompressedCache], times: int) -> tuple[Timing | str, float | None, CompressedCache | None]:
+def spent(call: Callable[[], Made], times: int) -> tuple[Timing | str, float | None, Made | None]:
     """Microseconds by the device's clock (the fastest and the slowest of `times`), peak memory in GB, what was made."""
     free()
     cuda = torch.cuda.is_available()
-    clocks, made = [], None
+    clocks: list[float] = []
+    made: Made | None = None
     try:
         for _ in range(times):
-            made = None
-            gc.collect()
+            made = None  # two of them may not fit
             begin, end = (torch.cuda.Event(enable_timing=True) if cuda else _HostEvent() for _ in range(2))
             begin.record()
             made = call()

@@ -79,16 +79,20 @@ def _targets(document: dict[str, Any] | None) -> list[str]:
 
 def _steps(rows: list[Row]) -> list[str]:
     """Whole decode steps."""
-    lines = ["| model | B | prompt | kept | skew | implementation | ms | limit ms | share | peak GB |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    full = "full cache graphed"
+    lines = ["| model | B | prompt | kept | skew | implementation | ms | limit ms | share | x full cache | peak GB |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in where(rows, kernel=lambda name: name in ("decode step", "capacity")):
         at = f"| {row['model']} | {row['B']} | {row['T']} | {row['budget']} | {row['skew']} | {row['impl']} "
         if "t_us" not in row:
-            lines.append(at + f"| {row['failed']} | | | |")
+            lines.append(at + f"| {row['failed']} | | | | |")
             continue
+        gain = ""
+        if full in row.get("peer", {}):
+            gain = f"{row['peer'][full]:.2f} of {row['peer_limit'][full]:.2f}"
         lines.append(
             at + f"| {row['t_us'] / 1e3:.2f} | {row['t_limit_us'] / 1e3:.2f} | {row['frac']:.2f} "
-            f"| {row.get('peak_gb', 0):.1f} |"
+            f"| {gain} | {row.get('peak_gb', 0):.1f} |"
         )
     return lines
 

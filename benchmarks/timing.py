@@ -39,8 +39,8 @@ def input_sets(set_bytes: float, dry_run: bool) -> int:
     return 1 if dry_run else max(2, -(-CACHE_SETS // max(int(set_bytes), 1)))
 
 
-def race(contenders: Mapping[str, Sequence[Call]]) -> dict[str, Timing | str]:
-    """Time contenders against each other; each has one call per input set.
+def race(contenders: Mapping[str, Sequence[Call]], captured: bool = True) -> dict[str, Timing | str]:
+    """Time contenders against each other; each has one call per input set. Without `captured`, none in a graph.
 
     Returns the timing, or in one line why there is none: a contender that fails does not stop the others.
     """
@@ -48,7 +48,7 @@ def race(contenders: Mapping[str, Sequence[Call]]) -> dict[str, Timing | str]:
     failed: dict[str, Timing | str] = {}
     for name, calls in contenders.items():
         try:
-            timers[name] = _timer(calls)
+            timers[name] = _timer(calls, captured)
         except Exception as error:
             failed[name] = one_line(error)
             _settle()
@@ -72,13 +72,13 @@ def _settle() -> None:
         torch.cuda.empty_cache()
 
 
-def _timer(calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
+def _timer(calls: Sequence[Call], captured: bool) -> tuple[Callable[[], float], str]:
     """Something that measures microseconds per call, after everything was compiled and warmed up."""
     if not torch.cuda.is_available():
         calls[0]()
         return lambda: _host_us(calls[:1]), "host"
     estimate = _warm_up(calls)
-    if estimate < _LONG_US and (graph := capture(_rounds(calls, estimate))) is not None:
+    if captured and estimate < _LONG_US and (graph := capture(_rounds(calls, estimate))) is not None:
         return lambda: _replay_us(graph, len(_rounds(calls, estimate))), "graph"
     from triton.testing import do_bench
 

@@ -19,6 +19,8 @@ from learnkv.allocators.learned import LearnedAllocator
 from learnkv.scorers.snapkv import SnapKV
 
 KEEP = 0.1
+TRIED = [(LLAMA_8B, 32768, 512), (QWEN_06B, 32768, 512), (LLAMA_8B, 8192, 512)]
+"""Model, tokens of the prompt, tokens of the continuation."""
 
 
 def main(argv: list[str] | None = None) -> Part:
@@ -26,9 +28,7 @@ def main(argv: list[str] | None = None) -> Part:
     where = device(asked.dry_run)
     part = Part(asked.out, "train_step", asked.dry_run)
     clock = Clock(asked.seconds)
-    tried = [(LLAMA_8B, 32768, 512), (QWEN_06B, 32768, 512), (LLAMA_8B, 8192, 512)]
-    if asked.dry_run:
-        tried = [(LLAMA_8B.tiny(), 64, 5)]
+    tried = [(LLAMA_8B.tiny(), 64, 5)] if asked.dry_run else TRIED
     model: PreTrainedModel | None = None
     for shape, prompt, new in tried:
         if clock.over():
@@ -56,17 +56,14 @@ def measure(part: Part, model: PreTrainedModel, shape: Shape, prompt: int, new: 
         return
     known = cache
 
-    def teach() -> CompressedCache:
-        fork = known.fork()
-        with torch.no_grad():
-            fork.taught = continuation(model, said, fork).log_softmax(-1)
-        return fork
+    @torch.no_grad()
+    def teach() -> Tensor:
+        return continuation(model, said, known.fork()).log_softmax(-1)
 
-    teaching, peak, taught = spent(teach, 2)
+    teaching, peak, truth = spent(teach, 2)
     part.add(teaching, kernel="train: teacher", peak_gb=peak, **about)
-    if taught is None:
+    if truth is None:
         return
-    truth: Tensor = taught.taught
 
     def step() -> CompressedCache:
         student = policy.relax(known, keep=KEEP)

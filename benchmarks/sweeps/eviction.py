@@ -116,7 +116,7 @@ def compaction(
     """One layer's keys and values into the pool, against two index_select; what is kept lies scattered."""
     rows, dim = batch * shape.kv_heads, shape.dim
     work = limits.gather_kv(rows * kept, dim)
-    sets = min(input_sets(work.bytes, dry_run), 24)  # each set holds the whole prompt
+    sets = min(input_sets(work.bytes, dry_run), 64)  # each set holds the whole prompt
     length = torch.full((rows,), kept, device=device)
     start = length.cumsum(0) - length
     ours, theirs = [], []

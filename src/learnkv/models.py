@@ -140,6 +140,15 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def model_digest(model: PreTrainedModel) -> str:
+    """Of what a model computes, without reading all of its weights: description, number format, some of each matrix."""
+    about = json.dumps([describe_model(model), str(model.dtype)], sort_keys=True)
+    digest = hashlib.sha256(about.encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def format_prompt(
     tokenizer: PreTrainedTokenizerBase, context: str, question: str, answer_prefix: str = ""
 ) -> tuple[str, str, str]:

@@ -27,7 +27,7 @@ from learnkv.training.logs import CsvTable
 from learnkv.training.module import Distillation
 from learnkv.training.progress import ProgressLine
 
-MAY_CHANGE = ("trainer", "wandb", "workers", "save_every", "save_minutes", "overwrite")
+MAY_CHANGE = ("trainer", "wandb", "workers", "save_every", "save_minutes", "overwrite", "answers")
 """Keys that a resumed run may have changed."""
 
 
@@ -81,6 +81,7 @@ def train(config: TrainConfig, resolved: str) -> None:
         lr=config.lr,
         budget_lr=config.budget_lr,
         seed=config.seed,
+        answers=Path(config.answers).expanduser() if config.answers else output / "answers",
         description={"format_version": FORMAT_VERSION, "policy": spec, "model": description, "training": training},
     )
     trainer = _trainer(config, output, training, step)

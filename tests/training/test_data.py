@@ -5,11 +5,17 @@ import random
 import pytest
 import torch
 
+from learnkv.data.retrieval import Retrieval
+from learnkv.data.retrieval_text import SPAN_QUESTIONS
 from learnkv.errors import UserError
 from learnkv.models import load_model
+from learnkv.policy import Policy
+from learnkv.scorers import SnapKV
 from learnkv.training import draws
+from learnkv.training.config import Mixture, TrainConfig
 from learnkv.training.data import Batches, Drawing, collate
-from learnkv.training.sources import Continuation, Episodes, NextText, Passage, Spans
+from learnkv.training.datamodule import Data
+from learnkv.training.sources import ASKS, Continuation, Episodes, NextText, OwnAnswers, Passage, Spans
 from learnkv.training.text import Pool, Stream
 
 POOL = Pool(torch.arange(100, 1100), [1])
@@ -60,7 +66,7 @@ def test_a_question_is_read_after_the_prompt_or_with_it():
     ]
     before = collate(0, passages, random.Random(0))
     assert before.continuations.shape[0] == 2
-    for row, (context, continuations) in enumerate(passages):
+    for row, (context, continuations, _) in enumerate(passages):
         read = before.prompts[row][before.prompt_mask[row].bool()].tolist()
         said = before.continuations[row][before.continuation_mask[row].bool()].tolist()
         cut = [(context + question[:-1], question[-1:] + answer[:-1]) for question, answer in continuations]
@@ -76,7 +82,7 @@ def test_spans_are_found_in_their_context_and_text_goes_on():
         assert (len(question), len(answer)) == (4, 6)
         at = spans.context.index(question[0])
         assert spans.context[at : at + 10] == question + answer
-    context, [(question, answer)] = NextText(POOL, tokens=8)(random.Random(1), 0, 50)
+    context, [(question, answer)], _ = NextText(POOL, tokens=8)(random.Random(1), 0, 50)
     assert len(context) == 50
     assert question + answer == list(range(context[-1] + 1, context[-1] + 9))
 
@@ -92,6 +98,64 @@ def test_episodes_are_asked_in_the_models_own_tokens(folder):
         assert asked.split()[-1] in context
     with pytest.raises(UserError, match="length"):
         Episodes("needle", tokenizer, 2)(random.Random(0), 0, 20)
+
+
+def test_questions_about_a_document_are_left_to_the_model(folder):
+    _, tokenizer = load_model(str(folder))
+    source = OwnAnswers(Pool(torch.arange(5, 95).repeat(20), [0]), tokenizer, count=3, tokens=9)
+    passage = source(random.Random(0), 0, 80)
+    assert passage.to_say == 9
+    assert len(passage.context) == 80 - source.longest
+    asked = {tuple(question) for question, _ in passage.continuations}
+    assert len(asked) == 3
+    assert asked <= {tuple(tokenizer(ask)["input_ids"]) for ask in ASKS}
+    assert [answer for _, answer in passage.continuations] == [[], [], []]
+    after = collate(7, [passage, source(random.Random(1), 1, 80)], None)
+    assert (after.to_say, after.counted.any().item(), after.continuations.shape[0]) == (9, False, 6)
+    assert after.counted.shape == after.continuations.shape
+    before = collate(7, [passage], random.Random(0))
+    assert (before.to_say, before.continuations.shape, before.counted.tolist()) == (9, (1, 1), [[False]])
+    with pytest.raises(UserError, match="no room"):
+        source(random.Random(0), 0, 40)
+
+
+def test_nothing_of_a_family_that_is_held_out_is_drawn(folder, monkeypatch):
+    _, tokenizer = load_model(str(folder))
+    monkeypatch.setattr(Episodes, "_ids", lambda self, text: [5] * len(text))
+
+    def told(*hold_out) -> str:
+        config = TrainConfig(
+            policy=Policy(SnapKV()),
+            mixture=Mixture(retrieval=1, text=0),
+            lengths=(600, 700),
+            hold_out=hold_out,
+        )
+        data = Data(config, tokenizer, None)
+        made = []
+        episode = Retrieval.episode
+        monkeypatch.setattr(Retrieval, "episode", lambda self, index: made.append(episode(self, index)) or made[-1])
+        for number in range(40):
+            data.drawings["train"].batch(number)
+        monkeypatch.setattr(Retrieval, "episode", episode)
+        return "".join(one.context + question for one in made for question, _ in one.continuations)
+
+    signs = {"vt": "Under which names does it travel", "niah": " opens with", "span": SPAN_QUESTIONS[0][:20]}
+    for family, sign in signs.items():
+        assert sign in told()
+        assert sign not in told(family)
+    assert not any(sign in told("vt", "niah_single_2", "cwe") for sign in (signs["vt"], signs["niah"]))
+    with pytest.raises(UserError, match="leaves nothing"):
+        told("vt", "niah", "span")
+    with pytest.raises(UserError, match="hold_out=nia: expected"):
+        told("nia")
+
+
+def test_the_generator_refuses_what_is_held_out(folder):
+    with pytest.raises(UserError, match="hold_out=vt: chain would be drawn"):
+        Retrieval(100, kinds={"chain": 1.0, "needle": 1.0}, hold_out=["vt"])
+    with pytest.raises(UserError, match="needle would be drawn"):
+        Episodes("needle", load_model(str(folder))[1], 2, hold_out=["niah"])(random.Random(0), 0, 600)
+    assert set(Retrieval(100, hold_out=["niah_multivalue"]).kinds) == {"chain", "span", "next"}
 
 
 def test_a_stream_is_read_in_order_from_anywhere():

@@ -53,7 +53,7 @@ def everything(folder, objective: str) -> list[str]:
     if objective == "kl":
         return []
     (folder / "all.yaml").write_text(ALL)
-    return [f"config={folder / 'all.yaml'}"]
+    return [f"config={folder / 'all.yaml'}", "mixture.answers=1"]
 
 
 def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_path, capsys):

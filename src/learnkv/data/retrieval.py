@@ -40,6 +40,28 @@ class Hidden:
     more: Callable[[], str] | None = None
 
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "niah": ("needle", "crowd", "values"),
+    "vt": ("chain",),
+    "cwe": (),
+    "fwe": (),
+    "qa": (),
+}
+"""RULER's task families, and the kinds of episodes that practise them."""
+
+
+def held_out_kinds(hold_out: Sequence[str]) -> set[str]:
+    """Kinds that must not be drawn where RULER's families, tasks of them (`niah_multikey_1`) or kinds are held out."""
+    found: set[str] = set()
+    for name in hold_out:
+        family = next((one for one in FAMILIES if name == one or name.startswith(f"{one}_")), None)
+        if family is None and name not in Retrieval.KINDS:
+            known = ", ".join([*FAMILIES, *Retrieval.KINDS])
+            raise UserError(f"hold_out={name}: expected a task family, one of its tasks, or a kind: {known}")
+        found |= {name} if family is None else set(FAMILIES[family])
+    return found
+
+
 def count_words(text: str) -> int:
     """Size of a text in words, for those who have no tokenizer yet."""
     return len(text.split())
@@ -54,6 +76,7 @@ class Retrieval:
         seed: of everything drawn.
         kinds: kind -> weight, of "needle", "crowd" (nothing but facts), "values", "chain", "span" and "next".
         continuations: most continuations of an episode.
+        hold_out: families, tasks or kinds of which nothing may be drawn.
     """
 
     KINDS = ("needle", "crowd", "values", "chain", "span", "next")
@@ -66,12 +89,19 @@ class Retrieval:
         seed: int = 0,
         kinds: dict[str, float] | None = None,
         continuations: int = 4,
+        hold_out: Sequence[str] = (),
     ):
+        held_out = held_out_kinds(hold_out)
         self.kinds = {"needle": 3.0, "crowd": 1.5, "values": 1.5, "chain": 1.5, "span": 1.5, "next": 0.5}
-        self.kinds = self.kinds if kinds is None else dict(kinds)
+        if kinds is None:
+            self.kinds = {kind: weight for kind, weight in self.kinds.items() if kind not in held_out}
+        else:
+            self.kinds = dict(kinds)
         unknown = sorted(set(self.kinds) - set(self.KINDS))
         if unknown or not any(weight > 0 for weight in self.kinds.values()):
             raise UserError(f"kinds={kinds}: expected weights, one above 0, of {', '.join(self.KINDS)}")
+        if drawn := sorted(held_out & {kind for kind, weight in self.kinds.items() if weight > 0}):
+            raise UserError(f"hold_out={','.join(hold_out)}: {', '.join(drawn)} would be drawn")
         if continuations < 1:
             raise UserError(f"continuations={continuations}: expected at least 1")
         self.length, self.count, self.seed, self.most = length, count, seed, continuations

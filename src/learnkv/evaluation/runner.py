@@ -15,7 +15,7 @@ from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.generation import prefill
 from learnkv.heuristic import heuristic_of
-from learnkv.models import describe_model
+from learnkv.models import model_digest
 from learnkv.policy import Policy
 
 
@@ -59,15 +59,6 @@ def starting_points(policies: Mapping[str, Policy]) -> dict[str, str]:
             if other != name and heuristic.spec() == plain:
                 found[name] = other
     return found
-
-
-def model_digest(model: Any) -> str:
-    """Of what a model computes, without reading all of its weights: description, number format, some of each matrix."""
-    about = json.dumps([describe_model(model), str(model.dtype)], sort_keys=True)
-    digest = hashlib.sha256(about.encode())
-    for weight in model.parameters():
-        digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Store, batch_size: int) -> None:

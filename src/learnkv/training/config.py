@@ -20,11 +20,13 @@ class Mixture:
         retrieval: built-in episodes: facts, chains and passages to find, in contexts made of docstrings.
         reconstruction: spans of the context, read once more.
         text: what comes next in the text.
+        answers: the model's own answers to questions about the text.
     """
 
     retrieval: float = 0.0
     reconstruction: float = 0.0
     text: float = 1.0
+    answers: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class TrainConfig:
         text_column: column with the text.
         streaming: read the text while training, for what is too large to be tokenised first.
         mixture: what follows a context.
+        hold_out: RULER's task families (niah, vt, cwe, fwe, qa), tasks of them, or kinds of built-in episodes of which
+            nothing is trained on.
+        answers: folder where the model's own answers are kept; below `output` if not given. Runs may share it.
         lengths: shortest and longest context in tokens, log-uniform between them; 512,1024 if not given, or the upper
             half of what a model of a shorter context can read.
         continuations: questions or spans of one context.
@@ -100,6 +105,8 @@ class TrainConfig:
     text_column: str = "text"
     streaming: bool = False
     mixture: Mixture = Mixture()
+    hold_out: tuple[str, ...] = ()
+    answers: str | None = None
     lengths: tuple[int, int] | None = None
     continuations: int = 4
     continuation_tokens: int = 64

@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     """[B*C, T] 1 for tokens."""
     counted: Tensor
     """[B*C, T] True where the prediction made there is one of the answer."""
+    to_say: int = 0
+    """Tokens of the answers that the model has still to give itself; 0: the answers are there."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def collate(index: int, passages: list[Passage], aware: random.Random | None) ->
     The last token of the question stays outside, as the first token of the answer is predicted there.
     """
     prompts, rows = [], []
-    for context, continuations in passages:
+    for context, continuations, _ in passages:
         prompt = list(context)
         if aware is not None:
             question, answer = aware.choice(continuations)
@@ -89,13 +91,16 @@ def collate(index: int, passages: list[Passage], aware: random.Random | None) ->
         rows.append(continuations)
     copies = min(len(continuations) for continuations in rows)
     flat = [continuation for continuations in rows for continuation in continuations[:copies]]
+    return Batch(index, *pad(prompts, left=True), *following(flat), passages[0].to_say)
+
+
+def following(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Questions and answers as ids, mask and counted positions, [N, T] each; without its answer none is counted."""
     # The last token of an answer predicts nothing that is known.
-    ids = [question + answer[:-1] for question, answer in flat]
-    counted = [[False] * (len(question) - 1) + [True] * len(answer) for question, answer in flat]
-    prompt_ids, prompt_mask = pad(prompts, left=True)
-    continuation_ids, continuation_mask = pad(ids, left=False)
-    counted_ids, _ = pad(counted, left=False)
-    return Batch(index, prompt_ids, prompt_mask, continuation_ids, continuation_mask, counted_ids.bool())
+    ids, mask = pad([question + answer[:-1] for question, answer in pairs], left=False)
+    counted = [[False] * (len(question) - 1) + [True] * len(answer) or [False] for question, answer in pairs]
+    there = pad(counted, left=False)[0].bool()
+    return ids, mask, torch.nn.functional.pad(there, (0, ids.shape[1] - there.shape[1]))
 
 
 def pad(rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from learnkv.data.haystack import docstrings
+from learnkv.data.retrieval import held_out_kinds
 from learnkv.data.text import text_windows
 from learnkv.errors import UserError
 from learnkv.training.config import TrainConfig
 from learnkv.training.data import Batch, Batches, Drawing
-from learnkv.training.sources import Episodes, NextText, Source, Spans
+from learnkv.training.sources import Episodes, NextText, OwnAnswers, Source, Spans
 from learnkv.training.text import Pool, Stream, Text, Windows
 
 HELD_OUT = 0.05
@@ -56,20 +57,29 @@ class Data(L.LightningDataModule):
     def _sources(self, text: Text | None) -> list[tuple[float, Source]]:
         config, found = self.config, list[tuple[float, Source]]()
         if config.mixture.retrieval > 0:
-            whole = sum(EPISODE_KINDS.values())
-            for kind, weight in EPISODE_KINDS.items():
-                episodes = Episodes(kind, self.tokenizer, config.continuations)
+            held_out = held_out_kinds(config.hold_out)
+            kinds = {kind: weight for kind, weight in EPISODE_KINDS.items() if kind not in held_out}
+            if not kinds:
+                raise UserError(
+                    f"hold_out={','.join(config.hold_out)}: leaves nothing of mixture.retrieval to train on"
+                )
+            whole = sum(kinds.values())
+            for kind, weight in kinds.items():
+                episodes = Episodes(kind, self.tokenizer, config.continuations, config.hold_out)
                 found.append((config.mixture.retrieval * weight / whole, episodes))
         if text is not None:
             spans = Spans(text, config.continuations, config.continuation_tokens)
             found.append((config.mixture.reconstruction, spans))
             found.append((config.mixture.text, NextText(text, config.continuation_tokens)))
+        if text is not None and config.mixture.answers > 0:
+            own = OwnAnswers(text, self.tokenizer, config.continuations, config.continuation_tokens)
+            found.append((config.mixture.answers, own))
         return found
 
     def _texts(self, window: int) -> tuple[Text | None, Text | None]:
         """Text to train on and text to validate on."""
         config = self.config
-        if config.mixture.reconstruction == config.mixture.text == 0:
+        if config.mixture.reconstruction == config.mixture.text == config.mixture.answers == 0:
             return None, None
         if not config.text:
             joined = "\n\n".join(docstrings())

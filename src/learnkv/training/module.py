@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,7 @@ from learnkv.policy import TEMPERATURE, Policy
 from learnkv.probing import scores_of
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.training import draws
+from learnkv.training.answers import Answers
 from learnkv.training.data import Batch
 from learnkv.training.draws import Draw
 from learnkv.training.exploration import explored
@@ -49,7 +51,8 @@ class Distillation(L.LightningModule):
         exploration: scale of Gumbel noise on the scores of one student, in temperatures; 0: none.
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
-        seed: of the draws of kept fractions.
+        seed: of everything drawn here.
+        answers: folder where the model's own answers are kept; None: they are given anew each time.
         description: plain values that belong into a checkpoint beside the weights.
 
     `budgets` is the mean kept fraction [L][H] over the last validation's prompts at each fraction of the export's grid.
@@ -72,6 +75,7 @@ class Distillation(L.LightningModule):
         lr: float = 5e-3,
         budget_lr: float = 0.1,
         seed: int = 0,
+        answers: Path | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -83,6 +87,7 @@ class Distillation(L.LightningModule):
         self.keep, self.keep_range, self.draw = tuple(keep), keep_range, draw
         self.temperature, self.exploration = temperature, exploration
         self.lr, self.budget_lr, self.seed = lr, budget_lr, seed
+        self.answers = Answers(answers, seed)
         self.description = dict(description or {})
         self.measured: list[Tensor] = []
         self.budgets: dict[float, list[list[float]]] | None = None
@@ -119,6 +124,7 @@ class Distillation(L.LightningModule):
         objective = self.objective
         imitated = [Policy(target) for target in objective.targets]
         cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy, *imitated])
+        batch = self.answers.complete(self.model, batch, cache)
         seen = Comparison(len(batch.prompts), targets={one: scores_of(cache, one) for one in objective.targets})
         if objective.reads:
             with torch.no_grad():
@@ -188,6 +194,7 @@ class Distillation(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """KL of the deployed policy, and of the heuristic it starts from, at fixed kept fractions."""
         cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy])
+        batch = self.answers.complete(self.model, batch, cache)
         teacher = self._logits(cache.fork(), batch)
         for name, policy in {"learned": self.policy, "heuristic": heuristic_of(self.policy)}.items():
             for keep in VALIDATION_KEEPS:

@@ -1,10 +1,11 @@
 """Where training contexts and their continuations come from."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from learnkv.data.retrieval import Retrieval
+from learnkv.errors import UserError
 from learnkv.models import format_prompt
 from learnkv.training.text import Text
 
@@ -21,6 +22,8 @@ class Passage(NamedTuple):
 
     context: list[int]
     continuations: list[Continuation]
+    to_say: int = 0
+    """Tokens of the answers that the model has still to give itself; 0: the answers are there."""
 
 
 Source = Callable[[random.Random, int, int], Passage]
@@ -72,14 +75,20 @@ class Episodes:
         kind: of `Retrieval.KINDS`.
         tokenizer: of the model.
         count: most continuations of an episode.
+        hold_out: families, tasks or kinds of which nothing may be drawn; a kind that belongs to them is refused.
     """
 
-    def __init__(self, kind: str, tokenizer: Any, count: int) -> None:
-        self.kind, self.tokenizer, self.count = kind, tokenizer, count
+    def __init__(self, kind: str, tokenizer: Any, count: int, hold_out: Sequence[str] = ()) -> None:
+        self.kind, self.tokenizer, self.count, self.hold_out = kind, tokenizer, count, hold_out
 
     def __call__(self, rng: random.Random, row: int, length: int) -> Passage:
         maker = Retrieval(
-            length, self._tokens, seed=rng.getrandbits(32), kinds={self.kind: 1.0}, continuations=self.count
+            length,
+            self._tokens,
+            seed=rng.getrandbits(32),
+            kinds={self.kind: 1.0},
+            continuations=self.count,
+            hold_out=self.hold_out,
         )
         episode = maker.episode(rng.getrandbits(32))
         context, continuations = "", []
@@ -94,3 +103,50 @@ class Episodes:
 
     def _tokens(self, text: str) -> int:
         return len(self._ids(text))
+
+
+class OwnAnswers:
+    """Documents and questions about them; the model answers from its full cache (self-study, arXiv 2506.06266).
+
+    A context and a question together have the length asked for.
+
+    Args:
+        text: what is read.
+        tokenizer: of the model.
+        count: questions about one document.
+        tokens: longest answer.
+    """
+
+    def __init__(self, text: Text, tokenizer: Any, count: int, tokens: int) -> None:
+        self.text, self.tokenizer, self.tokens = text, tokenizer, tokens
+        self.count = min(count, len(ASKS))
+        parts = [format_prompt(tokenizer, "", ask) for ask in ASKS]
+        self.template = len(self._ids(parts[0][0]))
+        self.longest = max(len(self._ids(asked + prefix)) for _, asked, prefix in parts)
+
+    def __call__(self, rng: random.Random, row: int, length: int) -> Passage:
+        room = length - self.longest
+        if room < 2 * self.template + 2:
+            raise UserError(f"lengths: {length} tokens leave no room for a document beside a question about it")
+        ids = self.text.read(rng, row, room - self.template)
+        document = self.tokenizer.decode(ids, skip_special_tokens=True)
+        parts = [format_prompt(self.tokenizer, document, ask) for ask in rng.sample(ASKS, self.count)]
+        context = self._ids(parts[0][0])[:room]
+        asked = [Continuation(self._ids(question + prefix), []) for _, question, prefix in parts]
+        return Passage(context, asked, self.tokens)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+ASKS = (
+    "\nWhat is this about?",
+    "\nSum it up in a few words.",
+    "\nWhich names and numbers occur?",
+    "\nQuote one sentence of it.",
+    "\nWhat is explained here, and how?",
+    "\nAsk a question about it and answer it.",
+    "\nWhat comes first, and what last?",
+    "\nWhat should one remember of it?",
+)
