@@ -1,6 +1,7 @@
 """One prefill per batch, then every policy and every budget on a fork of it."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from learnkv.cache import CompressedCache
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.results import FULL, Record
+from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.generation import prefill
@@ -76,15 +78,18 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
             full: Any = None
             if todo[0].policy is None or family.needs_full:
                 measured, full = family.measure(model, prompts, cache.fork(), None)
-            for job in todo:
-                progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
-                held = _full(cache)
-                if job.policy is not None:
-                    fork = job.policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
-                    held = _held(fork, job.policy)
-                    measured, _ = family.measure(model, prompts, fork, full)
-                store.add([_record(job, *row) for row in zip(prompts, held, measured, strict=True)])
-                progress.update()
+            for _, same in itertools.groupby(todo, key=lambda job: job.name):
+                budgets = list(same)
+                policy = None if budgets[0].policy is None else for_one_prompt(budgets[0].policy)
+                for job in budgets:
+                    progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
+                    held = _full(cache)
+                    if policy is not None:
+                        fork = policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+                        held = _held(fork, policy)
+                        measured, _ = family.measure(model, prompts, fork, full)
+                    store.add([_record(job, *row) for row in zip(prompts, held, measured, strict=True)])
+                    progress.update()
 
 
 def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> list[Record]:

@@ -24,6 +24,8 @@ class Scorer(Component, ABC):
     """What is to be gathered from all queries while the prompt is read."""
     probes: frozenset[Probe] = frozenset()
     """What is to be found out by extra passes of the model."""
+    reads_budget: bool = False
+    """Whether scores depend on how much will be kept (`seen.kept`); others are asked for once for all budgets."""
 
     @abstractmethod
     def forward(self, seen: Observation) -> Tensor:
@@ -45,3 +47,4 @@ class Scorer(Component, ABC):
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window
         self.statistics, self.probes = base.statistics, base.probes
+        self.reads_budget = self.reads_budget or base.reads_budget

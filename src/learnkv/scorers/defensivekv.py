@@ -52,6 +52,8 @@ class DefensiveKV(Scorer):
         variant: `repaired` as above; `original` as the authors' code.
     """
 
+    reads_budget = True
+
     def __init__(
         self,
         window: int = 32,

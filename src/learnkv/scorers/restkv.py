@@ -43,6 +43,8 @@ class ReSTKV(Scorer):
         group_reduce: mean, maximum or sum over the query heads that share a kv head.
     """
 
+    reads_budget = True
+
     def __init__(
         self,
         window: int = 32,

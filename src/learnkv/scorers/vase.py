@@ -26,6 +26,8 @@ class VaSE(Scorer):
         seed: another seed, another draw.
     """
 
+    reads_budget = True
+
     def __init__(self, base: Scorer, large: float = 0.1, temperature: float = 0.2, seed: int = 0) -> None:
         super().__init__()
         if not 0 <= large <= 1 or temperature < 0:

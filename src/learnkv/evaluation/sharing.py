@@ -1,0 +1,63 @@
+"""A prompt is judged once for all budgets, wherever a policy's judgement does not depend on the budget."""
+
+import copy
+from dataclasses import replace
+
+from torch import Tensor
+
+from learnkv.allocators.base import Allocator
+from learnkv.observation import Observation
+from learnkv.policy import Policy
+from learnkv.scorers.base import Scorer
+
+
+def for_one_prompt(policy: Policy) -> Policy:
+    """A policy that decides as `policy` does about forks of one cache, and remembers what it was told of each layer.
+
+    It is for one prompt: what it remembers is not asked again. Tokens that come later are judged anew.
+    """
+    twin = copy.copy(policy)
+    twin._modules = dict(policy._modules)
+    if policy.scorer is not None:
+        twin.scorer, twin.decode = _Scores(policy.scorer), policy.decode or policy.scorer
+    twin.allocator = _Features(policy.allocator)
+    return twin
+
+
+class _Scores(Scorer):
+    """The scores of `base`, asked for once per layer unless they depend on how much will be kept."""
+
+    def __init__(self, base: Scorer) -> None:
+        super().__init__()
+        self.base = base
+        self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
+        self.statistics, self.probes = base.statistics, base.probes
+        self.known: dict[int, Tensor] = {}
+
+    def forward(self, seen: Observation) -> Tensor:
+        if self.reads_budget:
+            return self.base(seen)
+        if seen.layer_idx not in self.known:  # without `keep`, a scorer that reads it after all fails instead of lying
+            self.known[seen.layer_idx] = self.base(replace(seen, keep=None))
+        return self.known[seen.layer_idx]
+
+    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        return self.base.refine(seen, scores, budgets)
+
+
+class _Features(Allocator):
+    """The budgets of `base`, which looks at each layer once."""
+
+    def __init__(self, base: Allocator) -> None:
+        super().__init__()
+        self.base = base
+        self.static, self.window = base.static, base.window
+        self.known: dict[int, Tensor | None] = {}
+
+    def features(self, seen: Observation) -> Tensor | None:
+        if seen.layer_idx not in self.known:
+            self.known[seen.layer_idx] = self.base.features(replace(seen, keep=None))
+        return self.known[seen.layer_idx]
+
+    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
+        return self.base(scores, features, budget)
