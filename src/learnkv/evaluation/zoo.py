@@ -1,0 +1,143 @@
+"""`python -m learnkv.evaluation.zoo results=runs/zoo out=docs/results`: the repository's table of all methods."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from learnkv.config import run_main
+from learnkv.errors import UserError
+from learnkv.evaluation import report
+from learnkv.evaluation.published import CLEAR, TIE, Pair, pairs
+from learnkv.evaluation.results import Record, rows_of
+from learnkv.evaluation.store import Store, replacing
+
+COMMAND = "python eval.py config=zoo"
+VERDICTS = ("agrees", "disagrees", "undecided", "tied")
+
+
+@dataclass(frozen=True)
+class ZooConfig:
+    """Where a comparison lies and where its table goes.
+
+    Args:
+        results: folder that `eval.py config=zoo` writes to, also while it runs.
+        out: folder for zoo.md and zoo.json.
+        commit: that the comparison was run at; the one checked out here if not given.
+    """
+
+    results: str = "runs/zoo"
+    out: str = "docs/results"
+    commit: str | None = None
+
+
+def main(config: ZooConfig, resolved: str) -> None:
+    """Write the table of everything that all methods have finished."""
+    folder, out = Path(config.results), Path(config.out)
+    if not (folder / "samples.jsonl").is_file() or not (folder / "config.yaml").is_file():
+        raise UserError(f"results={config.results}: expected a folder of {COMMAND}, found no samples in it")
+    asked = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    records = complete(list(Store(folder / "samples.jsonl").records.values()))
+    if not records:
+        raise UserError(f"results={config.results}: no prompt has been finished by all methods yet")
+    commit = config.commit or _head()
+    found = list(pairs(records))
+    rows = rows_of(records)
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "zoo.md") as part:
+        part.write_text("\n".join(page(asked["model"], records, found, commit)), encoding="utf-8")
+    held = {
+        "schema": 1,
+        "model": asked["model"],
+        "command": COMMAND,
+        "commit": commit,
+        "config": asked,
+        "rows": rows,
+        "orders": [{**dataclasses.asdict(pair), "verdict": pair.verdict} for pair in found],
+    }
+    with replacing(out / "zoo.json") as part:
+        part.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+    print(f"{out / 'zoo.md'}\n{out / 'zoo.json'}")
+
+
+def complete(records: Sequence[Record]) -> list[Record]:
+    """Records of the prompts that every policy of their setting has finished at every budget, policies outermost."""
+    jobs: dict[str, dict[tuple[object, ...], None]] = {}
+    done: dict[tuple[object, ...], set[tuple[object, ...]]] = {}
+    for record in records:
+        jobs.setdefault(record["setting"], {})[_job(record)] = None
+        done.setdefault(_prompt(record), set()).add(_job(record))
+    order = {job: at for of_setting in jobs.values() for at, job in enumerate(of_setting)}
+    whole = [record for record in records if len(done[_prompt(record)]) == len(jobs[record["setting"]])]
+    return sorted(whole, key=lambda record: (order[_job(record)], record["task"], record["index"]))
+
+
+def page(model: str, records: Sequence[Record], found: Sequence[Pair], commit: str) -> Iterator[str]:
+    """Lines of zoo.md: what made it, the orders of others, then the tables."""
+    yield "# Every method on one model"
+    yield ""
+    yield f"Written by `python -m learnkv.evaluation.zoo` from the results of `{COMMAND}` at commit {commit}: model"
+    yield f"`{model}`, {len({_prompt(record) for record in records}):,} prompts that every method has finished."
+    yield ""
+    yield "## The order of methods, beside the orders that others published"
+    yield ""
+    yield "Every pair of a published order, on the same prompts at our nearest fraction kept. Ours is clear beyond"
+    yield f"{CLEAR:g} standard errors of the paired difference; published scores less than {TIE:g} point apart tie. The"
+    yield "published models have 7 or 8 billion parameters: what disagrees is a property of this model, or an error."
+    yield ""
+    sources = list(dict.fromkeys((pair.source, pair.setting, pair.published_keep, pair.keep) for pair in found))
+    yield f"| published by | setting | keep: theirs, ours | {' | '.join(VERDICTS)} |"
+    yield f"| --- | --- | --- |{' ---: |' * len(VERDICTS)}"
+    for source in sources:
+        of = [pair for pair in found if (pair.source, pair.setting, pair.published_keep, pair.keep) == source]
+        counts = (str(sum(pair.verdict == verdict for pair in of)) for verdict in VERDICTS)
+        yield f"| {source[0]} | {source[1]} | {source[2]:g}, {source[3]:g} | {' | '.join(counts)} |"
+    yield ""
+    for verdict in VERDICTS[:3]:
+        chosen = sorted((pair for pair in found if pair.verdict == verdict), key=lambda pair: -abs(pair.difference))
+        if chosen:
+            yield f"### {verdict.capitalize()}: {len(chosen)}"
+            yield ""
+            yield "| better, as published | than | keep | published | ours | difference of ours, paired |"
+            yield "| --- | --- | ---: | ---: | ---: | ---: |"
+            yield from map(_line, chosen)
+            yield ""
+    settings = dict.fromkeys(record["setting"] for record in records)
+    of_setting = [[record for record in records if record["setting"] == setting] for setting in settings]
+    tables = report.markdown(model, [row for some in of_setting for row in rows_of(some)], records, {})
+    yield tables.split("\n", 2)[2]
+
+
+def _line(pair: Pair) -> str:
+    theirs, ours = (f"{one:.1f} : {other:.1f}" for one, other in (pair.published, pair.ours))
+    aware = ", query-aware" if pair.setting == "query_aware" else ""
+    return (
+        f"| {pair.better} | {pair.worse}{aware} | {pair.keep:g} | {theirs} | {ours} | "
+        f"{pair.difference:+.1f} ± {pair.stderr:.1f} |"
+    )
+
+
+def _job(record: Record) -> tuple[object, ...]:
+    return record["policy"], record["keep"], record["budget"]
+
+
+def _prompt(record: Record) -> tuple[object, ...]:
+    return record["task"], record["length"], record["setting"], record["index"]
+
+
+def _head() -> str:
+    """The commit that is checked out where this file lies."""
+    here = Path(__file__).parent
+    made = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise UserError("commit=: expected the commit that the comparison was run at, this is not a checkout")
+    return made.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:] or ["results=runs/zoo"], "zoo"))
