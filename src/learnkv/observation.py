@@ -79,7 +79,8 @@ class Observation:
     @property
     def kept(self) -> Tensor:
         """[B] float64, fraction of the row's entries that will be kept; known from the moment of planning on."""
-        assert self.keep is not None, "scores that depend on the budget are asked for when the prompt has been read"
+        if self.keep is None:
+            raise UserError("these scores depend on how much will be kept: Policy.plan(cache, keep=…).scores has them")
         return self.keep
 
     @property

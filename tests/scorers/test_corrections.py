@@ -9,7 +9,7 @@ from observations import observe
 
 from learnkv import Policy, prefill
 from learnkv.errors import UserError
-from learnkv.scorers import CriticalKV, DefensiveKV, Knorm, LearnedScorer, SnapKV, VaSE
+from learnkv.scorers import CriticalKV, DefensiveKV, Knorm, LearnedScorer, ReSTKV, SnapKV, VaSE
 
 
 def ranked(scores: torch.Tensor) -> list[int]:
@@ -57,6 +57,12 @@ def test_a_model_that_hides_its_output_projection_is_named():
     for ask in (lambda: DefensiveKV()(seen), lambda: CriticalKV(Knorm()).contributions(seen)):
         with pytest.raises(UserError, match="weight of the output projection"):
             ask()
+
+
+@pytest.mark.parametrize("scorer", [DefensiveKV(), VaSE(Knorm()), ReSTKV()])
+def test_scores_that_depend_on_the_budget_are_not_asked_for_without_one(scorer):
+    with pytest.raises(UserError, match="depend on how much will be kept"):
+        scorer(dataclasses.replace(observe([20]), keep=None))
 
 
 @pytest.mark.parametrize("wrapper", [CriticalKV, VaSE, lambda base: LearnedScorer(base, 2, 2, 16)])
