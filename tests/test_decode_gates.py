@@ -166,6 +166,23 @@ def test_compression_waits_for_nothing(name):
     assert counts.waits == {"tolist": tables + policy.reads_once}
 
 
+@pytest.mark.parametrize("layout", ["uniform", "ragged"])
+def test_compression_makes_nothing_of_heads_by_window_by_slots(layout):
+    """Temporaries of one layer's scores stay below four numbers per entry, those of selection over all layers too."""
+    length, batch, window = 3072, 1, 32
+    cache, policy = prompt(length, batch).fork(), POLICIES[layout](model())
+    cache.seal()
+    seen = cache.compressed_layers()[0].observation()
+    assert seen.queries[:, :, -window:].shape[1:3] == (HEADS * GROUP, window)
+    entries = batch * HEADS * length
+    with Meter() as counts:
+        policy.scorer(seen)
+    assert 4 * entries < counts.largest < 16 * entries < 4 * GROUP * window * entries
+    with Meter() as counts:
+        policy.compress(cache, budget=64)
+    assert counts.largest < 16 * LAYERS * entries
+
+
 def test_nothing_as_long_as_the_prompt_is_alive_after_compression():
     def left(length: int) -> list[int]:
         gc.collect()

@@ -28,17 +28,27 @@ def window_attention(
         scaling: factor on query-key products.
         lse: [B, H*G, W] log-sum-exp of every query's scaled products with what it sees, where it is known.
     """
+    logits, sees = window_logits(
+        queries, keys, query_positions=query_positions, positions=positions, valid=valid, scaling=scaling
+    )
+    lse = logits.logsumexp(-1) if lse is None else lse.view(logits.shape[:-1])
+    # A query that sees nothing has no softmax, and weights of 0.
+    return logits.sub_(lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp_(), sees
+
+
+def window_logits(
+    queries: Tensor, keys: Tensor, *, query_positions: Tensor, positions: Tensor, valid: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Scaled products [B, H, G, W, S] in float32 or better, -inf where a query does not see an entry, and where it does
+    [B, H, W, S]; arguments as in `window_attention`."""
     exact = torch.promote_types(keys.dtype, torch.float32)  # float64 inputs give the truth that kernels are judged by
     grouped = queries.to(exact).unflatten(1, (keys.shape[1], -1))  # [B, H, G, W, D]
-    logits = scaling * torch.einsum("bhgwd,bhsd->bhgws", grouped, keys.to(exact))
+    products = grouped.flatten(2, 3) @ keys.to(exact).transpose(-1, -2)  # einsum would copy a stretch of the keys
+    logits = products.mul_(scaling).unflatten(2, grouped.shape[2:4])
     asks = query_positions >= 0  # [B, W]
     sees = positions.unsqueeze(2) <= query_positions[:, None, :, None]
     sees = sees & asks[:, None, :, None] & valid.unsqueeze(2)
-    unseen = ~sees.unsqueeze(2)
-    logits = logits.masked_fill(unseen, -torch.inf)
-    weights = logits.softmax(-1) if lse is None else (logits - lse.view(logits.shape[:-1]).unsqueeze(-1)).exp()
-    # The second fill is for queries that see nothing, whose softmax is 0/0.
-    return weights.masked_fill(unseen, 0.0), sees
+    return logits.masked_fill_(~sees.unsqueeze(2), -torch.inf), sees
 
 
 def in_window(query_positions: Tensor, positions: Tensor) -> Tensor:
