@@ -20,7 +20,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.gather_kv import Rerotation, gather_kv
+from learnkv.ops.mask_gradient import mask_gradient
 from learnkv.ops.page_bounds import page_bounds, page_scores
 from learnkv.ops.select import select, select_slots
 from learnkv.ops.window_scores import window_scores
@@ -106,6 +108,41 @@ def gathered(dim: int, rotated: bool = False) -> None:
     gather_kv(*held, meta(100_000, dtype=torch.int64), 16, table, table, *pool, how, impl="triton")
 
 
+def continued(dim: int, group: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B*C, H*G, T, D], keys [B, H, S, D] and a tail [B*C, H, T, D] of two prompts with four continuations."""
+    query = meta(8, new, 8 * group, dim, dtype=dtype).transpose(1, 2)  # as models make it
+    return query, meta(2, 8, 4000, dim, dtype=dtype), meta(8, 8, new, dim, dtype=dtype)
+
+
+def gradient(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF, gated: bool = False) -> None:
+    query, keys, tail = continued(dim, group, new, dtype)
+    table, pool = meta(64, dtype=torch.int64), meta(30_000, dim, dtype=dtype)
+    mask_gradient(
+        query,
+        query,
+        torch.empty_like(query),
+        meta(8, 8 * group, new, dtype=torch.float32),
+        keys,
+        keys,
+        pool,
+        pool,
+        table,
+        table,
+        tail,
+        tail,
+        meta(8, 1, new, new, dtype=torch.bool) if gated else None,
+        dim**-0.5,
+        meta(30_000, dtype=torch.float32) if gated else None,
+        impl="triton",
+    )
+
+
+def gated(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF) -> None:
+    query, keys, tail = continued(dim, group, new, dtype)
+    gates, mask = meta(2, 8, 4000, dtype=torch.float32), meta(8, 1, new, new, dtype=torch.bool)
+    gated_attention(query, keys, keys, gates, tail, tail, mask, dim**-0.5, impl="triton")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode d64 g7": lambda: decode(64, 7),
     "decode d96 g1": lambda: decode(96, 1),
@@ -118,6 +155,14 @@ CASES: dict[str, Callable[[], None]] = {
     "decode d128 g4 paged": lambda: decode(128, 4, lists=64),
     "decode d128 g4 paged by query head": lambda: decode(128, 4, graphed=True, lists=256),
     "pages d128 g4": lambda: paged(128, 4),
+    "gated d128 g4": lambda: gated(128, 4),
+    "gated d256 g2": lambda: gated(256, 2),
+    "gated d128 g4 fp32": lambda: gated(128, 4, dtype=torch.float32),
+    "gradient d64 g7": lambda: gradient(64, 7),
+    "gradient d128 g4": lambda: gradient(128, 4),
+    "gradient d128 g4 gated": lambda: gradient(128, 4, gated=True),
+    "gradient d256 g2": lambda: gradient(256, 2),
+    "gradient d128 g4 fp32": lambda: gradient(128, 4, dtype=torch.float32),
     "gather d128": lambda: gathered(128),
     "gather d128 rotated": lambda: gathered(128, rotated=True),
     "select": chosen,

@@ -38,6 +38,7 @@ def test_every_kernel_compiles_and_none_spills():
     kernels = {"_attend", "_merge", "_count_digits", "_count_kept", "_write", "_gather"}
     kernels |= {"_split_normalisers", "_join_normalisers", "_reduce_weights", "_pool"}
     kernels |= {"_enclose", "_score", "_list_slots"}
+    kernels |= {"_attend_gated", "_query_gradient", "_entry_gradient", "_slot_gradient"}
     assert {row["kernel"] for row in compiled(90)} == kernels
     assert [row for row in compiled(90) if spills(row) or int(row["shared"]) > SHARED[90]] == []
 
@@ -48,7 +49,17 @@ def spills(row: Row) -> bool:
 
 
 def test_sm_80():
-    words = ("decode d128 g7", "decode d64", "paged", "pages", "select", "gather", "window d128")
+    words = (
+        "decode d128 g7",
+        "decode d64",
+        "paged",
+        "pages",
+        "select",
+        "gather",
+        "window d128",
+        "gated d128",
+        "gradient d64",
+    )
     assert len(compiled(80, *words)) == len([row for row in compiled(90) if any(w in str(row["case"]) for w in words)])
     assert [row for row in compiled(80, *words) if spills(row) or int(row["shared"]) > SHARED[80]] == []
 
@@ -69,8 +80,9 @@ def test_keys_and_values_are_read_sixteen_bytes_at_a_time():
         assert int(row["wide_loads"]) >= 8, row
     for kernel in ("_enclose", "_score"):
         assert all(int(row["wide_loads"]) + int(row["wide_copies"]) for row in rows(kernel))
-    for row in rows("_split_normalisers"):
-        assert int(row["wide_copies"]) >= 6, row
+    for kernel in ("_split_normalisers", "_attend_gated", "_query_gradient", "_entry_gradient", "_slot_gradient"):
+        for row in rows(kernel):
+            assert int(row["wide_copies"]) >= 6, row
 
 
 def test_tensor_cores_are_used():
@@ -79,3 +91,6 @@ def test_tensor_cores_are_used():
     assert all(row["mma"] for row in rows("_score"))
     assert all(row["wgmma"] for row in rows("_attend", "t64"))
     assert all(row["wgmma"] for name in ("_split_normalisers", "_reduce_weights") for row in rows(name))
+    training = [*rows("_attend_gated"), *(row for row in compiled(90) if "_gradient" in str(row["kernel"]))]
+    assert all(row["wgmma"] or row["mma"] for row in training if "fp32" not in str(row["case"]))
+    assert all(row["wgmma"] for row in training if str(row["case"]).endswith("d128 g4"))

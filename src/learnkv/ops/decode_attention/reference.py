@@ -48,7 +48,7 @@ def decode_attention(
 
     spans = spans if spans is not None else list(zip(start.tolist(), length.tolist(), strict=True))
     assert all(count <= longest for _, count in spans)
-    views = list(_views(spans))
+    views = list(row_views(spans))
     tiny = [view for view in views if 0 < view[1] * view[4] * dim < _WORTH_A_CALL]
     short = [row for first, rows, *_ in tiny for row in range(first, first + rows)] if len(tiny) > 2 else []
     order: list[int] = []
@@ -56,7 +56,7 @@ def decode_attention(
     for first, rows, at, apart, count in views:
         if first in short:
             continue
-        kept_keys, kept_values = (_strided(pool, rows, at, apart, count) for pool in (keys, values))
+        kept_keys, kept_values = (strided(pool, rows, at, apart, count) for pool in (keys, values))
         logits = products(packed[first : first + rows], kept_keys)
         sums.append(logits.logsumexp(-1, keepdim=True))
         outputs.append(logits.softmax(-1).to(query.dtype) @ kept_values)
@@ -92,7 +92,7 @@ def decode_attention(
     return output.to(query.dtype).view(query.shape), lse.view(batch, query_heads, new)
 
 
-def _views(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int, int]]:
+def row_views(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int, int]]:
     """First row, number of rows, where it starts, from row to row, and length of every group that is one view."""
     first = 0
     while first < len(spans):
@@ -112,7 +112,7 @@ def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Ten
     return start + torch.minimum(slot, length - 1), slot >= length
 
 
-def _strided(pool: Tensor, rows: int, at: int, apart: int, count: int) -> Tensor:
+def strided(pool: Tensor, rows: int, at: int, apart: int, count: int) -> Tensor:
     """[rows, count, D] of the pool [N, D], not copied."""
     entry, channel = pool.stride()
     return pool.as_strided(

@@ -1,4 +1,4 @@
-"""Attention to gated entries, for training: the deployed set in the forward, a gradient for every entry."""
+"""Attention to softly gated entries, for training: every entry in the forward as much as its gate lets it."""
 
 from torch import Tensor
 
@@ -19,13 +19,13 @@ def gated_attention(
 ) -> Tensor:
     """Attention whose softmax weight of prompt entry j is multiplied by gate m_j before normalisation.
 
-    With gates of 0 and 1 the output is that of attention to the kept entries alone. The gradient reaches the gate of
-    every entry, also of one that is evicted; there exp(s_j - max over kept) is bounded by e^4, as a dominating evicted
-    key would otherwise give an unbounded gradient.
+    With gates of 0 and 1 the output is that of attention to the kept entries alone, and the gradients are those of
+    `relaxed_attention`, which does not have to read what it does not keep. The gradient reaches the gate of every
+    entry; there exp(s_j - max over i of (s_i + log m_i)) is bounded by e^4.
 
     Args:
         query: [B*C, H*G, T, D]: C continuations of each of the B prompts, continuations of one prompt adjacent.
-        keys, values: [B, H, S, D] of the prompt.
+        keys, values: [B, H, S, D] of the prompt; only the reference has their gradients.
         gates: [B, H, S] in [0, 1], 0 where there is no entry.
         tail_keys, tail_values: [B*C, H, M, D], the last T are the new tokens.
         tail_mask: [B*C, 1, T, M] True where a new token sees a tail slot; None: causal, nothing padded.
@@ -34,8 +34,7 @@ def gated_attention(
     Returns:
         [B*C, H*G, T, D].
     """
-    inputs = (query, keys, values, gates, tail_keys, tail_values)
-    output: Tensor = implementation("gated_attention", impl, ("reference",), *inputs).gated_attention(
-        *inputs, tail_mask, scaling
+    output: Tensor = implementation("gated_attention", impl, ("reference", "triton"), keys, values).gated_attention(
+        query, keys, values, gates, tail_keys, tail_values, tail_mask, scaling
     )
     return output

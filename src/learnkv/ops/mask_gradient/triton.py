@@ -1,0 +1,353 @@
+"""Three kernels without atomics: by query over what was read, by entry over all queries, by tail slot over its queries.
+
+The first also finds every query's largest score, which bounds what the second makes of evicted entries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from learnkv.ops.mask_gradient import OVERFLOW_CLIP
+
+_LOG2E = 1.4426950408889634
+
+
+def mask_gradient(
+    grad: Tensor,
+    query: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kept_keys: Tensor,
+    kept_values: Tensor,
+    start: Tensor,
+    length: Tensor,
+    tail_keys: Tensor,
+    tail_values: Tensor,
+    tail_mask: Tensor | None,
+    scaling: float,
+    kept_gates: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, query_heads, new, dim = query.shape
+    batch, heads, slots, _ = keys.shape
+    tail, packed = tail_keys.shape[2], query_heads // heads * new
+    assert (
+        kept_keys.is_contiguous() and kept_values.is_contiguous() and start.is_contiguous() and length.is_contiguous()
+    )
+    assert kept_gates is None or kept_gates.is_contiguous()
+    grad, query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, query, keys, values))
+    output, lse = output.contiguous(), lse.contiguous()
+    # Tokens must follow each other as in the pool; where they do not, somebody hands over a foreign tail.
+    if tail_keys.stride() != tail_values.stride() or tail_keys.stride()[2:] != (dim, 1):
+        tail_keys, tail_values = tail_keys.contiguous(), tail_values.contiguous()
+    mask = None if tail_mask is None else tail_mask.expand(rows, 1, new, tail)
+
+    by_query, by_entry, by_slot = (_tiles(packed, dim, query.element_size(), outputs) for outputs in (1, 0, 2))
+    shared = {
+        "HEADS": heads,
+        "DIM": dim,
+        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
+        "UPCAST": query.device.type == "cpu",
+    }
+    asked = (grad, query)
+    recent = (tail_keys, tail_values, mask)
+    sizes = (scaling * _LOG2E, tail, new, packed)
+    strides = (grad.stride(), query.stride(), tail_keys.stride(), None if mask is None else mask.stride())
+    query_gradient = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    ceiling, delta = (torch.empty(lse.shape, dtype=torch.float32, device=query.device) for _ in range(2))
+    grid = (triton.cdiv(packed, by_query["BLOCK_M"]), rows * heads)
+    _query_gradient[grid](
+        *asked,
+        output,
+        lse,
+        kept_keys,
+        kept_values,
+        kept_gates,
+        start,
+        length,
+        *recent,
+        query_gradient,
+        ceiling,
+        delta,
+        *sizes,
+        scaling,
+        OVERFLOW_CLIP * _LOG2E,
+        strides,
+        GATED=kept_gates is not None,
+        HAS_MASK=mask is not None,
+        **shared,
+        **by_query,
+    )
+    gradient = torch.empty(batch, heads, slots, dtype=torch.float32, device=query.device)
+    _entry_gradient[(triton.cdiv(slots, by_entry["BLOCK_N"]), batch * heads)](
+        *asked,
+        lse,
+        ceiling,
+        delta,
+        keys,
+        values,
+        gradient,
+        scaling * _LOG2E,
+        slots,
+        rows // batch,
+        new,
+        packed,
+        (grad.stride(), query.stride(), keys.stride(), values.stride()),
+        **shared,
+        **by_entry,
+    )
+    tail_gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (tail_keys, tail_values)]
+    _slot_gradient[(triton.cdiv(tail, by_slot["BLOCK_N"]), rows * heads)](
+        *asked,
+        lse,
+        delta,
+        *recent,
+        *tail_gradients,
+        *sizes,
+        scaling,
+        strides,
+        HAS_MASK=mask is not None,
+        **shared,
+        **by_slot,
+    )
+    return gradient, query_gradient, tail_gradients[0], tail_gradients[1]
+
+
+def _tiles(packed: int, dim: int, element_size: int, outputs: int) -> dict[str, int]:
+    """Tile sizes and launch options of a kernel that gathers `outputs` tiles of vectors: what stays in registers."""
+    block_d = max(triton.next_power_of_2(dim), 16)
+    wide = block_d > 128 or element_size == 4
+    return {
+        "BLOCK_M": min(max(triton.next_power_of_2(packed), 16), 32 if wide or outputs * block_d >= 256 else 64),
+        "BLOCK_N": 32 if wide else 64,
+        "num_warps": 8 if wide or outputs * block_d >= 128 else 4,
+        "num_stages": 2,
+    }
+
+
+@triton.jit
+def _queries(
+    tensor, batch, head, m, new, packed, stride, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr
+):
+    """Packed queries m, member of the group and token, of one kv head: [M, D]; batch and head are int64."""
+    d = tl.arange(0, BLOCK_D)
+    place = batch * stride[0] + head * (packed // new) * stride[1]
+    source = tensor + place + (m // new * stride[1] + m % new * stride[2])[:, None] + d[None, :]
+    held = tl.load(source, (m < packed)[:, None] & (d < DIM)[None, :], other=0)
+    if UPCAST:
+        held = held.to(tl.float32)
+    return held
+
+
+@triton.jit
+def _log_mass(lse, at, there):
+    """Base-2 log-sum-exp of queries, and infinity for those that see nothing and have no weights."""
+    held = tl.load(lse + at, there, other=float("inf")) * 1.4426950408889634
+    return tl.where(held == float("-inf"), float("inf"), held)
+
+
+@triton.jit(do_not_specialize=["tail", "new", "packed"])
+def _query_gradient(
+    grad,
+    query,
+    output,
+    lse,
+    keys,
+    values,
+    gates,
+    start,
+    length,
+    tail_keys,
+    tail_values,
+    tail_mask,
+    query_gradient,
+    ceiling,
+    delta,
+    scale,
+    tail,
+    new,
+    packed,
+    scaling,
+    clip,
+    strides,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradient of one tile of queries over segment and tail, <dL/do, o>, and the largest score plus the clip."""
+    row = tl.program_id(1)
+    batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    token = m % new
+    asks = m < packed
+    at = row.to(tl.int64) * packed + m
+    where = at[:, None] * DIM + d[None, :]
+    inside = asks[:, None] & (d < DIM)[None, :]
+    g = _queries(grad, batch, head, m, new, packed, strides[0], DIM, BLOCK_D, UPCAST)
+    q = _queries(query, batch, head, m, new, packed, strides[1], DIM, BLOCK_D, UPCAST)
+    o = tl.load(output + where, inside, other=0)
+    back = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    log_mass = _log_mass(lse, at, asks)
+
+    kept = tl.load(length + row).to(tl.int32)
+    kept_blocks = tl.cdiv(kept, BLOCK_N)
+    first = tl.load(start + row).to(tl.int64)
+    recent = batch * strides[2][0] + head * strides[2][1]
+    tile = n[:, None] * DIM + d[None, :]
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for block in range(0, kept_blocks + tl.cdiv(tail, BLOCK_N)):
+        in_tail = block >= kept_blocks
+        begin = tl.where(in_tail, block - kept_blocks, block) * BLOCK_N
+        slot = begin + n
+        there = slot < tl.where(in_tail, tail, kept)
+        present = there[:, None] & (d < DIM)[None, :]
+        offset = tl.where(in_tail, recent, first * DIM) + begin * DIM
+        k = tl.load(tl.where(in_tail, tail_keys, keys) + offset + tile, present, 0)
+        v = tl.load(tl.where(in_tail, tail_values, values) + offset + tile, present, 0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        seen = there[None, :] & (~in_tail | (slot[None, :] <= tail - new + token[:, None]))
+        if HAS_MASK:
+            asked = (
+                tail_mask + batch * strides[3][0] + (token * strides[3][2])[:, None] + (slot * strides[3][3])[None, :]
+            )
+            seen = there[None, :] & (~in_tail | tl.load(asked, in_tail & there[None, :] & asks[:, None], other=0))
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if GATED:
+            gate = tl.load(gates + first + slot, there & ~in_tail, other=1).to(tl.float32)
+            scores += tl.log2(gate)[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
+        top = tl.maximum(top, tl.max(scores, 1))
+        weight = tl.exp2(scores - log_mass[:, None])
+        slope = weight * (tl.dot(g, tl.trans(v), input_precision="ieee") - back[:, None])
+        acc = tl.dot(slope.to(k.dtype), k, acc, input_precision="ieee")
+    tl.store(query_gradient + where, (acc * scaling).to(query_gradient.dtype.element_ty), inside)
+    tl.store(ceiling + at, top + clip, asks)
+    tl.store(delta + at, back, asks)
+
+
+@triton.jit(do_not_specialize=["slots", "copies", "new", "packed"])
+def _entry_gradient(
+    grad,
+    query,
+    lse,
+    ceiling,
+    delta,
+    keys,
+    values,
+    gradient,
+    scale,
+    slots,
+    copies,
+    new,
+    packed,
+    strides,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradient of the mask of one block of a prompt's entries, over the queries of all of its continuations."""
+    row = tl.program_id(1)
+    batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
+    slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    there = slot < slots
+    present = there[:, None] & (d < DIM)[None, :]
+    source = slot.to(tl.int64)[:, None]
+    k = tl.load(keys + batch * strides[2][0] + head * strides[2][1] + source * strides[2][2] + d[None, :], present, 0)
+    v = tl.load(values + batch * strides[3][0] + head * strides[3][1] + source * strides[3][2] + d[None, :], present, 0)
+    if UPCAST:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    tiles = tl.cdiv(packed, BLOCK_M)
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for step in range(0, copies * tiles):
+        m = step % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        asks = m < packed
+        asking = batch * copies + step // tiles
+        g = _queries(grad, asking, head, m, new, packed, strides[0], DIM, BLOCK_D, UPCAST)
+        q = _queries(query, asking, head, m, new, packed, strides[1], DIM, BLOCK_D, UPCAST)
+        at = (asking * HEADS + head) * packed + m
+        log_mass = _log_mass(lse, at, asks)
+        highest = tl.load(ceiling + at, asks, other=0)
+        back = tl.load(delta + at, asks, other=0)
+        scores = tl.minimum(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, highest[None, :])
+        weight = tl.exp2(scores - log_mass[None, :])
+        acc += tl.sum(weight * (tl.dot(v, tl.trans(g), input_precision="ieee") - back[None, :]), 1)
+    tl.store(gradient + row.to(tl.int64) * slots + slot, acc, there)
+
+
+@triton.jit(do_not_specialize=["tail", "new", "packed"])
+def _slot_gradient(
+    grad,
+    query,
+    lse,
+    delta,
+    tail_keys,
+    tail_values,
+    tail_mask,
+    keys_gradient,
+    values_gradient,
+    scale,
+    tail,
+    new,
+    packed,
+    scaling,
+    strides,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of the keys and values of one block of the tail, over the queries of its row."""
+    row = tl.program_id(1)
+    batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
+    slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    there = slot < tail
+    present = there[:, None] & (d < DIM)[None, :]
+    source = batch * strides[2][0] + head * strides[2][1] + slot[:, None] * DIM + d[None, :]
+    k = tl.load(tail_keys + source, present, other=0)
+    v = tl.load(tail_values + source, present, other=0)
+    if UPCAST:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    keys_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    values_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for step in range(0, tl.cdiv(packed, BLOCK_M)):
+        m = step * BLOCK_M + tl.arange(0, BLOCK_M)
+        asks = m < packed
+        token = m % new
+        g = _queries(grad, batch, head, m, new, packed, strides[0], DIM, BLOCK_D, UPCAST)
+        q = _queries(query, batch, head, m, new, packed, strides[1], DIM, BLOCK_D, UPCAST)
+        at = row.to(tl.int64) * packed + m
+        log_mass = _log_mass(lse, at, asks)
+        back = tl.load(delta + at, asks, other=0)
+        seen = there[:, None] & (slot[:, None] <= tail - new + token[None, :])
+        if HAS_MASK:
+            asked = (
+                tail_mask + batch * strides[3][0] + (slot * strides[3][3])[:, None] + (token * strides[3][2])[None, :]
+            )
+            seen = tl.load(asked, there[:, None] & asks[None, :], other=0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        weight = tl.exp2(tl.where(seen, scores, float("-inf")) - log_mass[None, :])
+        slope = weight * (tl.dot(v, tl.trans(g), input_precision="ieee") - back[None, :])
+        values_acc = tl.dot(weight.to(g.dtype), g, values_acc, input_precision="ieee")
+        keys_acc = tl.dot(slope.to(q.dtype), q, keys_acc, input_precision="ieee")
+    where = (row.to(tl.int64) * tail + slot)[:, None] * DIM + d[None, :]
+    tl.store(keys_gradient + where, (keys_acc * scaling).to(keys_gradient.dtype.element_ty), present)
+    tl.store(values_gradient + where, values_acc.to(values_gradient.dtype.element_ty), present)
