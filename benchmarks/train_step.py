@@ -1,7 +1,7 @@
 """A training step on a model of 8B parameters: `python -m benchmarks.train_step --out parts/train_step.json`.
 
-The prompt is read once; a step relaxes the policy's plan to gates, reads a continuation through them with gradients and
-goes back to the policy's parameters. The model is frozen.
+The prompt is read once; a step attends to what the policy's plan keeps, reads a continuation with gradients and goes
+back, by way of every entry's mask, to the policy's parameters. The model is frozen.
 """
 
 import torch

@@ -54,7 +54,7 @@ def masked(cache: CompressedCache, small: CompressedCache) -> CompressedCache:
     for row, length in enumerate(LENGTHS):
         gates[:, row, :, max(LENGTHS) - length :] = kept_mask(small, row).float()
     for layer, gate in zip(whole.compressed_layers(), gates, strict=True):
-        layer.relax(gate)
+        layer.gate(gate)
     return whole
 
 

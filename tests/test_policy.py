@@ -20,7 +20,9 @@ from torch import Tensor
 from learnkv import CompressedCache, Policy, continuation, load_policy, prefill
 from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
 from learnkv.errors import UserError
+from learnkv.layer import CompressedLayer
 from learnkv.observation import Observation
+from learnkv.ops.gated_attention import gated_attention
 from learnkv.scorers import LearnedScorer, Scorer, SnapKV
 
 every_policy = pytest.mark.parametrize("name", HEURISTICS + LEARNED)
@@ -142,6 +144,50 @@ def test_the_gradient_reaches_every_learned_parameter(name):
         assert held.grad.isfinite().all(), path
         assert held.grad.abs().max() > 0, path
     policy.requires_grad_(False)
+
+
+def gated(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """What `attend` computes, by reading all of the prompt with gates of zero and one."""
+    assert layer.gates is not None and layer.tail is not None
+    hard = torch.zeros_like(layer.gates)
+    for prompt, positions in enumerate(layer.slot_positions()):
+        for head in range(layer.heads):
+            hard[prompt, head] = torch.isin(positions, layer.kept_positions(prompt * layer.copies, head)).float()
+    straight = hard + layer.gates - layer.gates.detach()
+    return gated_attention(query, *layer.whole_prompt(), straight, layer.tail.keys, layer.tail.values, mask, scaling)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_the_gradient_is_that_of_gating_every_entry(name, monkeypatch):
+    policy, found = policy_for(name, attached("llama")).train().requires_grad_(True), []
+    for change in (False, True):
+        if change:
+            monkeypatch.setattr(CompressedLayer, "attend", gated)
+        value = loss(policy, read(70, 33), keep=0.2)
+        grads = torch.autograd.grad(value, list(policy.parameters()))
+        found.append([value.detach(), *grads])
+    policy.requires_grad_(False)
+    for ours, told in zip(*found, strict=True):
+        torch.testing.assert_close(ours, told, rtol=1e-4, atol=1e-5 * float(told.abs().max()))
+
+
+def test_what_a_student_holds_for_its_gradient_does_not_grow_with_the_prompt():
+    policy, said, held = policy_for("tokens", attached("llama")).requires_grad_(True), tokens(1, 5), []
+    for length in (60, 240):
+        student, saved = policy.relax(read(length), budget=10), {}
+        prompt = {one.untyped_storage().data_ptr() for one in student.tensors()}
+
+        def note(one: Tensor, saved=saved, prompt=prompt) -> Tensor:
+            if one.untyped_storage().data_ptr() not in prompt:
+                saved[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+            return one
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda one: one):
+            logits = continuation(attached("llama"), said, student)
+        held.append(sum(saved.values()))
+        del logits
+    policy.requires_grad_(False)
+    assert held[0] == held[1]
 
 
 def test_a_step_along_the_gradient_of_the_budgets_helps():

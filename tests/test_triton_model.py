@@ -1,4 +1,4 @@
-"""A whole model on the kernels: prefill, compression and generation give the tokens that the references give."""
+"""A whole model on the kernels: the tokens, and a student's gradients, that the references give."""
 
 import importlib
 
@@ -6,8 +6,10 @@ import torch
 from kernels import DEVICE
 from models import build, tokens
 
-from learnkv import Policy, attach, generate, load_policy, prefill
+from learnkv import Policy, attach, continuation, generate, load_policy, prefill
 from learnkv.allocators.adakv import AdaKV
+from learnkv.allocators.learned import LearnedAllocator
+from learnkv.allocators.uniform import Uniform
 from learnkv.ops.dispatch import Impl, using
 from learnkv.pages import Quest
 from learnkv.scorers.snapkv import SnapKV
@@ -77,3 +79,22 @@ def test_the_same_tokens_from_chosen_pages(monkeypatch):
     assert launched["_enclose"] == layers * STEPS  # the prompt, then every token but the last and those of the question
     assert launched["_score"] == launched["_list_slots"] == layers * (STEPS - 1)
     assert launched["_attend"] == layers * STEPS
+
+
+def test_the_same_gradients_and_every_kernel_of_training_was_launched(monkeypatch):
+    model, said = attach(build("mistral").to(DEVICE)), tokens(2, 5, seed=1).to(DEVICE)
+    whole = prefill(model, tokens(1, 40).to(DEVICE), window=8)
+    policy = Policy(SnapKV(window=8), LearnedAllocator(Uniform(), 2, 2)).to(DEVICE)
+    training = {"mask_gradient": ["_query_gradient", "_entry_gradient", "_slot_gradient"]}
+    launched = counted(monkeypatch, training | {"decode_attention": ["_attend"]})
+    gradients = []
+    for impl in ("reference", "triton"):
+        student = policy.relax(whole, keep=0.3)
+        student.batch_repeat_interleave(2)
+        with using(impl):
+            value = continuation(model, said, student).logsumexp(-1).sum()
+        assert bool(launched) == (impl == "triton")
+        gradients.append(torch.autograd.grad(value, list(policy.parameters())))
+    for got, want in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+    assert launched == dict.fromkeys([*training["mask_gradient"], "_attend"], 2)  # once in each layer

@@ -20,7 +20,7 @@ from learnkv.segments import Tail
 class CompressedCache(Cache):
     """An ordinary `past_key_values` that retains, per layer and kv head, only what a policy kept of the prompt.
 
-    While the prompt is read nothing is evicted. `seal` ends the prompt, `evict` keeps a part of it, `relax` gates it;
+    While the prompt is read nothing is evicted. `seal` ends the prompt, `evict` keeps a part of it;
     tokens read afterwards are appended to tails. Sliding-window layers of a hybrid model stay transformers' own.
     """
 
@@ -93,7 +93,9 @@ class CompressedCache(Cache):
             rerotate: consecutive positions for what is kept, from the `start` or up to the `end`; None: their own.
         """
         layers = self.compressed_layers()[first : first + scores.shape[0]]
-        compact(layers, scores, budgets, total, None if self.renewal is None else self.renewal.recording, rerotate)
+        live = None if self.renewal is None else self.renewal.recording
+        for at, segment in compact(layers, scores, budgets, total, live, rerotate):
+            layers[at].evict(segment, live)
 
     def settle(self) -> None:
         """Let the policy that keeps the cache within its budget evict again, once the tail is as long as was agreed."""

@@ -1,5 +1,6 @@
 """Eviction: the highest-scored entries of layers move into a pool of exactly their number."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -22,8 +23,11 @@ def compact(
     total: int,
     live: Recording | None,
     rerotate: Rerotate | None,
-) -> None:
-    """Keep the `budgets[l, b, h]` highest-scored entries of every head of `layers`; one pool per device and head size.
+) -> Iterator[tuple[int, Segment]]:
+    """Number of each layer and the segment of its heads' `budgets[l, b, h]` highest-scored entries.
+
+    Layers on one device and of one head size share a pool. A segment is made when it is asked for, so that a layer may
+    be freed of its prompt before the next is compacted.
 
     Nothing waits for a device where all layers share a pool. How much each of several pools holds is looked up.
 
@@ -39,7 +43,8 @@ def compact(
         whole = len(rows) == rows[-1] - rows[0] + 1  # a view of the budgets then serves as the table of lengths
         at = slice(rows[0], rows[-1] + 1) if whole else rows
         size = total if len(groups) == 1 else int(budgets[at].sum())
-        _compact([layers[row] for row in rows], scores[at], budgets[at], size, live, rerotate)
+        made = _segments([layers[row] for row in rows], scores[at], budgets[at], size, live, rerotate)
+        yield from zip(rows, made, strict=True)
 
 
 def _groups(layers: list[CompressedLayer]) -> list[list[int]]:
@@ -51,14 +56,14 @@ def _groups(layers: list[CompressedLayer]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _compact(
+def _segments(
     layers: list[CompressedLayer],
     scores: Tensor,
     budgets: Tensor,
     total: int,
     live: Recording | None,
     rerotate: Rerotate | None,
-) -> None:
+) -> Iterator[Segment]:
     first_keys, first_values = layers[0].whole_prompt()
     device, dim = first_keys.device, first_keys.shape[-1]
     count, batch, heads, slots = scores.shape
@@ -80,7 +85,7 @@ def _compact(
         gather_kv(
             keys, values, index, first_row, start[at], length[at], pool_keys, pool_values, turned, spans=segment.spans
         )
-        layer.evict(segment, live)
+        yield segment
 
 
 def _positions(layers: list[CompressedLayer], index: Tensor, heads: int, slots: int) -> Tensor:

@@ -11,6 +11,7 @@ from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
+from learnkv.ops.relaxed_attention import relaxed_attention
 from learnkv.pages.base import PageSelector
 from learnkv.reading import Reading
 from learnkv.recorder import Recorder
@@ -40,6 +41,7 @@ class CompressedLayer(CacheLayerMixin):
         self.rotated: Tensor | None = None
         self.frequencies: Tensor | None = None
         self.gates: Tensor | None = None
+        self.soft = False
         self.segment: Segment | None = None
         self.tail: Tail | None = None
         self.reading: Reading | None = None
@@ -117,15 +119,18 @@ class CompressedLayer(CacheLayerMixin):
         if self.gates is None:
             self.batch_select_indices(batch)
         else:  # the prompt of a relaxed layer is shared by its continuations
-            self.tail = self.tail.rows(batch) if self.tail is not None else None
+            self._select_continuations(batch)
             self.copies *= repeats
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def _select_continuations(self, indices: Tensor) -> None:
         if self.segment is not None:
             self.segment = self.segment.rows(indices, self.heads)
         for name in ("tail", "reading"):
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, held.rows(indices))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select_continuations(indices)
         prompts, self.copies = indices // self.copies, 1
         for name in ("valid", "gates", *(() if self.holds_view else ("keys", "values"))):
             if (held := getattr(self, name)) is not None:
@@ -142,12 +147,12 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def sealed(self) -> bool:
         """True once the prompt is complete."""
-        return self.segment is not None or self.gates is not None
+        return self.segment is not None
 
     @property
     def holds_view(self) -> bool:
         """True while the segment is a view of the complete prompt."""
-        return self.segment is not None and self.keys is not None
+        return self.segment is not None and self.keys is not None and self.gates is None
 
     @property
     def tail_length(self) -> int:
@@ -159,7 +164,7 @@ class CompressedLayer(CacheLayerMixin):
         """Rows of the batch."""
         if self.segment is not None:
             return self.segment.start.shape[0] // self.heads
-        return 0 if self.keys is None else self.keys.shape[0] * self.copies
+        return 0 if self.keys is None else self.keys.shape[0]
 
     def listen(self, recording: Recording, when_read: Callable[[], None]) -> None:
         """Record the next part of the prompt by itself, and call back when it has been read."""
@@ -182,9 +187,6 @@ class CompressedLayer(CacheLayerMixin):
 
     def kept_positions(self, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of what one head retains."""
-        if self.gates is not None:
-            prompt = row // self.copies
-            return self.slot_positions()[prompt][self.gates[prompt, head] > 0.5]
         if self.segment is None:
             raise UserError("the prompt has not been read to its end")
         return self.segment.row_positions(row * self.heads + head).to(torch.int64)
@@ -242,9 +244,13 @@ class CompressedLayer(CacheLayerMixin):
         self.keys = self.values = self.valid = self.positions = self.rotated = None
         self.recorder.forget(live)
 
-    def relax(self, gates: Tensor) -> None:
+    def relax(self, segment: Segment, gates: Tensor) -> None:
+        """Attend to `segment`, and let every entry's gate [B, H, S] have the gradient of its mask; nothing is freed."""
+        self.segment, self.gates, self.soft, self.reading = segment, gates.to(self.device), False, None
+
+    def gate(self, gates: Tensor) -> None:
         """Multiply every entry's softmax weight by its gate, [B, H, S]; nothing is freed."""
-        self.gates, self.segment, self.reading = gates, None, None
+        self.gates, self.soft, self.reading = gates, True, None
 
     def read_pages(self, selector: PageSelector, tokens: Sequence[int]) -> None:
         """Let every single token attend to `tokens` [B] entries per head, in the pages that `selector` chooses."""
@@ -257,29 +263,17 @@ class CompressedLayer(CacheLayerMixin):
         self.tail.seen = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1)
         if self.live:
             self.recorder.hold_back(query)
-        if self.gates is not None:
-            assert self.keys is not None and self.values is not None
-            return gated_attention(
-                query, self.keys, self.values, self.gates, self.tail.keys, self.tail.values, mask, scaling
-            )
-        assert self.segment is not None
-        held = self.segment
-        read = {} if self.reading is None else self.reading.choose(query, held, self.tail, mask)
-        return decode_attention(
-            query,
-            held.keys,
-            held.values,
-            held.start,
-            held.length,
-            held.longest,
-            self.tail.keys,
-            self.tail.values,
-            mask,
-            scaling,
-            self.tail.used,
-            spans=held.spans,
-            **read,
-        )[0]
+        held, tail = self.segment, self.tail
+        assert held is not None
+        kept, recent = (held.keys, held.values, held.start, held.length), (tail.keys, tail.values, mask)
+        if self.gates is None:
+            read = {} if self.reading is None else self.reading.choose(query, held, tail, mask)
+            used = {"tail_length": tail.used, "spans": held.spans, **read}
+            return decode_attention(query, *kept, held.longest, *recent, scaling, **used)[0]
+        prompt = (*self.whole_prompt(), self.gates)
+        if self.soft:
+            return gated_attention(query, *prompt, *recent, scaling)
+        return relaxed_attention(query, *prompt, *kept, held.longest, *recent, scaling)
 
     def fork(self) -> "CompressedLayer":
         """A layer that shares storage with this one until either changes."""

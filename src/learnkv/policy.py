@@ -9,14 +9,13 @@ from torch import Tensor
 from learnkv.allocators.base import Allocator
 from learnkv.allocators.uniform import Uniform
 from learnkv.cache import CompressedCache
-from learnkv.compaction import Rerotate
+from learnkv.compaction import Rerotate, compact
 from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
 from learnkv.ops.device import upload
 from learnkv.ops.fit import fit
 from learnkv.ops.normal_scores import unit_scale
-from learnkv.ops.select import select
 from learnkv.ops.soft_topk import soft_topk
 from learnkv.pages.base import PageSelector
 from learnkv.paging import check_reading, read_pages
@@ -260,10 +259,10 @@ class Policy(Component):
         plan: Plan | None = None,
         temperature: float = TEMPERATURE,
     ) -> CompressedCache:
-        """A fork whose entries are gated: the deployed set in the forward, the soft top-k's gradient in the backward.
+        """A fork that attends to what `compress` would keep, and passes gradients on to the plan.
 
-        Gates are `hard + soft - stop_gradient(soft)`, so attention computes what it will compute after `compress`, and
-        both scores and budgets get a gradient from kept and evicted entries alike.
+        Every entry, kept or evicted, has the gradient of its mask, which the soft top-k takes for its own and passes on
+        to scores and budgets.
 
         Args:
             cache, keep, budget: as for `compress`.
@@ -279,13 +278,10 @@ class Policy(Component):
         if self.scorer is None or keep == 1:
             return cache.fork()
         plan = self.plan(cache, keep, budget) if plan is None else plan
-        flat = plan.scores.detach().flatten(0, 2)
-        index = select(flat, plan.budgets.flatten(), plan.total)
-        hard = torch.zeros(flat.numel(), device=flat.device).index_fill_(0, index, 1.0).view(plan.scores.shape)
         soft = soft_topk(unit_scale(plan.scores), plan.wanted, temperature)
-        gates = hard + soft - soft.detach()
         student = cache.fork()
-        for layer, gate in zip(student.compressed_layers(), gates, strict=True):
-            layer.relax(gate.to(layer.device))
+        layers, gates = student.compressed_layers(), soft.unbind()
+        for at, segment in compact(layers, plan.scores.detach(), plan.budgets, plan.total, None, None):
+            layers[at].relax(segment, gates[at])
         student.budgets = plan.budgets
         return student

@@ -40,7 +40,7 @@ def head_gates(
         place = torch.arange(trial.context.shape[1])
         always = (place < sink) | (place >= len(place) - recent)
         for layer, own in zip(student.compressed_layers(), gates, strict=True):
-            layer.relax(torch.where(always, 1.0, own.view(1, -1, 1)).to(layer.device))
+            layer.gate(torch.where(always, 1.0, own.view(1, -1, 1)).to(layer.device))
         said = continuation(model, ids, student)[:, first:-1].log_softmax(-1)
         kl = (teacher.exp() * (teacher - said)).sum(-1).mean()
         adam.zero_grad()
