@@ -87,8 +87,7 @@ class CompressedCache(Cache):
 
         Args:
             scores: [L, B, H, S] float32, +inf protected, -inf no entry.
-            budgets: [L, B, H] int64.
-            total: sum of `budgets`.
+            budgets, total: [L, B, H] int64, and their sum.
             first: index of the first of these layers among the compressible ones.
             rerotate: consecutive positions for what is kept, from the `start` or up to the `end`; None: their own.
         """
@@ -222,8 +221,7 @@ class CompressedCache(Cache):
         """Forget everything."""
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.steps = [], None, None, None, None
-        self.covered, self.renewal = [], None
-        self.tail_padded = False
+        self.covered, self.renewal, self.tail_padded = [], None, False
 
     def activate_past_recording(self) -> None:
         """Asked for by assisted decoding, which would read the prompt again."""
