@@ -8,12 +8,10 @@ from learnkv.data.sample import Sample
 from learnkv.evaluation import runner
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.results import rows_of
-from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.text import Text
-from learnkv.generation import prefill
 from learnkv.io import load_policy
 from learnkv.observation import Observation
 from learnkv.policy import Policy
@@ -57,43 +55,6 @@ def compare(loaded, prompts, path, names=NAMES, keeps=KEEPS, batch_size=4, famil
     store = Store(path / "samples.jsonl")
     runner.run(loaded[0], families, jobs, store, batch_size)
     return runner.finished(families, jobs, store)
-
-
-@pytest.mark.parametrize("name", ["adakv", "cake", "criticalkv", "defensivekv", "kvzip", "restkv", "vase"])
-def test_sharing_a_judgement_between_budgets_changes_nothing_that_is_kept(loaded, name):
-    model, _ = loaded
-    policy = load_policy(name)
-    ids = torch.randint(2, 400, (2, 96), generator=torch.Generator().manual_seed(3))
-    cache = prefill(model, ids, policies=[policy])
-    shared = for_one_prompt(policy)
-    for keep in (0.5, 0.25, 0.1):
-        one, other = (each.compress(cache.fork(), keep=keep) for each in (shared, policy))
-        assert torch.equal(one.budgets, other.budgets)
-        for at in range(len(one.compressible)):
-            rows = [(row, head) for row in range(2) for head in range(model.config.num_key_value_heads)]
-            assert all(torch.equal(one.kept_positions(at, *r), other.kept_positions(at, *r)) for r in rows)
-
-
-class Judge(Scorer):
-    """Knorm, with the layers that it was asked about and whether it knew the budget."""
-
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def forward(self, seen: Observation):
-        self.asked.append((seen.layer_idx, seen.keep is not None))
-        return Knorm()(seen)
-
-
-@pytest.mark.parametrize("reads_budget", [False, True])
-def test_a_layer_is_judged_once_for_all_budgets_unless_scores_depend_on_them(loaded, tmp_path, reads_budget):
-    judge = Judge()
-    judge.reads_budget = reads_budget
-    jobs = runner.jobs_of(loaded[0], {"judge": Policy(judge)}, KEEPS)
-    runner.run(loaded[0], [Text(text_prompts(2))], jobs, Store(tmp_path / "samples.jsonl"), 4)
-    layers = range(loaded[0].config.num_hidden_layers)
-    assert judge.asked == [(at, reads_budget) for _ in (KEEPS if reads_budget else [0]) for at in layers]
 
 
 def test_one_prefill_per_batch_for_all_policies_and_budgets(loaded, tmp_path, prefills):
