@@ -153,6 +153,7 @@ def test_forks_do_not_know_each_other():
     assert whole.read == [1.0, 1.0]
 
 
+@pytest.mark.compat
 def test_beams_and_transformers_own_generate():
     model, prompt, question = attached("llama"), tokens(2, 40), tokens(2, 3)
     whole = quest().compress(prefill(model, prompt), keep=0.3)

@@ -86,15 +86,16 @@ class Inputs:
         """[R, P], the largest over the query heads of a kv head."""
         return page_scores(self.query[:, :, 0], self.bounds, self.pages, "max", impl=impl)  # type: ignore[arg-type]
 
-    def _attend(self, pages: Tensor | None) -> Tensor:
+    def attend(self, pages: Tensor | None) -> Tensor:
+        """Output of a step that reads these pages; None: everything."""
         tables = (self.start, self.length, self.prompt)
         given = (self.query, self.keys, self.values, *tables, *self.tails, None, self.scaling, None)
         return decode_attention(*given, pages, PAGE if pages is not None else 0, impl="triton")[0]
 
     def step(self) -> Tensor:
         """Score, list the best pages, read them."""
-        return self._attend(select_slots(self.score("triton"), self.budget, self.most, impl="triton"))
+        return self.attend(select_slots(self.score("triton"), self.budget, self.most, impl="triton"))
 
     def read_all(self) -> Tensor:
         """What the step saves: everything is read."""
-        return self._attend(None)
+        return self.attend(None)

@@ -9,10 +9,12 @@ from kernels import DEVICE, poisoned
 from torch import Tensor
 
 from benchmarks.shapes import LLAMA_8B, QWEN_05B, QWEN_7B, Shape
+from benchmarks.sweeps import pages
 from benchmarks.sweeps.decode import Case, Inputs, row_lengths
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gather_kv import gather_kv
-from learnkv.ops.select import select
+from learnkv.ops.page_bounds import page_scores
+from learnkv.ops.select import select, select_slots
 from learnkv.ops.window_scores import window_scores
 
 pytestmark = pytest.mark.gpu
@@ -119,3 +121,25 @@ def test_gather(dim: int):
     gather_kv(keys, values, index, 0, start, length, *pools, impl="triton")
     for held, pool in ((keys, pools[0]), (values, pools[1])):
         assert torch.equal(pool, held.view(-1, dim)[index])
+
+
+@pytest.mark.parametrize(("batch", "prompt"), [(8, 32768), (1, 131072)])
+def test_reading_pages(batch: int, prompt: int):
+    """Bounds, scores, the list of the best pages and the attention to them, each given what the one before made."""
+    torch.manual_seed(0)
+    inputs = pages.Inputs(LLAMA_8B, batch, prompt, 2048, DEVICE)
+    parts = inputs.keys.view(-1, prompt // pages.PAGE, pages.PAGE, LLAMA_8B.dim)
+    assert torch.equal(inputs.bounds, torch.stack([parts.amin(2), parts.amax(2)], 1))
+    with poisoned():
+        scores = inputs.score("triton")
+        listed = select_slots(scores, inputs.budget, inputs.most, impl="triton")
+        got = inputs.attend(listed)
+    query = inputs.query[:, :, 0].double()
+    assert relative(scores, page_scores(query, inputs.bounds.double(), inputs.pages, "max")) < TOLERANCE[torch.float32]
+    assert torch.equal(listed, select_slots(scores, inputs.budget, inputs.most, impl="reference"))
+    exact = [x.double() for x in (inputs.query, inputs.keys, inputs.values, *inputs.tails)]
+    tables = (inputs.start, inputs.length, prompt)
+    truth, _ = decode_attention(
+        *exact[:3], *tables, *exact[3:], None, inputs.scaling, None, listed, pages.PAGE, impl="reference"
+    )
+    assert relative(got, truth) < TOLERANCE[torch.bfloat16]
