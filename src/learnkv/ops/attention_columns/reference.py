@@ -29,9 +29,9 @@ def attention_columns(
         seen = (positions.unsqueeze(2) <= at.unsqueeze(1)) & (at.unsqueeze(1) >= 0) & valid.unsqueeze(2)
         unseen = ~seen.unsqueeze(2)  # [B, H, 1, block, S]
         grouped = queries[:, :, block].float().unflatten(1, (heads, -1))
-        logits = scaling * torch.einsum("bhgwd,bhsd->bhgws", grouped, keys)
+        logits = torch.einsum("bhgwd,bhsd->bhgws", grouped, keys).mul_(scaling)
         # The second fill is for queries that see nothing, whose softmax is 0/0.
-        weights = logits.masked_fill(unseen, -torch.inf).softmax(-1).masked_fill(unseen, 0.0)
+        weights = logits.masked_fill_(unseen, -torch.inf).softmax(-1).masked_fill_(unseen, 0.0)
         if query_weight is not None:
             weights = weights * query_weight[:, None, None, block, None]
         total = total + weights.sum(3) if reduce == "sum" else torch.maximum(total, weights.amax(3))
