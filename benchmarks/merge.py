@@ -71,11 +71,11 @@ def add_limit(row: Row, ceilings: Ceilings) -> None:
 
 
 def add_peers(rows: list[Row]) -> None:
-    """For each of our rows, how many times its time every other contender of the same race took, and may take."""
+    """For each of our rows, how many times its time every other contender took on the same inputs, and may take."""
     races: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "t_us" in row:
-            races.setdefault((row["part"], *(row.get(key) for key in SAME)), []).append(row)
+            races.setdefault(tuple(row.get(key) for key in SAME), []).append(row)
     for group in races.values():
         for ours in group:
             if ours["impl"] in OURS:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import yaml
 from observations import randomised
 from tables import policy_of
 from torch import Tensor, nn
@@ -159,7 +160,9 @@ def compressible(model: PreTrainedModel) -> list[int]:
 
 
 EVICTS_NOTHING = {"full", "quest"}
-HEURISTICS = sorted({path.stem for path in (CONFIGURATIONS / "policies").glob("*.yaml")} - EVICTS_NOTHING)
+SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGURATIONS / "policies").glob("*.yaml")}
+DECODING = sorted(name for name, spec in SHIPPED.items() if spec.get("every"))
+HEURISTICS = sorted(SHIPPED.keys() - {*EVICTS_NOTHING, *DECODING})
 LEARNED = ["budgets", "conditioned", "tokens"]
 
 

@@ -9,6 +9,8 @@ from learnkv.errors import UserError
 from learnkv.generation import score_prompt
 from learnkv.scorers import KVzip, SnapKV
 
+pytestmark = pytest.mark.compat
+
 
 def weights_of(ids):
     """Attention weights [L, B, H*G, T, T] of the untouched model, computed by transformers."""

@@ -9,6 +9,8 @@ from learnkv.allocators import AdaKV
 from learnkv.errors import UserError
 from learnkv.scorers import Knorm, SnapKV, StreamingLLM
 
+pytestmark = pytest.mark.compat
+
 
 @pytest.fixture(autouse=True)
 def without_gradients():

@@ -209,8 +209,8 @@ class Policy(Component):
             return cache
         if self.scorer is not None:
             with torch.no_grad():
-                cache.renewal = agree(self, cache, keep, budget)
                 plan = self.plan(cache, keep, budget)
+                cache.renewal = agree(self, cache, keep, budget)
                 cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
             cache.budgets = plan.budgets
         if self.pages is not None:

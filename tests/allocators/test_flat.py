@@ -22,3 +22,11 @@ def test_rows_are_ranked_each_for_itself():
     assert got.sum((0, 2)).tolist() == [72, 42]
     kept = scores[:, 0].flatten().sort(descending=True).values[:72]
     assert torch.equal(got[:, 0], (scores[:, 0] >= kept[-1]).sum(-1).double())
+
+
+def test_kvzip_keeps_what_lies_strictly_above_the_last_that_fits():
+    scores = torch.tensor([[[[0.9, 0.2, 0.5], [0.5, 0.7, -INF]]]])
+    flat = Flat(rounding="kvzip")
+    for places, kept in ((1, [0, 0]), (2, [1, 0]), (3, [1, 1]), (4, [1, 1]), (5, [3, 2]), (6, [3, 2])):
+        wanted = flat(scores, None, torch.tensor([places / 2], dtype=torch.float64))
+        assert wanted.flatten().tolist() == kept

@@ -1,5 +1,7 @@
 """Bytes, operations and limits against numbers worked out by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,6 +58,22 @@ def test_whole_steps(batch, prompt, kept, full_ms, ratio):
     small = H200.limit_us(Work(LLAMA_8B.step_bytes(batch, kept)))
     assert full == pytest.approx(1e3 * full_ms, rel=2e-3)
     assert full / small == pytest.approx(ratio, rel=5e-3)
+
+
+def test_the_page_says_what_bytes_allow():
+    """The table of docs/performance.md, worked out again."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    for shape in SHAPES.values():
+        (line,) = [
+            line for line in page.splitlines() if line.startswith(f"| {shape.name} | {shape.streamed / 1e9:.2f} ")
+        ]
+        token, *gains = [cell.strip().replace(",", "") for cell in line.split("|")[3:-1]]
+        assert int(token) == shape.token_bytes
+        for (batch, prompt, kept), gain in zip(
+            [(1, 32768, 512), (8, 32768, 512), (1, 131072, 2048)], gains, strict=True
+        ):
+            possible = shape.step_bytes(batch, prompt) / shape.step_bytes(batch, kept)
+            assert float(gain) == pytest.approx(possible, rel=6e-3)
 
 
 def test_a_decode_call():

@@ -17,12 +17,16 @@ from benchmarks.timing import Timing, input_sets, race
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU"),
+    pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore:divide by zero"),
+]
 
 PAGED = ("page_bounds", "page_scores", "paged step", "unpaged step")
+TRAINED = ("gated forward", "gated backward")
 SCRIPTS = {
     "ceilings": (ceilings, {"bw_copy", "bw_read", "flops", "t_node_us", "host_op_us"}),
-    "kernels": (kernels, {"decode_attention", "window_scores", "select", "gather_kv", *PAGED}),
+    "kernels": (kernels, {"decode_attention", "window_scores", "select", "gather_kv", *PAGED, *TRAINED}),
     "decode": (decode, {"decode step", "capacity"}),
     "prefill": (prefill, {"prefill"}),
     "train_step": (train_step, {"train: prefill", "train: teacher", "train: student, forward and backward"}),
@@ -59,6 +63,8 @@ def test_all_contenders_are_there(parts):
         "window_scores": {"learnkv", "torch"},
         "select": {"learnkv", "torch.topk, sort"},
         "gather_kv": {"learnkv", "torch.index_select"},
+        "gated forward": {"learnkv", "flex_attention", "SDPA with a bias"},
+        "gated backward": {"learnkv", "flex_attention"},
         "page_bounds": {"learnkv", "torch"},
         "page_scores": {"learnkv", "torch"},
     }.items():
@@ -88,6 +94,7 @@ def test_limits_and_peers_of_a_row():
         | {"bytes": 21.5e6, "flops": 1.0, "n_launch": 2}
         for impl, us in (("learnkv", 10.0), ("flash varlen", 15.0), ("sdpa flash", 4.0))
     ]
+    rows[1]["part"] = "a part of its own"
     rows.append(rows[0] | {"B": 1, "t_us": 6.0})
     for row in rows:
         merge.add_limit(row, merge.DATASHEET)
@@ -201,6 +208,13 @@ if name == "prefill":
     assert set(document["environment"]["parts"]) >= {"ceilings", "kernels-only-decode", "decode"}
     assert "decode: status 124" in ran.stdout
     assert any(line.startswith("decode 124 ") for line in document["environment"]["status"])
+
+
+def test_the_page_says_what_was_measured():
+    """`python -m benchmarks.report` changes nothing."""
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    between = page.partition(report.BEGIN)[2].partition(report.END)[0].strip()
+    assert between == report.text(report.documents(ROOT / "benchmarks" / "results"))
 
 
 def test_a_clock_runs_out():

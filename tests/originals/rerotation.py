@@ -1,21 +1,37 @@
 """Keys that are rotated to consecutive positions, as in kvpress."""
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 
 from learnkv.cache import CompressedCache
-from learnkv.io import build_policy
+from learnkv.observation import Observation
+from learnkv.policy import Policy
+from learnkv.scorers import Scorer
 from originals.comparing import assert_scores
 from originals.loading import Case, inputs_of, policy
 
 NAMES = {"StreamingLLM": "streaming_llm", "KeyDiff": "keydiff", "Knorm": "knorm"}
 
 
+class Given(Scorer):
+    """The entries that someone else kept."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, seen: Observation) -> Tensor:
+        return torch.zeros(seen.valid.shape).scatter(2, self.kept.long(), 1.0)
+
+
 def check_rerotation(case: Case) -> None:
     """A cache of one layer evicts as it would for a model."""
     params, inputs = case.params, inputs_of(case)
-    spec = policy(NAMES[params["press"]]).spec() | {"sinks": 0, "recent": 0, "rerotate": "start"}
-    rotating = build_policy(spec)
+    kept, keys = case["kept"], case["keys_out"]
+    named = params["press"] in NAMES  # where it is not, the family's own checks compare what is kept
+    scorer = policy(NAMES[params["press"]]).scorer if named else Given(torch.from_numpy(kept))
+    rotating = Policy(scorer, sinks=0, recent=0, rerotate="start")
     cache = CompressedCache(LlamaConfig(num_hidden_layers=1), rotating.recording)
     (layer,) = cache.compressed_layers()
     slots, dim = inputs["k"].shape[2:]
@@ -28,7 +44,6 @@ def check_rerotation(case: Case) -> None:
         layer.update(inputs["k"], inputs["v"])
         layer.observe(inputs["q"], None)
         rotating.compress(cache, budget=params["n_kept"])
-    kept, keys = case["kept"], case["keys_out"]
     batch, heads = kept.shape[:2]
     for row in range(batch):
         for head in range(heads):

@@ -18,7 +18,7 @@ class Flat(Allocator):
 
     Args:
         rounding: `exact`, or `kvzip`: what lies strictly above the score of the last entry that fits, which loses that
-            entry and all that are tied with it.
+            entry and all that are tied with it, unless everything fits.
     """
 
     def __init__(self, rounding: Literal["exact", "kvzip"] = "exact") -> None:
@@ -31,7 +31,9 @@ class Flat(Allocator):
         flat = scores.transpose(0, 1).flatten(1)  # [B, L*H*S]
         ordered, order = flat.sort(dim=-1, descending=True, stable=True)
         if self.rounding == "kvzip":
-            best = flat > ordered.gather(-1, (places - 1).clamp(min=0).unsqueeze(-1))
+            above = flat > ordered.gather(-1, (places - 1).clamp(min=0).unsqueeze(-1))
+            there = flat > -torch.inf
+            best = torch.where((places >= there.sum(-1)).unsqueeze(-1), there, above)
         else:
             among = torch.arange(flat.shape[-1], device=flat.device) < places.unsqueeze(-1)
             best = torch.zeros_like(among).scatter_(-1, order, among) & (flat > -torch.inf)
