@@ -76,8 +76,8 @@ tests() {
 
 script ceilings 60
 tests gpu 70 tests/gpu
-if [ -z "$DRY_RUN" ]; then # on the CPU they run wherever tests run
-    tests kernels 70 $(grep -l DEVICE tests/ops/test_*.py)
+if [ -z "$DRY_RUN" ]; then # on the CPU they run wherever tests run: those that take the device from tests/kernels.py
+    tests kernels 70 $(grep -l "^from kernels import" tests/ops/test_*.py tests/*.py)
 fi
 script kernels 75 --only decode
 script decode 130

@@ -157,7 +157,7 @@ def test_compression_waits_for_nothing(name):
     assert counts.waits == {"tolist": tables}
     with Meter() as counts:
         policy.relax(whole, keep=0.2)
-    assert not counts.waits
+    assert counts.waits["tolist"] == sum(counts.waits.values()) <= tables
     if policy.recording.probes:  # further passes over the prompt
         return
     with Meter() as counts:

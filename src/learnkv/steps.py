@@ -23,6 +23,9 @@ LOOK_EVERY = 16
 WARM_UP = 2
 """Steps that run before one is captured: kernels are compiled and libraries make their workspaces."""
 
+WORTH_CAPTURING = 16
+"""Steps, done and to come with the same buffers, below which a graph costs more than it saves."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -65,7 +68,7 @@ class Steps:
         self.mask: Tensor | None = None
         self.buffers = _buffers(cache) if static else []
         self.replay: Replay | None = None
-        self.taken = 0
+        self.done = 0
 
     def serves(self, cache: CompressedCache, setting: Setting) -> bool:
         """Whether these buffers, and a graph of them, can be used for another turn."""
@@ -81,7 +84,7 @@ class Steps:
         seed: int | None,
     ) -> Tensor:
         """Say up to `new` tokens [B, new], the first of them from logits [B, V] of the question's last token."""
-        self._begin(cache, seed)
+        self._begin(cache, new - 1, seed)
         try:
             self._choose(logits)
             self._run(new, stop, LOOK_EVERY if cache.forgets else 1)
@@ -105,9 +108,9 @@ class Steps:
                 return
             self._advance()
 
-    def _begin(self, cache: CompressedCache, seed: int | None) -> None:
-        """Start a turn behind what the cache has read."""
-        self.cache, self.taken = cache, 0
+    def _begin(self, cache: CompressedCache, steps: int, seed: int | None) -> None:
+        """Start a turn of so many steps behind what the cache has read."""
+        self.cache, self.taken, self.ahead = cache, 0, steps
         self.base = cache.said_length
         self.position.copy_(cache.next_positions().unsqueeze(-1))
         self.live.fill_(True)
@@ -123,7 +126,8 @@ class Steps:
         if self.generator is not None and seed is not None:
             self.generator.manual_seed(seed)
         if self.cursor is not None:  # slots in use, and the slot that the next token goes to
-            self.cursor.copy_(upload([self.base, self.base - 1], self.cursor.device))
+            used = cache.tail_length
+            self.cursor.copy_(upload([used, used - 1], self.cursor.device))
             cache.follow(self.cursor)
 
     def _choose(self, logits: Tensor) -> None:
@@ -139,13 +143,16 @@ class Steps:
     def _advance(self) -> None:
         """Read the tokens said last and say the next ones."""
         check_context(self.setting.model, self.cache, self.position, 1 + (self.taken if self.static else 0))
-        if self.replay is None and self.static and self.taken == WARM_UP:
+        worth = self.done >= WARM_UP and self.done + self.ahead >= WORTH_CAPTURING
+        if self.static and self.replay is None and worth:
             self.replay = capture(self._step, self.token.device, self.generator)
         if self.replay is None:
             self._step()
         else:
             self.replay()
         self.taken += 1
+        self.ahead -= 1
+        self.done += 1
 
     def _step(self) -> None:
         if self.cursor is not None:
