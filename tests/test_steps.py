@@ -8,9 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learnkv import CompressedCache, attach, continuation, generate, prefill
-from learnkv.decoding import Sampling, next_token
-from learnkv.errors import RunError, UserError
-from learnkv.graph import capture, refusal
 from learnkv.steps import WARM_UP, Steps
 
 DRAWN = {"do_sample": True, "temperature": 1.4, "top_k": 20, "top_p": 0.9, "seed": 5}
@@ -241,56 +238,6 @@ def test_a_turn_that_fails_leaves_a_cache_that_goes_on(captured):
     cache.crop(5 - cache.tail_length)
     fresh.pending = None
     assert torch.equal(*(generate(model, question, one, max_new_tokens=4) for one in (cache, fresh)))
-
-
-def test_drawing_is_what_torch_draws():
-    logits = torch.randn(400, 97, generator=torch.Generator().manual_seed(1)) * 3
-    how = Sampling(do_sample=True, temperature=1.3, seeded=True)
-    ours, largest = next_token(logits, how, torch.Generator().manual_seed(2))
-    ordered, order = (logits / 1.3).sort(dim=-1, descending=True)
-    drawn = torch.multinomial(ordered.softmax(-1), 1, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(ours, order.gather(1, drawn)[:, 0])
-    assert torch.equal(largest, ordered[:, 0])
-    logits[3, 50] = torch.nan
-    for chosen in (how, Sampling()):
-        found = next_token(logits, chosen, None)[1].isnan()
-        assert found.nonzero().tolist() == [[3]]
-
-
-def test_why_a_step_is_not_captured():
-    def reason(family: str, cache: CompressedCache | None = None, slots: int = 9, **config) -> str | None:
-        model = OnCuda(attached(family))
-        for name, value in config.items():
-            setattr(model.config, name, value)
-        return refusal(model, prefill(attached(family), tokens(2, 20)) if cache is None else cache, slots)
-
-    llama = prefill(attached("llama"), tokens(2, 20))
-    assert refusal(attached("llama"), llama, 9) == "the model is on cpu"
-    assert reason("llama") is None
-    assert "experts" in reason("mixtral")
-    assert "experts" in reason("qwen3-moe")
-    assert "hybrid" in reason("gemma3")
-    assert reason("mistral-window") is None
-    assert reason("mistral-window", slots=237) == "the sliding window of 256 tokens may be exceeded"
-    assert "gated" in reason("llama", policy_for("adakv", attached("llama")).relax(llama, keep=0.5))
-    assert "RoPE" in reason("llama", rope_parameters={"full_attention": {"rope_type": "longrope"}})
-    with pytest.raises(UserError, match="graph=True: the model is on cpu"):
-        generate(attached("llama"), tokens(2, 3), llama, max_new_tokens=3, graph=True)
-    with pytest.raises(RunError, match="pass graph=False"):
-        capture(lambda: None, torch.device("cuda"), None)
-
-
-class OnCuda:
-    """A model that says its weights are on a GPU."""
-
-    def __init__(self, model) -> None:
-        self.model, self.config = model, model.config.__class__.from_dict(model.config.to_dict())
-
-    def parameters(self):
-        return [type("Weight", (), {"device": torch.device("cuda", 0)})]
-
-    def modules(self):
-        return self.model.modules()
 
 
 @pytest.mark.gpu
