@@ -17,7 +17,7 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 # From the ground up: a file may import from its own layer and from those before it.
 LAYERS = [
     {"errors"},
-    {"component", "formats", "observation", "ops"},
+    {"adapters", "component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
     {"segments", "recorder", "reading", "renewal", "reopening", "layer", "compaction", "cache"},
     {"spending", "plan", "recompression", "paging", "policy", "heuristic", "probing", "attention"}

@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from learnkv.adapters import follow_cache
 from learnkv.cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
@@ -116,6 +117,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     handles = [module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in layers]
+    handles.append(model.register_forward_pre_hook(follow_cache, with_kwargs=True))
     setattr(model, _STATE, (before, handles))
     return model
 

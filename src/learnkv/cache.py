@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
+from learnkv.adapters import Adapter
 from learnkv.compaction import Rerotate, compact
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
@@ -43,6 +44,7 @@ class CompressedCache(Cache):
         """How the cache stays within its budget while tokens are added; None: it grows."""
         self.probed: dict[Probe, list[int]] = {}
         """Tokens of each row that were read in extra passes."""
+        self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
         self.steps: object = None
         """Decode steps of the last turn, captured as a graph, for as long as rows and tails stay where they are."""
 
@@ -221,7 +223,7 @@ class CompressedCache(Cache):
         """Forget everything."""
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.steps = [], None, None, None, None
-        self.covered, self.renewal, self.tail_padded = [], None, False
+        self.covered, self.renewal, self.tail_padded, self.adapter = [], None, False, None
 
     def activate_past_recording(self) -> None:
         """Asked for by assisted decoding, which would read the prompt again."""

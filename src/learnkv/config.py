@@ -68,12 +68,23 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
         parsed = parser.parse_args(files + words)
     except ArgumentError as error:
         raise UserError(at + _explain(str(error), {} if at else typed, known)) from None
-    built = vars(parser.instantiate(parsed))
+    built = vars(_instantiated(parser, parsed))
     arguments = {
         f.name: built[f.name].as_dict() if f.name in foreign else built[f.name] for f in dataclasses.fields(schema)
     }
     del parsed["config"]
     return schema(**arguments), parser.dump(parsed, skip_unset=False)
+
+
+def _instantiated(parser: Any, parsed: Any) -> Any:
+    """What was parsed, built; what a component says of its arguments is told as it said it."""
+    try:
+        return parser.instantiate(parsed)
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        raise cause or error from None
 
 
 def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, kind: str) -> int:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from learnkv import adapters
 from learnkv.config import find_config
 from learnkv.errors import UserError
 from learnkv.formats import budgets as budget_table
@@ -23,6 +24,8 @@ GRID = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 """Kept fractions at which an export tabulates budgets."""
 SHIPPED = Path(__file__).resolve().parent / "reference" / "policy"
 _NOMINAL_ENTRIES = 4096
+_Read = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], adapters.Adapter | None]
+"""A policy's arguments, its weights, the model it was trained for, and the adapter that was trained beside it."""
 
 
 def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str = "policy") -> Policy:
@@ -86,13 +89,14 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
     """
     where = Path(path).expanduser()
     if (folder := policy_folder(path)) is not None:
-        spec, state, trained_for = _read_folder(folder)
+        spec, state, trained_for, adapter = _read_folder(folder)
     elif where.suffix == ".ckpt":
-        spec, state, trained_for = _read_checkpoint(where)
+        spec, state, trained_for, adapter = _read_checkpoint(where)
     else:
         file = find_config("policies", str(path), "ckpt")
-        spec, state, trained_for = _read_yaml(file), {}, None
+        spec, state, trained_for, adapter = _read_yaml(file), {}, None, None
     policy = build_policy(spec, allow, str(path))
+    policy.adapter = adapter
     _check_model(trained_for, model, str(path))
     return _with_weights(policy, state, str(path))
 
@@ -130,7 +134,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return spec
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def _read_folder(folder: Path) -> _Read:
     missing = [name for name in ("policy.yaml", "policy.safetensors", "manifest.json") if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: expected an exported policy, {missing[0]} is missing")
@@ -141,7 +145,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read: {str(error).splitlines()[0]}") from None
     _check_version(manifest.get("format_version"), folder)
-    return _read_yaml(folder / "policy.yaml"), state, trained_for
+    adapter = adapters.read(folder / adapters.FOLDER) if manifest.get("adapter") else None
+    return _read_yaml(folder / "policy.yaml"), state, trained_for, adapter
 
 
 def _mapping(held: Any, what: str) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def _mapping(held: Any, what: str) -> dict[str, Any]:
     return held
 
 
-def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def _read_checkpoint(file: Path) -> _Read:
     if not file.is_file():
         raise UserError(f"ckpt={file}: no such file")
     try:
@@ -162,11 +167,13 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], dic
             for name, held in checkpoint["state_dict"].items()
             if name.startswith("policy.")
         }
+        beside = ours.get("adapter")
+        adapter = beside and adapters.from_checkpoint(beside, checkpoint["state_dict"])
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"ckpt={file}: not a checkpoint of learnkv's train.py ({reason})") from None
     _check_version(ours.get("format_version"), file)
-    return spec, state, trained_for
+    return spec, state, trained_for, adapter
 
 
 def _check_version(version: object, where: Path) -> None:
@@ -218,10 +225,13 @@ def save_policy(
     where.mkdir(parents=True, exist_ok=True)
     table = dict(budgets) if budgets is not None else static_budgets(policy, model["shapes"])
     save_file({k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()}, where / "policy.safetensors")
+    if policy.adapter is not None:
+        adapters.write(policy.adapter, where / adapters.FOLDER)
     _write(where / "policy.yaml", yaml.safe_dump(policy.spec(), sort_keys=False))
     manifest = {
         "format_version": FORMAT_VERSION,
         "model": dict(model),
+        "adapter": policy.adapter is not None,
         "budgets": "static" if budgets is None else "mean over prompts",
         "training": dict(training or {}),
         "metrics": dict(metrics or {}),

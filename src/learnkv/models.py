@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from learnkv import adapters
 from learnkv.errors import UserError
 
 REFERENCE = Path(__file__).resolve().parent / "reference" / "model"
@@ -144,7 +145,7 @@ def model_digest(model: PreTrainedModel) -> str:
     """Of what a model computes, without reading all of its weights: description, number format, some of each matrix."""
     about = json.dumps([describe_model(model), str(model.dtype)], sort_keys=True)
     digest = hashlib.sha256(about.encode())
-    for weight in model.parameters():
+    for weight in (held for name, held in model.named_parameters() if not adapters.ours(name)):
         digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from learnkv.adapters import Adapter
 from learnkv.allocators.base import Allocator
 from learnkv.allocators.uniform import Uniform
 from learnkv.cache import CompressedCache
@@ -67,6 +68,7 @@ class Policy(Component):
         check_reading(scorer is not None, pages, read)
         self.sinks, self.recent = sinks, recent
         self.pages, self.read = pages, read
+        self.adapter: Adapter | None = None  # was trained beside it
 
     @property
     def recording(self) -> Recording:
@@ -215,6 +217,7 @@ class Policy(Component):
             cache.budgets = plan.budgets
         if self.pages is not None:
             read_pages(self.pages, cache, keep, budget, 1.0 if self.read is None else self.read)
+        cache.adapter = self.adapter
         return cache
 
     def compress_when_read(
@@ -241,7 +244,7 @@ class Policy(Component):
                 budgets = self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1]
                 # A layer's pool is allocated before the next layer has read: one look per prompt at what each gets.
                 split.append((budgets, budgets.sum((1, 2)).tolist()))
-                cache.budgets = budgets
+                cache.budgets, cache.adapter = budgets, self.adapter
             budgets, of_layer = split[0]
             scores = self.refine(scorer, seen, scores, budgets[at])
             mine = budgets[at : at + 1].to(scores.device)
@@ -283,5 +286,5 @@ class Policy(Component):
         layers, gates = student.compressed_layers(), soft.unbind()
         for at, segment in compact(layers, plan.scores.detach(), plan.budgets, plan.total, None, None):
             layers[at].relax(segment, gates[at])
-        student.budgets = plan.budgets
+        student.budgets, student.adapter = plan.budgets, self.adapter
         return student

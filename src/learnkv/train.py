@@ -14,6 +14,8 @@ import torch
 import yaml
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from learnkv import adapters
+from learnkv.adapters import Adapter
 from learnkv.attention import attach
 from learnkv.config import run_main
 from learnkv.errors import UserError
@@ -55,6 +57,10 @@ def train(config: TrainConfig, resolved: str) -> None:
     dtype = "bfloat16" if config.dtype == "auto" and on_gpu else config.dtype
     model, tokenizer = load_model(config.model, config.revision, dtype, "cpu", config.attn)
     attach(model)
+    adapter = None
+    if (lora := config.lora) is not None:
+        adapter = Adapter(lora.rank, lora.alpha, lora.targets)
+        adapters.add(model, adapter)
     text = model.config.get_text_config(decoder=True)
     data = Data(config, tokenizer, getattr(text, "max_position_embeddings", None))
     assert config.policy is not None
@@ -66,9 +72,11 @@ def train(config: TrainConfig, resolved: str) -> None:
         )
     spec = sized(config.policy.spec(), description["shapes"])
     policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
+    policy.adapter = adapter
     module = Distillation(
         model,
         policy,
+        lora_lr=lora.lr if lora is not None else 0.0,
         steps=config.trainer["max_steps"],
         keep=config.keep,
         keep_range=config.keep_range,
@@ -213,6 +221,8 @@ def _finish(trainer: L.Trainer, module: Distillation, model: Mapping[str, Any], 
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if math.isfinite(float(value))}
     if not trainer.is_global_zero:
         return
+    if module.policy.adapter is not None:
+        module.policy.adapter = adapters.held(module.model, module.policy.adapter)
     folder = save_policy(
         module.policy,
         output / "policy",

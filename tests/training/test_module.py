@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from learnkv import adapters
+from learnkv.adapters import Adapter
 from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.errors import RunError, UserError
 from learnkv.generation import continuation, prefill, score_prompt
@@ -183,6 +185,27 @@ def test_scores_of_a_slower_scorer_are_what_regression_learns(model):
     assert module.training_step(one, 0).item() == pytest.approx(apart.mean().item(), rel=1e-5)
 
 
+def test_an_adapter_starts_as_nothing_and_trains_beside_the_policy(folder):
+    model, policy = load_model(str(folder))[0], learned()
+    before = [distillation(model, policy).training_step(batch(number), 0) for number in range(2)]
+    policy.adapter = Adapter(2, 4.0, ("q_proj", "o_proj"))
+    adapters.add(model, policy.adapter)
+    module = distillation(model, policy, lr=0.0, budget_lr=0.0, lora_lr=2e-2)
+    assert [module.training_step(batch(number), 0) for number in range(2)] == before
+    optimizer = module.configure_optimizers()["optimizer"]
+    cache = prefill(model, batch().prompts, batch().prompt_mask)
+    teacher = module._logits(cache.fork(), batch()).detach()
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = torch.stack([module.training_step(batch(number), 0) for number in range(2)])
+        loss.mean().backward()
+        optimizer.step()
+    assert loss.mean() < 0.9 * torch.stack(before).mean()
+    assert torch.equal(module._logits(cache.fork(), batch()), teacher)  # the full cache is read by the bare model
+    trained = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    assert trained == [name for name, _ in model.named_parameters() if adapters.in_training(name)]
+
+
 def test_noise_changes_what_one_student_keeps(model):
     keys = {"keep": (), "keep_range": (0.1, 0.4), "students": 3, "draw": "sandwich"}
     losses = [distillation(model, learned(), exploration=one, **keys).training_step(batch(1), 0) for one in (0, 1, 1)]
@@ -218,4 +241,4 @@ def test_checkpoints_hold_the_policy_and_not_the_model(model):
     assert any(name.startswith("model.") for name in checkpoint["state_dict"])
     module.on_save_checkpoint(checkpoint)
     assert sorted(checkpoint["state_dict"]) == sorted(f"policy.{name}" for name in module.policy.state_dict())
-    assert checkpoint["learnkv"] == {"format_version": 1, "budgets": None}
+    assert checkpoint["learnkv"] == {"format_version": 1, "budgets": None, "adapter": None}

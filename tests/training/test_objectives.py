@@ -185,6 +185,9 @@ def test_a_yaml_names_an_objective(name, tmp_path):
     assert yaml.safe_load(resolved)["objective"]["class_path"].endswith(name)
 
 
+HERE = "learnkv.training.objectives"
+
+
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
@@ -192,6 +195,12 @@ def test_a_yaml_names_an_objective(name, tmp_path):
         (["exploration=-1"], "exploration=-1"),
         (["draw=sandwich", "students=1"], "students=1"),
         (["draw=sandwitch"], "draw=sandwitch"),
+        (
+            [f"objective.class_path={HERE}.ScoreRegression", f"objective.init_args.target={KVZIP}", "lora.rank=2"],
+            "learns",
+        ),
+        ([f"objective.class_path={HERE}.ForwardKL", "objective.init_args.temperature=0"], "temperature=0: expected"),
+        ([f"objective.class_path={HERE}.Forward"], "objective"),
     ],
 )
 def test_draws_that_cannot_be_are_refused(typed, told):

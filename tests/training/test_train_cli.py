@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import learnkv.eval
 import learnkv.export
 from learnkv.io import load_policy
 from learnkv.train import main, sized
@@ -45,6 +46,7 @@ draw: sandwich
 students: 3
 temperature: [0.5, 0.2]
 exploration: 1.0
+lora: {rank: 2, targets: [q_proj, o_proj, down_proj], lr: 0.01}
 """
 
 
@@ -131,6 +133,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, objective, tmp_path, m
     assert tables[0] == tables[1]
 
 
+def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(words, folder, tmp_path):
+    run = tmp_path / "run"
+    assert main([*words, "lora.rank=2", "lora.lr=0.02", "trainer.max_steps=3"]) == 0
+    file = run / "checkpoints" / "last.ckpt"
+    names = torch.load(file, weights_only=True)["state_dict"].keys()
+    assert {name.split(".")[0] for name in names} == {"policy", "model"}
+    assert sum(name.startswith("model.") for name in names) == 2 * 2 * 2  # layers, targets, matrices
+    assert all("lora_" in name for name in names if name.startswith("model."))
+    of_run, of_checkpoint = load_policy(run), load_policy(file)
+    assert_same(dict(of_run.adapter.state), dict(of_checkpoint.adapter.state))
+    assert all(held.abs().max() > 0 for held in of_run.adapter.state.values())
+    assert learnkv.export.main([f"ckpt={file}", f"out={tmp_path / 'out'}"]) == 0
+    assert_same(dict(load_policy(tmp_path / "out").adapter.state), dict(of_run.adapter.state))
+
+    typed = [f"model={folder}", "tasks=text", f"text={words[2].removeprefix('text=')}", "lengths=60", "samples=4"]
+    typed += ["keep=0.3", f"output={tmp_path / 'eval'}"]
+    assert learnkv.eval.main([f"ckpt={run}", *typed]) == 0
+    with_adapter = json.loads((tmp_path / "eval" / "results.json").read_text())["rows"]
+    manifest = run / "policy" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"adapter": true', '"adapter": false'))
+    assert learnkv.eval.main([f"ckpt={run}", *typed]) == 0
+    without = json.loads((tmp_path / "eval" / "results.json").read_text())["rows"]
+    assert [row["policy"] for row in without] == [row["policy"] for row in with_adapter]
+    assert without[0]["score"] == with_adapter[0]["score"]  # the full cache
+    assert without[1]["kl"] != with_adapter[1]["kl"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["kl", "all"])
 def test_two_processes_equal_one_with_accumulation(words, objective, tmp_path):
@@ -160,9 +189,13 @@ def test_two_processes_equal_one_with_accumulation(words, objective, tmp_path):
         ("trainer.max_steps=0", "trainer.max_steps=0"),
         ("trainer.max_stepz=3", "did you mean trainer.max_steps"),
         ("policy.scorer.class_path=learnkv.scorers.Snap", "policy.scorer"),
+        ("policy.init_args.sinks=-1", "sinks=-1"),
         ("policy=null", "policy"),
         ("mixture.text=-1", "mixture"),
         ("config=nothing", "config=nothing"),
+        ("lora.rank=0", "rank=0"),
+        ("lora.targets=no_such", "targets=no_such do not fit"),
+        ("hold_out=nothing", "hold_out=nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):

@@ -47,7 +47,8 @@ def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget
     jobs = [Job(FULL, None, Budget(keep=1.0), f"{base}{FULL}")]
     for name, policy in policies.items():
         weights = b"".join(held.cpu().numpy().tobytes() for held in policy.state_dict().values())
-        digest = hashlib.sha256(json.dumps(policy.spec(), sort_keys=True).encode() + weights).hexdigest()
+        beside = policy.adapter.name.encode() if policy.adapter is not None else b""
+        digest = hashlib.sha256(json.dumps(policy.spec(), sort_keys=True).encode() + weights + beside).hexdigest()
         jobs += [Job(name, policy, budget, f"{base}{digest}{budget}") for budget in budgets]
     return jobs
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
+from learnkv.data.retrieval import held_out_kinds
 from learnkv.errors import UserError
 from learnkv.policy import TEMPERATURE, Policy
 from learnkv.training.draws import Draw
@@ -30,6 +31,23 @@ class Mixture:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A LoRA adapter trained beside the policy; it acts on what is read after compression, and on nothing else.
+
+    Args:
+        rank: of the correction of every matrix.
+        alpha: the correction is multiplied by alpha / rank.
+        targets: names of the linear modules that are corrected.
+        lr: its peak learning rate.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q_proj", "o_proj")
+    lr: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Wandb:
     """What Weights & Biases is told.
 
@@ -52,6 +70,7 @@ class TrainConfig:
 
     Args:
         policy: what is trained; sizes of the model are filled in.
+        lora: an adapter to be trained beside it; null for none.
         model: hub id, folder, or `reference`.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
@@ -95,6 +114,7 @@ class TrainConfig:
     """
 
     policy: Policy | None = None
+    lora: Lora | None = None
     model: str = "reference"
     revision: str | None = None
     dtype: str = "auto"
@@ -166,6 +186,14 @@ class TrainConfig:
             raise UserError(f"mixture={weights}: expected weights of 0 or more, one of them above 0")
         if self.trainer and self.trainer["max_steps"] < 1:
             raise UserError(f"trainer.max_steps={self.trainer['max_steps']}: expected the number of steps, at least 1")
+        held_out_kinds(self.hold_out)
+        if (lora := self.lora) is not None and (min(lora.rank, lora.alpha, lora.lr) <= 0 or not lora.targets):
+            raise UserError(
+                f"lora.rank={lora.rank} lora.alpha={lora.alpha:g} lora.lr={lora.lr:g} "
+                f"lora.targets={','.join(lora.targets)}: expected more than 0 of each, and at least one target"
+            )
+        if lora is not None and self.objective is not None and not self.objective.reads:
+            raise UserError(f"lora: learns nothing from {type(self.objective).__name__}, which reads no continuation")
         if self.policy is None:
             raise UserError(
                 "policy: expected a policy with something to train; config=text and config=quickstart have one"

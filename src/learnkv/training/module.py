@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from learnkv import adapters
 from learnkv.cache import CompressedCache
 from learnkv.errors import RunError, UserError
 from learnkv.generation import continuation, continuation_states, prefill
@@ -51,6 +52,7 @@ class Distillation(L.LightningModule):
         exploration: scale of Gumbel noise on the scores of one student, in temperatures; 0: none.
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
+        lora_lr: peak learning rate of the adapter that `policy` names and the model has.
         seed: of everything drawn here.
         answers: folder where the model's own answers are kept; None: they are given anew each time.
         description: plain values that belong into a checkpoint beside the weights.
@@ -74,6 +76,7 @@ class Distillation(L.LightningModule):
         exploration: float = 0.0,
         lr: float = 5e-3,
         budget_lr: float = 0.1,
+        lora_lr: float = 1e-3,
         seed: int = 0,
         answers: Path | None = None,
         description: Mapping[str, Any] | None = None,
@@ -86,13 +89,16 @@ class Distillation(L.LightningModule):
         self.objective = objective or ForwardKL()
         self.keep, self.keep_range, self.draw = tuple(keep), keep_range, draw
         self.temperature, self.exploration = temperature, exploration
-        self.lr, self.budget_lr, self.seed = lr, budget_lr, seed
+        self.lr, self.budget_lr, self.lora_lr, self.seed = lr, budget_lr, lora_lr, seed
         self.answers = Answers(answers, seed)
         self.description = dict(description or {})
         self.measured: list[Tensor] = []
         self.budgets: dict[float, list[list[float]]] | None = None
         self.local = Policy(StreamingLLM(), sinks=policy.sinks, recent=policy.recent)
-        if not any(p.requires_grad for p in policy.parameters()):
+        self.adapted = [] if policy.adapter is None else list(adapters.weights(model, policy.adapter).values())
+        for weight in self.adapted:
+            weight.requires_grad_(True)
+        if not self.adapted and not any(p.requires_grad for p in policy.parameters()):
             raise UserError("policy: has nothing to train; name a learned scorer or allocator")
 
     def train(self, mode: bool = True) -> "Distillation":
@@ -216,6 +222,7 @@ class Distillation(L.LightningModule):
         groups = [
             {"params": [p for name, p in named if name.endswith("logits")], "lr": self.budget_lr},
             {"params": [p for name, p in named if not name.endswith("logits")], "lr": self.lr},
+            {"params": self.adapted, "lr": self.lora_lr},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -227,8 +234,11 @@ class Distillation(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if name.startswith("policy.")}
-        checkpoint["learnkv"] = {**self.description, "budgets": self.budgets}
+        checkpoint["state_dict"] = {
+            name: value for name, value in state.items() if name.startswith("policy.") or adapters.in_training(name)
+        }
+        beside = None if self.policy.adapter is None else adapters.told(self.policy.adapter)
+        checkpoint["learnkv"] = {**self.description, "budgets": self.budgets, "adapter": beside}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.budgets = checkpoint["learnkv"]["budgets"]
