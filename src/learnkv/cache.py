@@ -40,10 +40,8 @@ class CompressedCache(Cache):
         self.pending: tuple[Tensor, Tensor] | None = None
         self.budgets: Tensor | None = None
         self.covered: list[int] = []
-        self.renewal: Renewal | None = None
-        """How the cache stays within its budget while tokens are added; None: it grows."""
-        self.probed: dict[Probe, list[int]] = {}
-        """Tokens of each row that were read in extra passes."""
+        self.renewal: Renewal | None = None  # how it stays within its budget while tokens are added; None: it grows
+        self.probed: dict[Probe, list[int]] = {}  # tokens of each row that were read in extra passes
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
         self.steps: object = None
         """Decode steps of the last turn, captured as a graph, for as long as rows and tails stay where they are."""
