@@ -35,7 +35,7 @@ class Distillation(L.LightningModule):
     """Trains `policy` so that the frozen model says after compression what it says with the full cache.
 
     A batch is read once, without gradients. Every student is a fork of that prompt in which attention computes the
-    deployed result; gradients pass through the tokens of the continuation to the gates of kept and evicted entries.
+    deployed result; gradients pass through the tokens of the continuation to the masks of kept and evicted entries.
 
     Args:
         model: frozen causal language model.
