@@ -188,6 +188,25 @@ def test_rows_of_a_batch_continue_as_alone(name, every, lengths):
     assert together.next_positions().tolist() == [at - one for at, one in zip(positions, unread, strict=True)]
 
 
+def test_padding_within_the_tail_is_no_distance():
+    """Neighbours that are pooled are the tokens next to each other, whatever stands between them in a batch."""
+    model, policy = attached("llama"), Policy(SnapKV(window=4, kernel_size=7), sinks=0, recent=0, every=100)
+    prompts = [tokens(1, length, seed=3)[0] for length in (50, 31, 44)]
+    questions = [tokens(1, length, seed=4)[0] for length in (19, 5, 12)]
+    more = tokens(3, 6, seed=5)
+    together = prefill(model, *padded(prompts), policy=policy, keep=0.4)
+    ids, mask = padded(questions, "right")
+    continuation(model, ids, together, mask)
+    continuation(model, more, together)
+    together.renewal.renew(together)
+    for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
+        alone = prefill(model, prompt[None], policy=policy, keep=0.4)
+        continuation(model, question[None], alone)
+        continuation(model, more[row : row + 1], alone)
+        alone.renewal.renew(alone)
+        assert kept_of(together, row) == kept_of(alone, 0)
+
+
 def test_a_fork_is_not_touched_and_rows_may_be_repeated():
     model, policy = attached("llama"), renewing("h2o", every=4)
     cache = prefill(model, tokens(2, 40), policy=policy, keep=0.3)
