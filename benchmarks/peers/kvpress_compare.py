@@ -51,7 +51,7 @@ class Side:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    asked = arguments(argv)
+    asked, commit = arguments(argv), revision()
     torch.set_num_threads(1)
     model, tokenizer = load_model("reference", dtype="float32", device="cpu")
     attach(model)
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         steps = timed(folder / "long", request["long"])
     report = {
         "command": f"python -m {NAME} --python PATH --samples {asked.samples} --long {asked.long}",
-        "commit": revision(),
+        "commit": commit,
         "versions": theirs["versions"],
         "prompts": len(prompts),
         "rows": rows,
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     asked.out.mkdir(parents=True, exist_ok=True)
     (asked.out / "kvpress.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (asked.out / "kvpress.md").write_text("\n".join(page(report)) + "\n", encoding="utf-8")
+    (asked.out / "kvpress.md").write_text("\n".join(page(report)).rstrip() + "\n", encoding="utf-8")
     print(asked.out / "kvpress.md")
 
 
@@ -186,7 +186,8 @@ def differing(mine: np.ndarray, theirs: np.ndarray, scores: np.ndarray) -> Row:
     the last places of a head are closer than rounding."""
     other = mine != theirs
     least = np.where(mine, scores, np.inf).min(-1, keepdims=True)
-    tied = np.abs(scores - least) <= TIE * np.abs(least)
+    with np.errstate(invalid="ignore"):  # protected entries are above all others, and tied with nothing
+        tied = np.abs(scores - least) <= TIE * np.abs(least)
     return {
         "differ": int((other & theirs).sum()),
         "untied": int((other & theirs & ~tied).sum()),

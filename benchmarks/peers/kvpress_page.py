@@ -28,8 +28,8 @@ def page(report: Row) -> Iterator[str]:
     yield ""
     yield from _text(
         f"""In {len(same)} of {len(rows)} rows all kept sets are equal. Of the entries that differ elsewhere, {untied}
-        are not tied: ties are scores that differ by less than rounding in another order does, as those of a token that
-        occurs several times."""
+        are not tied: a tie is a score within a hundred-thousandth of the last one that its head keeps, which rounding
+        in another order decides (a token that occurs several times has keys of one norm in the first layer)."""
     )
     yield from _table(
         "method, kept, equal, differ, not tied, KL theirs, KL ours, score theirs, score ours, held theirs, held ours",
