@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from learnkv.config import parse
+from learnkv.config import CONFIGS, parse
 from learnkv.errors import UserError
 from learnkv.ops.normal_scores import normal_scores
 from learnkv.plan import Plan
@@ -183,6 +183,16 @@ def test_a_yaml_names_an_objective(name, tmp_path):
     else:
         assert made == arguments
     assert yaml.safe_load(resolved)["objective"]["class_path"].endswith(name)
+
+
+YAMLS = {path.stem for path in (CONFIGS / "train").glob("*.yaml")} - {"reference"}  # that one trains the model itself
+
+
+@pytest.mark.parametrize("name", sorted(YAMLS))
+def test_every_yaml_for_training_is_read(name):
+    config, _ = parse(TrainConfig, [f"config={name}"], "train")
+    assert any(True for _ in config.policy.parameters())
+    assert config.trainer["max_steps"] > 0
 
 
 HERE = "learnkv.training.objectives"

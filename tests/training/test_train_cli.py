@@ -20,7 +20,8 @@ from learnkv.training.module import Distillation
 
 
 def weights(path) -> dict[str, torch.Tensor]:
-    return load_policy(path).state_dict()
+    policy = load_policy(path)
+    return {**policy.state_dict(), **(policy.adapter.state if policy.adapter is not None else {})}
 
 
 def assert_same(one, other, **tolerance) -> None:
