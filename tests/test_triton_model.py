@@ -28,12 +28,12 @@ PAGES = {
 STEPS = 6
 
 
-def run(impl: Impl, policy: Policy) -> tuple[list[list[int]], torch.Tensor]:
+def run(impl: Impl, policy: Policy, steps: int = STEPS) -> tuple[list[list[int]], torch.Tensor]:
     model = attach(build("mistral").to(DEVICE))
     prompt, question = tokens(2, 60).to(DEVICE), tokens(2, 3, seed=1).to(DEVICE)
     with using(impl):
         cache = prefill(model, prompt, policy=policy, keep=0.3)
-        said = generate(model, question, cache, max_new_tokens=STEPS, graph=False)
+        said = generate(model, question, cache, max_new_tokens=steps, graph=False)
     if cache.budgets is None:
         return said.tolist(), torch.tensor(cache.read)
     kept = [cache.kept_positions(*at).tolist() for at in [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]]
@@ -70,15 +70,16 @@ def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch):
 
 def test_the_same_tokens_from_chosen_pages(monkeypatch):
     launched, policy = counted(monkeypatch, PAGES), Policy(None, pages=Quest(page_size=4, dense_layers=0))
-    want, read = run("reference", policy)
+    steps = 4
+    want, read = run("reference", policy, steps)
     assert not launched
-    got, same = run("triton", policy)
-    assert got == want != run("reference", load_policy("full"))[0]
+    got, same = run("triton", policy, steps)
+    assert got == want != run("reference", load_policy("full"), steps)[0]
     assert torch.equal(read, same) and read.max() < 0.3
     layers = 2
-    assert launched["_enclose"] == layers * STEPS  # the prompt, then every token but the last and those of the question
-    assert launched["_score"] == launched["_list_slots"] == layers * (STEPS - 1)
-    assert launched["_attend"] == layers * STEPS
+    assert launched["_enclose"] == layers * steps  # the prompt, then every token but the last and those of the question
+    assert launched["_score"] == launched["_list_slots"] == layers * (steps - 1)
+    assert launched["_attend"] == layers * steps
 
 
 def test_the_same_gradients_and_every_kernel_of_training_was_launched(monkeypatch):

@@ -51,11 +51,10 @@ def spills(row: Row) -> bool:
 def test_sm_80():
     words = (
         "decode d128 g7",
-        "decode d64",
-        "paged",
+        "by query head",
         "pages",
         "select",
-        "gather",
+        "rotated",
         "window d128",
         "gated d128",
         "gradient d64",
