@@ -238,24 +238,3 @@ def test_a_turn_that_fails_leaves_a_cache_that_goes_on(captured):
     cache.crop(5 - cache.tail_length)
     fresh.pending = None
     assert torch.equal(*(generate(model, question, one, max_new_tokens=4) for one in (cache, fresh)))
-
-
-@pytest.mark.gpu
-@WAYS
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_a_graph_says_what_eager_steps_say(family, way):
-    device = torch.device("cuda")
-    model = attach(build(family).to(device))
-    prompts, mask = (one.to(device) for one in padded([tokens(1, 300)[0], tokens(1, 130)[0]]))
-    policy = policy_for("adakv", model)
-    cache = policy.compress(prefill(model, prompts, mask), keep=0.3)
-    caches = [cache.fork(), cache.fork()]
-    for turn, lengths in enumerate([(9, 9), (5, 2)]):
-        question, seen = (one.to(device) for one in padded([tokens(1, n, seed=turn)[0] for n in lengths], "right"))
-        said = [
-            generate(model, question, one, seen, max_new_tokens=40, graph=graph, **way)
-            for one, graph in zip(caches, (True, False), strict=True)
-        ]
-        assert torch.equal(*said)
-        assert caches[0].steps.replay is not None
-    assert_left_alike(*caches)

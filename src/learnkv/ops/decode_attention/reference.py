@@ -13,7 +13,7 @@ from torch import Tensor
 from learnkv.ops.device import upload
 from learnkv.ops.tail_slots import tail_slots
 
-_WORTH_A_CALL = 4096
+_WORTH_A_CALL = 8192
 """Elements of keys; reading fewer takes less time than the calls for it (some 30 us on a CPU)."""
 
 
