@@ -150,6 +150,7 @@ def test_noise_makes_a_sample_by_scores_and_leaves_the_protected_alone():
     assert torch.equal(found[..., 0], scores[..., 0])
     assert torch.equal(found, explored(planned(scores, budget=2), 0.5, seed=1).scores)
     assert not torch.equal(found, explored(planned(scores, budget=2), 0.5, seed=2).scores)
+    assert ((found - scores)[..., 1:4].mean() / 0.5).item() == pytest.approx(0.5772, abs=0.03)  # Euler's constant
     first = found[..., 1:4].argmax(-1).flatten().bincount() / 4000
     torch.testing.assert_close(first, torch.tensor([4.0, 2.0, 0.0]).softmax(-1), atol=0.02, rtol=0)
     found[..., 1:4].sum().backward()
