@@ -9,6 +9,7 @@
 #   SHA=abc1234     the commit, in a copy without history
 #   PYTHON=python3  interpreter
 #   DEADLINE=530    seconds for everything
+#   PART_LIMIT=N    seconds for a part at most, where its own limit is longer
 #   DRY_RUN=1       tiny shapes on the CPU, to try it out; RESULTS is then PARTS unless it is given
 #   KVPRESS_PYTHON  interpreter of an environment with kvpress, measured too where it is given
 set -uo pipefail
@@ -17,6 +18,7 @@ cd "$(dirname "$0")/.."
 DRY_RUN=${DRY_RUN:-}
 PYTHON=${PYTHON:-python3}
 DEADLINE=${DEADLINE:-530}
+PART_LIMIT=${PART_LIMIT:-$DEADLINE}
 PARTS=${PARTS:-$(mktemp -d)}
 RESULTS=${RESULTS:-${DRY_RUN:+$PARTS/merged}}
 RESULTS=${RESULTS:-benchmarks/results}
@@ -34,6 +36,7 @@ fi
 # part NAME LIMIT COMMAND...: at most LIMIT seconds, or what is left; it is told to begin nothing new ten before.
 part() {
     local name=$1 limit=$2 left=$((DEADLINE - SECONDS)) begin=$SECONDS
+    if ((limit > PART_LIMIT)); then limit=$PART_LIMIT; fi
     shift 2
     if ((left < 5)); then
         echo "== $name: no time left"
@@ -55,6 +58,7 @@ part() {
 # script NAME LIMIT [OPTION...]: `python -m benchmarks.NAME`
 script() {
     local name=$1 limit=$2 left=$((DEADLINE - SECONDS))
+    if ((limit > PART_LIMIT)); then limit=$PART_LIMIT; fi
     shift 2
     if ((limit > left)); then limit=$left; fi
     local file=$name

@@ -198,14 +198,16 @@ if name == "prefill":
 """
     )
     fake.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(fake), "PARTS": str(tmp_path / "parts"), "DRY_RUN": "1", "DEADLINE": "8"}
+    environment = os.environ | {"PYTHON": str(fake), "PARTS": str(tmp_path / "parts"), "DRY_RUN": "1"}
+    environment |= {"PART_LIMIT": "5"}  # what hangs is waited for, what does not has time on a busy machine too
     ran = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "run_gpu.sh")], env=environment, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
     (merged,) = (tmp_path / "parts" / "merged").iterdir()
     document = json.loads(merged.read_text())
-    assert set(document["environment"]["parts"]) >= {"ceilings", "kernels-only-decode", "decode"}
+    left_a_file = {"ceilings", "kernels-only-decode", "decode", "prefill", "train_step"}
+    assert set(document["environment"]["parts"]) >= left_a_file
     assert "decode: status 124" in ran.stdout
     assert any(line.startswith("decode 124 ") for line in document["environment"]["status"])
 
