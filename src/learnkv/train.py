@@ -88,6 +88,8 @@ def train(config: TrainConfig, resolved: str) -> None:
         exploration=config.exploration,
         lr=config.lr,
         budget_lr=config.budget_lr,
+        chunk_size=config.chunk_size,
+        checkpointing=config.checkpointing,
         seed=config.seed,
         answers=Path(config.answers).expanduser() if config.answers else output / "answers",
         description={"format_version": FORMAT_VERSION, "policy": spec, "model": description, "training": training},

@@ -185,6 +185,7 @@ def test_two_processes_equal_one_with_accumulation(words, objective, tmp_path):
         ("keep=0.1,1.5", "keep=1.5"),
         ("lengths=300,400", "context of 256"),
         ("lengths=90,60", "lengths=90,60"),
+        ("chunk_size=0", "chunk_size=0"),
         ("text=/no/such/file.txt", "no such file"),
         ("model=/no/such/folder", "model=/no/such/folder"),
         ("trainer.max_steps=0", "trainer.max_steps=0"),

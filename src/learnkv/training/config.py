@@ -86,6 +86,9 @@ class TrainConfig:
         answers: folder where the model's own answers are kept; below `output` if not given. Runs may share it.
         lengths: shortest and longest context in tokens, log-uniform between them; 512,1024 if not given, or the upper
             half of what a model of a shorter context can read.
+        chunk_size: tokens of a context that are read at once, for less memory; all if not given.
+        checkpointing: compute the activations of continuations and of the scorer again for the gradient instead of
+            holding them: less memory, a third more time.
         continuations: questions or spans of one context.
         continuation_tokens: tokens of a text continuation, and at most of a span.
         query_aware: fraction of the batches whose question is read before compression.
@@ -128,6 +131,8 @@ class TrainConfig:
     hold_out: tuple[str, ...] = ()
     answers: str | None = None
     lengths: tuple[int, int] | None = None
+    chunk_size: int | None = None
+    checkpointing: bool = False
     continuations: int = 4
     continuation_tokens: int = 64
     query_aware: float = 0.25
@@ -176,6 +181,8 @@ class TrainConfig:
         for key in ("continuations", "students", "batch_size", "save_every", "lr", "budget_lr"):
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: expected more than 0")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise UserError(f"chunk_size={self.chunk_size}: expected at least 1 token")
         if self.continuation_tokens < 2:
             raise UserError(f"continuation_tokens={self.continuation_tokens}: expected at least 2")
         for key in ("validation_batches", "validate_every", "workers"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from learnkv.training.draws import Draw
 from learnkv.training.exploration import explored
 from learnkv.training.losses import Weighting, context_weights, forward_kl
 from learnkv.training.objectives import Comparison, ForwardKL, Objective, Said
+from learnkv.training.recomputation import recomputed
 
 VALIDATION_KEEPS = (0.5, 0.25, 0.1, 0.05)
 
@@ -53,6 +55,8 @@ class Distillation(L.LightningModule):
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
         lora_lr: peak learning rate of the adapter that `policy` names and the model has.
+        chunk_size: tokens of a prompt that are read at once; None: all.
+        checkpointing: compute activations of a student again for its gradient instead of holding them.
         seed: of everything drawn here.
         answers: folder where the model's own answers are kept; None: they are given anew each time.
         description: plain values that belong into a checkpoint beside the weights.
@@ -77,6 +81,8 @@ class Distillation(L.LightningModule):
         lr: float = 5e-3,
         budget_lr: float = 0.1,
         lora_lr: float = 1e-3,
+        chunk_size: int | None = None,
+        checkpointing: bool = False,
         seed: int = 0,
         answers: Path | None = None,
         description: Mapping[str, Any] | None = None,
@@ -90,6 +96,7 @@ class Distillation(L.LightningModule):
         self.keep, self.keep_range, self.draw = tuple(keep), keep_range, draw
         self.temperature, self.exploration = temperature, exploration
         self.lr, self.budget_lr, self.lora_lr, self.seed = lr, budget_lr, lora_lr, seed
+        self.chunk_size, self.checkpointing = chunk_size, checkpointing
         self.answers = Answers(answers, seed)
         self.description = dict(description or {})
         self.measured: list[Tensor] = []
@@ -98,7 +105,8 @@ class Distillation(L.LightningModule):
         self.adapted = [] if policy.adapter is None else list(adapters.weights(model, policy.adapter).values())
         for weight in self.adapted:
             weight.requires_grad_(True)
-        if not self.adapted and not any(p.requires_grad for p in policy.parameters()):
+        self.trained = [*(one for one in policy.parameters() if one.requires_grad), *self.adapted]
+        if not self.trained:
             raise UserError("policy: has nothing to train; name a learned scorer or allocator")
 
     def train(self, mode: bool = True) -> "Distillation":
@@ -129,7 +137,7 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.objective
         imitated = [Policy(target) for target in objective.targets]
-        cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy, *imitated])
+        cache = self._read(batch, [self.policy, *imitated])
         batch = self.answers.complete(self.model, batch, cache)
         seen = Comparison(len(batch.prompts), targets={one: scores_of(cache, one) for one in objective.targets})
         if objective.reads:
@@ -139,11 +147,12 @@ class Distillation(L.LightningModule):
             seen = replace(seen, sample=sample, weights=weights)
         losses, spent = [], []
         for at, keep in enumerate(self.keeps(batch.number)):
-            plan = self._plan(cache, keep, batch.number, exploring=at == self.students // 2)
-            if objective.reads:
-                student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.width)
-                spent.append(sum(student.spent) / len(student.spent) / keep)
-                seen = replace(seen, both=(teacher, self._said(student, batch)))
+            with recomputed(self.model, self.policy.scorer) if self.checkpointing else nullcontext():
+                plan = self._plan(cache, keep, batch.number, exploring=at == self.students // 2)
+                if objective.reads:
+                    student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.width)
+                    spent.append(sum(student.spent) / len(student.spent) / keep)
+                    seen = replace(seen, both=(teacher, self._said(student, batch)))
             losses.append(objective(replace(seen, plan=plan)).mean())
         loss = torch.stack(losses).mean()
         if not torch.isfinite(loss):
@@ -151,10 +160,15 @@ class Distillation(L.LightningModule):
                 f"the loss of step {self.global_step} is {loss.item()}: the model's or policy's output is not finite"
             )
         self.log(f"train/{objective.name}", loss.detach(), on_step=True, on_epoch=False)
-        if not objective.reads:  # what it does not reach has a gradient, too: of 0
-            return loss + sum(0.0 * one.sum() for one in self.policy.parameters())
-        self.log("train/spent_over_asked", sum(spent) / len(spent), on_step=True, on_epoch=False)
-        return loss
+        if spent:
+            self.log("train/spent_over_asked", sum(spent) / len(spent), on_step=True, on_epoch=False)
+        # What this batch did not reach has a gradient of 0, too: other processes wait for it. A student that keeps
+        # everything reaches nothing.
+        return loss + sum(0.0 * one.sum() for one in self.trained)
+
+    def _read(self, batch: Batch, policies: Sequence[Policy]) -> CompressedCache:
+        """The prompts, with what these policies read beside keys and values."""
+        return prefill(self.model, batch.prompts, batch.prompt_mask, chunk_size=self.chunk_size, policies=policies)
 
     def _plan(self, cache: CompressedCache, keep: float, number: int, exploring: bool) -> Plan | None:
         """What a student keeps; None where that is everything and nobody asks."""
@@ -199,7 +213,7 @@ class Distillation(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """KL of the deployed policy, and of the heuristic it starts from, at fixed kept fractions."""
-        cache = prefill(self.model, batch.prompts, batch.prompt_mask, policies=[self.policy])
+        cache = self._read(batch, [self.policy])
         batch = self.answers.complete(self.model, batch, cache)
         teacher = self._logits(cache.fork(), batch)
         for name, policy in {"learned": self.policy, "heuristic": heuristic_of(self.policy)}.items():

@@ -1,0 +1,158 @@
+"""What a step costs may be arranged otherwise, and its loss and gradients stay what they are."""
+
+from contextlib import contextmanager
+
+import lightning as L
+import pytest
+import torch
+from test_module import batch, distillation, learned
+
+from learnkv import adapters
+from learnkv.adapters import Adapter
+from learnkv.models import load_model
+from learnkv.training.data import Batch
+from learnkv.training.objectives import ForwardKL, HiddenMSE, ReverseKL, WeightedSum
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(str(folder))[0]
+
+
+def moved(number: int = 0):
+    """A policy that is not the heuristic any more."""
+    policy = learned()
+    for parameter in policy.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return policy
+
+
+def gradients(module, *batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Mean loss of some batches, and its gradients."""
+    losses = [module.training_step(one, 0) for one in batches]
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    found = [one.grad.clone() for one in module.trained]
+    for one in module.trained:
+        one.grad = None
+    return loss.detach(), found
+
+
+def halves(one: Batch) -> list[Batch]:
+    """Its prompts in two batches of the same number."""
+    return [Batch(one.number, *(held.chunk(2)[row] for held in one[1:6])) for row in range(2)]
+
+
+@contextmanager
+def saved_bytes():
+    """Bytes of the distinct storages that graphs save within the block; parameters are not counted."""
+    seen, total = {}, [0]
+
+    def pack(held):
+        store = held.untyped_storage()
+        if not held.requires_grad or not held.is_leaf:
+            seen.setdefault(store.data_ptr(), (store.nbytes(), held))  # kept alive, so that no address comes twice
+        total[0] = sum(size for size, _ in seen.values())
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held):
+        yield total
+
+
+MANY = WeightedSum([ForwardKL(), ReverseKL(), HiddenMSE("all")], [1, 1, 0.5])
+
+
+@pytest.mark.parametrize("objective", [ForwardKL(), MANY])
+@pytest.mark.parametrize("arranged", [{"chunk_size": 13}, {"checkpointing": True}])
+def test_loss_and_gradients_are_the_same(model, arranged, objective):
+    keys = {"keep": (0.2, 1.0), "students": 2, "draw": "sandwich", "weights": "context", "objective": objective}
+    for number in range(2):
+        loss, grads = gradients(distillation(model, moved(), **keys), batch(number))
+        other, others = gradients(distillation(model, moved(), **keys, **arranged), batch(number))
+        torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-7)
+        for one, two in zip(grads, others, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-6)
+        assert max(one.abs().max() for one in grads) > 1e-3
+
+
+def test_checkpointing_computes_again_with_the_adapter_that_was_active(folder):
+    """The last student keeps everything and is read without the adapter; the gradient of the first needs it."""
+    model, found = load_model(str(folder))[0], []
+    adapter = Adapter(2, 4.0, ("q_proj", "down_proj"))
+    adapters.add(model, adapter)
+    for weight in adapters.weights(model, adapter).values():
+        weight.data += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    for checkpointing in (False, True):
+        policy = moved()
+        policy.adapter = adapter
+        keys = {"keep": (0.2, 1.0), "students": 2, "draw": "sandwich"}
+        found.append(gradients(distillation(model, policy, checkpointing=checkpointing, **keys), batch(1)))
+    for one, two in zip(*(grads for _, grads in found), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-6)
+    assert found[0][1][-1].abs().max() > 1e-4
+
+
+def test_checkpointing_holds_what_layers_and_scorer_read_and_not_what_they_computed(model):
+    def held(*, keep=(0.2,), **keys) -> int:
+        with saved_bytes() as total:
+            distillation(model, moved(), keep=keep, **keys).training_step(one, 0)
+        return total[0]
+
+    one = batch(1)
+    (rows, tokens), (prompts, slots) = one.continuations.shape, one.prompts.shape
+    layers, hidden, ffn, heads = 2, 32, 64, 2
+    entries = layers * prompts * heads * slots * 4  # bytes of one number per entry
+    network = entries * (19 + 3 * 4)  # what the scorer's network reads and what its activation saves
+    activations = layers * rows * tokens * 4 * (6 * hidden + 3 * ffn)
+    logits = int(one.counted.sum()) * model.config.vocab_size * 4
+    with_it, without = held(checkpointing=True), held()
+    assert without > with_it + network + activations
+    assert with_it < layers * rows * tokens * hidden * 4 + 8 * entries + 3 * logits
+    assert held(checkpointing=True, students=2) - with_it < 1.1 * with_it
+
+
+def test_parts_of_a_batch_one_after_the_other_have_the_gradient_of_the_whole(model):
+    """What `trainer.accumulate_grad_batches` adds up, and what processes average."""
+    module = distillation(model, moved(), keep=(0.1, 0.4), students=2, weights="context", objective=MANY)
+    whole, parts = batch(1), halves(batch(1))
+    loss, grads = gradients(module, whole)
+    other, others = gradients(module, *parts)
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-7)
+    for one, two in zip(grads, others, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-6)
+
+
+def test_accumulated_batches_train_as_one_batch_does(model):
+    """Through the trainer: `accumulate_grad_batches=2` with a batch in halves, and the batch as it is."""
+    weights, quiet = [], {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for accumulate in (1, 2):
+        module = distillation(model, moved(), students=2, keep=(0.1, 0.4), steps=4)
+        batches = [part for number in (1, 2, 3) for part in ([batch(number)], halves(batch(number)))[accumulate - 1]]
+        trainer = L.Trainer(accelerator="cpu", max_steps=3, accumulate_grad_batches=accumulate, **quiet)
+        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        trainer.fit(module, loader)
+        weights.append([one.detach() for one in module.trained])
+    for one, two, start in zip(*weights, moved().parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+        assert (one - start).abs().max() > 0.01
+
+
+def test_a_student_that_keeps_everything_gives_every_parameter_a_gradient(model):
+    loss, grads = gradients(distillation(model, moved(), keep=(1.0,)), batch(1))
+    assert abs(loss) < 1e-6
+    assert all(torch.equal(one, torch.zeros_like(one)) for one in grads)
+
+
+def test_a_model_in_bfloat16_has_predictors_in_float32(folder, monkeypatch):
+    policy = moved()
+    exact, _ = gradients(distillation(load_model(str(folder))[0], policy, keep=(0.2,)), batch(1))
+    seen = []
+    plan = type(policy).plan
+    monkeypatch.setattr(type(policy), "plan", lambda *args, **keys: seen.append(plan(*args, **keys)) or seen[-1])
+    rough, grads = gradients(distillation(load_model(str(folder), dtype="bfloat16")[0], policy, keep=(0.2,)), batch(1))
+    assert {one.scores.dtype for one in seen} == {torch.float32}
+    assert {one.wanted.dtype for one in seen} <= {torch.float32, torch.float64}
+    assert {one.dtype for one in grads} == {torch.float32}
+    assert all(one.isfinite().all() for one in grads)
+    assert max(one.abs().max() for one in grads) > 1e-3
+    assert rough.item() == pytest.approx(exact.item(), rel=0.1)
