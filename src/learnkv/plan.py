@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from learnkv.ops.select import select
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,16 @@ class Plan:
     """[B] entries per head that every policy keeps: sinks and most recent."""
     total: int
     """Sum of `budgets`, known on the host from the budget alone."""
+
+    @property
+    def kept(self) -> Tensor:
+        """[L, B, H, S] True for the entries that are kept."""
+        kept = torch.zeros(self.scores.numel(), dtype=torch.bool, device=self.scores.device)
+        kept[select(self.scores.flatten(0, 2), self.budgets.flatten(), self.total)] = True
+        return kept.view(self.scores.shape)
+
+
+def changed(plan: Plan, other: Plan) -> Tensor:
+    """Fraction [B] of the entries kept by `plan` that `other`, of the same prompts and budget, does not keep."""
+    kept = plan.kept
+    return (kept & ~other.kept).sum((0, 2, 3)) / kept.sum((0, 2, 3))

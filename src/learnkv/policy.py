@@ -261,6 +261,7 @@ class Policy(Component):
         *,
         plan: Plan | None = None,
         temperature: float = TEMPERATURE,
+        soft: bool = False,
     ) -> CompressedCache:
         """A fork that attends to what `compress` would keep, and passes gradients on to the plan.
 
@@ -271,6 +272,7 @@ class Policy(Component):
             cache, keep, budget: as for `compress`.
             plan: what to keep where that has been planned already, for the same `keep` or `budget`.
             temperature: width of the soft top-k in units of normal scores.
+            soft: attend to every entry as much as the soft top-k keeps it instead: not what is deployed.
         """
         check_budget(keep, budget)
         if self.rerotate is not None:
@@ -281,10 +283,14 @@ class Policy(Component):
         if self.scorer is None or keep == 1:
             return cache.fork()
         plan = self.plan(cache, keep, budget) if plan is None else plan
-        soft = soft_topk(unit_scale(plan.scores), plan.wanted, temperature)
+        gates = soft_topk(unit_scale(plan.scores), plan.wanted, temperature).unbind()
         student = cache.fork()
-        layers, gates = student.compressed_layers(), soft.unbind()
+        layers = student.compressed_layers()
+        student.budgets, student.adapter = plan.budgets, self.adapter
+        if soft:
+            for layer, gate in zip(layers, gates, strict=True):
+                layer.gate(gate.to(layer.device))
+            return student
         for at, segment in compact(layers, plan.scores.detach(), plan.budgets, plan.total, None, None):
             layers[at].relax(segment, gates[at])
-        student.budgets, student.adapter = plan.budgets, self.adapter
         return student

@@ -234,6 +234,7 @@ def _finish(trainer: L.Trainer, module: Distillation, model: Mapping[str, Any], 
         metrics=metrics,
     )
     pictures.log_policy(trainer, folder)
+    pictures.draw(module, output)
     print(f"policy: {folder}\ncheckpoint: {output / 'checkpoints' / 'last.ckpt'}", file=sys.stderr)
 
 

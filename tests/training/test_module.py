@@ -241,4 +241,4 @@ def test_checkpoints_hold_the_policy_and_not_the_model(model):
     assert any(name.startswith("model.") for name in checkpoint["state_dict"])
     module.on_save_checkpoint(checkpoint)
     assert sorted(checkpoint["state_dict"]) == sorted(f"policy.{name}" for name in module.policy.state_dict())
-    assert checkpoint["learnkv"] == {"format_version": 1, "budgets": None, "adapter": None}
+    assert checkpoint["learnkv"] == {"format_version": 1, "budgets": None, "marginal": None, "adapter": None}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from learnkv import adapters
 from learnkv.cache import CompressedCache
 from learnkv.errors import RunError, UserError
 from learnkv.generation import continuation, continuation_states, prefill
-from learnkv.heuristic import heuristic_of
 from learnkv.io import GRID
 from learnkv.plan import Plan
 from learnkv.policy import TEMPERATURE, Policy
@@ -29,8 +28,7 @@ from learnkv.training.exploration import explored
 from learnkv.training.losses import Weighting, context_weights, forward_kl
 from learnkv.training.objectives import Comparison, ForwardKL, Objective, Said
 from learnkv.training.recomputation import recomputed
-
-VALIDATION_KEEPS = (0.5, 0.25, 0.1, 0.05)
+from learnkv.training.validation import VALIDATION_KEEPS, measure
 
 
 class Distillation(L.LightningModule):
@@ -61,7 +59,8 @@ class Distillation(L.LightningModule):
         answers: folder where the model's own answers are kept; None: they are given anew each time.
         description: plain values that belong into a checkpoint beside the weights.
 
-    `budgets` is the mean kept fraction [L][H] over the last validation's prompts at each fraction of the export's grid.
+    `budgets` is the mean kept fraction [L][H] over the last validation's prompts at each fraction of the export's grid,
+    `marginal` the mean value [L][H] of one more entry per head at each fraction that is validated.
     """
 
     def __init__(
@@ -100,7 +99,9 @@ class Distillation(L.LightningModule):
         self.answers = Answers(answers, seed)
         self.description = dict(description or {})
         self.measured: list[Tensor] = []
+        self.slopes: list[Tensor] = []
         self.budgets: dict[float, list[list[float]]] | None = None
+        self.marginal: dict[float, list[list[float]]] | None = None
         self.local = Policy(StreamingLLM(), sinks=policy.sinks, recent=policy.recent)
         self.adapted = [] if policy.adapter is None else list(adapters.weights(model, policy.adapter).values())
         for weight in self.adapted:
@@ -147,7 +148,7 @@ class Distillation(L.LightningModule):
             seen = replace(seen, sample=sample, weights=weights)
         losses, spent = [], []
         for at, keep in enumerate(self.keeps(batch.number)):
-            with recomputed(self.model, self.policy.scorer) if self.checkpointing else nullcontext():
+            with self._recomputing():
                 plan = self._plan(cache, keep, batch.number, exploring=at == self.students // 2)
                 if objective.reads:
                     student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.width)
@@ -169,6 +170,10 @@ class Distillation(L.LightningModule):
     def _read(self, batch: Batch, policies: Sequence[Policy]) -> CompressedCache:
         """The prompts, with what these policies read beside keys and values."""
         return prefill(self.model, batch.prompts, batch.prompt_mask, chunk_size=self.chunk_size, policies=policies)
+
+    def _recomputing(self) -> AbstractContextManager[None]:
+        """Within it, a student's activations are held or computed again, as `checkpointing` says."""
+        return recomputed(self.model, self.policy.scorer) if self.checkpointing else nullcontext()
 
     def _plan(self, cache: CompressedCache, keep: float, number: int, exploring: bool) -> Plan | None:
         """What a student keeps; None where that is everything and nobody asks."""
@@ -212,24 +217,40 @@ class Distillation(L.LightningModule):
             cache.batch_repeat_interleave(copies)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """KL of the deployed policy, and of the heuristic it starts from, at fixed kept fractions."""
+        """The deployed policy, its heuristic and its soft gates, at fixed kept fractions."""
         cache = self._read(batch, [self.policy])
         batch = self.answers.complete(self.model, batch, cache)
         teacher = self._logits(cache.fork(), batch)
-        for name, policy in {"learned": self.policy, "heuristic": heuristic_of(self.policy)}.items():
-            for keep in VALIDATION_KEEPS:
-                kl = forward_kl(teacher, self._logits(policy.compress(cache.fork(), keep=keep), batch)).mean()
-                self.log(f"val/{name}_kl@{keep:g}", kl, on_epoch=True, sync_dist=True, batch_size=len(batch.prompts))
+
+        def divergence(student: CompressedCache) -> Tensor:
+            return forward_kl(teacher, self._logits(student, batch)).mean()
+
+        slopes = []
+        for keep in VALIDATION_KEEPS:
+            with self._recomputing():
+                found = measure(self.policy, cache, keep, self.width, divergence)
+            named = {"learned_kl": found.learned, "heuristic_kl": found.heuristic, "soft_kl": found.soft}
+            for name, value in {**named, "gap": found.gap, "changed": found.changed}.items():
+                self.log(f"val/{name}@{keep:g}", value, on_epoch=True, sync_dist=True, batch_size=len(batch.prompts))
+            slopes.append(found.marginal)
+        self.slopes.append(torch.stack(slopes))
         lengths = torch.tensor(cache.prompt_lengths, device=teacher.device).view(1, -1, 1)
         shares = [(self.policy.plan(cache, keep=keep).budgets / lengths).mean(1) for keep in GRID]  # [L, H] each
         self.measured.append(torch.stack(shares))
 
     def on_validation_epoch_start(self) -> None:
         self.measured.clear()
+        self.slopes.clear()
 
     def on_validation_epoch_end(self) -> None:
-        mean = self.trainer.strategy.reduce(torch.stack(self.measured).mean(0), reduce_op="mean")
+        mean, marginal = (
+            self.trainer.strategy.reduce(torch.stack(found).mean(0), reduce_op="mean")
+            for found in (self.measured, self.slopes)
+        )
         self.budgets = dict(zip(GRID, mean.tolist(), strict=True))
+        self.marginal = dict(zip(VALIDATION_KEEPS, marginal.tolist(), strict=True))
+        for keep, table in zip(VALIDATION_KEEPS, marginal, strict=True):
+            self.log(f"val/marginal_spread@{keep:g}", table.std(), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
@@ -252,7 +273,8 @@ class Distillation(L.LightningModule):
             name: value for name, value in state.items() if name.startswith("policy.") or adapters.in_training(name)
         }
         beside = None if self.policy.adapter is None else adapters.told(self.policy.adapter)
-        checkpoint["learnkv"] = {**self.description, "budgets": self.budgets, "adapter": beside}
+        found = {"budgets": self.budgets, "marginal": self.marginal}
+        checkpoint["learnkv"] = {**self.description, **found, "adapter": beside}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.budgets = checkpoint["learnkv"]["budgets"]
+        self.budgets, self.marginal = (checkpoint["learnkv"][key] for key in ("budgets", "marginal"))

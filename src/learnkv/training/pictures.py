@@ -1,5 +1,7 @@
-"""What Weights & Biases is shown beside curves: budgets by layer and head, KL by kept fraction, the exported policy."""
+"""What curves do not show: budgets and marginal values by layer and head, what is lost and changed by kept fraction."""
 
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +10,25 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
-from learnkv.training.module import VALIDATION_KEEPS, Distillation
+from learnkv.training.module import Distillation
+from learnkv.training.validation import VALIDATION_KEEPS
+
+Table = Sequence[Sequence[float]]
+STUDENTS = {"heuristic": "heuristic", "learned": "deployed", "soft": "soft gates"}
 
 
 class WandbTables(Callback):
-    """After every validation: heat maps of the budgets, and a table of the KL of the policy and of its heuristic."""
+    """After every validation: heat maps of budgets and marginal values, tables of what is lost and changed."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distillation)
-        run, budgets = _run(trainer), pl_module.budgets
-        if run is None or budgets is None:
+        run, budgets, marginal = _run(trainer), pl_module.budgets, pl_module.marginal
+        if run is None or budgets is None or marginal is None:
             return
-        measured = trainer.callback_metrics
+        measured = {key: float(value) for key, value in trainer.callback_metrics.items()}
         rows = [
-            [name, keep, float(measured[f"val/{name}_kl@{keep:g}"])]
-            for name in ("heuristic", "learned")
+            [name, keep, measured[f"val/{name}_kl@{keep:g}"]]
+            for name in ("heuristic", "learned", "soft")
             for keep in VALIDATION_KEEPS
         ]
         shares = [
@@ -31,33 +37,94 @@ class WandbTables(Callback):
             for layer, heads in enumerate(table)
             for head, share in enumerate(heads)
         ]
+        kept = {f"budget heat map/keep {keep:g}": budget_map(table, keep) for keep, table in budgets.items()}
+        worth = {f"marginal value/keep {keep:g}": marginal_map(table, keep) for keep, table in marginal.items()}
         run.log(
             {
                 "pareto": wandb.Table(columns=["policy", "keep", "kl"], data=rows),
                 "budgets": wandb.Table(columns=["keep", "layer", "head", "kept"], data=shares),
-                **{f"budget heat map/keep {keep:g}": wandb.Image(heat_map(budgets[keep], keep)) for keep in budgets},
+                "validation": wandb.Image(by_keep(measured)),
+                **{name: wandb.Image(figure) for name, figure in (kept | worth).items()},
             }
         )
 
 
 def log_policy(trainer: Trainer, folder: Path) -> None:
-    """Attach an exported policy to the run as an artifact."""
+    """Attach an exported policy to the run as an artifact, and end the run: the next training gets its own."""
     run = _run(trainer)
     if run is not None:
         artifact = wandb.Artifact(f"policy-{run.id}", type="policy")
         artifact.add_dir(str(folder))
         run.log_artifact(artifact)
+        run.finish()
 
 
-def heat_map(shares: list[list[float]], keep: float) -> Figure:
-    """Kept fraction of every kv head: layers downwards, heads across."""
-    layers, heads = len(shares), len(shares[0])
-    figure = Figure(figsize=(2 + 0.3 * heads, 1.5 + 0.25 * layers), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(shares, aspect="auto", vmin=0.0, vmax=1.0, cmap="viridis")
-    axis.set(title=f"kept at {keep:g}", xlabel="kv head", ylabel="layer")
-    figure.colorbar(image, ax=axis)
+def draw(module: Distillation, output: Path) -> None:
+    """Write what the last validation found: `validation.png`, and marginal values as `marginal.png` and a table."""
+    if module.marginal is None:
+        return
+    with (output / "metrics.csv").open(newline="", encoding="utf-8") as table:
+        validated = [row for row in csv.DictReader(table) if row.get(f"val/gap@{VALIDATION_KEEPS[0]:g}")]
+    if validated:
+        by_keep({key: float(value) for key, value in validated[-1].items() if value}).savefig(output / "validation.png")
+    maps = module.marginal
+    layers, heads = len(maps[VALIDATION_KEEPS[0]]), len(maps[VALIDATION_KEEPS[0]][0])
+    figure = Figure(figsize=((2.2 + 0.3 * heads) * len(maps), 1.5 + 0.25 * layers), layout="constrained")
+    for axis, (keep, values) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
+        _marginal(figure, axis, values, keep)
+    figure.savefig(output / "marginal.png")
+    with (output / "marginal.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["layer", "head", *(f"keep_{keep:g}" for keep in maps)])
+        for layer in range(layers):
+            for head in range(heads):
+                writer.writerow([layer, head, *(f"{values[layer][head]:.6g}" for values in maps.values())])
+
+
+def by_keep(measured: Mapping[str, float]) -> Figure:
+    """What the policy, its soft gates and its heuristic lose, and how much of the set changed, by kept fraction."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    lost, changed = figure.subplots(1, 2)
+    for name, label in STUDENTS.items():
+        values = [measured[f"val/{name}_kl@{keep:g}"] for keep in VALIDATION_KEEPS]
+        lost.plot(VALIDATION_KEEPS, values, marker="o", linestyle="--" if name == "soft" else "-", label=label)
+    lost.set(xscale="log", yscale="log", xlabel="kept fraction", ylabel="KL to the full cache, nats per token")
+    lost.legend(frameon=False)
+    changed.plot(VALIDATION_KEEPS, [measured[f"val/changed@{keep:g}"] for keep in VALIDATION_KEEPS], marker="o")
+    changed.set(xscale="log", ylim=(0, 1), xlabel="kept fraction", ylabel="kept entries that the heuristic evicts")
+    for axis in (lost, changed):
+        axis.set_xticks(VALIDATION_KEEPS, [f"{keep:g}" for keep in VALIDATION_KEEPS])
+        axis.set_xticks([], minor=True)
     return figure
+
+
+def budget_map(shares: Table, keep: float) -> Figure:
+    """Kept fraction of every kv head: layers downwards, heads across."""
+    figure = _sized(shares)
+    _heads(figure, figure.subplots(), shares, f"kept at {keep:g}", vmin=0.0, vmax=1.0, cmap="viridis")
+    return figure
+
+
+def marginal_map(values: Table, keep: float) -> Figure:
+    """Value of one more entry of every kv head, in nats per token: layers downwards, heads across."""
+    figure = _sized(values)
+    _marginal(figure, figure.subplots(), values, keep)
+    return figure
+
+
+def _marginal(figure: Figure, axis: Any, values: Table, keep: float) -> None:
+    most = max(abs(value) for row in values for value in row) or 1.0
+    _heads(figure, axis, values, f"one more entry at {keep:g}", vmin=-most, vmax=most, cmap="RdBu")
+
+
+def _heads(figure: Figure, axis: Any, values: Table, title: str, **colours: Any) -> None:
+    image = axis.imshow(values, aspect="auto", **colours)
+    axis.set(title=title, xlabel="kv head", ylabel="layer")
+    figure.colorbar(image, ax=axis)
+
+
+def _sized(values: Table) -> Figure:
+    return Figure(figsize=(2 + 0.3 * len(values[0]), 1.5 + 0.25 * len(values)), layout="constrained")
 
 
 def _run(trainer: Trainer) -> Any:
