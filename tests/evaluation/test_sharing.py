@@ -55,3 +55,16 @@ def test_a_layer_is_judged_once_for_all_budgets_unless_scores_depend_on_them(loa
     runner.run(loaded[0], [Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"), 4)
     layers = range(loaded[0].config.num_hidden_layers)
     assert judge.asked == [(at, reads_budget) for _ in (KEEPS if reads_budget else [0]) for at in layers]
+
+
+@pytest.mark.parametrize("name", ["defensivekv", "layer_defensivekv", "restkv"])
+def test_what_does_not_depend_on_the_budget_is_computed_once(loaded, tmp_path, monkeypatch, name):
+    policy = load_policy(name)
+    prepared = []
+    once = policy.scorer.prepare
+    monkeypatch.setattr(policy.scorer, "prepare", lambda seen: prepared.append(seen.layer_idx) or once(seen))
+    ids = list(range(2, 42))
+    prompts = [Prompt("text", 40, "query_agnostic", 0, ids[:30], ids[30:])]
+    jobs = runner.jobs_of(loaded[0], {name: policy}, KEEPS)
+    runner.run(loaded[0], [Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"), 4)
+    assert prepared == list(range(loaded[0].config.num_hidden_layers))

@@ -25,7 +25,7 @@ def for_one_prompt(policy: Policy) -> Policy:
 
 
 class _Scores(Scorer):
-    """The scores of `base`, asked for once per layer unless they depend on how much will be kept."""
+    """The scores of `base`, asked for once per layer; of scores that depend on how much will be kept, what does not."""
 
     def __init__(self, base: Scorer) -> None:
         super().__init__()
@@ -33,13 +33,17 @@ class _Scores(Scorer):
         self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
         self.statistics, self.probes = base.statistics, base.probes
         self.known: dict[int, Tensor] = {}
+        self.prepared: dict[int, tuple[Tensor, ...]] = {}
 
     def forward(self, seen: Observation) -> Tensor:
+        layer, blind = seen.layer_idx, replace(seen, keep=None)  # one that reads `keep` after all fails, it cannot lie
         if self.reads_budget:
-            return self.base(seen)
-        if seen.layer_idx not in self.known:  # without `keep`, a scorer that reads it after all fails instead of lying
-            self.known[seen.layer_idx] = self.base(replace(seen, keep=None))
-        return self.known[seen.layer_idx]
+            if layer not in self.prepared:
+                self.prepared[layer] = self.base.prepare(blind)
+            return self.base.decide(seen, self.prepared[layer])
+        if layer not in self.known:
+            self.known[layer] = self.base(blind)
+        return self.known[layer]
 
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         return self.base.refine(seen, scores, budgets)

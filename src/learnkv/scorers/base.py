@@ -31,6 +31,14 @@ class Scorer(Component, ABC):
     def forward(self, seen: Observation) -> Tensor:
         """Scores [B, H, S], float32."""
 
+    def prepare(self, seen: Observation) -> tuple[Tensor, ...]:
+        """What a scorer that reads the budget computes without it; the same for every budget of one prompt."""
+        return ()
+
+    def decide(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
+        """The scores [B, H, S] of `forward`, from what `prepare` gave for the same prompt."""
+        return self(seen)
+
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] that decide within each head, for a method that needs to know how many entries it keeps.
 

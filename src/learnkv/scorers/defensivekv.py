@@ -74,8 +74,16 @@ class DefensiveKV(Scorer):
     def forward(self, seen: Observation) -> Tensor:
         return self.parts(seen).scores
 
+    def decide(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
+        return self._parts(seen, prepared).scores
+
     def parts(self, seen: Observation) -> Parts:
         """The scores and the steps that lead to them."""
+        return self._parts(seen, self.prepare(seen))
+
+    def prepare(self, seen: Observation) -> tuple[Tensor, ...]:
+        """Average and defensive attention, factor, place of an entry by its average [B, H, S], bias [B], and [B, H] how
+        many entries hold `mass`."""
         weights, sees = seen.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
         inside = seen.in_window(self.window)
         past = seen.valid & ~inside
@@ -84,8 +92,14 @@ class DefensiveKV(Scorer):
         sizes = projected_l1(seen.values, seen.projection).mean(2).masked_fill(~seen.valid, 0.0)
         factor = sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
         bias = self._bias(average, past, inside)
-        count = self._count(average, past, bias, seen)
         place = average.masked_fill(~past, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return average, defensive, factor, place, bias, self._first(average, past, bias)
+
+    def _parts(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Parts:
+        average, defensive, factor, place, bias, first = prepared
+        inside = seen.in_window(self.window)
+        past = seen.valid & ~inside
+        count = self._count(first, past, seen)
         promoted = (place < count.unsqueeze(-1)) & past
         scores = defensive * factor
         always = inside & (seen.positions >= (seen.length - (seen.kept * seen.length / 2).floor()).view(-1, 1, 1))
@@ -114,13 +128,16 @@ class DefensiveKV(Scorer):
         bias = average.masked_fill(~near, 0.0).sum(-1).mean(-1)
         return bias.mean().expand_as(bias) if self.variant == "original" else bias
 
-    def _count(self, average: Tensor, past: Tensor, bias: Tensor, seen: Observation) -> Tensor:
-        """[B, H] entries to promote: those before the one with which the best hold `mass` less `bias` of a head."""
+    def _first(self, average: Tensor, past: Tensor, bias: Tensor) -> Tensor:
+        """[B, H] entries before the one with which the best hold `mass` less `bias` of a head."""
         share = average.masked_fill(~past, 0.0).double()
         share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
         held = share.sort(dim=-1, descending=True).values.cumsum(-1)
         reached = held >= (self.mass - bias).view(-1, 1, 1)
-        first = torch.where(reached.any(-1), reached.int().argmax(-1), 0)
+        return torch.where(reached.any(-1), reached.int().argmax(-1), 0)
+
+    def _count(self, first: Tensor, past: Tensor, seen: Observation) -> Tensor:
+        """[B, H] entries to promote: the `first` ones, as far as the budget has room for them."""
         entries = past.sum(-1)
         read = (seen.length - seen.in_window(self.window)[:, 0].sum(-1)).clamp(min=0)  # [B] before the window
         most = (read * seen.kept - self.window).trunc().long().unsqueeze(-1)

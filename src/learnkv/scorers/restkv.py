@@ -71,6 +71,10 @@ class ReSTKV(Scorer):
         self.group_reduce = group_reduce
 
     def forward(self, seen: Observation) -> Tensor:
+        return self.decide(seen, self.prepare(seen))
+
+    def prepare(self, seen: Observation) -> tuple[Tensor, ...]:
+        """Scores of query heads before and after pooling, and how far attention moves up to each rank: [B, H, G, S]."""
         weights, sees = seen.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
         inside = seen.in_window(self.window)
         past = seen.valid & ~inside
@@ -84,9 +88,14 @@ class ReSTKV(Scorer):
         figures = torch.stack(parts, 2)  # [B, H, G, S]
         within, there = inside.unsqueeze(2), seen.valid.unsqueeze(2)
         pooled = pool_apart(figures, within, there, self.kernel_size, "max" if self.pooling == "max" else "avg")
+        return figures, pooled, self._moved_by_rank(weights, seen) if self.pooling == "adaptive" else pooled
+
+    def decide(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
+        figures, pooled, moved = prepared
         if self.pooling == "adaptive":
-            width, shift = self._movement(weights, seen)
-            pooled = torch.where(within, pooled, shifted_mean(figures, past.unsqueeze(2), width, shift))
+            inside = seen.in_window(self.window).unsqueeze(2)
+            width, shift = self._movement(moved, seen)
+            pooled = torch.where(inside, pooled, shifted_mean(figures, seen.valid.unsqueeze(2) & ~inside, width, shift))
         return reduce_group(pooled, self.group_reduce)
 
     def _moved(self, weights: Tensor, sees: Tensor, past: Tensor, values: Tensor) -> Tensor:
@@ -114,11 +123,11 @@ class ReSTKV(Scorer):
         share = torch.where(later == queries - 1, 1.0, self.alpha) * (1 - self.alpha) ** later
         return (figures.masked_fill(~sees, 0.0) * share).sum(2)
 
-    def _movement(self, weights: Tensor, seen: Observation) -> tuple[Tensor, Tensor]:
-        """Number of neighbours and shift [B, H, G] that follow how far attention moves within the window."""
+    def _moved_by_rank(self, weights: Tensor, seen: Observation) -> Tensor:
+        """Distances [B, H, G, S] that entries up to a rank move from the window's first half to its second, in all."""
         count, slots = weights.shape[3:]
         pairs = torch.arange(count // 2, device=weights.device)
-        half = (seen.query_positions[:, -self.window :] >= 0).sum(-1, keepdim=True) // 2  # [B, 1]
+        half = self._half(seen)
         order = weights.masked_fill(~seen.valid[:, :, None, None], -1.0).argsort(dim=-1, descending=True, stable=True)
 
         def places(begin: Tensor) -> Tensor:
@@ -126,11 +135,19 @@ class ReSTKV(Scorer):
             at = (begin + pairs).clamp(min=0, max=count - 1)
             return order.gather(3, at[:, None, None, :, None].expand(*order.shape[:3], -1, slots))
 
-        apart = (places(count - 2 * half) - places(count - half)).double()  # padding comes first
-        ranks = (seen.kept.unsqueeze(-1) * seen.length.unsqueeze(-1)).round() - self.window
-        counted = torch.arange(slots, device=weights.device) < ranks.clamp(min=1)  # [B, S]
-        both = (pairs < half).unsqueeze(-1) & counted.unsqueeze(1)  # [B, P, S]
-        number = both.sum((1, 2)).clamp(min=1).view(-1, 1, 1)
-        distance = (apart * both[:, None, None]).sum((3, 4)) / number / self.scale
+        apart = places(count - 2 * half) - places(count - half)  # padding comes first
+        return (apart * (pairs < half)[:, None, None, :, None]).sum(3).cumsum(-1)
+
+    def _half(self, seen: Observation) -> Tensor:
+        """[B, 1] half the number of queries in the window."""
+        return (seen.query_positions[:, -self.window :] >= 0).sum(-1, keepdim=True) // 2
+
+    def _movement(self, moved: Tensor, seen: Observation) -> tuple[Tensor, Tensor]:
+        """Number of neighbours and shift [B, H, G] that follow how far attention moves within the window."""
+        ranks = (seen.kept * seen.length).round().long() - self.window
+        ranks = ranks.clamp(min=1, max=moved.shape[-1])
+        last = (ranks - 1).view(-1, 1, 1, 1).expand(*moved.shape[:3], 1)
+        number = (ranks.unsqueeze(-1) * self._half(seen)).clamp(min=1).view(-1, 1, 1)
+        distance = moved.gather(3, last).squeeze(3).double() / number / self.scale
         width = (2 * distance.abs().floor() + 1).clamp(min=_NARROWEST)
         return width, torch.where(distance < 0, distance.floor() + 1, distance.floor())
