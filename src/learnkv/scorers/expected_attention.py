@@ -34,8 +34,6 @@ class ExpectedAttention(Scorer):
 
     needs = frozenset({"rope"})
 
-    needs = frozenset({"rope"})
-
     def __init__(
         self,
         future: int = 512,
