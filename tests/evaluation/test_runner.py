@@ -52,6 +52,7 @@ def policies(*names):
 def compare(loaded, prompts, path, names=NAMES, keeps=KEEPS, batch_size=4, family=Text):
     families = [family(prompts)] if family is Text else [Answers(prompts, loaded[1])]
     jobs = runner.jobs_of(loaded[0], policies(*names), keeps)
+    path.mkdir(exist_ok=True)
     store = Store(path / "samples.jsonl")
     runner.run(loaded[0], families, jobs, store, batch_size)
     return runner.finished(families, jobs, store)
@@ -265,3 +266,5 @@ def test_what_is_read_stands_beside_what_is_held(loaded, tmp_path):
         assert (quest["spent"], quest["read"]) == (1.0, pytest.approx(tokens / 35))
         assert quest["bytes"] > full["bytes"] == quest["bytes_full"] > snapkv["bytes"]
     assert 0 < found["quest", 32]["kl"] < found["quest", 16]["kl"]
+    alone = rows_of(compare(loaded, text_prompts(2), tmp_path / "alone", names=("quest",), keeps=keeps))
+    assert alone[1:] == [found["quest", tokens] for tokens in (32, 16)]  # whatever others had recorded

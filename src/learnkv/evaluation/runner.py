@@ -87,6 +87,7 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
                     held = _full(cache)
                     if policy is not None:
                         fork = policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+                        _forget_recorded(fork)
                         held = _held(fork, policy)
                         measured, _ = family.measure(model, prompts, fork, full)
                     store.add([_record(job, *row) for row in zip(prompts, held, measured, strict=True)])
@@ -118,6 +119,13 @@ def _full(cache: CompressedCache) -> list[dict[str, Any]]:
     tokens = sum(cache.prompt_lengths)
     each = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
     return [{"spent": 1.0, "read": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size} for size in each]
+
+
+def _forget_recorded(cache: CompressedCache) -> None:
+    """What scorers of other policies read is none of what this one holds; where it evicts, that is gone already."""
+    for layer in cache.compressed_layers():
+        if not layer.live:
+            layer.recorder.forget()
 
 
 def _held(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
