@@ -88,10 +88,13 @@ def test_prompts_that_a_method_has_not_finished_are_left_out():
 
 
 def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path):
-    (tmp_path / "config.yaml").write_text("model: reference\n")
+    (tmp_path / "config.yaml").write_text("model: reference\nckpt: [snapkv, knorm, quest]\n")
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records()))
     zoo.main(zoo.ZooConfig(results=str(tmp_path), out=str(tmp_path), commit="abc"), "")
     text = (tmp_path / "zoo.md").read_text(encoding="utf-8")
+    assert "the first 4 tokens of a prompt\nand the last 8 (every method that evicts)." in text
+    assert "Full cache, query-agnostic: vt 100.0." in text
+    assert "zoo_findings.md" not in text
     assert "`python eval.py config=zoo` at commit abc" in text
     assert "| keydiff | snapkv | 0.1 | 65.3 : 23.6 | 18.8 : 25.0 | -6.2 ± 6.2 |" in text.split("### Undecided")[1]
     assert "| kvzip | snapkv | 0.1 | 92.3 : 23.6 | 87.5 : 25.0 | +62.5 ± 7.2 |" in text
@@ -99,6 +102,9 @@ def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path):
     held = json.loads((tmp_path / "zoo.json").read_text(encoding="utf-8"))
     assert {row["policy"]: row["score"] for row in held["rows"]}["kvzip"] == 87.5
     assert held["orders"][0]["verdict"] == "agrees"
+    (tmp_path / "zoo_findings.md").touch()
+    zoo.main(zoo.ZooConfig(results=str(tmp_path), out=str(tmp_path), commit="abc"), "")
+    assert "[zoo_findings.md](zoo_findings.md)" in (tmp_path / "zoo.md").read_text(encoding="utf-8")
 
 
 def test_a_folder_without_results_is_one_line(tmp_path: Path):

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,10 +15,12 @@ from learnkv.config import run_main
 from learnkv.errors import UserError
 from learnkv.evaluation import report
 from learnkv.evaluation.published import CLEAR, TIE, Pair, pairs
-from learnkv.evaluation.results import Record, rows_of
+from learnkv.evaluation.results import FULL, Record, rows_of
 from learnkv.evaluation.store import Store, replacing
+from learnkv.io import load_policy
 
 COMMAND = "python eval.py config=zoo"
+FINDINGS = "zoo_findings.md"
 VERDICTS = ("agrees", "disagrees", "undecided", "tied")
 
 
@@ -27,7 +30,7 @@ class ZooConfig:
 
     Args:
         results: folder that `eval.py config=zoo` writes to, also while it runs.
-        out: folder for zoo.md and zoo.json.
+        out: folder for zoo.md and zoo.json; zoo.md links to a zoo_findings.md there, written by hand.
         commit: that the comparison was run at; the one checked out here if not given.
     """
 
@@ -50,7 +53,8 @@ def main(config: ZooConfig, resolved: str) -> None:
     rows = rows_of(records)
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "zoo.md") as part:
-        part.write_text("\n".join(page(asked["model"], records, found, commit)), encoding="utf-8")
+        findings = FINDINGS if (out / FINDINGS).is_file() else None
+        part.write_text("\n".join(page(asked, records, found, commit, findings)), encoding="utf-8")
     held = {
         "schema": 1,
         "model": asked["model"],
@@ -77,12 +81,20 @@ def complete(records: Sequence[Record]) -> list[Record]:
     return sorted(whole, key=lambda record: (order[_job(record)], record["task"], record["index"]))
 
 
-def page(model: str, records: Sequence[Record], found: Sequence[Pair], commit: str) -> Iterator[str]:
+def page(
+    asked: Mapping[str, Any], records: Sequence[Record], found: Sequence[Pair], commit: str, findings: str | None
+) -> Iterator[str]:
     """Lines of zoo.md: what made it, the orders of others, then the tables."""
+    model = asked["model"]
     yield "# Every method on one model"
     yield ""
     yield f"Written by `python -m learnkv.evaluation.zoo` from the results of `{COMMAND}` at commit {commit}: model"
     yield f"`{model}`, {len({_prompt(record) for record in records}):,} prompts that every method has finished."
+    if findings:
+        yield f"What stands out, and why: [{findings}]({findings})."
+    yield ""
+    yield from _protected(asked.get("ckpt", ()))
+    yield from _full(records)
     yield ""
     yield "## The order of methods, beside the orders that others published"
     yield ""
@@ -111,6 +123,30 @@ def page(model: str, records: Sequence[Record], found: Sequence[Pair], commit: s
     of_setting = [[record for record in records if record["setting"] == setting] for setting in settings]
     tables = report.markdown(model, [row for some in of_setting for row in rows_of(some)], records, {})
     yield tables.split("\n", 2)[2]
+
+
+def _protected(names: Sequence[str]) -> Iterator[str]:
+    """What policies keep in any case, told once for those that keep the same."""
+    alike: dict[tuple[int, int], list[str]] = {}
+    for name in names:
+        policy = load_policy(name)
+        if policy.scorer is not None:
+            alike.setdefault((policy.sinks, policy.recent), []).append(name)
+    for (sinks, recent), of in sorted(alike.items(), key=lambda item: -len(item[1])):
+        who = "every method that evicts" if len(alike) == 1 else ", ".join(of)
+        yield f"Kept in every head, within the budget and of at most half of it: the first {sinks} tokens of a prompt"
+        yield f"and the last {recent} ({who})."
+
+
+def _full(records: Sequence[Record]) -> Iterator[str]:
+    """What the model answers with everything it has read."""
+    by_task: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        if record["policy"] == FULL:
+            by_task.setdefault(record["setting"], {}).setdefault(record["task"], []).append(record["score"])
+    for setting, tasks in by_task.items():
+        told = (f"{task} {sum(scores) / len(scores):.1f}" for task, scores in tasks.items())
+        yield f"Full cache, {setting.replace('_', '-')}: {', '.join(told)}."
 
 
 def _line(pair: Pair) -> str:
