@@ -7,7 +7,7 @@ from tables import made_up
 
 import learnkv.allocators
 import learnkv.scorers
-from learnkv.allocators import Allocator, LearnedAllocator, Pyramid
+from learnkv.allocators import Allocator, LearnedAllocator, LearnedCausalAllocator, Pyramid
 from learnkv.component import Component
 from learnkv.scorers import LearnedScorer, Scorer, SnapKV
 
@@ -35,6 +35,7 @@ WRAPPERS = {
 LEARNED: dict[type, Callable[[int, int, int], Component]] = {
     LearnedScorer: lambda layers, heads, dim: LearnedScorer(SnapKV(window=8), layers, heads, dim),
     LearnedAllocator: lambda layers, heads, dim: LearnedAllocator(Pyramid(), layers, heads, conditioned=True, window=8),
+    LearnedCausalAllocator: lambda layers, heads, dim: LearnedCausalAllocator(Pyramid(), layers, heads, window=8),
 }
 
 KNOWS_ITS_HEAD = {
@@ -44,6 +45,7 @@ KNOWS_ITS_HEAD = {
     learnkv.scorers.VaSE,
     learnkv.scorers.FastKVzip,
     LearnedAllocator,
+    LearnedCausalAllocator,
     learnkv.allocators.HeadKV,
     learnkv.allocators.LUKV,
     learnkv.allocators.DuoAttention,

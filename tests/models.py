@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
 from learnkv import CompressedCache, Policy, attach, load_policy, prefill
-from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
+from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedCausalAllocator, Pyramid, Uniform
 from learnkv.config import CONFIGS as CONFIGURATIONS
 from learnkv.scorers import LearnedScorer, Scorer, SnapKV
 
@@ -163,7 +163,7 @@ EVICTS_NOTHING = {"full", "quest"}
 SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGURATIONS / "policies").glob("*.yaml")}
 DECODING = sorted(name for name, spec in SHIPPED.items() if spec.get("every"))
 HEURISTICS = sorted(SHIPPED.keys() - {*EVICTS_NOTHING, *DECODING})
-LEARNED = ["budgets", "conditioned", "tokens"]
+LEARNED = ["budgets", "conditioned", "tokens", "causal"]
 
 
 heuristic = functools.cache(load_policy)
@@ -181,9 +181,11 @@ def policy_for(name: str, model: PreTrainedModel) -> Policy:
         config = model.config
         group, hidden = config.num_attention_heads // heads, config.hidden_size
         return policy_of(name, layers, heads, group, config.head_dim, hidden)
+    scorer: Scorer = SnapKV(window=16)
+    if name == "causal":
+        return Policy(scorer, randomised(LearnedCausalAllocator(LayerByLayer(Pyramid()), layers, heads)))
     base = {"budgets": AdaKV(), "conditioned": Uniform(), "tokens": Pyramid()}[name]
     allocator = LearnedAllocator(base, layers, heads, conditioned=name == "conditioned")
-    scorer: Scorer = SnapKV(window=16)
     if name == "tokens":
         scorer = LearnedScorer(scorer, layers, heads, model.config.head_dim)
     return Policy(randomised(scorer), randomised(allocator))

@@ -21,7 +21,7 @@ LAYERS = [
     {"scorers", "allocators", "pages"},
     {"segments", "recorder", "reading", "renewal", "reopening", "layer", "compaction", "cache"},
     {"spending", "plan", "recompression", "paging", "policy", "heuristic", "probing", "attention"}
-    | {"decoding", "graph", "steps", "generation"},
+    | {"decoding", "graph", "layerwise", "steps", "generation"},
     {"config", "io", "models"},
     {"data"},
     {"calibration", "training", "evaluation"},

@@ -18,7 +18,7 @@ from models import (
 from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, load_policy, prefill
-from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
+from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedCausalAllocator, Pyramid, Uniform
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Observation
@@ -106,8 +106,18 @@ KEEPS = [0.02, 0.021, 0.03, 0.05, 0.0625, 0.08, 0.1, 0.123, 0.15, 0.2, 0.25, 0.2
 )
 @pytest.mark.parametrize("tokenwise", [False, True], ids=["heads", "tokens"])
 def test_at_its_start_a_learned_policy_keeps_what_the_heuristic_keeps(tokenwise, base, conditioned):
+    check_start(LearnedAllocator, base, tokenwise, conditioned)
+
+
+@pytest.mark.parametrize("base", [Uniform, Pyramid, lambda: LayerByLayer(Pyramid())], ids=["uniform", "pyramid", "ada"])
+@pytest.mark.parametrize("conditioned", [False, True], ids=["static", "conditioned"])
+def test_at_its_start_a_causal_policy_keeps_what_the_heuristic_keeps(base, conditioned):
+    check_start(LearnedCausalAllocator, base, True, conditioned)
+
+
+def check_start(allocator, base, tokenwise: bool, conditioned: bool) -> None:
     scorer = LearnedScorer(SnapKV(), LAYERS, HEADS, 16) if tokenwise else SnapKV()
-    learned = Policy(scorer, LearnedAllocator(base(), LAYERS, HEADS, conditioned=conditioned))
+    learned = Policy(scorer, allocator(base(), LAYERS, HEADS, conditioned=conditioned))
     heuristic, whole = Policy(SnapKV(), base()), read(137, 60, 97, seed=3)
     for keep in KEEPS:
         ours, theirs = (policy.compress(whole.fork(), keep=keep) for policy in (learned, heuristic))
@@ -190,7 +200,8 @@ def test_what_a_student_holds_for_its_gradient_does_not_grow_with_the_prompt():
     assert held[0] == held[1]
 
 
-def test_a_step_along_the_gradient_of_the_budgets_helps():
+@pytest.mark.parametrize("allocator", [LearnedAllocator, LearnedCausalAllocator])
+def test_a_step_along_the_gradient_of_the_budgets_helps(allocator):
     """The straight-through gradient need not be exact, but moving budgets along it must lower the deployed loss."""
     model, whole, said = attached("llama"), read(150, seed=5), tokens(1, 12, seed=6)
     with torch.no_grad():
@@ -200,7 +211,7 @@ def test_a_step_along_the_gradient_of_the_budgets_helps():
         ours = continuation(model, said, cache).log_softmax(-1)
         return (target.exp() * (target - ours)).sum(-1).mean()
 
-    policy = Policy(SnapKV(), LearnedAllocator(Uniform(), LAYERS, HEADS))
+    policy = Policy(SnapKV(), allocator(Uniform(), LAYERS, HEADS))
     steps = torch.optim.Adam(policy.parameters(), lr=0.1)
     losses = []
     for _ in range(30):

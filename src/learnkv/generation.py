@@ -13,6 +13,7 @@ from learnkv.attention import attach
 from learnkv.cache import CompressedCache
 from learnkv.decoding import Sampling, beam_search, check_context, check_settings
 from learnkv.errors import UserError
+from learnkv.layerwise import compress_when_read
 from learnkv.observation import Recording
 from learnkv.policy import Policy
 from learnkv.probing import run_probe, scores_of
@@ -44,8 +45,8 @@ def prefill(
         window: last queries to record for scorers, at least.
         policies: those that will compress forks of the cache; what they read beside keys and values is recorded,
             extra passes over the prompt are made for those that ask for them.
-        policy: compress to `keep` or `budget`; with a static allocator every layer is evicted as soon as it has been
-            read, so that the full prompt never exists for more than one layer.
+        policy: compress to `keep` or `budget`; with a static or causal allocator every layer is evicted as soon as it
+            has read the end of the prompt. Read at once, a prompt is never held in full by more than one layer.
 
     Raises:
         UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
@@ -70,7 +71,7 @@ def prefill(
     for begin in range(0, slots, step):
         end = min(begin + step, slots)
         if one_shot is not None and end == slots:
-            one_shot.compress_when_read(cache, keep, budget)
+            compress_when_read(one_shot, cache, keep, budget)
         model(
             input_ids=input_ids[:, begin:end],
             attention_mask=None if mask is None else mask[:, :end],

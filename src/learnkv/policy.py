@@ -1,6 +1,5 @@
 """A policy: what every heuristic and every learned predictor is at deployment and in training."""
 
-import functools
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording
 from learnkv.ops.device import upload
-from learnkv.ops.fit import fit
+from learnkv.ops.fit import fit, fit_in_order
 from learnkv.ops.normal_scores import unit_scale
 from learnkv.ops.soft_topk import soft_topk
 from learnkv.pages.base import PageSelector
@@ -83,7 +82,7 @@ class Policy(Component):
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
         evicts = self.scorer is not None and not self.scorer.probes
-        return evicts and self.pages is None and self.allocator.static
+        return evicts and self.pages is None and (self.allocator.static or self.allocator.causal)
 
     def plan(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> Plan:
         """Score every layer, split the budget once over all of them, and make it exact.
@@ -98,7 +97,7 @@ class Policy(Component):
         """
         assert self.scorer is not None
         cache.seal()
-        total, protected = self._spending(cache, keep, budget)
+        total, protected = self.spending(cache, keep, budget)
         seen = [self.seen(cache, at, total) for at in range(len(cache.compressible))]
         self._check_recorded(seen[0])
         return self.plan_within(cache, seen, self.scorer, total, protected)
@@ -144,9 +143,7 @@ class Policy(Component):
                 "policies= or as policy="
             )
 
-    def _spending(
-        self, cache: CompressedCache, keep: float | None, budget: float | None
-    ) -> tuple[list[int], list[int]]:
+    def spending(self, cache: CompressedCache, keep: float | None, budget: float | None) -> tuple[list[int], list[int]]:
         """Entries to keep in each row, and how many per head are protected."""
         layers = cache.compressed_layers()
         heads = layers[0].heads * len(layers)
@@ -169,7 +166,8 @@ class Policy(Component):
         entries, spend, at_least = (upload(numbers, scores.device) for numbers in (cache.lengths, total, protected))
         per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
         wanted = self.allocator(scores, features, per_head)
-        return wanted, fit(wanted, entries, spend, at_least)
+        exact = fit_in_order if self.allocator.causal else fit
+        return wanted, exact(wanted, entries, spend, at_least)
 
     @staticmethod
     def seen(cache: CompressedCache, at: int, total: list[int]) -> Observation:
@@ -219,39 +217,6 @@ class Policy(Component):
             read_pages(self.pages, cache, keep, budget, 1.0 if self.read is None else self.read)
         cache.adapter = self.adapter
         return cache
-
-    def compress_when_read(
-        self, cache: CompressedCache, keep: float | None = None, budget: float | None = None
-    ) -> None:
-        """Make every layer evict as soon as it has read the prompt, before the next layer reads it.
-
-        Only for static allocators: the split is made before anything is read, so that the full prompt never exists
-        for more than one layer. What is kept is what `compress` would keep.
-        """
-        assert self.reads_once
-        scorer = self.scorer
-        assert scorer is not None
-        split: list[tuple[Tensor, list[int]]] = []
-
-        def evict(at: int) -> None:
-            total, protected = self._spending(cache, keep, budget)
-            seen = self.seen(cache, at, total)
-            scores = self.score(scorer, seen, protected)
-            if not split:
-                cache.renewal = agree(self, cache, keep, budget)
-                like = scores[:1, :1].new_zeros(()) + torch.where(scores[:, :1].isfinite(), 0, scores[:, :1])
-                shape = (len(cache.compressible), -1, scores.shape[1], -1)
-                budgets = self._allocate(cache, like.unsqueeze(0).expand(*shape), None, total, protected)[1]
-                # A layer's pool is allocated before the next layer has read: one look per prompt at what each gets.
-                split.append((budgets, budgets.sum((1, 2)).tolist()))
-                cache.budgets, cache.adapter = budgets, self.adapter
-            budgets, of_layer = split[0]
-            scores = self.refine(scorer, seen, scores, budgets[at])
-            mine = budgets[at : at + 1].to(scores.device)
-            cache.evict(scores.unsqueeze(0), mine, of_layer[at], at, self.rerotate)
-
-        for at, layer in enumerate(cache.compressed_layers()):
-            layer.when_read = functools.partial(evict, at)
 
     def relax(
         self,

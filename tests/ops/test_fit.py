@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learnkv.ops.fit import fit
+from learnkv.ops.fit import fit, fit_in_order, fit_layer
 
 
 @st.composite
@@ -38,6 +38,42 @@ def test_every_row_spends_exactly_its_total_within_bounds(problem):
     for row in range(wanted.shape[1]):
         alone = fit(wanted[:, row : row + 1], entries[row : row + 1], total[row : row + 1], protected[row : row + 1])
         assert torch.equal(alone[:, 0], budgets[:, row])
+
+
+@settings(max_examples=120, deadline=None)
+@given(problems())
+def test_layer_after_layer_every_row_spends_exactly_its_total_and_no_layer_waits_for_a_later_one(problem):
+    """Whatever earlier layers wish, also more or less than there is."""
+    wanted, entries, total, protected = problem
+    budgets = fit_in_order(wanted, entries, total, protected)
+    assert torch.equal(budgets.sum((0, 2)), total)
+    assert (budgets >= protected.view(1, -1, 1)).all()
+    assert (budgets <= entries.view(1, -1, 1)).all()
+    for at in range(len(wanted)):
+        before, left = wanted[:at].sum((0, 2)), total - budgets[:at].sum((0, 2))
+        alone = fit_layer(wanted[at], before, left, len(wanted) - 1 - at, entries, protected)
+        assert torch.equal(alone, budgets[at])
+    for row in range(wanted.shape[1]):
+        mine = slice(row, row + 1)
+        alone = fit_in_order(wanted[:, mine], entries[mine], total[mine], protected[mine])
+        assert torch.equal(alone[:, 0], budgets[:, row])
+
+
+def test_layer_after_layer_fractions_add_up():
+    """Sums over layers are rounded, not layers: 2.4 + 2.4 + 2.4 + 2.8 are 10."""
+    wanted = torch.tensor([[[1.2, 1.2]], [[0.9, 1.5]], [[1.2, 1.2]], [[1.4, 1.4]]], dtype=torch.float64)
+    got = fit_in_order(wanted, torch.tensor([9]), torch.tensor([10]), torch.tensor([0]))
+    assert got.sum((1, 2)).tolist() == [2, 3, 2, 3]
+    assert got[1].tolist() == [[1, 2]]
+
+
+def test_layer_after_layer_wishes_are_taken_at_their_word():
+    """Not in proportion: a layer does not know what others will ask for. The last one takes what is left."""
+    wanted = torch.tensor([[[4.0]], [[30.0]], [[0.0]], [[0.0]]], dtype=torch.float64)
+    got = fit_in_order(wanted, torch.tensor([9]), torch.tensor([16]), torch.tensor([1]))
+    assert got.flatten().tolist() == [4, 9, 1, 2]
+    got = fit_in_order(wanted, torch.tensor([9]), torch.tensor([33]), torch.tensor([1]))
+    assert got.flatten().tolist() == [6, 9, 9, 9]
 
 
 @settings(max_examples=80, deadline=None)

@@ -9,7 +9,9 @@ from learnkv.allocators.fixed_layers import FixedLayers
 from learnkv.allocators.flat import Flat
 from learnkv.allocators.headkv import HeadKV
 from learnkv.allocators.lava import LAVa
+from learnkv.allocators.layer_by_layer import LayerByLayer
 from learnkv.allocators.learned import LearnedAllocator
+from learnkv.allocators.learned_causal import LearnedCausalAllocator
 from learnkv.allocators.lukv import LUKV
 from learnkv.allocators.pyramid import Pyramid
 from learnkv.allocators.uniform import Uniform
@@ -25,7 +27,9 @@ __all__ = [
     "Flat",
     "HeadKV",
     "LAVa",
+    "LayerByLayer",
     "LearnedAllocator",
+    "LearnedCausalAllocator",
     "Pyramid",
     "Uniform",
 ]

@@ -8,22 +8,50 @@ from torch import Tensor
 from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation
+from learnkv.ops.fit import fit
 
 
 class Allocator(Component, ABC):
     """Says how many entries each kv head of each layer should keep; `fit` then makes the wish exact.
 
-    `static` allocators read nothing of `scores` but its shape and which entries are valid, so that a layer can be
-    evicted as soon as it has been read.
+    `static` allocators read nothing of `scores` but its shape and which entries are valid; `causal` ones wish for a
+    layer what follows from it and from those before it. With both, a layer can be evicted as soon as it has been read.
     """
 
     static: bool = False
+    causal: bool = False
     window: int = 0
     """Number of last prompt queries that `features` reads (0: none)."""
 
     def features(self, seen: Observation) -> Tensor | None:
         """What the allocator wants to know of one layer, [B, H, F] float32, or None."""
         return None
+
+    def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
+        """What heads are to get as far as that is known before anything is read, [L, B, H] int64 that spend the budget.
+
+        Args:
+            scores: [B, H, S] of any layer, of which is read which entries there are and which are protected.
+            layers: L.
+            budget: as of `forward`.
+        """
+        assert self.static
+        batch, heads, slots = scores.shape
+        blank = torch.where(scores[:, :1].isfinite(), 0.0, scores[:, :1]).expand(layers, batch, heads, slots)
+        total = torch.round(budget.double() * (layers * heads)).long()
+        return fit(self(blank, None, budget), entries_of(blank), total, protected_of(blank))
+
+    def layer(self, at: int, prior: Tensor, scores: Tensor, features: Tensor | None, before: Tensor) -> Tensor:
+        """Wanted entries [B, H] of layer `at`; their sum is what the layer asks for, not their proportions alone.
+
+        Args:
+            prior: [L, B, H] what `prior` gave.
+            scores: [B, H, S] of this layer.
+            features: [at + 1, B, H, F] results of `features` up to this layer, or None.
+            before: [at, B, H] what the layers before asked for.
+        """
+        assert self.static
+        return prior[at]
 
     @abstractmethod
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
@@ -34,6 +62,26 @@ class Allocator(Component, ABC):
             features: [L, B, H, F] stacked results of `features`, or None.
             budget: [B] entries per head on average, protected ones included.
         """
+
+
+class CausalAllocator(Allocator):
+    """Asks for one layer after the other, whether all of them have been read or one at a time."""
+
+    causal = True
+
+    @abstractmethod
+    def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def layer(self, at: int, prior: Tensor, scores: Tensor, features: Tensor | None, before: Tensor) -> Tensor: ...
+
+    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
+        prior = self.prior(scores[0], len(scores), budget)
+        wanted = prior.new_empty(0, *prior.shape[1:], dtype=torch.float64)
+        for at, own in enumerate(scores):
+            seen = None if features is None else features[: at + 1]
+            wanted = torch.cat([wanted, self.layer(at, prior, own, seen, wanted).double().unsqueeze(0)])
+        return wanted
 
 
 def entries_of(scores: Tensor) -> Tensor:

@@ -57,23 +57,25 @@ class Conditioner(nn.Module):
     Args:
         places: layers, or (layer, head) pairs, that get a correction; each has an embedding of its own.
         width: hidden units.
+        features: F, `attention_features` if not given.
     """
 
     FEATURES = 3
 
-    def __init__(self, places: int, width: int = 16, embedding: int = 8) -> None:
+    def __init__(self, places: int, width: int = 16, embedding: int = 8, features: int = FEATURES) -> None:
         super().__init__()
         self.embedding = nn.Embedding(places, embedding)
-        self.hidden = nn.Linear(self.FEATURES + 2 + embedding, width)
+        self.hidden = nn.Linear(features + 2 + embedding, width)
         self.out = nn.Linear(width, 1, bias=False)  # what is added to all places alike changes no budget
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, features: Tensor, keep: Tensor, entries: Tensor) -> Tensor:
-        """Corrections [B, P] of features [B, P, 3] at kept fractions [B] of prompts with [B] entries."""
+    def forward(self, features: Tensor, keep: Tensor, entries: Tensor, first: int = 0) -> Tensor:
+        """Corrections [B, P] of features [B, P, F] at kept fractions [B] of prompts with [B] entries; place `first` and
+        those after it."""
         batch, places, _ = features.shape
         known = torch.stack([keep.clamp_min(1e-6).log() / math.log(10), entries.clamp_min(1).log() / math.log(1e4)], -1)
         known = known.float()[:, None].expand(batch, places, 2)
-        place = self.embedding.weight.expand(batch, places, -1)
+        place = self.embedding.weight[first : first + places].expand(batch, places, -1)
         inputs = torch.cat([features, known, place], -1)
         corrections: Tensor = self.out(nn.functional.gelu(self.hidden(inputs))).squeeze(-1)
         return corrections

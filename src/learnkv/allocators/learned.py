@@ -25,14 +25,16 @@ class HeadImportance(nn.Module):
         self.logits = nn.Parameter(torch.zeros(len(KNOTS), num_layers, num_heads))
         self.conditioner = Conditioner(num_layers * num_heads) if conditioned else None
 
-    def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor) -> Tensor:
-        """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt."""
-        logits = torch.einsum("bm,mlh->lbh", hats(keep), self.logits)
+    def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor, layers: slice = slice(None)) -> Tensor:
+        """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt; of some
+        `layers`, whose features alone are given then."""
+        logits = torch.einsum("bm,mlh->lbh", hats(keep), self.logits[:, layers])
         if self.conditioner is not None:
             assert features is not None
-            layers, batch, heads, _ = features.shape
+            batch, heads = features.shape[1:3]
             rows = features.transpose(0, 1).flatten(1, 2)  # [B, L*H, 3]
-            logits = logits + self.conditioner(rows, keep, entries).view(batch, layers, heads).transpose(0, 1)
+            corrections = self.conditioner(rows, keep, entries, heads * (layers.start or 0))
+            logits = logits + corrections.view(batch, -1, heads).transpose(0, 1)
         return logits - logits.mean(-1, keepdim=True)
 
 
@@ -111,11 +113,24 @@ class LearnedAllocator(Allocator):
 
         keep = budget.double() / entries
         moved = self.layer_budget(own, keep, entries) + self.head_importance(own, keep, entries)
-        # Half a slot in all of distance from the bounds, where logits would be infinite; rounding to slots hides it.
-        margin = 1 / (4 * entries.double() * layers * heads)
-        low = protected / entries.double()
-        share = (start / entries.double().view(1, batch, 1)).transpose(0, 1).flatten(1)  # [B, L*H]
-        open_share = ((share - low[:, None]) / (1 - low[:, None])).clamp(margin[:, None], 1 - margin[:, None])
-        logits = torch.logit(open_share) + moved.double().transpose(0, 1).flatten(1)
-        shares = allocate(logits, total / (entries.double() * layers * heads), low)
-        return shares.view(batch, layers, heads).transpose(0, 1) * entries.double().view(1, batch, 1)
+        first, by = (one.transpose(0, 1).flatten(1) for one in (start, moved))  # [B, L*H]
+        return corrected(first, by, total, entries, protected).view(batch, layers, heads).transpose(0, 1)
+
+
+def corrected(start: Tensor, logits: Tensor, total: Tensor, entries: Tensor, protected: Tensor) -> Tensor:
+    """Wishes [B, N] of N heads: the shares `start` moved by `logits` and back to the budget, between their bounds.
+
+    Args:
+        start: [B, N] entries to start from.
+        logits: [B, N] corrections; what is added to all of a row changes nothing.
+        total: [B] entries to spend, which may have a gradient.
+        entries, protected: [B] the most and the least that a head gets.
+    """
+    most = entries.double()
+    # Half a slot in all of distance from the bounds, where logits would be infinite; rounding to slots hides it.
+    margin = 1 / (4 * most * start.shape[1])
+    low = protected / most
+    share = start / most[:, None]
+    open_share = ((share - low[:, None]) / (1 - low[:, None])).clamp(margin[:, None], 1 - margin[:, None])
+    shares = allocate(torch.logit(open_share) + logits.double(), total / (most * start.shape[1]), low)
+    return shares * most[:, None]

@@ -55,7 +55,7 @@ class _Features(Allocator):
     def __init__(self, base: Allocator) -> None:
         super().__init__()
         self.base = base
-        self.static, self.window = base.static, base.window
+        self.static, self.causal, self.window = base.static, base.causal, base.window
         self.known: dict[int, Tensor | None] = {}
 
     def features(self, seen: Observation) -> Tensor | None:

@@ -42,6 +42,47 @@ def fit(wanted: Tensor, entries: Tensor, total: Tensor, protected: Tensor) -> Te
     return slots.view(batch, layers, heads).transpose(0, 1).contiguous()
 
 
+def fit_layer(wanted: Tensor, before: Tensor, left: Tensor, later: int, entries: Tensor, protected: Tensor) -> Tensor:
+    """Integers of one layer, before those to come are known: they depend on it and on what earlier layers asked for.
+
+    The wishes of all layers up to now are summed and rounded, and the layer gets what that has grown by. So layers that
+    wish for whole numbers get them, and wishes that sum to the budget spend it. Whatever a layer wishes, it gets as
+    much as later ones cannot hold, and leaves them what they keep in any case.
+
+    Args:
+        wanted: [B, H] wished entries per head; other than in `fit`, their sum matters.
+        before: [B] float64, what earlier layers wished for in all.
+        left: [B] integer, entries that earlier layers did not get.
+        later: number of layers to come.
+        entries, protected: as for `fit`.
+
+    Returns:
+        [B, H] int64; once no layer is to come, they sum to `left`.
+    """
+    heads = wanted.shape[1]
+    before = before.to(torch.float64)
+    after = before + wanted.detach().to(torch.float64).sum(-1)
+    share = _nearest(after) - _nearest(before)
+    least, most = heads * protected, heads * entries
+    total = share.clamp(torch.maximum(least, left - later * most), torch.minimum(most, left - later * least))
+    return fit(wanted.unsqueeze(0), entries, total, protected)[0]
+
+
+def fit_in_order(wanted: Tensor, entries: Tensor, total: Tensor, protected: Tensor) -> Tensor:
+    """`fit_layer` for one layer after the other: [L, B, H] int64, which sum to `total` [B] in every row."""
+    left, budgets, layers = total, [], len(wanted)
+    for at, own in enumerate(wanted):
+        before = wanted[:at].detach().to(torch.float64).sum((0, 2))
+        budgets.append(fit_layer(own, before, left, layers - 1 - at, entries, protected))
+        left = left - budgets[-1].sum(-1)
+    return torch.stack(budgets)
+
+
+def _nearest(number: Tensor) -> Tensor:
+    """Nearest integer, halves upwards, so that a whole number more gives a whole number more."""
+    return torch.floor(torch.round(number, decimals=_DECIMALS) + 0.5).to(torch.int64)
+
+
 def _factor(wish: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
     """The factor [B, 1] at which the clamped wishes [B, N] sum to `total`.
 
