@@ -84,5 +84,4 @@ class _Split:
         self.budgets[at] = fit_layer(wish, before, self.left, later, self.entries, self.protected)
         self.wanted = torch.cat([self.wanted, wish.double().unsqueeze(0)])
         self.left = self.left - self.budgets[at].sum(-1)
-        of_layer: int = self.budgets[at].sum().tolist()
-        return self.budgets[at], of_layer
+        return self.budgets[at], sum(self.budgets[at].sum(-1).tolist())
