@@ -22,7 +22,7 @@ from learnkv.paging import check_reading, read_pages
 from learnkv.plan import Plan
 from learnkv.recompression import agree, check_judge
 from learnkv.scorers.base import Scorer
-from learnkv.spending import check_budget, entries_to_keep
+from learnkv.spending import check_budget, entries_to_keep, protected_entries
 
 TEMPERATURE = 0.5
 
@@ -191,10 +191,8 @@ class Policy(Component):
     def _protects(self, seen: Observation, protected: list[int]) -> Tensor:
         """[B, H, S] True for the first `sinks` and last `recent` tokens, clipped to `protected` per row."""
         both = upload(protected, seen.positions.device).view(-1, 1, 1)
-        recent = both.clamp(max=self.recent)
         length = seen.length.view(-1, 1, 1)
-        inside = seen.positions < both - recent
-        return ((inside & (self.sinks > 0)) | (seen.positions >= length - recent)) & seen.valid
+        return protected_entries(seen.positions, seen.valid, length, both, self.recent, self.sinks)
 
     def compress(
         self, cache: CompressedCache, keep: float | None = None, budget: float | None = None

@@ -1,4 +1,6 @@
-"""How many entries a budget buys."""
+"""How many entries a budget buys, and which of them every policy keeps."""
+
+from torch import Tensor
 
 from learnkv.cache import CompressedCache
 from learnkv.errors import UserError
@@ -27,3 +29,19 @@ def entries_to_keep(cache: CompressedCache, heads: int, keep: float | None, budg
                 "expected at least one"
             )
     return total
+
+
+def protected_entries(
+    positions: Tensor, valid: Tensor, length: Tensor, protected: Tensor, recent: int, sinks: int
+) -> Tensor:
+    """True for the `protected` entries that are kept in any case: the last `recent` tokens, then the first ones.
+
+    Args:
+        positions: [..., S] prompt position of each entry.
+        valid: [..., S] False where there is no entry.
+        length, protected: of each row, [..., 1].
+        sinks: 0: of the first tokens none.
+    """
+    last = protected.clamp(max=recent)
+    first = (positions < protected - last) & (sinks > 0)
+    return (first | (positions >= length - last)) & valid

@@ -23,6 +23,11 @@ class Allocator(Component, ABC):
     window: int = 0
     """Number of last prompt queries that `features` reads (0: none)."""
 
+    @property
+    def ranks(self) -> bool:
+        """Whether budgets depend on the scores themselves, not only on where there are entries."""
+        return not self.static
+
     def features(self, seen: Observation) -> Tensor | None:
         """What the allocator wants to know of one layer, [B, H, F] float32, or None."""
         return None
