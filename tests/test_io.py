@@ -72,6 +72,7 @@ def test_an_exported_policy_and_a_checkpoint_keep_the_same_entries(name, tmp_pat
 def test_the_folder_is_what_a_person_can_read(exported):
     folder, policy = exported
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "budgets.csv",
         "manifest.json",
         "policy.safetensors",

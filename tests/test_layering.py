@@ -20,12 +20,12 @@ LAYERS = [
     {"adapters", "component", "formats", "observation", "ops"},
     {"scorers", "allocators", "pages"},
     {"segments", "recorder", "reading", "renewal", "reopening", "layer", "compaction", "cache"},
-    {"spending", "plan", "recompression", "paging", "policy", "heuristic", "probing", "attention"}
+    {"spending", "plan", "recompression", "paging", "policy", "heuristic", "probing", "attention", "program"}
     | {"decoding", "graph", "layerwise", "steps", "generation"},
-    {"config", "io", "models"},
+    {"config", "hub", "card", "io", "models"},
     {"data"},
     {"calibration", "training", "evaluation"},
-    {"train", "eval", "export", "head_scores", "tables", "reference"},
+    {"train", "eval", "export", "head_scores", "tables", "integrations", "reference"},
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 STRANGERS = [  # on one layer, yet never each other
@@ -36,7 +36,7 @@ PRIVATE = {"segments": {"reading", "layer", "compaction", "cache"}}  # how a cac
 LIBRARY_TOP = HEIGHT["models"]  # `import learnkv` gives what a program needs, not training or evaluation
 
 TRANSFORMERS = ["layer.py", "cache.py", "attention.py", "decoding.py", "generation.py", "probing.py", "models.py"]
-TRANSFORMERS += ["reference/*"]
+TRANSFORMERS += ["reference/*", "integrations/*"]
 LIGHTNING = ["training/*", "evaluation/report.py", "train.py", "eval.py", "export.py", "reference/*"]
 ALLOWED_IN = {
     "transformers": TRANSFORMERS,

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from learnkv import adapters
+from learnkv import adapters, hub
+from learnkv.card import card
 from learnkv.config import find_config
 from learnkv.errors import UserError
 from learnkv.formats import budgets as budget_table
@@ -80,7 +81,8 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
     """A policy from a Lightning checkpoint, an exported folder, a training run's folder, or a heuristic's YAML.
 
     Args:
-        path: file or folder; a bare name finds `configs/policies/NAME.yaml`; `reference` is the shipped policy.
+        path: file or folder; a bare name finds `configs/policies/NAME.yaml`; `reference` is the shipped policy;
+            `owner/name` or `owner/name@revision`, where there is no such path, a policy on the Hugging Face hub.
         allow: module prefixes besides `learnkv` whose classes the file may name.
         model: description of the model it will serve (`describe_model`); a policy trained for another one is refused.
 
@@ -102,10 +104,13 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
 
 
 def policy_folder(path: str | Path) -> Path | None:
-    """The folder of a trained policy that `path` means (its own, a run's, or the shipped one), None for a file."""
+    """The folder of a trained policy that `path` means (its own, a run's, the shipped one, one fetched from the hub),
+    None for a file."""
     where = Path(path).expanduser()
     if str(path) == "reference" and not where.exists():
         return SHIPPED
+    if hub.names_a_repository(str(path)):
+        return hub.fetch(str(path))
     if not where.is_dir():
         return None
     of_run = not (where / "policy.yaml").exists() and (where / "policy" / "policy.yaml").exists()
@@ -117,11 +122,15 @@ def describe_policy_file(path: str | Path) -> str:
     where = Path(path).expanduser()
     if str(path) == "reference" and not where.exists():
         return "learned"
-    if where.suffix != ".ckpt" and not where.is_dir():
+    if hub.names_a_repository(str(path)):
+        name = str(path).partition("@")[0].rpartition("/")[2]
+    elif where.suffix != ".ckpt" and not where.is_dir():
         return where.stem
-    folder = where.resolve()
-    run = folder.parent.parent if where.suffix == ".ckpt" else folder.parent if folder.name == "policy" else folder
-    return run.name if run.name.startswith("learned") else f"learned-{run.name}"
+    else:
+        folder = where.resolve()
+        run = folder.parent.parent if where.suffix == ".ckpt" else folder.parent if folder.name == "policy" else folder
+        name = run.name
+    return name if name.startswith("learned") else f"learned-{name}"
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -211,7 +220,7 @@ def save_policy(
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Path:
-    """Export a policy as a folder: `policy.yaml`, `policy.safetensors`, `budgets.csv`, `manifest.json`.
+    """Export a policy as a folder: `policy.yaml`, `policy.safetensors`, `budgets.csv`, `manifest.json`, `README.md`.
 
     Args:
         folder: created where it is missing; files of an older export are replaced.
@@ -232,12 +241,13 @@ def save_policy(
         "format_version": FORMAT_VERSION,
         "model": dict(model),
         "adapter": policy.adapter is not None,
-        "budgets": "static" if budgets is None else "mean over prompts",
+        "budgets": "static" if policy.allocator.static else "mean over prompts",
         "training": dict(training or {}),
         "metrics": dict(metrics or {}),
     }
     _write(where / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     _write(where / "budgets.csv", budget_table.text(table))
+    _write(where / "README.md", card(manifest, policy.spec(), table))
     return where
 
 
