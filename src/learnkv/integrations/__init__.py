@@ -1,0 +1,1 @@
+"""Policies of learnkv inside other libraries, each an optional extra."""
