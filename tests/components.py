@@ -9,7 +9,7 @@ import learnkv.allocators
 import learnkv.scorers
 from learnkv.allocators import Allocator, LearnedAllocator, LearnedCausalAllocator, Pyramid
 from learnkv.component import Component
-from learnkv.scorers import LearnedScorer, Scorer, SnapKV
+from learnkv.scorers import GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
 
 SCORERS = subclasses(learnkv.scorers, Scorer)
 ALLOCATORS = subclasses(learnkv.allocators, Allocator)
@@ -32,15 +32,27 @@ WRAPPERS = {
 }
 """Those that correct another's scores."""
 
-LEARNED: dict[type, Callable[[int, int, int], Component]] = {
-    LearnedScorer: lambda layers, heads, dim: LearnedScorer(SnapKV(window=8), layers, heads, dim),
-    LearnedAllocator: lambda layers, heads, dim: LearnedAllocator(Pyramid(), layers, heads, conditioned=True, window=8),
-    LearnedCausalAllocator: lambda layers, heads, dim: LearnedCausalAllocator(Pyramid(), layers, heads, window=8),
+LEARNED: dict[type, Callable[[int, int, int, int], Component]] = {
+    LearnedScorer: lambda layers, heads, dim, hidden: LearnedScorer(
+        SnapKV(window=8), layers, heads, dim, rank=3, hidden_size=hidden
+    ),
+    HiddenScorer: lambda layers, heads, dim, hidden: HiddenScorer(
+        SnapKV(window=8), layers, heads, dim, hidden, reads=["hidden", "keys", "values"]
+    ),
+    GateScorer: lambda layers, heads, dim, hidden: GateScorer(SnapKV(window=8), layers, heads, hidden),
+    LearnedAllocator: lambda layers, heads, dim, hidden: LearnedAllocator(
+        Pyramid(), layers, heads, conditioned=True, window=8
+    ),
+    LearnedCausalAllocator: lambda layers, heads, dim, hidden: LearnedCausalAllocator(
+        Pyramid(), layers, heads, window=8
+    ),
 }
 
 KNOWS_ITS_HEAD = {
     learnkv.scorers.Random,
     LearnedScorer,
+    HiddenScorer,
+    GateScorer,
     learnkv.scorers.CompressKV,
     learnkv.scorers.VaSE,
     learnkv.scorers.FastKVzip,
@@ -60,5 +72,5 @@ def build(cls: type[Component], layers: int, heads: int, group: int, dim: int, h
     if cls in WRAPPERS:
         return WRAPPERS[cls]()
     if cls in LEARNED:
-        return randomised(LEARNED[cls](layers, heads, dim))
+        return randomised(LEARNED[cls](layers, heads, dim, hidden))
     return cls()

@@ -24,7 +24,7 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
     def evict(at: int) -> None:
         total, protected = policy.spending(cache, keep, budget)
         seen = policy.seen(cache, at, total)
-        scores = policy.score(scorer, seen, protected)
+        scores = policy.judge(scorer, seen, protected).scores
         if at == 0:
             cache.renewal, cache.adapter = agree(policy, cache, keep, budget), policy.adapter
             split.append(_Split(policy.allocator, len(layers), scores, cache.lengths, total, protected))

@@ -137,6 +137,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
             "layers": config.num_hidden_layers - sliding,
             "heads": heads,
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "hidden_size": config.hidden_size,
         },
     }
 

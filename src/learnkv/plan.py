@@ -1,11 +1,14 @@
 """What to keep of a prompt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from learnkv.allocators.base import Start
 from learnkv.ops.select import select
+from learnkv.scorers.base import Judgement
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,11 @@ def changed(plan: Plan, other: Plan) -> Tensor:
     """Fraction [B] of the entries kept by `plan` that `other`, of the same prompts and budget, does not keep."""
     kept = plan.kept
     return (kept & ~other.kept).sum((0, 2, 3)) / kept.sum((0, 2, 3))
+
+
+def started_at(judged: Sequence[Judgement], device: torch.device) -> Start | None:
+    """Where the scores of all layers started, None for a heuristic's."""
+    starts, priors = (
+        [one.to(device) for one in some if one is not None] for some in list(zip(*judged, strict=True))[1:]
+    )
+    return Start(torch.stack(starts), torch.stack(priors)) if starts else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from learnkv.adapters import Adapter
-from learnkv.allocators.base import Allocator
+from learnkv.allocators.base import Allocator, Start
 from learnkv.allocators.uniform import Uniform
 from learnkv.cache import CompressedCache
 from learnkv.compaction import Rerotate, compact
@@ -19,9 +19,9 @@ from learnkv.ops.normal_scores import unit_scale
 from learnkv.ops.soft_topk import soft_topk
 from learnkv.pages.base import PageSelector
 from learnkv.paging import check_reading, read_pages
-from learnkv.plan import Plan
+from learnkv.plan import Plan, started_at
 from learnkv.recompression import agree, check_judge
-from learnkv.scorers.base import Scorer
+from learnkv.scorers.base import Judgement, Scorer
 from learnkv.spending import check_budget, entries_to_keep, protected_entries
 
 TEMPERATURE = 0.5
@@ -116,10 +116,12 @@ class Policy(Component):
         Rows that are `decided` keep the budgets that the cache has.
         """
         device = seen[0].keys.device
-        scores = torch.stack([self.score(scorer, one, protected).to(device) for one in seen])
-        features = [self.allocator.features(one) for one in seen]
-        known = [one.to(device) for one in features if one is not None]
-        wanted, budgets = self._allocate(cache, scores, torch.stack(known) if known else None, total, protected)
+        judged = [self.judge(scorer, one, protected) for one in seen]
+        scores = torch.stack([one.scores.to(device) for one in judged])
+        start = started_at(judged, device)
+        known = [one.to(device) for one in map(self.allocator.features, seen) if one is not None]
+        features = torch.stack(known) if known else None
+        wanted, budgets = self._allocate(cache, scores, features, total, protected, start)
         if decided is not None and cache.budgets is not None:
             old = upload(decided, device).view(1, -1, 1)
             budgets = torch.where(old, cache.budgets.to(device), budgets)
@@ -161,11 +163,12 @@ class Policy(Component):
         features: Tensor | None,
         total: list[int],
         protected: list[int],
+        start: Start | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What the allocator wants [L, B, H] and the integers that spend the budget exactly."""
         entries, spend, at_least = (upload(numbers, scores.device) for numbers in (cache.lengths, total, protected))
         per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
-        wanted = self.allocator(scores, features, per_head)
+        wanted = self.allocator.split(scores, features, per_head, start)
         exact = fit_in_order if self.allocator.causal else fit
         return wanted, exact(wanted, entries, spend, at_least)
 
@@ -183,10 +186,9 @@ class Policy(Component):
         scores, budgets = scores.to(seen.keys.device), budgets.to(seen.keys.device)
         return torch.where(scores.isfinite(), scorer.refine(seen, scores, budgets).float(), scores)
 
-    def score(self, scorer: Scorer, seen: Observation, protected: list[int]) -> Tensor:
+    def judge(self, scorer: Scorer, seen: Observation, protected: list[int]) -> Judgement:
         """Scores [B, H, S] of one layer with protected entries at +inf and absent ones at -inf."""
-        scores = scorer(seen).float()
-        return scores.masked_fill(~seen.valid, float("-inf")).masked_fill(self._protects(seen, protected), float("inf"))
+        return scorer.judge(seen).masked(absent=~seen.valid, protected=self._protects(seen, protected))
 
     def _protects(self, seen: Observation, protected: list[int]) -> Tensor:
         """[B, H, S] True for the first `sinks` and last `recent` tokens, clipped to `protected` per row."""

@@ -70,6 +70,11 @@ def write(path: str | Path, policy: Policy, shapes: Mapping[str, int]) -> Path:
     Raises:
         UserError: for a path that cannot be written, and for an allocator that cannot be traced.
     """
+    if policy.allocator.follows:
+        raise UserError(
+            f"{type(policy.allocator).__name__}: its budgets follow learned scores (by: scores), which are no part of a "
+            "program; expected by: shares"
+        )
     layers, heads = shapes["layers"], shapes["heads"]
     program = BudgetProgram(policy, layers, heads).cpu().eval()
     rows, slots = torch.export.Dim("batch"), torch.export.Dim("length")

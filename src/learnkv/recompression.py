@@ -65,7 +65,7 @@ def recompress(policy: "Policy", cache: CompressedCache) -> None:
         for at, budgets in enumerate(cache.budgets):
             _reopen(cache, at, longest[at], said)
             seen = policy.seen(cache, at, total)
-            scores = policy.refine(judge, seen, policy.score(judge, seen, protected), budgets)
+            scores = policy.refine(judge, seen, policy.judge(judge, seen, protected).scores, budgets)
             mine = budgets.unsqueeze(0).to(scores.device)
             cache.evict(scores.unsqueeze(0), mine, of_layer[at], at, policy.rerotate)
         return

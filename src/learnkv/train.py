@@ -107,11 +107,15 @@ def sized(spec: Any, shapes: Mapping[str, int]) -> Any:
 
     Args:
         spec: `Policy.spec()`, or a part of it.
-        shapes: layers and kv heads that are compressed, and the head dimension.
+        shapes: layers and kv heads that are compressed, head dimension and hidden size.
     """
     if not isinstance(spec, dict):
         return spec
-    known = {"num_layers": shapes["layers"], "num_heads": shapes["heads"], "head_dim": shapes["head_dim"]}
+    known = {
+        "num_layers": shapes["layers"],
+        "num_heads": shapes["heads"],
+        **{key: shapes[key] for key in ("head_dim", "hidden_size")},
+    }
     return {key: known[key] if key in known and value == 0 else sized(value, shapes) for key, value in spec.items()}
 
 

@@ -77,7 +77,7 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
     assert settings["trainer"]["max_steps"] == 4
     manifest = json.loads((run / "policy" / "manifest.json").read_text())
     assert manifest["training"] == settings
-    assert manifest["model"]["shapes"] == {"layers": 2, "heads": 2, "head_dim": 8}
+    assert manifest["model"]["shapes"] == {"layers": 2, "heads": 2, "head_dim": 8, "hidden_size": 32}
     with (run / "metrics.csv").open() as table:
         rows = list(csv.DictReader(table))
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
@@ -243,9 +243,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint(words, tmp_path, monkeypatch
 
 
 def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
-    spec = {"scorer": {"init_args": {"num_layers": 0, "head_dim": 7, "base": None}}, "sinks": 0}
-    filled = sized(spec, {"layers": 5, "heads": 2, "head_dim": 8})
-    assert filled == {"scorer": {"init_args": {"num_layers": 5, "head_dim": 7, "base": None}}, "sinks": 0}
+    spec = {"scorer": {"init_args": {"num_layers": 0, "head_dim": 7, "hidden_size": 0, "base": None}}, "sinks": 0}
+    filled = sized(spec, {"layers": 5, "heads": 2, "head_dim": 8, "hidden_size": 32})
+    known = {"num_layers": 5, "head_dim": 7, "hidden_size": 32, "base": None}
+    assert filled == {"scorer": {"init_args": known}, "sinks": 0}
 
 
 @pytest.mark.parametrize(

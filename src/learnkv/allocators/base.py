@@ -1,6 +1,7 @@
 """How the budget is split over layers and heads."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +10,16 @@ from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.fit import fit
+
+
+@dataclass(frozen=True)
+class Start:
+    """What learned scores were before anything was learned, both with +inf and -inf where the scores have them."""
+
+    scores: Tensor
+    """[L, B, H, S] the heuristic's own."""
+    prior: Tensor
+    """[L, B, H, S] the same in the units of the learned scores."""
 
 
 class Allocator(Component, ABC):
@@ -20,6 +31,8 @@ class Allocator(Component, ABC):
 
     static: bool = False
     causal: bool = False
+    follows: bool = False
+    """Whether budgets follow learned scores, measured from where these started (`split`)."""
     window: int = 0
     """Number of last prompt queries that `features` reads (0: none)."""
 
@@ -67,6 +80,10 @@ class Allocator(Component, ABC):
             features: [L, B, H, F] stacked results of `features`, or None.
             budget: [B] entries per head on average, protected ones included.
         """
+
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Start | None) -> Tensor:
+        """What `forward` returns, for one that also reads where scores started; None: they are a heuristic's."""
+        return self(scores, features, budget)
 
 
 class CausalAllocator(Allocator):

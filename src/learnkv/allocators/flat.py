@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from learnkv.allocators.base import Allocator
+from learnkv.ops.ranked_counts import ranked_counts
 
 
 class Flat(Allocator):
@@ -28,13 +29,11 @@ class Flat(Allocator):
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         layers, batch, heads, slots = scores.shape
         places = torch.round(budget.double() * layers * heads).long()  # [B]
+        if self.rounding == "exact":
+            return ranked_counts(scores.detach(), places)
         flat = scores.transpose(0, 1).flatten(1)  # [B, L*H*S]
-        ordered, order = flat.sort(dim=-1, descending=True, stable=True)
-        if self.rounding == "kvzip":
-            above = flat > ordered.gather(-1, (places - 1).clamp(min=0).unsqueeze(-1))
-            there = flat > -torch.inf
-            best = torch.where((places >= there.sum(-1)).unsqueeze(-1), there, above)
-        else:
-            among = torch.arange(flat.shape[-1], device=flat.device) < places.unsqueeze(-1)
-            best = torch.zeros_like(among).scatter_(-1, order, among) & (flat > -torch.inf)
+        ordered = flat.sort(dim=-1, descending=True).values
+        above = flat > ordered.gather(-1, (places - 1).clamp(min=0).unsqueeze(-1))
+        there = flat > -torch.inf
+        best = torch.where((places >= there.sum(-1)).unsqueeze(-1), there, above)
         return best.view(batch, layers, heads, slots).sum(-1).transpose(0, 1).double()

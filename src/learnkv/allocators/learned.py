@@ -1,14 +1,18 @@
 """Learned budgets: head importance and layer budget on top of a heuristic allocation."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from learnkv.allocators.base import Allocator
+from learnkv.allocators.base import Allocator, Start, entries_of, protected_of
 from learnkv.allocators.conditioning import KNOTS, Conditioner, attention_features, hats
 from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.allocate import allocate
 from learnkv.ops.fit import fit
+from learnkv.ops.normal_scores import normal_scores
+from learnkv.ops.ranked_counts import heights, ranked_counts
 
 
 class HeadImportance(nn.Module):
@@ -61,37 +65,57 @@ class LayerBudget(nn.Module):
 
 
 class LearnedAllocator(Allocator):
-    """A heuristic's budgets moved by learned head importance and layer budget; they spend the same, exactly.
+    """A heuristic's budgets moved by what is learned; they spend the same, exactly.
 
-    The logit of the heuristic's share of a head is its starting point. Both corrections are added and one threshold,
-    solved with its implicit gradient, brings the shares back to the budget: never below the protected entries, never
-    above the prompt. Corrections start at zero, where `fit` gives the heuristic's own integers back.
+    `by` shares: the logit of the heuristic's share of a head is its starting point. Head importance and layer budget
+    are added and one threshold, solved with its implicit gradient, brings the shares back to the budget: never below
+    the protected entries, never above the prompt.
+
+    `by` scores: budgets follow the prompt. Scores are measured from where the heuristic's budget of each head ends,
+    head importance and layer budget are added to them, and the best of all layers and heads are kept. A head whose
+    learned scores rise gets more; the gradient is that of one soft top-k over the whole model.
+
+    Whatever is learned starts at zero, where `fit` gives the heuristic's own integers back.
 
     Args:
-        base: the heuristic allocation to start from.
+        base: the heuristic allocation to start from; it is shown the heuristic's scores.
         num_layers: layers of the model; 0 until `train.py` fills in this and the next one.
         num_heads: kv heads per layer.
         conditioned: let both corrections depend on the prompt's attention as well as on the budget.
         window: last prompt queries whose attention is summarised, when conditioned.
+        by: what budgets follow.
+        heads: whether there is a head importance.
+        layers: whether there is a layer budget.
     """
 
     def __init__(
-        self, base: Allocator, num_layers: int = 0, num_heads: int = 0, conditioned: bool = False, window: int = 16
+        self,
+        base: Allocator,
+        num_layers: int = 0,
+        num_heads: int = 0,
+        conditioned: bool = False,
+        window: int = 16,
+        by: Literal["shares", "scores"] = "shares",
+        heads: bool = True,
+        layers: bool = True,
     ) -> None:
         super().__init__()
         if window < 1:
             raise UserError(f"window={window}: expected at least 1")
-        self.base = base
-        self.head_importance = HeadImportance(num_layers, num_heads, conditioned)
-        self.layer_budget = LayerBudget(num_layers, conditioned)
-        self.conditioned = conditioned
-        self.static = base.static and not conditioned
-        self.window = max(base.window, window if conditioned else 0)
+        if by == "shares" and not (heads or layers):
+            raise UserError("heads=false layers=false: leaves nothing to learn, expected one of them or by=scores")
+        self.base, self.follows = base, by == "scores"
+        self.shape = (num_layers, num_heads)
+        self.head_importance = HeadImportance(num_layers, num_heads, conditioned) if heads else None
+        self.layer_budget = LayerBudget(num_layers, conditioned) if layers else None
+        self.conditioned = conditioned and (heads or layers)
+        self.static = base.static and not self.conditioned and not self.follows
+        self.window = max(base.window, window if self.conditioned else 0)
         self._own_window = window
 
     @property
     def ranks(self) -> bool:
-        return self.base.ranks
+        return self.base.ranks or self.follows
 
     def features(self, seen: Observation) -> Tensor | None:
         """[B, H, 3 + F]: attention features, then the F features of the heuristic; None where neither wants any."""
@@ -102,23 +126,39 @@ class LearnedAllocator(Allocator):
         return own if theirs is None else torch.cat([own, theirs], -1)
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
-        layers, batch, heads, _ = scores.shape
-        if self.head_importance.logits.shape[1:] != (layers, heads):
-            have = self.head_importance.logits.shape
-            raise UserError(f"num_layers={have[1]} num_heads={have[2]}: the model has {layers} and {heads}")
+        return self.split(scores, features, budget, None)
+
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Start | None) -> Tensor:
+        layers, _, heads, _ = scores.shape
+        if self.shape != (layers, heads):
+            raise UserError(f"num_layers={self.shape[0]} num_heads={self.shape[1]}: the model has {layers} and {heads}")
         own, theirs = None, features
         if self.conditioned:
             assert features is not None
             own, theirs = features[..., : Conditioner.FEATURES], features[..., Conditioner.FEATURES :]
-        entries = (scores[0, :, 0] > -torch.inf).sum(-1)
-        protected = (scores[0, :, 0] == torch.inf).sum(-1)
+        entries, protected = entries_of(scores), protected_of(scores)
         total = torch.round(budget.double() * (layers * heads)).long()
-        start = fit(self.base(scores, theirs, budget), entries, total, protected)
-
+        begin = self.base(scores if start is None else start.scores, theirs, budget)
+        held = fit(begin, entries, total, protected)
+        parts = (self.head_importance, self.layer_budget)
         keep = budget.double() / entries
-        moved = self.layer_budget(own, keep, entries) + self.head_importance(own, keep, entries)
-        first, by = (one.transpose(0, 1).flatten(1) for one in (start, moved))  # [B, L*H]
-        return corrected(first, by, total, entries, protected).view(batch, layers, heads).transpose(0, 1)
+        moved = sum((one(own, keep, entries) for one in parts if one is not None), scores.new_zeros(layers, 1, heads))
+        if not self.follows:
+            first, logits = (one.transpose(0, 1).flatten(1) for one in (held, moved.expand(held.shape)))  # [B, L*H]
+            wanted = corrected(first, logits, total, entries, protected)
+            return wanted.view(-1, layers, heads).transpose(0, 1)
+        if start is None:
+            scores = prior = _normal(scores)
+        else:
+            prior = start.prior
+        return ranked_counts(heights(scores, prior, held) + moved.unsqueeze(-1), total)
+
+
+def _normal(scores: Tensor) -> Tensor:
+    """A heuristic's scores [L, B, H, S] as normal scores of their ranks within each layer."""
+    rows = scores.flatten(0, 1)
+    normal = normal_scores(rows, rows.isfinite()).view_as(scores)
+    return torch.where(scores.isfinite(), normal, scores)
 
 
 def corrected(start: Tensor, logits: Tensor, total: Tensor, entries: Tensor, protected: Tensor) -> Tensor:

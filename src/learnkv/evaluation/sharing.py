@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator
+from learnkv.allocators.base import Allocator, Start
 from learnkv.observation import Observation
 from learnkv.policy import Policy
-from learnkv.scorers.base import Scorer
+from learnkv.scorers.base import Judgement, Scorer
 
 
 def for_one_prompt(policy: Policy) -> Policy:
@@ -32,17 +32,21 @@ class _Scores(Scorer):
         self.base = base
         self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
         self.statistics, self.probes = base.statistics, base.probes
-        self.known: dict[int, Tensor] = {}
+        self.known: dict[int, Judgement] = {}
         self.prepared: dict[int, tuple[Tensor, ...]] = {}
 
     def forward(self, seen: Observation) -> Tensor:
+        return self.judge(seen).scores
+
+    def judge(self, seen: Observation) -> Judgement:
         layer, blind = seen.layer_idx, replace(seen, keep=None)  # one that reads `keep` after all fails, it cannot lie
         if self.reads_budget:
             if layer not in self.prepared:
                 self.prepared[layer] = self.base.prepare(blind)
-            return self.base.decide(seen, self.prepared[layer])
+            known = self.prepared[layer]
+            return Judgement(self.base.decide(seen, known)) if known else self.base.judge(seen)
         if layer not in self.known:
-            self.known[layer] = self.base(blind)
+            self.known[layer] = self.base.judge(blind)
         return self.known[layer]
 
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
@@ -65,3 +69,6 @@ class _Features(Allocator):
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         return self.base(scores, features, budget)
+
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Start | None) -> Tensor:
+        return self.base.split(scores, features, budget, start)

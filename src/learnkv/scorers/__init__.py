@@ -4,11 +4,14 @@ from learnkv.scorers.base import Scorer
 from learnkv.scorers.cake import CAKE
 from learnkv.scorers.chunked import Chunked
 from learnkv.scorers.compresskv import CompressKV
+from learnkv.scorers.constant import Constant
 from learnkv.scorers.criticalkv import CriticalKV
 from learnkv.scorers.defensivekv import DefensiveKV
 from learnkv.scorers.expected_attention import ExpectedAttention
 from learnkv.scorers.fast_kvzip import FastKVzip
+from learnkv.scorers.gate import GateScorer
 from learnkv.scorers.h2o import H2O
+from learnkv.scorers.hidden import HiddenScorer
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
 from learnkv.scorers.kvzip import KVzip
@@ -31,10 +34,13 @@ __all__ = [
     "TOVA",
     "Chunked",
     "CompressKV",
+    "Constant",
     "CriticalKV",
     "DefensiveKV",
     "ExpectedAttention",
     "FastKVzip",
+    "GateScorer",
+    "HiddenScorer",
     "KVzip",
     "KeyDiff",
     "Knorm",

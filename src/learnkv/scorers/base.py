@@ -1,12 +1,34 @@
 """The importance of cache entries."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from learnkv.component import Component
 from learnkv.errors import UserError
 from learnkv.observation import Observation, Probe, Statistic
+
+
+class Judgement(NamedTuple):
+    """Scores of one layer and, where something was learned, what they were before."""
+
+    scores: Tensor
+    """[B, H, S]."""
+    start: Tensor | None = None
+    """[B, H, S] the heuristic's own scores."""
+    prior: Tensor | None = None
+    """[B, H, S] the same in the units of `scores`: these are `prior` plus what was learned."""
+
+    def masked(self, absent: Tensor, protected: Tensor) -> "Judgement":
+        """The same in float32 with -inf and +inf where these [B, H, S] are True."""
+        scores, start, prior = (
+            None if one is None else one.float().masked_fill(absent, -torch.inf).masked_fill(protected, torch.inf)
+            for one in self
+        )
+        assert scores is not None
+        return Judgement(scores, start, prior)
 
 
 class Scorer(Component, ABC):
@@ -38,6 +60,10 @@ class Scorer(Component, ABC):
     def decide(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
         """The scores [B, H, S] of `forward`, from what `prepare` gave for the same prompt."""
         return self(seen)
+
+    def judge(self, seen: Observation) -> Judgement:
+        """What `forward` returns, with what it starts from."""
+        return Judgement(self(seen))
 
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] that decide within each head, for a method that needs to know how many entries it keeps.

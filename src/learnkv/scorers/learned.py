@@ -5,26 +5,30 @@ from torch import Tensor, nn
 
 from learnkv.errors import UserError
 from learnkv.observation import Observation
-from learnkv.ops.normal_scores import normal_scores
 from learnkv.ops.window_scores import window_scores
 from learnkv.scorers.base import Scorer
+from learnkv.scorers.residual import Residual, unit
+
+_NEIGHBOURS = 7
 
 
-class LearnedScorer(Scorer):
-    """Normal scores of a heuristic's ranks plus a small network per (layer, kv head) that sees the entry.
+class LearnedScorer(Residual):
+    """A heuristic's scores plus a small network per (layer, kv head) that sees the entry.
 
-    The network reads the normalised key and value, the attention of the last prompt queries in
-    logs, and the heuristic's own normal score. Its last layer starts at zero, so that at first every order, within a
-    head and between the heads of a layer, is the heuristic's, ties included. Allocators that use the size of scores
-    and not only their order get normal scores to see.
+    The network reads the normalised key and value, the attention that the last prompt queries give to the entry and to
+    its neighbours in logs, the heuristic's own normal score and, with `rank`, a projection of the token's hidden state
+    that the heads of a layer share: what the other heads' keys and values would say. Its last layer starts at zero.
+    ForesightKV (ICML 2026) has such a network without a heuristic under it.
 
     Args:
         base: the heuristic to start from.
-        num_layers: layers of the model; 0 until `train.py` fills in this and the next two.
+        num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         head_dim: D of the model.
         width: hidden units per head.
         window: last prompt queries whose attention is a feature.
+        rank: numbers that hidden states are projected to; 0: they are not read.
+        hidden_size: E of the model.
     """
 
     def __init__(
@@ -35,52 +39,58 @@ class LearnedScorer(Scorer):
         head_dim: int = 0,
         width: int = 16,
         window: int = 16,
+        rank: int = 0,
+        hidden_size: int = 0,
     ) -> None:
-        super().__init__()
-        if width < 1 or window < 1:
-            raise UserError(f"width={width} window={window}: expected at least 1 of each")
-        self._builds_on(base)
-        self.base = base
+        super().__init__(base, num_layers, num_heads)
+        if width < 1 or window < 1 or rank < 0:
+            raise UserError(f"width={width} window={window} rank={rank}: expected at least 1, 1 and 0")
         self.window = max(base.window, window)
         self._own_window = window
-        features = 2 * head_dim + 3
+        features = 2 * head_dim + 5 + rank
         self.weight_in = nn.Parameter(torch.randn(num_layers, num_heads, features, width) * features**-0.5)
         self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, 1, width))
         self.weight_out = nn.Parameter(torch.zeros(num_layers, num_heads, width, 1))
+        self.project: nn.Parameter | None = None
+        if rank > 0:
+            self.needs = self.needs | {"hidden"}
+            self.project = nn.Parameter(torch.randn(num_layers, hidden_size, rank) * max(1, hidden_size) ** -0.5)
 
-    def forward(self, seen: Observation) -> Tensor:
-        layers, heads = self.bias.shape[:2]
-        if seen.layer_idx >= layers or seen.keys.shape[1] != heads:
-            raise UserError(
-                f"num_layers={layers} num_heads={heads}: the model has layer {seen.layer_idx} with {seen.keys.shape[1]}"
-            )
-        with torch.no_grad():
-            prior = normal_scores(self.base(seen), seen.valid)
-            inputs = torch.cat([self._entries(seen), self._attention(seen), prior.unsqueeze(-1)], -1)
+    def correction(self, seen: Observation, prior: Tensor) -> Tensor:
         layer = seen.layer_idx
+        with torch.no_grad():
+            inputs = torch.cat([self._entries(seen), self._attention(seen), prior.unsqueeze(-1)], -1)
+        if self.project is not None:
+            assert seen.hidden is not None
+            shared = (unit(seen.hidden) @ self.project[layer]).unsqueeze(1)
+            inputs = torch.cat([inputs, shared.expand(-1, inputs.shape[1], -1, -1)], -1)
         hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
-        return prior + (hidden @ self.weight_out[layer]).squeeze(-1)
+        correction: Tensor = (hidden @ self.weight_out[layer]).squeeze(-1)
+        return correction
 
     def _entries(self, seen: Observation) -> Tensor:
         """Keys and values, each of mean square 1, [B, H, S, 2D]."""
-        keys, values = seen.keys.float(), seen.values.float()
-        return torch.cat([x * x.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for x in (keys, values)], -1)
+        return torch.cat([unit(seen.keys), unit(seen.values)], -1)
 
     def _attention(self, seen: Observation) -> Tensor:
-        """Log attention over an even spread's, mean and maximum over the query heads of a kv head: [B, H, S, 2]."""
-        reduced = [
-            window_scores(
-                seen.queries[:, :, -self._own_window :],
-                seen.keys,
-                query_positions=seen.query_positions[:, -self._own_window :],
-                positions=seen.positions,
-                valid=seen.valid,
-                scaling=seen.scaling,
-                kernel_size=1,
-                group_reduce=how,
-            )
-            for how in ("mean", "max")
-        ]
+        """Log attention over an even spread's: mean and maximum over the query heads of a kv head, and both smoothed
+        over neighbours as SnapKV does, [B, H, S, 4]."""
+        reduced = torch.stack(
+            [
+                window_scores(
+                    seen.queries[:, :, -self._own_window :],
+                    seen.keys,
+                    query_positions=seen.query_positions[:, -self._own_window :],
+                    positions=seen.positions,
+                    valid=seen.valid,
+                    scaling=seen.scaling,
+                    kernel_size=1,
+                    group_reduce=how,
+                )
+                for how in ("mean", "max")
+            ]
+        )
+        smooth = nn.functional.avg_pool1d(reduced.flatten(0, 1), _NEIGHBOURS, 1, _NEIGHBOURS // 2).view_as(reduced)
         entries = seen.valid.sum(-1, keepdim=True).unsqueeze(-1)
         # Five decades below an even spread nothing is worth telling apart; /5 brings the range near to the others'.
-        return (torch.stack(reduced, -1) * entries).clamp_min(1e-5).log() / 5
+        return (torch.cat([reduced, smooth]).movedim(0, -1) * entries).clamp_min(1e-5).log() / 5

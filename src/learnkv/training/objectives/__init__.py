@@ -5,6 +5,7 @@ from learnkv.training.objectives.budgets import BudgetRegression
 from learnkv.training.objectives.hidden import HiddenMSE
 from learnkv.training.objectives.kl import ForwardKL, ReverseKL
 from learnkv.training.objectives.scores import ScoreRegression
+from learnkv.training.objectives.stages import Stages
 from learnkv.training.objectives.weighted_sum import WeightedSum
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "ReverseKL",
     "Said",
     "ScoreRegression",
+    "Stages",
     "WeightedSum",
 ]

@@ -68,6 +68,10 @@ class Objective(Component, ABC):
     targets: tuple[Scorer, ...] = ()
     """Scorers whose scores of the prompt it looks at; extra passes that they ask for are made."""
 
+    def at(self, step: int) -> "Objective":
+        """What is minimised at an optimiser step."""
+        return self
+
     @abstractmethod
     def forward(self, seen: Comparison) -> Tensor:
         """Loss [B] of each prompt."""

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from learnkv.ops.normal_scores import normal_scores
@@ -11,22 +12,24 @@ from learnkv.training.objectives.base import Comparison, Objective
 
 
 class ScoreRegression(Objective):
-    """Mean squared difference between the policy's scores and those of `target`, over the entries that are in question.
+    """Distance between the policy's scores and those of `target`, averaged over the entries that are in question.
 
     A scorer that reads the prompt again (KVzip) is imitated by one that does not: no continuation is read, and what
     eviction does to the model's output is not asked. Fast KVzip and KVzap are trained in this way.
 
     Args:
         target: gives the scores that are to be matched; it is not trained.
-        of: `ranks` matches the normal scores of the target's ranks within its layer, the scale that `LearnedScorer`
-            has; `scores` the target's own numbers (KVzap: those of KVzip with `normalized` and `log`).
+        of: squares of differences to the normal scores of the target's `ranks` within its layer, the scale that
+            `LearnedScorer` has, or to its own `scores` (KVzap: those of KVzip with `normalized` and `log`); or, for
+            scores within [0, 1] such as KVzip's, their cross-entropy to the sigmoid of the policy's (Fast KVzip), its
+            `logits`: these can be compared between layers, and entries that matter most weigh most.
     """
 
-    name = "score_mse"
+    name = "score_distance"
     reads = False
     plans = True
 
-    def __init__(self, target: Scorer, of: Literal["ranks", "scores"] = "ranks") -> None:
+    def __init__(self, target: Scorer, of: Literal["ranks", "scores", "logits"] = "ranks") -> None:
         super().__init__()
         self.target = target.requires_grad_(False)
         self.targets = (target,)
@@ -38,5 +41,11 @@ class ScoreRegression(Objective):
         asked = scores.isfinite()  # neither protected nor padding
         if self.of == "ranks":
             wanted = torch.stack([normal_scores(one, free) for one, free in zip(wanted, asked, strict=True)])
-        apart = torch.where(asked, scores - wanted, 0.0).square()
+        if self.of == "logits":
+            apart = F.binary_cross_entropy_with_logits(
+                scores.masked_fill(~asked, 0.0), wanted.masked_fill(~asked, 0.0).clamp(0, 1), reduction="none"
+            )
+            apart = apart.masked_fill(~asked, 0.0)
+        else:
+            apart = torch.where(asked, scores - wanted, 0.0).square()
         return apart.sum((0, 2, 3)) / asked.sum((0, 2, 3)).clamp_min(1)

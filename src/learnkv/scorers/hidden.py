@@ -1,0 +1,76 @@
+"""A learned correction of a heuristic's scores from the token alone."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from learnkv.errors import UserError
+from learnkv.observation import Observation
+from learnkv.scorers.base import Scorer
+from learnkv.scorers.residual import Residual, unit
+
+Read = Literal["hidden", "keys", "values"]
+
+
+class HiddenScorer(Residual):
+    """A heuristic's scores plus one small network per layer that sees the token and answers for all kv heads.
+
+    KVzap (kvpress) reads hidden states, with a hidden layer of 512 units or none; Locret (arXiv 2410.01805) reads
+    queries, keys and values of all heads, which are projections of the same hidden states. Both have no heuristic under
+    them: base `Constant`. The last layer starts at zero.
+
+    Args:
+        base: the heuristic to start from.
+        num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
+        num_heads: kv heads per layer.
+        head_dim: D of the model.
+        hidden_size: E of the model.
+        width: hidden units per layer; 0: none, scores are linear in what is read.
+        reads: any of `hidden` (the input of the layer's attention), `keys` and `values` of all heads; each of mean
+            square 1.
+    """
+
+    def __init__(
+        self,
+        base: Scorer,
+        num_layers: int = 0,
+        num_heads: int = 0,
+        head_dim: int = 0,
+        hidden_size: int = 0,
+        width: int = 32,
+        reads: Sequence[Read] = ("hidden",),
+    ) -> None:
+        super().__init__(base, num_layers, num_heads)
+        if width < 0 or not reads:
+            raise UserError(f"width={width} reads={list(reads)}: expected a width of 0 or more and something to read")
+        self.reads = tuple(reads)
+        if "hidden" in reads:
+            self.needs = self.needs | {"hidden"}
+        sizes: dict[Read, int] = {"hidden": hidden_size, "keys": num_heads * head_dim, "values": num_heads * head_dim}
+        features = sum(sizes[one] for one in self.reads)
+        first = width or features
+        self.weight_in: nn.Parameter | None = None
+        if width:
+            self.weight_in = nn.Parameter(torch.randn(num_layers, features, width) * max(1, features) ** -0.5)
+            self.bias = nn.Parameter(torch.zeros(num_layers, 1, width))
+        self.weight_out = nn.Parameter(torch.zeros(num_layers, first, num_heads))
+        self.bias_out = nn.Parameter(torch.zeros(num_layers, 1, num_heads))
+
+    def correction(self, seen: Observation, prior: Tensor) -> Tensor:
+        layer = seen.layer_idx
+        inputs = torch.cat([unit(self._read(seen, one)) for one in self.reads], -1)
+        if self.weight_in is not None:
+            inputs = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
+        return (inputs @ self.weight_out[layer] + self.bias_out[layer]).transpose(1, 2)
+
+    @staticmethod
+    def _read(seen: Observation, what: Read) -> Tensor:
+        """[B, S, …]"""
+        if what == "hidden":
+            assert seen.hidden is not None
+            return seen.hidden
+        entries = seen.keys if what == "keys" else seen.values
+        # Where a head has evicted the token, the others must not read what was left behind.
+        return entries.masked_fill(~seen.valid.unsqueeze(-1), 0.0).transpose(1, 2).flatten(2)
