@@ -22,7 +22,7 @@ LAYERS = [
     {"segments", "recorder", "reading", "renewal", "reopening", "layer", "compaction", "cache"},
     {"spending", "plan", "recompression", "paging", "policy", "heuristic", "probing", "attention", "program"}
     | {"decoding", "graph", "layerwise", "steps", "generation"},
-    {"config", "hub", "card", "io", "models"},
+    {"config", "hub", "card", "io", "models", "size"},
     {"data"},
     {"calibration", "training", "evaluation"},
     {"train", "eval", "export", "head_scores", "tables", "integrations", "reference"},

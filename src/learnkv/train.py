@@ -21,6 +21,7 @@ from learnkv.config import run_main
 from learnkv.errors import UserError
 from learnkv.io import FORMAT_VERSION, build_policy, save_policy
 from learnkv.models import describe_model, load_model
+from learnkv.size import parameter_share, sized
 from learnkv.training import pictures
 from learnkv.training.checkpoints import Checkpoints
 from learnkv.training.config import TrainConfig
@@ -100,23 +101,6 @@ def train(config: TrainConfig, resolved: str) -> None:
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     _finish(trainer, module, description, output)
-
-
-def sized(spec: Any, shapes: Mapping[str, int]) -> Any:
-    """A policy's arguments with the model's sizes wherever a learned part has 0 for them.
-
-    Args:
-        spec: `Policy.spec()`, or a part of it.
-        shapes: layers and kv heads that are compressed, head dimension and hidden size.
-    """
-    if not isinstance(spec, dict):
-        return spec
-    known = {
-        "num_layers": shapes["layers"],
-        "num_heads": shapes["heads"],
-        **{key: shapes[key] for key in ("head_dim", "hidden_size")},
-    }
-    return {key: known[key] if key in known and value == 0 else sized(value, shapes) for key, value in spec.items()}
 
 
 def modules_of(spec: Any) -> set[str]:
@@ -225,6 +209,7 @@ def _quiet() -> None:
 def _finish(trainer: L.Trainer, module: Distillation, model: Mapping[str, Any], output: Path) -> None:
     """Export the policy and say where everything is."""
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if math.isfinite(float(value))}
+    metrics["parameter_share"] = parameter_share(module.policy, module.model)
     if not trainer.is_global_zero:
         return
     if module.policy.adapter is not None:

@@ -22,6 +22,7 @@ from learnkv.training.objectives import (
     ReverseKL,
     Said,
     ScoreRegression,
+    Stages,
     WeightedSum,
 )
 
@@ -112,6 +113,35 @@ def test_scores_are_matched_where_they_decide():
         assert of_ranks(Comparison(2, planned(same), {target: monotone})).abs().max() < 1e-10
     apart = of_ranks(Comparison(2, planned(torch.where(asked, -ranked, same)), {target: wanted}))
     assert apart[0].item() == pytest.approx(4 * ranked[:, 0][asked[:, 0]].square().mean().item(), rel=1e-5)
+
+
+def test_scores_as_logits_of_a_slower_scorers_chances():
+    target = KVzip()
+    scores = draw(2, 2, 2, 6)
+    scores[:, 0, :, 0], scores[:, 1, :, :2] = torch.inf, -torch.inf
+    chances = draw(2, 2, 2, 6, seed=3).sigmoid()
+    chances[:, 1, :, :2] = -torch.inf
+    asked = scores.isfinite()
+    scores.requires_grad_()
+    loss = ScoreRegression(target, of="logits")(Comparison(2, planned(scores), {target: chances}))
+    rows = []
+    for row in (0, 1):
+        p, q = chances[:, row][asked[:, row]], scores.detach()[:, row][asked[:, row]].sigmoid()
+        rows.append(-(p * q.log() + (1 - p) * (1 - q).log()).mean())
+    torch.testing.assert_close(loss.detach(), torch.stack(rows))
+    loss.sum().backward()
+    count = torch.tensor([5, 4]).view(1, 2, 1, 1) * 4
+    torch.testing.assert_close(scores.grad, torch.where(asked, (scores.detach().sigmoid() - chances) / count, 0.0))
+
+
+def test_stages_follow_each_other_by_optimiser_steps():
+    first, second, last = ScoreRegression(KVzip()), BudgetRegression(KVzip()), ForwardKL()
+    stages = Stages([first, Stages([second, last], [3])], [2])
+    assert [stages.at(step) for step in (0, 1, 2, 3, 99)] == [first, first, second, last, last]
+    assert ForwardKL().at(7).name == "kl"
+    for steps in ([], [0], [1, 1]):
+        with pytest.raises(UserError, match="steps"):
+            Stages([first, last], steps)
 
 
 def test_budgets_are_matched_to_one_ranking_of_all_heads():

@@ -14,7 +14,8 @@ import yaml
 import learnkv.eval
 import learnkv.export
 from learnkv.io import load_policy
-from learnkv.train import main, sized
+from learnkv.size import sized
+from learnkv.train import main
 from learnkv.training.checkpoints import Checkpoints
 from learnkv.training.module import Distillation
 

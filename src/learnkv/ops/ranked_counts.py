@@ -55,4 +55,4 @@ def ranked_counts(scores: Tensor, total: Tensor, temperature: float = 0.5) -> Te
         return counts
     soft = soft_topk(flat.double(), total.double(), temperature).view(batch, layers, heads, slots)
     soft = soft.sum(-1).transpose(0, 1)
-    return counts + soft - soft.detach()
+    return counts + (soft - soft.detach())

@@ -135,8 +135,13 @@ class Distillation(L.LightningModule):
         first, last = self.temperature
         return first * (last / first) ** min(1.0, self.global_step / max(1, self.steps - 1))
 
+    @property
+    def asked(self) -> Objective:
+        """What is minimised at this step."""
+        return self.objective.at(self.global_step)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        objective = self.objective
+        objective = self.asked
         imitated = [Policy(target) for target in objective.targets]
         cache = self._read(batch, [self.policy, *imitated])
         batch = self.answers.complete(self.model, batch, cache)
@@ -177,7 +182,7 @@ class Distillation(L.LightningModule):
 
     def _plan(self, cache: CompressedCache, keep: float, number: int, exploring: bool) -> Plan | None:
         """What a student keeps; None where that is everything and nobody asks."""
-        if keep == 1 and not self.objective.plans:
+        if keep == 1 and not self.asked.plans:
             return None
         plan = self.policy.plan(cache, keep=keep)
         if not exploring or self.exploration == 0:
@@ -198,7 +203,7 @@ class Distillation(L.LightningModule):
 
     def _said(self, cache: CompressedCache, batch: Batch) -> Said:
         """What an objective looks at of the counted tokens; `cache` is used up."""
-        if not self.objective.hidden:
+        if not self.asked.hidden:
             return Said(self._logits(cache, batch))
         self._repeat(cache, batch)
         logits, hidden = continuation_states(self.model, batch.continuations, cache, batch.continuation_mask)

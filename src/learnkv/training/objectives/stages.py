@@ -24,7 +24,7 @@ class Stages(Objective):
         super().__init__()
         if not objectives or len(steps) != len(objectives) - 1 or any(one < 1 for one in steps):
             raise UserError(
-                f"steps={list(steps)}: expected a number above 0 for each of the {len(objectives)} objectives but the last"
+                f"steps={list(steps)}: expected a number above 0 for each of {len(objectives)} objectives but the last"
             )
         self.objectives = torch.nn.ModuleList(objectives)
         self.steps = tuple(steps)
