@@ -79,3 +79,5 @@ def test_what_cannot_be_written_is_told(tmp_path):
     (tmp_path / "a file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write(tmp_path / "a file" / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2)), SHAPES)
+    with pytest.raises(UserError, match="by: shares"):
+        write(tmp_path / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2, by="scores")), SHAPES)
