@@ -72,8 +72,8 @@ def write(path: str | Path, policy: Policy, shapes: Mapping[str, int]) -> Path:
     """
     if policy.allocator.follows:
         raise UserError(
-            f"{type(policy.allocator).__name__}: its budgets follow learned scores (by: scores), which a program has not; "
-            "expected by: shares"
+            f"{type(policy.allocator).__name__}: its budgets follow learned scores (by: scores), which a program has "
+            "not; expected by: shares"
         )
     layers, heads = shapes["layers"], shapes["heads"]
     program = BudgetProgram(policy, layers, heads).cpu().eval()
