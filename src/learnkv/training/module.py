@@ -152,7 +152,8 @@ class Distillation(L.LightningModule):
             sample, weights = self._tokens(cache, batch, teacher.logits)
             seen = replace(seen, sample=sample, weights=weights)
         losses, spent = [], []
-        for at, keep in enumerate(self.keeps(batch.number)):
+        keeps = self.keeps(batch.number)
+        for at, keep in enumerate(keeps if objective.budgets else keeps[:1]):
             with self._recomputing():
                 plan = self._plan(cache, keep, batch.number, exploring=at == self.students // 2)
                 if objective.reads:

@@ -65,6 +65,8 @@ class Objective(Component, ABC):
     """Whether it looks at hidden states of the continuations."""
     plans: bool = False
     """Whether it looks at the plan, also at keep=1."""
+    budgets: bool = True
+    """Whether it depends on how much is kept; otherwise one plan of a prompt says all."""
     targets: tuple[Scorer, ...] = ()
     """Scorers whose scores of the prompt it looks at; extra passes that they ask for are made."""
 

@@ -28,6 +28,7 @@ class ScoreRegression(Objective):
     name = "score_distance"
     reads = False
     plans = True
+    budgets = False
 
     def __init__(self, target: Scorer, of: Literal["ranks", "scores", "logits"] = "ranks") -> None:
         super().__init__()

@@ -28,6 +28,7 @@ class WeightedSum(Objective):
         self.reads = any(one.reads for one in objectives)
         self.hidden = any(one.hidden for one in objectives)
         self.plans = any(one.plans for one in objectives)
+        self.budgets = any(one.budgets for one in objectives)
         self.targets = tuple(target for one in objectives for target in one.targets)
 
     def forward(self, seen: Comparison) -> Tensor:
