@@ -21,6 +21,7 @@ from learnkv.training.objectives import (
     HiddenMSE,
     ReverseKL,
     ScoreRegression,
+    Stages,
     WeightedSum,
 )
 from learnkv.training.sources import NextText, Spans
@@ -183,6 +184,25 @@ def test_scores_of_a_slower_scorer_are_what_regression_learns(model):
     ranks = torch.stack([normal_scores(held, free) for held, free in zip(wanted, asked, strict=True)])
     apart = torch.where(asked, scores - ranks, 0.0).square().sum((0, 2, 3)) / asked.sum((0, 2, 3))
     assert module.training_step(one, 0).item() == pytest.approx(apart.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "plans"), [(ScoreRegression(KVzip()), 1), (BudgetRegression(KVzip()), 3)])
+def test_what_no_budget_changes_is_planned_once(model, monkeypatch, objective, plans):
+    keeps, plan = [], Policy.plan
+    monkeypatch.setattr(Policy, "plan", lambda self, cache, keep: keeps.append(keep) or plan(self, cache, keep))
+    distillation(model, learned(), objective=objective, keep=(), students=3).training_step(batch(1), 0)
+    assert len(set(keeps)) == len(keeps) == plans
+
+
+def test_stages_change_what_a_step_minimises(model, monkeypatch):
+    stages = Stages([ScoreRegression(KVzip()), ForwardKL()], [2])
+    module = distillation(model, learned(), objective=stages)
+    told = []
+    module.log = lambda name, value, **keys: told.append(name)
+    for step in range(4):
+        monkeypatch.setattr(Distillation, "global_step", step)
+        module.training_step(batch(1), step)
+    assert told == ["train/score_distance"] * 2 + ["train/kl", "train/spent_over_asked"] * 2
 
 
 def test_an_adapter_starts_as_nothing_and_trains_beside_the_policy(folder):
