@@ -20,6 +20,7 @@ class ProgressLine(Callback):
         self.begun = self.told = 0.0
         self.first = self.tokens = 0
         self.loss: float | None = None
+        self.of = ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begun = self.told = time.monotonic()
@@ -29,6 +30,8 @@ class ProgressLine(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.tokens += batch.prompts.numel() * trainer.world_size
+        if self.of != pl_module.asked.name:  # another stage, another scale
+            self.of, self.loss = pl_module.asked.name, None
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         now = time.monotonic()
@@ -43,7 +46,7 @@ class ProgressLine(Callback):
         spent = trainer.callback_metrics.get("train/spent_over_asked")
         told = "" if spent is None else f"spent/asked {float(spent):.3f}  "
         bar = "#" * round(20 * done / steps)
-        name = "KL" if pl_module.objective.name == "kl" else pl_module.objective.name
+        name = "KL" if self.of == "kl" else self.of
         line = (
             f"step {done}/{steps} [{bar:<20}] {name} {self.loss:.4f}  {told}"
             f"{speed:,.0f} prompt tokens/s  {left / 60:.1f} min left"
