@@ -73,8 +73,10 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     layer.announced = True
     if not layer.sealed:
         weight = getattr(module.o_proj, "weight", None)
-        # Quantised layers have a packed weight, or a method of that name; offloaded ones none at this moment.
-        usable = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+        # Quantised layers have a packed weight, or a method of that name; offloaded ones none at this moment; one that
+        # FSDP has gathered is gone when a plan is made.
+        lent = getattr(module.o_proj, "_is_fsdp_managed_module", False)
+        usable = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta and not lent
         layer.recorder.output_weight = weight if usable else None
         if (rotation := kwargs.get("position_embeddings")) is not None:
             layer.recorder.rotations += (rotation,)

@@ -72,7 +72,7 @@ class Observation:
         if self.output_weight is None:
             raise UserError(
                 "the policy reads the weight of the output projection, and the model shows none: it has no `o_proj`, "
-                "or one that is quantised or offloaded"
+                "or one that is quantised, offloaded or shared out to several processes (fsdp)"
             )
         return self.output_weight
 

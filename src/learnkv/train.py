@@ -29,6 +29,7 @@ from learnkv.training.datamodule import Data
 from learnkv.training.logs import CsvTable
 from learnkv.training.module import Distillation
 from learnkv.training.progress import ProgressLine
+from learnkv.training.sharding import Sharded
 
 MAY_CHANGE = ("trainer", "wandb", "workers", "save_every", "save_minutes", "overwrite", "answers")
 """Keys that a resumed run may have changed."""
@@ -150,6 +151,7 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], resumed_at: int) -> L.Trainer:
     given = dict(config.trainer)
+    given["strategy"] = Sharded() if given["strategy"] == "fsdp" else given["strategy"]
     accumulate = given["accumulate_grad_batches"]
     loggers: list[Logger] = [CsvTable(output / "metrics.csv", resumed_at)]
     callbacks: list[L.Callback] = [
@@ -202,6 +204,7 @@ def _quiet() -> None:
         "LeafSpec",
         "smaller than the logging",
         "not resumable",
+        "returned a view tensor",
     ):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
 

@@ -163,17 +163,28 @@ def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(words, folder, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["kl", "all"])
-def test_two_processes_equal_one_with_accumulation(words, objective, tmp_path):
-    words = [*words, *everything(tmp_path, objective), "trainer.max_steps=3"]
+@pytest.mark.parametrize(("objective", "strategies"), [("kl", ["ddp"]), ("all", ["ddp", "fsdp"])])
+def test_two_processes_equal_one_with_accumulation(words, objective, strategies, tmp_path):
+    """A step at keep=1 reaches no parameter; with all objectives, processes read prompts and answer unequally often."""
+    words = [*words, *everything(tmp_path, objective), "trainer.max_steps=3", "keep=0.3,0.1,1"]
+    words += ["students=1"] if objective == "kl" else ["chunk_size=25", "checkpointing=true"]
     assert main([*words, f"output={tmp_path / 'one'}", "trainer.accumulate_grad_batches=2"]) == 0
-    command = [sys.executable, "-m", "learnkv.train", *words, f"output={tmp_path / 'two'}"]
-    command += ["trainer.devices=2", "trainer.strategy=ddp"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert_same(weights(tmp_path / "two/policy"), weights(tmp_path / "one/policy"), rtol=1e-4, atol=1e-5)
-    moved = weights(tmp_path / "two/policy")["allocator.layer_budget.logits"]
-    assert moved.abs().max() > 0.05
+    file = "checkpoints/last.ckpt"
+    one = torch.load(tmp_path / "one" / file, weights_only=True)
+    for strategy in strategies:
+        command = [sys.executable, "-m", "learnkv.train", *words, f"output={tmp_path / strategy}"]
+        command += ["trainer.devices=2", f"trainer.strategy={strategy}"]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert_same(weights(tmp_path / strategy / "policy"), weights(tmp_path / "one/policy"), rtol=1e-4, atol=1e-5)
+        held = torch.load(tmp_path / strategy / file, weights_only=True)
+        assert_same(held["state_dict"], one["state_dict"], rtol=1e-4, atol=1e-5)
+        assert (tmp_path / strategy / file).stat().st_size == pytest.approx((tmp_path / "one" / file).stat().st_size)
+    assert weights(tmp_path / "one/policy")["allocator.layer_budget.logits"].abs().max() > 0.05
+    further = [*words, f"output={tmp_path / strategies[-1]}", "trainer.accumulate_grad_batches=2"]
+    further = [*(word for word in further if not word.startswith("trainer.max_steps")), "trainer.max_steps=4"]
+    assert main(further) == 0  # what two processes began, one goes on with
+    assert torch.load(tmp_path / strategies[-1] / file, weights_only=True)["global_step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -190,6 +201,8 @@ def test_two_processes_equal_one_with_accumulation(words, objective, tmp_path):
         ("text=/no/such/file.txt", "no such file"),
         ("model=/no/such/folder", "model=/no/such/folder"),
         ("trainer.max_steps=0", "trainer.max_steps=0"),
+        ("trainer.strategy=deepspeed", "trainer.strategy=deepspeed: expected auto, ddp or fsdp"),
+        ("trainer.precision=bf16-mixed", "trainer.precision=bf16-mixed: expected 32-true"),
         ("trainer.max_stepz=3", "did you mean trainer.max_steps"),
         ("policy.scorer.class_path=learnkv.scorers.Snap", "policy.scorer"),
         ("policy.init_args.sinks=-1", "sinks=-1"),

@@ -33,12 +33,16 @@ class Answers:
         self.folder, self.seed = folder, seed
         self.digest: str | None = None
 
+    def meet(self, model: Any) -> str:
+        """Take note of which model it is that answers, while all of its weights are there; gives its digest."""
+        self.digest = self.digest or model_digest(model)
+        return self.digest
+
     def complete(self, model: Any, batch: Batch, cache: CompressedCache) -> Batch:
         """The batch with its answers; `cache` holds its prompts complete, and is not touched."""
         if batch.to_say == 0:
             return batch
-        self.digest = self.digest or model_digest(model)
-        about = [self.digest, str(self.seed), str(batch.number), str(batch.to_say)]
+        about = [self.meet(model), str(self.seed), str(batch.number), str(batch.to_say)]
         asked = [held.cpu().numpy().tobytes() for held in batch[1:5]]
         file = f"{hashlib.sha256('/'.join(about).encode() + b''.join(asked)).hexdigest()[:32]}.safetensors"
         known = self.folder / file if self.folder is not None else None

@@ -112,7 +112,7 @@ class TrainConfig:
         output: folder of the run; the same command continues what it holds.
         overwrite: start anew, whatever `output` holds.
         seed: of everything drawn.
-        trainer: arguments of Lightning's Trainer.
+        trainer: arguments of Lightning's Trainer; `strategy=fsdp` shares out the frozen model's weights.
         wandb: options of Weights & Biases; null for none.
     """
 
@@ -193,6 +193,13 @@ class TrainConfig:
             raise UserError(f"mixture={weights}: expected weights of 0 or more, one of them above 0")
         if self.trainer and self.trainer["max_steps"] < 1:
             raise UserError(f"trainer.max_steps={self.trainer['max_steps']}: expected the number of steps, at least 1")
+        strategy, precision = self.trainer.get("strategy"), self.trainer.get("precision")
+        if isinstance(strategy, str) and strategy not in ("auto", "fsdp") and not strategy.startswith("ddp"):
+            raise UserError(f"trainer.strategy={strategy}: expected auto, ddp or fsdp (its second version)")
+        if precision is not None and str(precision) not in ("32", "32-true"):
+            raise UserError(
+                f"trainer.precision={precision}: expected 32-true, as what is trained is float32; the model's is dtype="
+            )
         held_out_kinds(self.hold_out)
         if (lora := self.lora) is not None and (min(lora.rank, lora.alpha, lora.lr) <= 0 or not lora.targets):
             raise UserError(

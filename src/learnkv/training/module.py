@@ -28,6 +28,7 @@ from learnkv.training.exploration import explored
 from learnkv.training.losses import Weighting, context_weights, forward_kl
 from learnkv.training.objectives import Comparison, ForwardKL, Objective, Said
 from learnkv.training.recomputation import recomputed
+from learnkv.training.sharding import in_step
 from learnkv.training.validation import VALIDATION_KEEPS, measure
 
 
@@ -115,6 +116,9 @@ class Distillation(L.LightningModule):
         self.model.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        self.answers.meet(self.model)  # before its weights are shared out
+
     def keeps(self, index: int) -> list[float]:
         """Kept fractions of the students of batch `index`."""
         rng = draws.generator(self.seed, "keep", index)
@@ -143,8 +147,9 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.asked
         imitated = [Policy(target) for target in objective.targets]
-        cache = self._read(batch, [self.policy, *imitated])
-        batch = self.answers.complete(self.model, batch, cache)
+        with in_step(self.model):
+            cache = self._read(batch, [self.policy, *imitated])
+            batch = self.answers.complete(self.model, batch, cache)
         seen = Comparison(len(batch.prompts), targets={one: scores_of(cache, one) for one in objective.targets})
         if objective.reads:
             with torch.no_grad():
@@ -224,8 +229,9 @@ class Distillation(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The deployed policy, its heuristic and its soft gates, at fixed kept fractions."""
-        cache = self._read(batch, [self.policy])
-        batch = self.answers.complete(self.model, batch, cache)
+        with in_step(self.model):
+            cache = self._read(batch, [self.policy])
+            batch = self.answers.complete(self.model, batch, cache)
         teacher = self._logits(cache.fork(), batch)
 
         def divergence(student: CompressedCache) -> Tensor:
