@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from learnkv.errors import RunError, UserError
+from learnkv.errors import Preempted, RunError, UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if p.is_dir()), _PACKAGE / "configs")
@@ -90,7 +90,8 @@ def _instantiated(parser: Any, parsed: Any) -> Any:
 def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, kind: str) -> int:
     """Call `function(config, resolved_yaml)`, its first annotation being the schema of `argv`; gives the exit code.
 
-    Bad input is one line and 2; a run that cannot go on is one line and 1; a bug keeps its traceback.
+    Bad input is one line and 2; a run that cannot go on is one line and 1, one that was asked to end and can be
+    continued one line and 143; a bug keeps its traceback.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -100,7 +101,7 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
     except UserError as error:
         return _say(error, 2)
     except RunError as error:
-        return _say(error, 1)
+        return _say(error, 143 if isinstance(error, Preempted) else 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on (NaN in the model's output, no space left on disk): one line; exit code 1."""
+
+
+class Preempted(RunError):
+    """A run that was asked to end (SIGTERM) and can be continued: one line; exit code 143."""

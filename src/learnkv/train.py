@@ -18,7 +18,7 @@ from learnkv import adapters
 from learnkv.adapters import Adapter
 from learnkv.attention import attach
 from learnkv.config import run_main
-from learnkv.errors import UserError
+from learnkv.errors import Preempted, UserError
 from learnkv.io import FORMAT_VERSION, build_policy, save_policy
 from learnkv.models import describe_model, load_model
 from learnkv.size import parameter_share, sized
@@ -101,6 +101,10 @@ def train(config: TrainConfig, resolved: str) -> None:
         trainer.fit(module, data, ckpt_path=checkpoint if resume else None, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
+    except Preempted:
+        if trainer.is_global_zero:
+            raise
+        return  # it is told once
     _finish(trainer, module, description, output)
 
 
@@ -153,10 +157,11 @@ def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], res
     given = dict(config.trainer)
     given["strategy"] = Sharded() if given["strategy"] == "fsdp" else given["strategy"]
     accumulate = given["accumulate_grad_batches"]
+    every = min(config.validate_every * bool(config.validation_batches) or given["max_steps"], given["max_steps"])
     loggers: list[Logger] = [CsvTable(output / "metrics.csv", resumed_at)]
     callbacks: list[L.Callback] = [
         ProgressLine(),
-        Checkpoints(output / "checkpoints", config.save_every, config.save_minutes),
+        Checkpoints(output / "checkpoints", config.save_every, config.save_minutes, every),
         *(given["callbacks"] or []),
     ]
     if config.wandb is not None:
@@ -171,7 +176,6 @@ def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], res
             )
         )
         callbacks.append(pictures.WandbTables())
-    every = config.validate_every or given["max_steps"]
     if given["accelerator"] == "auto" and torch.backends.mps.is_available():
         given["accelerator"] = "cpu"  # budgets are solved in float64, which Apple's GPUs do not have
     ours = {
@@ -184,7 +188,7 @@ def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], res
         "num_sanity_val_steps": 0,
         "max_epochs": -1,
         "check_val_every_n_epoch": None,
-        "val_check_interval": min(every, given["max_steps"]) * accumulate,
+        "val_check_interval": every * accumulate,
         "use_distributed_sampler": False,
         "inference_mode": False,
         "log_every_n_steps": given["log_every_n_steps"] or 10,
