@@ -102,7 +102,7 @@ def test_checkpointing_holds_what_layers_and_scorer_read_and_not_what_they_compu
     (rows, tokens), (prompts, slots) = one.continuations.shape, one.prompts.shape
     layers, hidden, ffn, heads = 2, 32, 64, 2
     entries = layers * prompts * heads * slots * 4  # bytes of one number per entry
-    network = entries * (19 + 3 * 4)  # what the scorer's network reads and what its activation saves
+    network = entries * (21 + 3 * 4)  # what the scorer's network reads and what its activation saves
     activations = layers * rows * tokens * 4 * (6 * hidden + 3 * ffn)
     logits = int(one.counted.sum()) * model.config.vocab_size * 4
     with_it, without = held(checkpointing=True), held()

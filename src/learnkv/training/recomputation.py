@@ -11,32 +11,32 @@ from torch.utils.checkpoint import checkpoint
 
 from learnkv.adapters import follow_cache
 from learnkv.cache import CompressedCache
+from learnkv.scorers.base import Scorer
 
-Forward = Callable[..., Any]
+Method = Callable[..., Any]
 
 
 @contextmanager
-def recomputed(model: nn.Module, scorer: nn.Module | None = None) -> Iterator[None]:
+def recomputed(model: nn.Module, scorer: Scorer | None = None) -> Iterator[None]:
     """Within the block, decoder layers that read a continuation with gradients, and the scorer, keep only their input.
 
     A layer appends what it reads to its cache, which must happen once: activations are computed again from a twin of
     the cache as it was before. Prompts, read without gradients, are read as ever.
     """
-    layers = decoder_layers(model)
-    forwards = {layer: _of_layer(model, layer) for layer in layers}
+    methods = {(layer, "forward"): _of_layer(model, layer) for layer in decoder_layers(model)}
     if scorer is not None:
-        forwards[scorer] = _of_scorer(scorer.forward)
-    before = {module: vars(module).get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
+        methods[scorer, "judge"] = _of_scorer(scorer.judge)
+    before = {(owner, name): vars(owner).get(name) for owner, name in methods}
+    for (owner, name), method in methods.items():
+        setattr(owner, name, method)
     try:
         yield
     finally:
-        for module, own in before.items():
+        for (owner, name), own in before.items():
             if own is None:
-                del module.forward  # the class's is seen again
+                delattr(owner, name)  # the class's is seen again
             else:
-                module.forward = own
+                setattr(owner, name, own)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -48,11 +48,11 @@ def _attends(module: nn.Module) -> bool:
     return hasattr(module, "layer_idx") and hasattr(module, "o_proj")
 
 
-def _of_scorer(forward: Forward) -> Forward:
-    return lambda seen: checkpoint(forward, seen, use_reentrant=False, preserve_rng_state=False)
+def _of_scorer(judge: Method) -> Method:
+    return lambda seen: checkpoint(judge, seen, use_reentrant=False, preserve_rng_state=False)
 
 
-def _of_layer(model: nn.Module, layer: nn.Module) -> Forward:
+def _of_layer(model: nn.Module, layer: nn.Module) -> Method:
     forward = layer.forward
     at: Any = next(child.layer_idx for child in layer.children() if _attends(child))
 
