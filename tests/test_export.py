@@ -1,14 +1,18 @@
 """A trained policy's budgets in the formats of other methods; the export of a checkpoint is in the training tests."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from learnkv.allocators import LUKV, DuoAttention, FixedLayers, HeadKV
+from learnkv import Policy, save_policy
+from learnkv.allocators import LUKV, DuoAttention, FixedLayers, HeadKV, LearnedAllocator, Uniform
 from learnkv.errors import UserError
 from learnkv.export import main
 from learnkv.formats import budgets, duo, headkv, layers, lukv
 from learnkv.io import SHIPPED
+from learnkv.scorers import SnapKV
 
 KNOWN = budgets.read(SHIPPED / "budgets.csv")
 
@@ -29,6 +33,19 @@ def test_head_scores_are_the_kept_fractions(tmp_path):
     assert headkv.mean_scores(headkv.read(file)).shape == (6, 8)
     got = wanted(HeadKV(file, beta=1), 0.1)
     torch.testing.assert_close(got, 1000 * torch.tensor(KNOWN[0.1]).double(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_the_command_says_whether_budgets_depend_on_the_prompt(conditioned, tmp_path, capsys):
+    policy = Policy(SnapKV(), LearnedAllocator(Uniform(), 6, 4, conditioned=conditioned))
+    about = {"id": "someone/model", "config_hash": "0", "shapes": {"layers": 6, "heads": 4, "head_dim": 32}}
+    folder = save_policy(policy, tmp_path / "policy", model=about, budgets=KNOWN if conditioned else None)
+    told = "mean over the validation prompts" if conditioned else "the same for every prompt"
+    for kind in ("headkv", "lukv", "duo", "layers"):
+        assert main([f"ckpt={folder}", f"out={tmp_path / kind}", f"format={kind}"]) == 0
+        assert told in capsys.readouterr().err
+    assert duo.read(tmp_path / "duo").config["static"] is not conditioned
+    assert json.loads((folder / "manifest.json").read_text())["budgets"].startswith("mean" if conditioned else "static")
 
 
 def test_gates_rank_heads_by_their_kept_fractions(tmp_path):

@@ -11,7 +11,7 @@ from models import build, kept, padded, tokens
 
 from learnkv import adapters, attach, continuation, prefill, save_policy
 from learnkv.adapters import Adapter
-from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
+from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedCausalAllocator, Pyramid, Uniform
 from learnkv.eval import load_policies
 from learnkv.evaluation.config import EvalConfig
 from learnkv.io import GRID
@@ -31,6 +31,7 @@ ALLOCATORS = {
     "heuristic": lambda: AdaKV(Pyramid()),
     "learned": lambda: LearnedAllocator(Pyramid(), LAYERS, HEADS),
     "conditioned": lambda: LearnedAllocator(Uniform(), LAYERS, HEADS, conditioned=True, window=9),
+    "causal": lambda: LearnedCausalAllocator(LayerByLayer(), LAYERS, HEADS, window=9),
 }
 PAGES = {"none": {}, "some": {"pages": Quest(page_size=4, dense_layers=1), "read": 0.5}}
 LATER = {"all": {}, "judged": {"every": 5}, "otherwise": {"every": 4, "decode": H2O()}}
@@ -88,6 +89,7 @@ def said(model, policy: Policy, whole, keep: float) -> tuple[list, list, torch.T
 @example("learned", "conditioned", True, "some", "otherwise", "end", (2, 4), 0.3, 1)
 @example("learned", "conditioned", True, "none", "judged", None, (2, 4), 0.15, 2)
 @example("learned", "learned", True, "some", "all", None, (4, 8), 0.2, 3)
+@example("learned", "causal", True, "none", "judged", None, (2, 4), 0.15, 5)
 @example("heuristic", "conditioned", False, "none", "all", None, (4, 8), 0.06, 4)
 def test_every_combination_of_parts_comes_back(
     read, scorer, allocator, adapted, pages, later, rerotate, protected, keep, seed

@@ -12,7 +12,7 @@ from models import attached, padded, policy_for, tokens
 from observations import randomised
 
 from learnkv import Policy, prefill, save_policy
-from learnkv.allocators import AdaKV, LearnedAllocator
+from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedCausalAllocator, Pyramid, Uniform
 from learnkv.errors import UserError
 from learnkv.export import main
 from learnkv.models import describe_model
@@ -81,3 +81,22 @@ def test_what_cannot_be_written_is_told(tmp_path):
         write(tmp_path / "a file" / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2)), SHAPES)
     with pytest.raises(UserError, match="by: shares"):
         write(tmp_path / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2, by="scores")), SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("allocator", "ranks"),
+    [
+        (LearnedAllocator(Pyramid(), 3, 2, conditioned=True), False),
+        (LearnedAllocator(AdaKV(), 3, 2), True),
+        (LearnedCausalAllocator(Uniform(), 3, 2), False),
+        (LearnedCausalAllocator(LayerByLayer(), 3, 2), True),
+    ],
+)
+@torch.no_grad()
+def test_who_is_not_shown_scores_does_not_look_at_them(allocator, ranks):
+    randomised(allocator)
+    features, budget = torch.rand(3, 1, 2, 3), torch.tensor([9.0], dtype=torch.float64)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    budgets = [allocator(torch.randn(3, 1, 2, 40, generator=seed), features, budget) for seed in seeds]
+    assert allocator.ranks == ranks
+    assert torch.equal(*budgets) != ranks

@@ -47,6 +47,10 @@ class LearnedCausalAllocator(CausalAllocator):
         self.window = max(base.window, window if conditioned else 0)
         self._own_window = window
 
+    @property
+    def ranks(self) -> bool:
+        return self.base.ranks
+
     def features(self, seen: Observation) -> Tensor | None:
         """[B, H, 3 + F]: attention features, then the F features of the heuristic; None where neither wants any."""
         theirs = self.base.features(seen)
