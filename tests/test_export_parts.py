@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import Phase, example, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from models import build, kept, padded, tokens
 
@@ -18,19 +18,22 @@ from learnkv.io import GRID
 from learnkv.models import describe_model
 from learnkv.pages import Quest
 from learnkv.policy import Policy
-from learnkv.scorers import H2O, LearnedScorer, SnapKV
+from learnkv.scorers import H2O, GateScorer, HiddenScorer, LearnedScorer, SnapKV
 
-LAYERS, HEADS, DIM = 3, 2, 16
+LAYERS, HEADS, DIM, HIDDEN = 3, 2, 16, 48
 MEASURED = {keep: [[keep] * HEADS] * LAYERS for keep in GRID}
 
 SCORERS = {
     "heuristic": lambda: SnapKV(window=8),
     "learned": lambda: LearnedScorer(SnapKV(window=8), LAYERS, HEADS, DIM, width=5, window=12),
+    "gate": lambda: GateScorer(SnapKV(window=8), LAYERS, HEADS, HIDDEN),
+    "hidden": lambda: HiddenScorer(SnapKV(window=8), LAYERS, HEADS, DIM, HIDDEN, reads=("hidden", "values")),
 }
 ALLOCATORS = {
     "heuristic": lambda: AdaKV(Pyramid()),
     "learned": lambda: LearnedAllocator(Pyramid(), LAYERS, HEADS),
     "conditioned": lambda: LearnedAllocator(Uniform(), LAYERS, HEADS, conditioned=True, window=9),
+    "ranked": lambda: LearnedAllocator(AdaKV(), LAYERS, HEADS, conditioned=True, by="scores"),
     "causal": lambda: LearnedCausalAllocator(LayerByLayer(), LAYERS, HEADS, window=9),
 }
 PAGES = {"none": {}, "some": {"pages": Quest(page_size=4, dense_layers=1), "read": 0.5}}
@@ -90,10 +93,13 @@ def said(model, policy: Policy, whole, keep: float) -> tuple[list, list, torch.T
 @example("learned", "conditioned", True, "none", "judged", None, (2, 4), 0.15, 2)
 @example("learned", "learned", True, "some", "all", None, (4, 8), 0.2, 3)
 @example("learned", "causal", True, "none", "judged", None, (2, 4), 0.15, 5)
+@example("gate", "ranked", True, "none", "all", None, (2, 4), 0.2, 6)
+@example("hidden", "ranked", False, "some", "otherwise", "start", (2, 4), 0.4, 7)
 @example("heuristic", "conditioned", False, "none", "all", None, (4, 8), 0.06, 4)
 def test_every_combination_of_parts_comes_back(
     read, scorer, allocator, adapted, pages, later, rerotate, protected, keep, seed
 ):
+    assume(later != "judged" or scorer not in ("gate", "hidden"))  # of later tokens no hidden states are held
     model, whole = read
     sinks, recent = protected
     made = Policy(

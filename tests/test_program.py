@@ -17,7 +17,7 @@ from learnkv.errors import UserError
 from learnkv.export import main
 from learnkv.models import describe_model
 from learnkv.program import ABOUT, write
-from learnkv.scorers import SnapKV
+from learnkv.scorers import LearnedScorer, SnapKV
 
 SHAPES = {"layers": 3, "heads": 2, "head_dim": 16}
 LENGTHS = [[90, 61, 75], [40, 23], [130]]
@@ -42,7 +42,7 @@ def asked(policy: Policy, rows: list[int], keep: float):
     if policy.allocator.conditioned:
         given["features"] = torch.stack([policy.allocator.features(one) for one in seen])
     if not policy.allocator.base.static:
-        given["scores"] = torch.stack([policy.scorer(one) for one in seen])
+        given["scores"] = torch.stack([policy.scorer.base(one) for one in seen])
     return given, wanted
 
 
@@ -56,7 +56,8 @@ def test_a_program_gives_the_budgets_of_its_policy_without_learnkv(name, tmp_pat
         words = [f"ckpt={tmp_path / 'policy'}", f"out={tmp_path / 'deep' / 'budgets.pt2'}", "format=torch-export"]
         assert main(words) == 0
     else:
-        policy = Policy(SnapKV(window=8), randomised(LearnedAllocator(AdaKV(), 3, 2)), sinks=2, recent=5)
+        scorer = randomised(LearnedScorer(SnapKV(window=8), 3, 2, 16))
+        policy = Policy(scorer, randomised(LearnedAllocator(AdaKV(), 3, 2)), sinks=2, recent=5)
         write(tmp_path / "deep" / "budgets.pt2", policy, SHAPES)
     file = tmp_path / "deep" / "budgets.pt2"
     cases = [asked(policy, rows, keep) for rows, keep in zip(LENGTHS, (0.3, 0.07, 0.513), strict=True)]
@@ -79,6 +80,8 @@ def test_what_cannot_be_written_is_told(tmp_path):
     (tmp_path / "a file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write(tmp_path / "a file" / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2)), SHAPES)
+    with pytest.raises(UserError, match="AdaKV: has nothing learned"):
+        write(tmp_path / "x.pt2", Policy(SnapKV(), AdaKV()), SHAPES)
     with pytest.raises(UserError, match="by: shares"):
         write(tmp_path / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2, by="scores")), SHAPES)
 

@@ -20,7 +20,8 @@ INPUTS = {
     "valid": "[B, S] bool, True where a slot of the left-padded prompt is a token",
     "features": "[L, B, H, F] float32, of each head: normalised entropy of the last queries' attention, mass of its "
     "top 5 %, mass of the first 4 tokens; behind them what the heuristic asks for",
-    "scores": "[L, B, H, S] float32, importance of entries by the policy's scorer",
+    "scores": "[L, B, H, S] float32, importance of entries by the policy's scorer; for a LearnedAllocator by the "
+    "heuristic below a learned one",
 }
 OUTPUT = "[L, B, H] int64, entries that each kv head keeps; a row sums to round(keep * tokens * L * H), half to even"
 
@@ -74,6 +75,10 @@ def write(path: str | Path, policy: Policy, shapes: Mapping[str, int]) -> Path:
         raise UserError(
             f"{type(policy.allocator).__name__}: its budgets follow learned scores (by: scores), which a program has "
             "not; expected by: shares"
+        )
+    if not any(True for _ in policy.allocator.parameters()):
+        raise UserError(
+            f"{type(policy.allocator).__name__}: has nothing learned, expected a policy with learned budgets"
         )
     layers, heads = shapes["layers"], shapes["heads"]
     program = BudgetProgram(policy, layers, heads).cpu().eval()
