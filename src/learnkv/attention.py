@@ -83,7 +83,8 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         if layer.recorder.recording.hidden:
             layer.recorder.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
     kwargs = {**kwargs, "cache_layer": layer}
-    if cache.renewal is not None and module.layer_idx == cache.compressible[-1]:
+    renewal = cache.renewal
+    if renewal is not None and not renewal.student and module.layer_idx == cache.compressible[-1]:
         kwargs["settle"] = cache.settle
     return args, kwargs
 

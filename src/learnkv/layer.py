@@ -121,6 +121,7 @@ class CompressedLayer(CacheLayerMixin):
         else:  # the prompt of a relaxed layer is shared by its continuations
             self._select_continuations(batch)
             self.copies *= repeats
+            self.recorder = self.recorder.rows(batch) if self.live else self.recorder
 
     def _select_continuations(self, indices: Tensor) -> None:
         if self.segment is not None:
@@ -244,9 +245,13 @@ class CompressedLayer(CacheLayerMixin):
         self.keys = self.values = self.valid = self.positions = self.rotated = None
         self.recorder.forget(live)
 
-    def relax(self, segment: Segment, gates: Tensor) -> None:
-        """Attend to `segment`, and let every entry's gate [B, H, S] have the gradient of its mask; nothing is freed."""
+    def relax(self, segment: Segment, gates: Tensor, live: Recording | None = None) -> None:
+        """Attend to `segment`, and let every entry's gate [B, H, S] have the gradient of its mask; nothing is freed but
+        what was recorded, where something is `live`."""
         self.segment, self.gates, self.soft, self.reading = segment, gates.to(self.device), False, None
+        if live is not None:
+            self.live = True
+            self.recorder.forget(live)
 
     def gate(self, gates: Tensor) -> None:
         """Multiply every entry's softmax weight by its gate, [B, H, S]; nothing is freed."""

@@ -1,6 +1,7 @@
 """A policy: what every heuristic and every learned predictor is at deployment and in training."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from learnkv.ops.soft_topk import soft_topk
 from learnkv.pages.base import PageSelector
 from learnkv.paging import check_reading, read_pages
 from learnkv.plan import Plan, started_at
-from learnkv.recompression import agree, check_judge
+from learnkv.recompression import agree, check_judge, relax_again
 from learnkv.scorers.base import Judgement, Scorer
 from learnkv.spending import check_budget, entries_to_keep, protected_entries
 
@@ -121,7 +122,11 @@ class Policy(Component):
         start = started_at(judged, device)
         known = [one.to(device) for one in map(self.allocator.features, seen) if one is not None]
         features = torch.stack(known) if known else None
-        wanted, budgets = self._allocate(cache, scores, features, total, protected, start)
+        if decided is not None and all(decided) and cache.budgets is not None:
+            budgets = cache.budgets.to(device)
+            wanted = budgets.double()
+        else:
+            wanted, budgets = self._allocate(cache, scores, features, total, protected, start)
         if decided is not None and cache.budgets is not None:
             old = upload(decided, device).view(1, -1, 1)
             budgets = torch.where(old, cache.budgets.to(device), budgets)
@@ -231,13 +236,15 @@ class Policy(Component):
         """A fork that attends to what `compress` would keep, and passes gradients on to the plan.
 
         Every entry, kept or evicted, has the gradient of its mask, which the soft top-k takes for its own and passes on
-        to scores and budgets.
+        to scores and budgets. With `every`, the fork evicts in the same way while tokens are added, each time that
+        `settle` is called when so many have been.
 
         Args:
             cache, keep, budget: as for `compress`.
             plan: what to keep where that has been planned already, for the same `keep` or `budget`.
             temperature: width of the soft top-k in units of normal scores.
-            soft: attend to every entry as much as the soft top-k keeps it instead: not what is deployed.
+            soft: attend to every entry as much as the soft top-k keeps it instead, and evict nothing later: not what is
+                deployed.
         """
         check_budget(keep, budget)
         if self.rerotate is not None:
@@ -248,14 +255,23 @@ class Policy(Component):
         if self.scorer is None or keep == 1:
             return cache.fork()
         plan = self.plan(cache, keep, budget) if plan is None else plan
-        gates = soft_topk(unit_scale(plan.scores), plan.wanted, temperature).unbind()
         student = cache.fork()
-        layers = student.compressed_layers()
-        student.budgets, student.adapter = plan.budgets, self.adapter
+        student.adapter = self.adapter
+        if not soft:
+            student.renewal = agree(self, cache, keep, budget, partial(relax_again, self, temperature))
+        self.hold(student, plan, temperature, soft)
+        return student
+
+    def hold(self, student: CompressedCache, plan: Plan, temperature: float, soft: bool = False) -> None:
+        """Let a student attend to what `plan` keeps, and its gates have the gradient of the plan."""
+        gates = soft_topk(unit_scale(plan.scores), plan.wanted, temperature).unbind()
+        layers, live = student.compressed_layers(), None
+        student.budgets = plan.budgets
         if soft:
             for layer, gate in zip(layers, gates, strict=True):
                 layer.gate(gate.to(layer.device))
-            return student
-        for at, segment in compact(layers, plan.scores.detach(), plan.budgets, plan.total, None, None):
-            layers[at].relax(segment, gates[at])
-        return student
+            return
+        if student.renewal is not None:
+            student.renewal, live = replace(student.renewal, wanted=plan.wanted), student.renewal.recording
+        for at, segment in compact(layers, plan.scores.detach(), plan.budgets, plan.total, live, None):
+            layers[at].relax(segment, gates[at], live)

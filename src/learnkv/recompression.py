@@ -1,5 +1,6 @@
 """Eviction while tokens are added: what is retained and the tail are judged as a prompt is."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -31,8 +32,18 @@ def check_judge(every: int, judge: Scorer | None) -> None:
         )
 
 
-def agree(policy: "Policy", cache: CompressedCache, keep: float | None, budget: float | None) -> Renewal | None:
-    """What a cache that is about to be compressed will hold to; None for a policy that leaves later tokens alone."""
+def agree(
+    policy: "Policy",
+    cache: CompressedCache,
+    keep: float | None,
+    budget: float | None,
+    renew: Callable[[CompressedCache], None] | None = None,
+) -> Renewal | None:
+    """What a cache that is about to be compressed will hold to; None for a policy that leaves later tokens alone.
+
+    Args:
+        renew: what a student is brought back to its budget by.
+    """
     judge = policy.decode or policy.scorer
     if not policy.every or judge is None:
         return None
@@ -40,7 +51,8 @@ def agree(policy: "Policy", cache: CompressedCache, keep: float | None, budget: 
     held = entries_to_keep(cache, heads, keep, budget)
     most = held if budget is None else [round(budget * heads)] * len(held)
     live = Recording(max(judge.window, policy.allocator.window), statistics=judge.statistics)
-    return Renewal(policy.every, tuple(most), tuple(held), live, partial(recompress, policy))
+    again = renew or partial(recompress, policy)
+    return Renewal(policy.every, tuple(most), tuple(held), live, again, student=renew is not None)
 
 
 @torch.no_grad()
@@ -50,17 +62,9 @@ def recompress(policy: "Policy", cache: CompressedCache) -> None:
     Once a row had to evict, its heads keep the budgets that they were given then. So each layer is judged and evicted
     by itself. As long as a row holds everything, the allocator is asked anew.
     """
-    renewal, judge, heads = cache.renewal, policy.decode or policy.scorer, _heads(cache)
-    assert renewal is not None and judge is not None and cache.budgets is not None
-    evicted = [kept < n * heads for kept, n in zip(renewal.held, cache.lengths, strict=True)]
-    said, new = _join_tail(cache)
-    total = [min(most, kept + more * heads) for most, kept, more in zip(renewal.budget, renewal.held, new, strict=True)]
-    protected = [
-        min(policy.sinks + policy.recent, most // (2 * heads), n)
-        for most, n in zip(renewal.budget, cache.lengths, strict=True)
-    ]
+    assert cache.budgets is not None
+    judge, said, total, protected, evicted = _joined(policy, cache)
     longest, of_layer = (part.tolist() for part in (cache.budgets.amax((1, 2)), cache.budgets.sum((1, 2))))
-    cache.renewal = replace(renewal, held=tuple(total))
     if all(evicted):
         for at, budgets in enumerate(cache.budgets):
             _reopen(cache, at, longest[at], said)
@@ -75,6 +79,40 @@ def recompress(policy: "Policy", cache: CompressedCache) -> None:
     plan = policy.plan_within(cache, seen_by_layer, judge, total, protected, evicted)
     cache.evict(plan.scores, plan.budgets, plan.total, rerotate=policy.rerotate)
     cache.budgets = plan.budgets
+
+
+def relax_again(policy: "Policy", temperature: float, student: CompressedCache) -> None:
+    """What `recompress` does, of a student: nothing is freed, and what is kept or evicted now has a gradient.
+
+    Of what was evicted before nothing can come back, and has a gradient, and keys and values of the tail are taken as
+    they are: what a token says trains the latest eviction before it.
+    """
+    renewal, budgets = student.renewal, student.budgets
+    assert renewal is not None and renewal.wanted is not None and budgets is not None
+    judge, said, total, protected, evicted = _joined(policy, student)
+    longest = int(budgets.max())
+    for at in range(len(budgets)):
+        _reopen(student, at, longest, said)
+    seen_by_layer = [policy.seen(student, at, total) for at in range(len(budgets))]
+    plan = policy.plan_within(student, seen_by_layer, judge, total, protected, evicted)
+    decided = upload(evicted, plan.wanted.device).view(1, -1, 1)
+    policy.hold(student, replace(plan, wanted=torch.where(decided, renewal.wanted, plan.wanted)), temperature)
+
+
+def _joined(policy: "Policy", cache: CompressedCache) -> tuple[Scorer, Tensor, list[int], list[int], list[bool]]:
+    """Count the tail among what is judged. Returns who judges, the tail's positions [B, M], and of each row how many
+    entries it may hold, how many per head are protected, and whether it has evicted anything before."""
+    renewal, judge, heads = cache.renewal, policy.decode or policy.scorer, _heads(cache)
+    assert renewal is not None and judge is not None
+    evicted = [kept < n * heads for kept, n in zip(renewal.held, cache.lengths, strict=True)]
+    said, new = _join_tail(cache)
+    total = [min(most, kept + more * heads) for most, kept, more in zip(renewal.budget, renewal.held, new, strict=True)]
+    protected = [
+        min(policy.sinks + policy.recent, most // (2 * heads), n)
+        for most, n in zip(renewal.budget, cache.lengths, strict=True)
+    ]
+    cache.renewal = replace(renewal, held=tuple(total))
+    return judge, said, total, protected, evicted
 
 
 def _reopen(cache: CompressedCache, at: int, longest: int, said: Tensor) -> None:

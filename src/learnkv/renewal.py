@@ -23,8 +23,14 @@ class Renewal:
     """What is recorded of new tokens."""
     renew: Callable[[Any], None]
     """Brings the cache that it is given back to its budget."""
+    student: bool = False
+    """Whether what is evicted must wait until all layers have read: what a student attended to is looked at again for
+    its gradient, and who reads it calls `settle` in between."""
+    wanted: Tensor | None = None
+    """[L, B, H] entries that the heads of a student are to have, differentiable."""
 
     def rows(self, batch: Tensor) -> "Renewal":
         """The same for batch rows `batch` [B']."""
         budget, held = (tuple(part[int(row)] for row in batch) for part in (self.budget, self.held))
-        return replace(self, budget=budget, held=held)
+        wanted = None if self.wanted is None else self.wanted[:, batch.to(self.wanted.device)]
+        return replace(self, budget=budget, held=held, wanted=wanted)

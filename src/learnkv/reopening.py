@@ -9,6 +9,8 @@ from learnkv.layer import CompressedLayer
 def reopen(layer: CompressedLayer, longest: int, said: Tensor) -> None:
     """Put a layer back into the state in which it had just read what it holds; the tail is empty then.
 
+    A student's tail takes part as what was read, without the gradient of its keys and values.
+
     Entries of a head stand at the end of its slots, in position order and without gaps: what is next to an entry is
     what scorers pool it with.
 
@@ -22,8 +24,8 @@ def reopen(layer: CompressedLayer, longest: int, said: Tensor) -> None:
     at, there = held.padded(longest)
     retained = held.positions[at].masked_fill(~there, -1).view(shape).long()
     positions = torch.cat([retained, said.unsqueeze(1).expand(-1, layer.heads, -1)], 2)
-    keys = torch.cat([held.keys[at].view(*shape, -1), tail.keys], 2)
-    values = torch.cat([held.values[at].view(*shape, -1), tail.values], 2)
+    keys = torch.cat([held.keys[at].view(*shape, -1), tail.keys.detach()], 2)
+    values = torch.cat([held.values[at].view(*shape, -1), tail.values.detach()], 2)
     rotated = positions
     if held.rotated is not None:
         rotated = torch.cat([held.rotated[at].view(shape).long(), positions[..., longest:]], 2)
@@ -33,7 +35,8 @@ def reopen(layer: CompressedLayer, longest: int, said: Tensor) -> None:
     layer.keys, layer.values, layer.positions = _moved(keys, order), _moved(values, order), positions.gather(2, order)
     layer.recorder.statistics = {one: _moved(stat, order) for one, stat in layer.recorder.statistics.items()}
     layer.rotated = None if held.rotated is None else rotated.gather(2, order)
-    layer.segment = None
+    layer.segment = layer.gates = layer.valid = None
+    layer.copies = 1
     layer.folded += tail.length
     tail.crop(0)
 

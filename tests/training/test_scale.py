@@ -75,6 +75,20 @@ def test_loss_and_gradients_are_the_same(model, arranged, objective):
         assert max(one.abs().max() for one in grads) > 1e-3
 
 
+def test_checkpointing_computes_again_what_a_student_saw_that_evicts_on_the_way(model):
+    found = []
+    for every, checkpointing in ((0, False), (4, False), (4, True)):
+        policy = moved()
+        policy.every = every
+        found.append(gradients(distillation(model, policy, checkpointing=checkpointing), batch(1)))
+    (plain, _), (loss, grads), (again, others) = found
+    torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-7)
+    assert (loss - plain).abs() > 1e-3
+    for one, two in zip(grads, others, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-6)
+    assert max(one.abs().max() for one in grads) > 1e-3
+
+
 def test_checkpointing_computes_again_with_the_adapter_that_was_active(folder):
     """The last student keeps everything and is read without the adapter; the gradient of the first needs it."""
     model, found = load_model(str(folder))[0], []

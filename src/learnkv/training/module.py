@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from learnkv import adapters
 from learnkv.cache import CompressedCache
 from learnkv.errors import RunError, UserError
-from learnkv.generation import continuation, continuation_states, prefill
+from learnkv.generation import prefill
 from learnkv.io import GRID
 from learnkv.plan import Plan
 from learnkv.policy import TEMPERATURE, Policy
@@ -22,6 +22,7 @@ from learnkv.probing import scores_of
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.training import draws
 from learnkv.training.answers import Answers
+from learnkv.training.continuing import read_on
 from learnkv.training.data import Batch
 from learnkv.training.draws import Draw
 from learnkv.training.exploration import explored
@@ -209,23 +210,15 @@ class Distillation(L.LightningModule):
 
     def _said(self, cache: CompressedCache, batch: Batch) -> Said:
         """What an objective looks at of the counted tokens; `cache` is used up."""
-        if not self.asked.hidden:
-            return Said(self._logits(cache, batch))
-        self._repeat(cache, batch)
-        logits, hidden = continuation_states(self.model, batch.continuations, cache, batch.continuation_mask)
+        copies = len(batch.continuations) // len(batch.prompts)
+        if copies > 1:  # a row for every continuation
+            cache.batch_repeat_interleave(copies)
+        logits, hidden = read_on(self.model, batch.continuations, cache, batch.continuation_mask, self.asked.hidden)
         return Said(logits[batch.counted], tuple(state[batch.counted] for state in hidden))
 
     def _logits(self, cache: CompressedCache, batch: Batch) -> Tensor:
         """Logits [N, V] of the counted tokens; `cache` is used up."""
-        self._repeat(cache, batch)
-        return continuation(self.model, batch.continuations, cache, batch.continuation_mask)[batch.counted]
-
-    @staticmethod
-    def _repeat(cache: CompressedCache, batch: Batch) -> None:
-        """A row for every continuation."""
-        copies = len(batch.continuations) // len(batch.prompts)
-        if copies > 1:
-            cache.batch_repeat_interleave(copies)
+        return self._said(cache, batch).logits
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The deployed policy, its heuristic and its soft gates, at fixed kept fractions."""
