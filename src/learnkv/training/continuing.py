@@ -1,15 +1,16 @@
 """What the model says after a prompt, read as it would be said: a cache that evicts on the way does so on the way."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from learnkv.cache import CompressedCache
 from learnkv.generation import continuation, continuation_states
 
 
 def read_on(
-    model: PreTrainedModel, ids: Tensor, cache: CompressedCache, mask: Tensor, hidden: bool = False
+    model: Any, ids: Tensor, cache: CompressedCache, mask: Tensor, hidden: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Logits [R, T, V] of continuations [R, T] and, if asked for, hidden states [R, T, E] after every layer.
 
