@@ -91,6 +91,16 @@ def test_a_config_is_a_path_too(tmp_path):
     assert parsed(f"config={tmp_path / 'mine.yaml'}").samples == 4
 
 
+def test_a_config_may_stand_on_another_one_in_a_folder_below(configs):
+    (configs / "more").mkdir()
+    (configs / "more" / "base.yaml").write_text("samples: 8\nrate: 0.5\nloop: {max_steps: 3}\n")
+    (configs / "more" / "top.yaml").write_text("config: base.yaml\nrate: 0.25\nloop: {accelerator: cpu}\n")
+    run, text = parse(Run, ["config=more/top", "keep=0.1"], "eval")
+    assert (run.samples, run.rate, run.keep) == (8, 0.25, (0.1,))
+    assert run.loop == {"max_steps": 3, "accelerator": "cpu"}
+    assert set(yaml.safe_load(text)) == set(vars(run))
+
+
 def test_the_resolved_yaml_gives_the_same_run_again(tmp_path):
     run, text = parse(Run, ["config=quickstart", "budget=64,32", "loop.max_steps=3", "samples=9"], "eval")
     assert set(yaml.safe_load(text)) == set(vars(run))
@@ -147,10 +157,11 @@ def test_broken_yaml_names_the_file(tmp_path):
 
 def test_every_shipped_name_is_found(monkeypatch):
     monkeypatch.undo()
-    shipped = [path for path in config.CONFIGS.glob("*/*.yaml")]
-    assert {path.parent.name for path in shipped} >= {"eval", "policies"}
+    shipped = [path.relative_to(config.CONFIGS) for path in config.CONFIGS.rglob("*.yaml")]
+    assert {path.parts[0] for path in shipped} >= {"eval", "policies"}
     for path in shipped:
-        assert find_config(path.parent.name, path.stem) == path
+        kind, *name = path.with_suffix("").parts
+        assert find_config(kind, "/".join(name)) == config.CONFIGS / path
 
 
 def nothing(run: Run, resolved: str) -> None:

@@ -20,7 +20,9 @@ CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs
 
 
 def find_config(kind: str, name: str, key: str = "config") -> Path:
-    """The YAML file that `key=name` means: a path, or the bare name of a file in `configs/<kind>/`.
+    """The YAML file that `key=name` means: a path, or the bare name of a file in `configs/<kind>/` or below it.
+
+    A file may name another one as its `config`, by a path that begins where it lies; its own keys come on top.
 
     Raises UserError, with the nearest known name, where there is none.
     """
@@ -117,7 +119,8 @@ def _say(error: Exception | str, code: int) -> int:
 
 
 def _names(kind: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+    folder = CONFIGS / kind
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from learnkv.data import retrieval_text, ruler_text
-from learnkv.data.haystack import NOISE, docstrings, essay, sentences
+from learnkv.data.haystack import NOISE, docstrings, essay, held_out_docstrings, sentences
 from learnkv.data.retrieval import NEXT_WORDS, Retrieval, count_words
 from learnkv.data.ruler_text import NeedleWording
 from learnkv.data.words import split_of
@@ -100,3 +100,9 @@ def test_one_line_says_what_is_wrong():
         Retrieval(200, continuations=0)
     with pytest.raises(UserError, match="length=5: the facts of an episode take"):
         Retrieval(5, kinds={"chain": 1}).episode(0)
+
+
+def test_held_out_docstrings_are_of_no_text_that_is_trained_on():
+    held_out = held_out_docstrings()
+    assert not set(held_out) & set(docstrings())
+    assert len(held_out) > 300 and not any("pydoc_data" in text for text in held_out)

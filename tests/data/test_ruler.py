@@ -170,3 +170,31 @@ def test_a_haystack_file_replaces_the_essays(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match="is empty"):
         Ruler(Letters(), 700, haystack=str(tmp_path / "empty.txt")).sample("niah_single_2", 0)
+
+
+def test_another_template_asks_for_the_same_facts():
+    """Keys, values and places are those of the usual template; of its words nothing is left."""
+    for task in ("niah_single_2", "niah_multikey_2", "niah_multiquery"):
+        usual, memo = (Ruler(Letters(), 1500, template=template).sample(task, 1) for template in ("secret", "memo"))
+        assert memo.answers == usual.answers
+        assert "secret" not in memo.context + memo.question + memo.answer_prefix
+        told = dict(re.findall(r"whoever asks about (\S+) should be told (\d{7})\.", memo.context))
+        asked = [key for key in told if key in memo.question]
+        assert [told[key] for key in asked] == memo.answers or sorted(told[key] for key in asked) == sorted(
+            memo.answers
+        )
+        assert 1500 - 45 < size(memo) <= 1500
+
+
+@pytest.mark.parametrize(("language", "letters"), [("german", "äöüß"), ("greek", "αεου")])
+def test_keys_may_be_words_of_another_language(language, letters):
+    seen = set()
+    for index in range(12):
+        sample = Ruler(Letters(), 1500, keys=language).sample("niah_multikey_1", index)
+        told = dict(re.findall(r"The secret number of (\S+) is (\d{7})\.", sample.context))
+        assert len(told) == 4 and {split_of(key) for key in told} == {"eval"}
+        assert [told[key] for key in told if key in sample.question] == sample.answers
+        seen |= set("".join(told))
+    assert set(letters) <= seen
+    uuids = Ruler(Letters(), 1500, keys=language).sample("niah_multikey_3", 0)
+    assert uuids == Ruler(Letters(), 1500).sample("niah_multikey_3", 0)

@@ -11,6 +11,11 @@ from learnkv.errors import UserError
 
 NOISE = "The lamp is lit. The kettle is warm. The street is quiet. Rain falls and stops. Nothing else happens here."
 
+PACKAGES = (
+    *("asyncio", "collections", "concurrent", "ctypes", "email", "html", "http", "importlib", "json", "logging"),
+    *("multiprocessing", "unittest", "urllib", "wsgiref", "xml", "xmlrpc"),
+)
+
 
 def fold(text: str) -> str:
     """`text` with every run of whitespace replaced by one space."""
@@ -50,8 +55,19 @@ def docstrings() -> tuple[str, ...]:
 
     Some 650 KB of English; packages are left out, and with them the help topics that evaluation hides its needles in.
     """
+    return _docstrings("*.py")
+
+
+@lru_cache(maxsize=1)
+def held_out_docstrings() -> tuple[str, ...]:
+    """Text on every machine that nothing is trained on: docstrings of `PACKAGES` of the standard library."""
+    known = set(docstrings())
+    return tuple(text for name in PACKAGES for text in _docstrings(f"{name}/**/*.py") if text not in known)
+
+
+def _docstrings(pattern: str) -> tuple[str, ...]:
     found: dict[str, None] = {}
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob(pattern)):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):

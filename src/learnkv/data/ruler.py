@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from learnkv.data.fitting import largest_fitting
 from learnkv.data.ruler_lists import chain, coded_words, common_words
-from learnkv.data.ruler_needles import Needles
+from learnkv.data.ruler_needles import Needles, Template
 from learnkv.data.ruler_qa import Documents, Question, documents, read_documents
 from learnkv.data.sample import Draft, Metric, Sample
-from learnkv.data.words import Split
+from learnkv.data.words import Language, Split
 from learnkv.errors import UserError
 
 NEEDLES: dict[str, Needles] = {
@@ -43,6 +44,8 @@ class Ruler:
         split: "eval", or "train" for other words, numbers, UUIDs and names than any evaluation has.
         haystack: .txt or .txt.gz file of essays; CPython's help topics if None.
         qa: files with the documents of qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout), .json or .json.gz.
+        template: what needles and questions about them say: `secret`, or `memo`, of which nothing is trained on.
+        keys: language of the needles' keys, where they are words.
     """
 
     def __init__(
@@ -54,8 +57,11 @@ class Ruler:
         split: Split = "eval",
         haystack: str | None = None,
         qa: str | list[str] | None = None,
+        template: Template = "secret",
+        keys: Language = "english",
     ):
         self.tokenizer, self.length, self.seed, self.split, self.haystack = tokenizer, length, seed, split, haystack
+        self.template, self.keys = template, keys
         self.qa = [qa] if isinstance(qa, str) else list(qa or [])
         self._askable: dict[str, tuple[list[Question], Iterator[Question]]] = {}
 
@@ -83,7 +89,10 @@ class Ruler:
 
     def _drafts(self, task: str, index: int, rng: random.Random) -> tuple[Callable[[int], Draft], int | None]:
         if task in NEEDLES:
-            return NEEDLES[task](rng, self.split, self.haystack), None
+            needles = replace(NEEDLES[task], template=self.template)
+            if needles.key_kind == "words" and self.keys != "english":
+                needles = replace(needles, key_kind=self.keys)
+            return needles(rng, self.split, self.haystack), None
         if task == "vt":
             return chain(rng, self.split), None
         if task == "cwe":

@@ -7,9 +7,12 @@ from itertools import cycle, islice
 from typing import Literal
 
 from learnkv.data.haystack import NOISE, essay, sentences
-from learnkv.data.ruler_text import NeedleWording
+from learnkv.data.ruler_text import MemoWording, NeedleWording
 from learnkv.data.sample import Draft
 from learnkv.data.words import Split, value
+
+Template = Literal["secret", "memo"]
+TEMPLATES: dict[Template, type[NeedleWording]] = {"secret": NeedleWording, "memo": MemoWording}
 
 DEPTHS = [round(100 * i / 39) for i in range(40)]
 
@@ -28,6 +31,7 @@ class Needles:
     keys: int = 1
     values: int = 1
     queries: int = 1
+    template: Template = "secret"
 
     def __call__(self, rng: random.Random, split: Split, essay_file: str | None) -> Callable[[int], Draft]:
         taken: set[str] = set()
@@ -35,7 +39,7 @@ class Needles:
         noted = {key: [value(self.value_kind, rng, split, taken) for _ in range(self.values)] for key in keys}
         asked = rng.sample(keys, self.queries)
         answers = [answer for key in asked for answer in noted[key]]
-        wording = NeedleWording(self.value_kind, many=len(answers) > 1)
+        wording = TEMPLATES[self.template](self.value_kind, many=len(answers) > 1)
         needles = [wording.needle(key, noted_value) for key, values in noted.items() for noted_value in values]
         rng.shuffle(needles)
         depths = sorted(rng.sample(DEPTHS, len(needles)))

@@ -37,6 +37,24 @@ class NeedleWording:
         return f" The secret {self._noun} of {listed(keys)} {self._verb}"
 
 
+@dataclass(frozen=True)
+class MemoWording(NeedleWording):
+    """The same needles in words that nothing here was trained on: how much of a score is the template's."""
+
+    @property
+    def intro(self) -> str:
+        return "Among these lines somebody has scattered short memos. You will be asked about them.\n"
+
+    def needle(self, key: str, value: str) -> str:
+        return f"Memo: whoever asks about {key} should be told {value}."
+
+    def question(self, keys: list[str]) -> str:
+        return f"\nSomebody asks about {listed(keys)}. What do the memos say?"
+
+    def answer_prefix(self, keys: list[str]) -> str:
+        return f" Whoever asks about {listed(keys)} should be told"
+
+
 def listed(items: list[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

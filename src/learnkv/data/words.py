@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import Literal
 
 Split = Literal["train", "eval"]
+Language = Literal["english", "german", "greek"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
@@ -32,6 +33,23 @@ def draw(make: Callable[[], str], split: Split, taken: set[str] | None = None) -
             return text
 
 
+OTHER_LANGUAGES: dict[str, tuple[str, str]] = {  # adjectives and nouns; what is trained on is English
+    "german": (
+        "alt breit dunkel eng fern frisch früh glatt groß grün gütig hart heiß hell höflich jung kahl kalt kühn kurz "
+        "lang laut leise müde mutig nah neu rasch rot sanft scharf schön schwer spät stark still süß tief treu weiß",
+        "Apfel Bäcker Brücke Dach Eiche Fenster Fluss Garten Gürtel Hafen Hügel Insel Jäger Käse Kirche Küste Lampe "
+        "Löffel Mantel Mühle Nagel Ofen Pferd Quelle Rücken Schlüssel Schüssel Segel Straße Stühle Tasche Tür Ufer "
+        "Vogel Wiese Wolke Würfel Zaun Ziege Zwiebel",
+    ),
+    "greek": (
+        "αργός βαθύς βαρύς γλυκός γρήγορος δυνατός ελαφρύς ζεστός ήσυχος θερμός καθαρός καλός κρύος λευκός μακρύς "
+        "μαύρος μεγάλος μικρός νέος ξηρός παλιός πλατύς πράσινος σκληρός σοφός στενός ψηλός ωραίος",
+        "αέρας βιβλίο βουνό βροχή γάτα γέφυρα δάσος δρόμος ελιά ζυγός ήλιος θάλασσα κήπος κλειδί λίμνη λύκος μήλο "
+        "μύλος νησί ξύλο όνειρο παράθυρο πέτρα πηγάδι ποτάμι ρόδα σκάλα σπίτι τραπέζι φεγγάρι χωριό ψωμί ώρα",
+    ),
+}
+
+
 @lru_cache
 def word_list(kind: Literal["adjective", "noun", "verb"], split: Split) -> tuple[str, ...]:
     """Lower-case wonderwords of 3 to 10 letters that belong to `split`, sorted."""
@@ -43,6 +61,12 @@ def word_list(kind: Literal["adjective", "noun", "verb"], split: Split) -> tuple
 def key_word(rng: random.Random, split: Split, taken: set[str] | None = None) -> str:
     """An adjective-noun key; both words and the joined key belong to `split`."""
     adjectives, nouns = word_list("adjective", split), word_list("noun", split)
+    return draw(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}", split, taken)
+
+
+def foreign_key(language: str, rng: random.Random, split: Split, taken: set[str] | None = None) -> str:
+    """An adjective and a noun of another language, joined; the key belongs to `split`."""
+    adjectives, nouns = (words.split() for words in OTHER_LANGUAGES[language])
     return draw(lambda: f"{rng.choice(adjectives)}-{rng.choice(nouns)}", split, taken)
 
 
@@ -62,5 +86,7 @@ def variable(rng: random.Random, split: Split, taken: set[str] | None = None, le
 
 
 def value(kind: str, rng: random.Random, split: Split, taken: set[str] | None = None) -> str:
-    """A needle's key or value of `kind`: "words", "numbers" or "uuids"."""
+    """A needle's key or value of `kind`: "words", "numbers", "uuids" or a language other than English."""
+    if kind in OTHER_LANGUAGES:
+        return foreign_key(kind, rng, split, taken)
     return {"words": key_word, "numbers": number, "uuids": random_uuid}[kind](rng, split, taken)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from learnkv.data.ruler_needles import Template
+from learnkv.data.words import Language
 from learnkv.errors import UserError
 
 Setting = Literal["query_agnostic", "query_aware"]
@@ -45,6 +47,8 @@ class EvalConfig:
         batch_size: prompts read at once.
         text: hub id or text, jsonl or parquet file for the task `text`.
         haystack: text file that needles are hidden in; CPython's help topics if not given.
+        template: what needles and the questions about them say: secret, or memo, of which nothing was trained on.
+        keys: language of the needles' keys, where they are words: english, german or greek.
         qa: files for qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout).
         output: folder for results; the same command continues what it holds.
         seed: of everything drawn.
@@ -66,6 +70,8 @@ class EvalConfig:
     batch_size: int = 16
     text: str | None = None
     haystack: str | None = None
+    template: Template = "secret"
+    keys: Language = "english"
     qa: tuple[str, ...] = ()
     output: str = "runs/eval"
     seed: int = 42

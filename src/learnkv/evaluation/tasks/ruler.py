@@ -28,7 +28,15 @@ def prompts(config: EvalConfig, tasks: Sequence[str], length: int, tokenizer: An
     """`config.samples` prompts of every task in every setting, at most `length` tokens with room for the answer."""
     head, tail, _ = format_prompt(tokenizer, "", "") if tokenizer.chat_template is not None else ("", "", "")
     template = len(tokenizer(head + tail, add_special_tokens=False).input_ids)
-    maker = Ruler(tokenizer, length - template, seed=config.seed, haystack=config.haystack, qa=list(config.qa))
+    maker = Ruler(
+        tokenizer,
+        length - template,
+        seed=config.seed,
+        haystack=config.haystack,
+        qa=list(config.qa),
+        template=config.template,
+        keys=config.keys,
+    )
     found: list[Prompt] = []
     for task in tasks:
         numbered = [(index, maker.sample(task, index)) for index in range(config.samples)]
