@@ -26,6 +26,7 @@ LAYERS = [
     {"data"},
     {"calibration", "training", "evaluation"},
     {"train", "eval", "export", "head_scores", "tables", "integrations", "reference"},
+    {"study"},
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 STRANGERS = [  # on one layer, yet never each other

@@ -120,7 +120,7 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
     if not by_policy:
         return
     columns = list(dict.fromkeys(column for found in by_policy.values() for column in found))
-    yield from _table(
+    yield from table(
         ["policy", *columns],
         ([name, *(cell(found[column]) for column in columns)] for name, found in by_policy.items()),
     )
@@ -146,21 +146,21 @@ def _differences(records: Sequence[Record], starts: Mapping[str, str], title: st
         yield f"### {title}: {name} minus heuristic, paired by prompt"
         yield ""
         columns = list(by_policy[name])
-        table = []
+        rows = []
         for other in heuristics:
             label = f"{other} (it starts from this)" if starts.get(name) == other else other
             pairs = [paired_difference(by_policy[name][c], by_policy[other][c], value) for c in columns]
-            table.append([label, *(_pm(pair, "+", 4 if value == "kl" else 1) for pair in pairs)])
+            rows.append([label, *(_pm(pair, "+", 4 if value == "kl" else 1) for pair in pairs)])
         best = max if value == "score" else min
         of = [best(heuristics, key=lambda other: _mean(by_policy[other][c], value)) for c in columns]
-        table.append(["best heuristic", *of])
+        rows.append(["best heuristic", *of])
         heads = [f"keep {keep:g}" if keep is not None else f"budget {tokens}" for keep, tokens in columns]
-        yield from _table(["minus", *heads], table)
+        yield from table(["minus", *heads], rows)
 
 
 def _per_task(rows: Sequence[Row]) -> Iterator[str]:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    yield from _table(
+    yield from table(
         ["policy", "asked", "bytes", *tasks],
         (
             [name, column, size(mean(found, "bytes")), *(_pm(score_of([row])) for row in found)]
@@ -170,7 +170,8 @@ def _per_task(rows: Sequence[Row]) -> Iterator[str]:
     )
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table and an empty one."""
     yield f"| {' | '.join(head)} |"
     yield f"| --- |{' ---: |' * (len(head) - 1)}"
     for cells in body:

@@ -48,7 +48,7 @@ def main(config: ZooConfig, resolved: str) -> None:
     records = complete(list(Store(folder / "samples.jsonl").records.values()))
     if not records:
         raise UserError(f"results={config.results}: no prompt has been finished by all methods yet")
-    commit = config.commit or _head()
+    commit = config.commit or head()
     found = list(pairs(records))
     rows = rows_of(records)
     out.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _prompt(record: Record) -> tuple[object, ...]:
     return record["task"], record["length"], record["setting"], record["index"]
 
 
-def _head() -> str:
+def head() -> str:
     """The commit that is checked out where this file lies."""
     here = Path(__file__).parent
     made = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)

@@ -1,0 +1,112 @@
+"""Samples of one comparison as means over the tasks that count, and as differences paired by prompt."""
+
+from collections.abc import Iterable
+from math import nan
+from statistics import fmean
+
+from learnkv.evaluation.results import FULL, Estimate, Record, estimate, mean_of_tasks, paired_difference
+
+LEARNED = "learned"
+ROUNDING = 0.01
+"""Of the prompt: a method that holds more above what was asked is not compared."""
+
+
+class Scores:
+    """What policies said in one setting, at one length.
+
+    Args:
+        records: their samples, the full cache's among them.
+        bar: score of the full cache below which a task does not count.
+        value: `score`, or `kl` of held-out text, where less is better.
+    """
+
+    def __init__(self, records: Iterable[Record], bar: float, value: str = "score") -> None:
+        self.value = value
+        every = list(records)
+        by_task: dict[str, list[float]] = {}
+        for record in every:
+            if record["policy"] == FULL:
+                by_task.setdefault(record["task"], []).append(record["score"])
+        full = {task: fmean(scores) for task, scores in by_task.items()}
+        self.tasks = [task for task in full if value != "score" or full[task] >= bar]
+        self.left_out = {task: score for task, score in full.items() if task not in self.tasks}
+        self.records = [record for record in every if record["task"] in self.tasks]
+        self.full = {_prompt(record): record for record in self.records if record["policy"] == FULL}
+        self.cells: dict[tuple[str, float], list[Record]] = {}
+        for record in self.records:
+            if record["policy"] != FULL:
+                self.cells.setdefault((record["policy"], record["keep"]), []).append(record)
+        self.policies = list(dict.fromkeys(policy for policy, _ in self.cells))
+        self.keeps = sorted({keep for _, keep in self.cells}, reverse=True)
+
+    def of(self, policy: str, keep: float) -> Estimate:
+        """Mean over tasks."""
+        return _over_tasks((record["task"], record[self.value]) for record in self.cells[policy, keep])
+
+    def retained(self, policy: str, keep: float) -> Estimate:
+        """The same in percent of what the full cache has on the same prompts."""
+        own, full = self.of(policy, keep), self.full_of(policy, keep)
+        whole = full.mean or nan
+        return Estimate(100 * own.mean / whole, 100 * own.stderr / whole, own.n)
+
+    def full_of(self, policy: str, keep: float) -> Estimate:
+        """What the full cache has on the prompts of a cell."""
+        cell = self.cells[policy, keep]
+        return _over_tasks((record["task"], self.full[_prompt(record)][self.value]) for record in cell)
+
+    def minus(self, policy: str, other: str, keep: float) -> Estimate:
+        """Mean over tasks of the difference on the prompts that both have."""
+        return paired_difference(self.cells[policy, keep], self.cells[other, keep], self.value)
+
+    def ratio(self, policy: str, other: str, keep: float) -> float:
+        """`policy` over `other` on the prompts that both have."""
+        both = self._common(policy, other, keep)
+        return fmean(one[self.value] for one, _ in both) / (fmean(theirs[self.value] for _, theirs in both) or nan)
+
+    def held(self, policy: str, keep: float, key: str) -> float:
+        """Mean of `spent` or `bytes`."""
+        return fmean(record[key] for record in self.cells[policy, keep])
+
+    def rivals(self, keep: float) -> list[str]:
+        """Methods that need no training and hold what was asked, the best one first."""
+        within = [
+            policy
+            for policy in self.policies
+            if not policy.startswith(LEARNED)
+            and (policy, keep) in self.cells
+            and self.held(policy, keep, "spent") <= keep + ROUNDING
+        ]
+        return sorted(within, key=lambda policy: self.of(policy, keep).mean * (-1 if self.value == "score" else 1))
+
+    def nearest(self, policy: str, keep: float) -> tuple[str, Estimate]:
+        """The rival that `policy` is ahead of by least, and by how much."""
+        apart = {rival: self.minus(policy, rival, keep) for rival in self.rivals(keep)}
+        rival = min(apart, key=lambda one: apart[one].mean * (1 if self.value == "score" else -1))
+        return rival, apart[rival]
+
+    def _common(self, policy: str, other: str, keep: float) -> list[tuple[Record, Record]]:
+        theirs = {_prompt(record): record for record in self.cells[other, keep]}
+        return [(one, theirs[_prompt(one)]) for one in self.cells[policy, keep] if _prompt(one) in theirs]
+
+
+def best_of(settings: Iterable[Scores], count: int) -> list[str]:
+    """The methods without training whose mean over settings and kept fractions is highest."""
+    total: dict[str, list[float]] = {}
+    for scores in settings:
+        for keep in scores.keeps:
+            for rival in scores.rivals(keep):
+                total.setdefault(rival, []).append(scores.of(rival, keep).mean)
+    complete = max(map(len, total.values()), default=0)
+    known = [rival for rival, found in total.items() if len(found) == complete]
+    return sorted(known, key=lambda rival: -fmean(total[rival]))[:count]
+
+
+def _over_tasks(values: Iterable[tuple[str, float]]) -> Estimate:
+    by_task: dict[str, list[float]] = {}
+    for task, value in values:
+        by_task.setdefault(task, []).append(value)
+    return mean_of_tasks(map(estimate, by_task.values()))
+
+
+def _prompt(record: Record) -> tuple[object, ...]:
+    return record["task"], record["length"], record["setting"], record["index"]

@@ -1,0 +1,9 @@
+"""Made-up samples of comparisons."""
+
+
+def record(policy, task, index, score, keep=0.1, setting="query_agnostic", **more):
+    """One sample, as a comparison stores it."""
+    about = {"policy": policy, "task": task, "length": 1024, "setting": setting, "index": index, "keep": keep}
+    size = {"budget": None, "asked": keep, "spent": keep, "bytes": 1000 * keep, "bytes_full": 1000.0, "haystack": None}
+    mark = f"{policy}/{task}/{setting}/{keep}/{index}"
+    return {**about, **size, "score": score, "fingerprint": mark, **more}
