@@ -110,7 +110,7 @@ def test_a_run_logs_and_draws_them(words, tmp_path):
         last = list(csv.DictReader(table))[-1]
     for keep in VALIDATION_KEEPS:
         lost, soft = (float(last[f"val/{name}_kl@{keep:g}"]) for name in ("learned", "soft"))
-        assert float(last[f"val/gap@{keep:g}"]) == pytest.approx(lost - soft, abs=1e-5)
+        assert float(last[f"val/gap@{keep:g}"]) == pytest.approx(lost - soft, abs=1e-4)
         assert 0 <= float(last[f"val/changed@{keep:g}"]) < 1
     with (run / "marginal.csv").open() as table:
         rows = list(csv.DictReader(table))
