@@ -93,11 +93,12 @@ def test_a_config_is_a_path_too(tmp_path):
 
 def test_a_config_may_stand_on_another_one_in_a_folder_below(configs):
     (configs / "more").mkdir()
-    (configs / "more" / "base.yaml").write_text("samples: 8\nrate: 0.5\nloop: {max_steps: 3}\n")
-    (configs / "more" / "top.yaml").write_text("config: base.yaml\nrate: 0.25\nloop: {accelerator: cpu}\n")
+    (configs / "more" / "base.yaml").write_text("samples: 8\nrate: 0.5\nloop: {max_steps: 3}\nlog: {every: [5]}\n")
+    (configs / "more" / "top.yaml").write_text("config: base.yaml\nrate: 0.25\nlog: {mode: online}\n")
     run, text = parse(Run, ["config=more/top", "keep=0.1"], "eval")
     assert (run.samples, run.rate, run.keep) == (8, 0.25, (0.1,))
-    assert run.loop == {"max_steps": 3, "accelerator": "cpu"}
+    assert run.loop == {"max_steps": 3, "accelerator": "auto"}
+    assert run.log == Log("online", (1,))  # a group is replaced as a whole
     assert set(yaml.safe_load(text)) == set(vars(run))
 
 

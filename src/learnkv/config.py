@@ -22,7 +22,8 @@ CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs
 def find_config(kind: str, name: str, key: str = "config") -> Path:
     """The YAML file that `key=name` means: a path, or the bare name of a file in `configs/<kind>/` or below it.
 
-    A file may name another one as its `config`, by a path that begins where it lies; its own keys come on top.
+    A file may name another one as its `config`, by a path that begins where it lies; its own keys replace
+    that one's, nested ones as a whole.
 
     Raises UserError, with the nearest known name, where there is none.
     """
