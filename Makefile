@@ -15,12 +15,13 @@ workers ?= 2
 
 VENV := .venv
 COMPAT := .venv-compat
+KVPRESS := .venv-kvpress
 # A file's tests stay together: what they share is made once.
 PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help quickstart test test-compat format clean
+.PHONY: help quickstart test test-compat test-kvpress format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -31,10 +32,10 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
 # Nothing in the tests may reach for a network. Tests are small: processes of one thread are faster than one of many.
-test test-compat: export OMP_NUM_THREADS := 1
-test test-compat: export HF_HUB_OFFLINE := 1
-test test-compat: export WANDB_MODE := offline
-test test-compat: export TOKENIZERS_PARALLELISM := false
+test test-compat test-kvpress: export OMP_NUM_THREADS := 1
+test test-compat test-kvpress: export HF_HUB_OFFLINE := 1
+test test-compat test-kvpress: export WANDB_MODE := offline
+test test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check .
@@ -45,12 +46,15 @@ test: $(VENV)/.dev
 test-compat: $(COMPAT)/.dev
 	$(COMPAT)/bin/python -m pytest $(PARALLEL) -m compat
 
+test-kvpress: $(KVPRESS)/.dev
+	$(KVPRESS)/bin/python -m pytest tests/test_kvpress.py
+
 format: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check --fix .
 	$(VENV)/bin/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPAT) $(KVPRESS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -77,4 +81,12 @@ $(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
 
 $(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
 	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e . pytest pytest-xdist hypothesis
+	touch $@
+
+$(KVPRESS)/.torch: $(KVPRESS)/.python constraints.txt
+	$(KVPRESS)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	touch $@
+
+$(KVPRESS)/.dev: $(KVPRESS)/.torch pyproject.toml
+	$(KVPRESS)/bin/python $(PIP_INSTALL) -e '.[kvpress]' pytest hypothesis
 	touch $@

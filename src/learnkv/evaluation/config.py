@@ -31,7 +31,7 @@ class EvalConfig:
 
     Args:
         ckpt: policies: Lightning checkpoint, folder of an exported policy or of a run, heuristic's YAML or its bare
-            name, `reference`.
+            name, `reference`, or `owner/name` of a policy on the Hugging Face hub.
         model: hub id, folder, or `reference`.
         revision: branch, tag or commit of a hub id.
         dtype: auto, float32, bfloat16 or float16.
