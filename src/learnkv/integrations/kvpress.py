@@ -80,7 +80,6 @@ class LearnKVPress(BasePress):
             raise UserError(f"policy: has {', '.join(found)}; a press can only leave out entries of the prompt")
         return policy.to(model.device)
 
-    @torch.no_grad()
     def _forward(
         self,
         model: PreTrainedModel,
@@ -101,13 +100,14 @@ class LearnKVPress(BasePress):
             raise UserError(f"{model.config.model_type}: a press does not support layers with a sliding window")
         attach(model)
         try:
-            output = read(**{**kwargs, "past_key_values": ours, "use_cache": True})
-            for probe in policy.recording.probes:
-                if input_ids is None:
-                    raise UserError("policy: reads the prompt again, expected input_ids")
-                there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                run_probe(model, ours, probe, input_ids, there.bool())
-            small = policy.compress(ours.fork(), keep=round(1 - self.compression_ratio, 12))
+            with torch.no_grad():
+                output = read(**{**kwargs, "past_key_values": ours, "use_cache": True})
+                for probe in policy.recording.probes:
+                    if input_ids is None:
+                        raise UserError("policy: reads the prompt again, expected input_ids")
+                    there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                    run_probe(model, ours, probe, input_ids, there.bool())
+                small = policy.compress(ours.fork(), keep=round(1 - self.compression_ratio, 12))
         finally:
             detach(model)
         for layer, module in zip(ours.compressed_layers(), reader.layers, strict=True):
