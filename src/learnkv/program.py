@@ -80,6 +80,11 @@ def write(path: str | Path, policy: Policy, shapes: Mapping[str, int]) -> Path:
         raise UserError(
             f"{type(policy.allocator).__name__}: has nothing learned, expected a policy with learned budgets"
         )
+    where = Path(path).expanduser()
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     layers, heads = shapes["layers"], shapes["heads"]
     program = BudgetProgram(policy, layers, heads).cpu().eval()
     rows, slots = torch.export.Dim("batch"), torch.export.Dim("length")
@@ -103,9 +108,7 @@ def write(path: str | Path, policy: Policy, shapes: Mapping[str, int]) -> Path:
         "sinks": policy.sinks,
         "recent": policy.recent,
     }
-    where = Path(path).expanduser()
     try:
-        where.parent.mkdir(parents=True, exist_ok=True)
         torch.export.save(exported, where, extra_files={ABOUT: json.dumps(about, indent=2)})
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from None
