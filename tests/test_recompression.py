@@ -1,5 +1,6 @@
 """Eviction while tokens are added: the budget holds after every step, and the plan is the one for prompts."""
 
+import components
 import pytest
 import torch
 from models import (
@@ -18,14 +19,17 @@ from models import (
 
 from learnkv import Policy, continuation, generate, load_policy, prefill
 from learnkv.errors import UserError
-from learnkv.scorers import H2O, TOVA, KVzip, SnapKV, StreamingLLM
+from learnkv.scorers import H2O, TOVA, GateScorer, HiddenScorer, KVzip, SnapKV, StreamingLLM
 
 pytestmark = pytest.mark.compat
 
 JUDGES = [name for name in HEURISTICS if not (heuristic(name).scorer.needs or heuristic(name).scorer.probes)]
-JUDGES += [name for name in LEARNED if name != "ranked"]  # that one reads hidden states, which later tokens lack
+TOKENS = {"hidden": HiddenScorer, "gate": GateScorer}
+"""What these two, and `ranked`, read of hidden states or of several heads is held with every entry."""
+JUDGES += [*LEARNED, *TOKENS]
+FIGURES = {"ranked": 4, "hidden": 1, "gate": 1}
 every_policy = pytest.mark.parametrize("name", JUDGES)
-SOME = ["h2o", "snapkv", "adakv", "tova", "conditioned"]
+SOME = ["h2o", "snapkv", "adakv", "tova", "conditioned", "hidden"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,26 +39,29 @@ def without_gradients():
 
 
 def renewing(name: str, every: int, family: str = "llama", **changes) -> Policy:
+    if name in TOKENS:
+        return Policy(components.build(TOKENS[name], 3, 2, 2, 16, 48), every=every, **changes)
     known = policy_for(name, attached(family))
     if known.every:
         return known
     return Policy(known.scorer, known.allocator, known.sinks, known.recent, every, **changes)
 
 
-def agreed_bytes(cache) -> int:
+def agreed_bytes(cache, name: str) -> int:
     """What may be held: entries within the budget with their positions and figures, tables, a tail of so many slots
-    and its queries, and the last queries before it."""
+    with its queries and hidden states, and the last queries before it."""
     renewal, layer = cache.renewal, cache.compressed_layers()[0]
     layers, batch, heads = cache.budgets.shape
     dim, size = layer.segment.keys.shape[1], layer.segment.keys.element_size()
     query_heads = 4  # of the tiny Llama, two for each kv head
-    figures = 4 * (query_heads // heads) * len(renewal.recording.statistics)
+    figures = 4 * FIGURES.get(name, (query_heads // heads) * len(renewal.recording.statistics))
     entries = sum(renewal.budget) * (2 * dim * size + 4 + figures)
     tail = layers * batch * heads * (-(-renewal.every // 64) * 64) * 2 * dim * size
     recorded = renewal.recording.window > 0 or figures > 0
     unread = layers * batch * query_heads * renewal.every * dim * size * recorded
     window = layers * batch * renewal.recording.window * (query_heads * dim * size + 8)
-    return entries + tail + unread + window + layers * batch * heads * 2 * 8
+    hidden = layers * batch * renewal.every * 48 * size * renewal.recording.hidden
+    return entries + tail + unread + hidden + window + layers * batch * heads * 2 * 8
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,7 @@ def test_the_budget_holds_after_every_step(name, every, spend):
         assert cache.budgets.sum((0, 2)).tolist() == list(cache.renewal.held)
         assert all(held <= most for held, most in zip(cache.renewal.held, budget, strict=True))
         assert [len(kept_of(cache, row)) for row in (0, 1)] == list(cache.renewal.held)
-        assert cache.nbytes <= agreed_bytes(cache)
+        assert cache.nbytes <= agreed_bytes(cache, name)
         assert cache.next_positions().tolist() == [40 + read, 23 + read]
     assert list(cache.renewal.held) == [min(most, heads * n) for most, n in zip(budget, cache.lengths, strict=True)]
 
@@ -164,7 +171,7 @@ def test_transformers_generates_the_same(family, name, every):
     assert cache.said_length == 34
 
 
-@pytest.mark.parametrize("name", ["h2o", "snapkv", "rkv", "conditioned"])
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "rkv", "conditioned", "hidden", "ranked"])
 @pytest.mark.parametrize(("every", "lengths"), [(1, (9, 2, 5)), (6, (4, 4, 4))])
 def test_rows_of_a_batch_continue_as_alone(name, every, lengths):
     """Where the batch evicts when each row would alone; rows end before others."""

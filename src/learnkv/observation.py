@@ -45,6 +45,8 @@ class Observation:
     """[B] float64, fraction of the row's entries that will be kept; None while the prompt is read."""
     statistics: "Mapping[Statistic | Probe, Tensor]" = field(default_factory=dict)
     """What was gathered for scorers that ask for `statistics` or `probes`."""
+    aligned: bool = True
+    """Whether a slot is the same token in every head, as in a prompt; not so once heads have evicted."""
 
     @property
     def num_key_value_groups(self) -> int:

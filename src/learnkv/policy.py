@@ -77,6 +77,8 @@ class Policy(Component):
         for part in (self.scorer, self.decode):
             if part is not None:
                 mine |= Recording(part.window, "hidden" in part.needs, part.statistics, part.probes)
+        if self.every and (judge := self.decode or self.scorer) is not None:
+            mine |= Recording(statistics=judge.later)
         return mine
 
     @property
@@ -183,7 +185,8 @@ class Policy(Component):
         layer = cache.compressed_layers()[at]
         heads = layer.heads * len(cache.compressible)
         keep = [kept / (n * heads) for kept, n in zip(total, cache.lengths, strict=True)]
-        return replace(layer.observation(), keep=upload(keep, layer.device, torch.float64))
+        aligned = layer.positions is None
+        return replace(layer.observation(), keep=upload(keep, layer.device, torch.float64), aligned=aligned)
 
     @staticmethod
     def refine(scorer: Scorer, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:

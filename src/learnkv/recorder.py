@@ -10,7 +10,7 @@ from learnkv.ops.rotary import Rotary
 class Recorder:
     """The last queries of the prompt, hidden states and statistics, as far as `recording` asks for them.
 
-    Of tokens that come after the prompt the queries are held back until entries are judged again.
+    Of tokens that come after the prompt queries and hidden states are held back until entries are judged again.
     """
 
     def __init__(self, recording: Recording) -> None:
@@ -18,16 +18,18 @@ class Recorder:
         self.queries: Tensor | None = None
         self.query_positions: Tensor | None = None
         self.unread: Tensor | None = None
+        self.unread_hidden: Tensor | None = None
         self.hidden: Tensor | None = None
         self.statistics: dict[Statistic | Probe, Tensor] = {}
         self.rotations: tuple[tuple[Tensor, Tensor], ...] = ()
         self.output_weight: Tensor | None = None
         self.scaling = 1.0
 
-    def record(self, hidden: Tensor) -> None:
-        """Keep the attention block's input [B, T, E]."""
-        new = hidden.detach()
-        self.hidden = new if self.hidden is None else torch.cat([self.hidden, new], 1)
+    def record(self, hidden: Tensor, later: bool = False) -> None:
+        """Keep the attention block's input [B, T, E], of the prompt or of tokens that are not judged yet."""
+        name = "unread_hidden" if later else "hidden"
+        known, new = getattr(self, name), hidden.detach()
+        setattr(self, name, new if known is None else torch.cat([known, new], 1))
 
     def observe(self, queries: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Take note of the newest queries [B, H*G, T, D], whose entries are the last of those at `positions` [B, H, S],
@@ -47,7 +49,9 @@ class Recorder:
         """Take note of the queries that were held back, at `said` [B, M]; as for `observe`, but entries have holes."""
         if self.unread is None:
             return
+        self.hidden, self.unread_hidden = self.unread_hidden, None
         self._gather(self.unread, said, layer_idx, keys, values, positions)
+        self.hidden = None
         if self.recording.window:
             new, at = self._with_last(self.unread, said)
             order = (at >= 0).to(torch.int8).argsort(dim=-1, stable=True)  # padding first
@@ -103,15 +107,18 @@ class Recorder:
             None if one is None else _rows(one, batch) for one in (self.queries, self.hidden)
         )
         chosen.query_positions = None if self.query_positions is None else _rows(self.query_positions, batch)
-        chosen.unread = None if self.unread is None else _rows(self.unread, batch)
+        chosen.unread, chosen.unread_hidden = (
+            None if one is None else _rows(one, batch) for one in (self.unread, self.unread_hidden)
+        )
         chosen.statistics = {which: _rows(held, batch) for which, held in self.statistics.items()}
         chosen.rotations = tuple((_shared(cos, batch), _shared(sin, batch)) for cos, sin in self.rotations)
         chosen.output_weight, chosen.scaling = self.output_weight, self.scaling
         return chosen
 
     def crop(self, slots: int) -> None:
-        """Forget the queries of tokens after the first `slots` that were not judged yet."""
+        """Forget what is held back of tokens after the first `slots` that were not judged yet."""
         self.unread = None if self.unread is None else self.unread[:, :, :slots]
+        self.unread_hidden = None if self.unread_hidden is None else self.unread_hidden[:, :slots]
 
     def forget(self, live: Recording | None = None) -> None:
         """Hold nothing of the prompt any more but the queries that `live`, what is recorded from now on, asks for."""
@@ -127,7 +134,8 @@ class Recorder:
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held."""
-        held = (self.queries, self.query_positions, self.unread, self.hidden, *self.statistics.values())
+        one_each = (self.queries, self.query_positions, self.unread, self.unread_hidden, self.hidden)
+        held = (*one_each, *self.statistics.values())
         return [one for one in held if one is not None]
 
 

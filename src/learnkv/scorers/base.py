@@ -44,6 +44,8 @@ class Scorer(Component, ABC):
     """Number of last prompt queries that the scorer reads (0: none)."""
     statistics: frozenset[Statistic] = frozenset()
     """What is to be gathered from all queries while the prompt is read."""
+    later: frozenset[Statistic] = frozenset()
+    """What is to be gathered besides, instead of `hidden`, where tokens that come after the prompt are judged, too."""
     probes: frozenset[Probe] = frozenset()
     """What is to be found out by extra passes of the model."""
     reads_budget: bool = False
@@ -80,5 +82,5 @@ class Scorer(Component, ABC):
         if type(base).refine is not Scorer.refine:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window
-        self.statistics, self.probes = base.statistics, base.probes
+        self.statistics, self.probes, self.later = base.statistics, base.probes, base.later
         self.reads_budget = self.reads_budget or base.reads_budget

@@ -39,7 +39,7 @@ class GateScorer(Residual):
         super().__init__(base, num_layers, num_heads)
         if rank < 1 or sinks < 1:
             raise UserError(f"rank={rank} sinks={sinks}: expected at least 1 of each")
-        self.needs = self.needs | {"hidden"}
+        self._reads_tokens("hidden")
         scale = max(1, hidden_size) ** -0.5
         self.query = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, rank) * scale)
         self.key = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, rank) * scale)
@@ -48,6 +48,10 @@ class GateScorer(Residual):
         self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1))
 
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
+        return self.of_tokens(seen).squeeze(-1)
+
+    def figures(self, seen: Observation) -> Tensor:
+        """The correction itself, [B, H, S, 1]."""
         assert seen.hidden is not None
         layer, token = seen.layer_idx, unit(seen.hidden).unsqueeze(1)  # [B, 1, S, E]
         query, key = (
@@ -57,4 +61,4 @@ class GateScorer(Residual):
         own = (query * key).sum(-1) * size + self.own[layer]
         others = (query @ self.sink[layer] * size).logsumexp(-1)
         correction: Tensor = self.scale[layer] * (own - others)
-        return correction
+        return correction.unsqueeze(-1)

@@ -46,8 +46,7 @@ class HiddenScorer(Residual):
         if width < 0 or not reads:
             raise UserError(f"width={width} reads={list(reads)}: expected a width of 0 or more and something to read")
         self.reads = tuple(reads)
-        if "hidden" in reads:
-            self.needs = self.needs | {"hidden"}
+        self._reads_tokens(*({"hidden"} & set(reads)))
         sizes: dict[Read, int] = {"hidden": hidden_size, "keys": num_heads * head_dim, "values": num_heads * head_dim}
         features = sum(sizes[one] for one in self.reads)
         first = width or features
@@ -59,11 +58,15 @@ class HiddenScorer(Residual):
         self.bias_out = nn.Parameter(torch.zeros(num_layers, 1, num_heads))
 
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
+        return self.of_tokens(seen).squeeze(-1)
+
+    def figures(self, seen: Observation) -> Tensor:
+        """The correction itself, [B, H, S, 1]."""
         layer = seen.layer_idx
         inputs = torch.cat([unit(self._read(seen, one)) for one in self.reads], -1)
         if self.weight_in is not None:
             inputs = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
-        return (inputs @ self.weight_out[layer] + self.bias_out[layer]).transpose(1, 2)
+        return (inputs @ self.weight_out[layer] + self.bias_out[layer]).transpose(1, 2).unsqueeze(-1)
 
     @staticmethod
     def _read(seen: Observation, what: Read) -> Tensor:

@@ -53,7 +53,7 @@ class LearnedScorer(Residual):
         self.weight_out = nn.Parameter(torch.zeros(num_layers, num_heads, width, 1))
         self.project: nn.Parameter | None = None
         if rank > 0:
-            self.needs = self.needs | {"hidden"}
+            self._reads_tokens("hidden")
             self.project = nn.Parameter(torch.randn(num_layers, hidden_size, rank) * max(1, hidden_size) ** -0.5)
 
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
@@ -61,12 +61,17 @@ class LearnedScorer(Residual):
         with torch.no_grad():
             inputs = torch.cat([self._entries(seen), self._attention(seen), prior.unsqueeze(-1)], -1)
         if self.project is not None:
-            assert seen.hidden is not None
-            shared = (unit(seen.hidden) @ self.project[layer]).unsqueeze(1)
-            inputs = torch.cat([inputs, shared.expand(-1, inputs.shape[1], -1, -1)], -1)
+            inputs = torch.cat([inputs, self.of_tokens(seen)], -1)
         hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
         correction: Tensor = (hidden @ self.weight_out[layer]).squeeze(-1)
         return correction
+
+    def figures(self, seen: Observation) -> Tensor:
+        """Hidden states, projected, [B, H, S, rank]; the same for all heads."""
+        assert seen.hidden is not None
+        assert self.project is not None
+        shared = (unit(seen.hidden) @ self.project[seen.layer_idx]).unsqueeze(1)
+        return shared.expand(-1, seen.keys.shape[1], -1, -1)
 
     def _entries(self, seen: Observation) -> Tensor:
         """Keys and values, each of mean square 1, [B, H, S, 2D]."""
