@@ -71,7 +71,7 @@ def write(config: StudyConfig, resolved: str) -> None:
         "changed": found.changed,
     }
     with replacing(out / "study.json") as part:
-        part.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(held) + "\n", encoding="utf-8")
     for one in bars:
         print(f"{one.verdict:12} {one.about}: {one.measured}")
     print("\n".join(str(out / name) for name in ("study.md", "study.json", *drawn)))

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from learnkv.attention import attach
 from learnkv.data.haystack import held_out_docstrings
 from learnkv.data.ruler import NEEDLES
@@ -18,7 +16,6 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import Record
 from learnkv.evaluation.store import Store, replacing
 from learnkv.evaluation.tasks.ruler import tasks_named
-from learnkv.heuristic import heuristic_of
 from learnkv.models import load_model
 from learnkv.policy import Policy
 from learnkv.study import conditioning
@@ -45,7 +42,10 @@ def differing(name: str, tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 class Comparisons:
-    """Measures what is missing, one model and its policies for all comparisons."""
+    """Measures what is missing, one model and its policies for all comparisons.
+
+    `variants` are the learned policies, and those methods without training that they start from.
+    """
 
     def __init__(self, config: StudyConfig) -> None:
         self.config = config
@@ -60,29 +60,25 @@ class Comparisons:
             if not (Path(earlier) / "samples.jsonl").is_file():
                 raise UserError(f"records={earlier}: expected a folder of eval.py, found no samples in it")
         self.earlier = [record for earlier in config.records for record in samples(Path(earlier))]
-        config.folder.mkdir(parents=True, exist_ok=True)
-        start = runner.starting_points({self.judged: self.learned[self.judged], **self.baselines}).get(self.judged)
-        if start is None and (below := heuristic_of(self.learned[self.judged])).scorer is not None:
-            file = config.folder / "heuristic.yaml"
-            file.write_text(yaml.safe_dump(below.spec()), encoding="utf-8")
-            self.start = self._load([str(file)])
-        else:
-            self.start = {start: self.baselines[start]} if start is not None else {}
+        below = runner.starting_points({**self.learned, **self.baselines})
+        starts = {
+            below[name]: self.baselines[below[name]] for name in self.learned if below.get(name) in self.baselines
+        }
+        self.variants = {**starts, **self.learned}
 
     def run(self) -> None:
         """Every comparison, the ones that others build on first."""
         config, count = self.config, self.config.samples
         if config.tasks:
             self._measure(MAIN, self.baselines, config.comparison(samples=count.baselines))
-            variants = {**self.start, **self.learned}
-            self._measure(MAIN, variants, config.comparison(samples=count.ablations))
+            self._measure(MAIN, self.variants, config.comparison(samples=count.ablations))
             chosen = {self.judged: self.learned[self.judged], **{name: self.baselines[name] for name in self.best()}}
             self._measure(MAIN, chosen, config.comparison(samples=count.judged))
             self._elsewhere(chosen)
             self._conditioning()
         source = config.text or str(self._held_out("text.jsonl"))
         keys = config.comparison(tasks=("text",), text=source, samples=count.text, setting=("query_agnostic",))
-        self._measure(TEXT, {**self.baselines, **self.start, **self.learned}, keys)
+        self._measure(TEXT, {**self.baselines, **self.learned}, keys)
 
     def best(self) -> list[str]:
         """The methods without training that are measured as often as the policy that is judged."""
