@@ -48,6 +48,10 @@ def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, mon
     assert said.err.count("finished before") == 2 and said.err.count(" 0 to measure") == 8
     assert (docs / "study.md").read_text() == page
 
+    # A method that is left out leaves the tables, not the folder.
+    assert main([*words, "stages=write", "baselines=snapkv,knorm"]) == 0
+    assert "| random |" in page and "random" not in (docs / "study.md").read_text()
+
     # Samples of an earlier comparison are taken over, those that are missing in it are measured.
     samples = Store(folder / "main" / "samples.jsonl").records
     gone = next(mark for mark, record in samples.items() if record["policy"] == "knorm")

@@ -18,8 +18,8 @@ from learnkv.evaluation.store import replacing
 from learnkv.evaluation.zoo import head
 from learnkv.study.bars import lines
 from learnkv.study.config import StudyConfig
-from learnkv.study.evidence import Evidence, gather
-from learnkv.study.measure import MAIN, TEXT, Comparisons, samples
+from learnkv.study.evidence import Evidence, gather, recorded
+from learnkv.study.measure import MAIN, TEXT, Comparisons
 from learnkv.study.page import COMMAND, page
 from learnkv.study.scores import LEARNED, best_of
 from learnkv.study.variants import train_missing, trainings
@@ -64,7 +64,7 @@ def write(config: StudyConfig, resolved: str) -> None:
         "config": yaml.safe_load(resolved),
         "must_hold": [dataclasses.asdict(one) for one in bars],
         "rows": {
-            name: rows_of(_with_full(samples(config.folder / name)))
+            name: rows_of(_with_full(recorded(config, name)))
             for name in (MAIN, TEXT, *found.elsewhere)
             if (config.folder / name / "samples.jsonl").is_file()
         },

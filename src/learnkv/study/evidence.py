@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from learnkv.evaluation.results import Record
+from learnkv.evaluation.results import FULL, Record
+from learnkv.io import describe_policy_file
 from learnkv.study.config import StudyConfig, name_of
 from learnkv.study.measure import ELSEWHERE, MAIN, SHUFFLED, TEXT, samples
 from learnkv.study.scores import Scores
@@ -40,15 +41,14 @@ class Evidence:
 
 def gather(config: StudyConfig) -> Evidence:
     """What lies in a study's folder."""
-    folder = config.folder
-    main = samples(folder / MAIN)
+    folder, main = config.folder, recorded(config, MAIN)
     asked: list[str] = [setting for setting in config.setting if _of(main, setting)]
     settings = {setting: _scores(main, config, setting) for setting in asked}
-    shuffled = samples(folder / SHUFFLED)
+    shuffled = recorded(config, SHUFFLED)
     changed = folder / SHUFFLED / "changed.json"
     names = [*ELSEWHERE, *(f"length-{length}" for length in config.longer)]
-    elsewhere = {name: found for name in names if (found := samples(folder / name))}
-    text = samples(folder / TEXT)
+    elsewhere = {name: found for name in names if (found := recorded(config, name))}
+    text = recorded(config, TEXT)
     runs = {name: folder / "train" / name for name in map(name_of, config.variants)}
     runs = {name: run for name, run in runs.items() if (run / "config.yaml").is_file()}
     return Evidence(
@@ -62,6 +62,13 @@ def gather(config: StudyConfig) -> Evidence:
         unseen=None if config.unseen is None else name_of(config.unseen),
         runs=runs,
     )
+
+
+def recorded(config: StudyConfig, name: str) -> list[Record]:
+    """Samples of a comparison, without those of policies that are no longer in the study."""
+    variants = list(map(name_of, config.variants))
+    known = {FULL, *map(describe_policy_file, config.baselines), *variants, *(f"{one}-shuffled" for one in variants)}
+    return [record for record in samples(config.folder / name) if record["policy"] in known]
 
 
 def last_validation(run: Path) -> dict[str, float]:
