@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from learnkv import models as models_module
 from learnkv.errors import UserError
-from learnkv.models import config_hash, describe_model, format_prompt, load_model, torch_device, torch_dtype
+from learnkv.models import (
+    config_hash,
+    describe_model,
+    format_prompt,
+    load_model,
+    model_digest,
+    torch_device,
+    torch_dtype,
+)
 
 WORDS = ["<s>", "</s>", "<unk>", "red", "blue", "which", "it", "is", ":", "user", "reply", "\n"]
 TEMPLATE = (
@@ -136,6 +144,16 @@ def test_a_model_is_described_by_name_hash_and_shapes(stored, monkeypatch):
     assert describe_model(model) == {"id": str(stored), "config_hash": config_hash(model), "shapes": shapes}
     monkeypatch.setattr(models_module, "REFERENCE", stored)
     assert describe_model(load_model("reference")[0])["id"] == "reference"
+
+
+def test_samples_of_a_model_stay_known_when_its_description_grows(stored, monkeypatch):
+    model, _ = load_model(str(stored))
+    digest, described = model_digest(model), describe_model(model)
+    more = {**described, "shapes": {**described["shapes"], "another": 3}}
+    monkeypatch.setattr(models_module, "describe_model", lambda model: more)
+    assert model_digest(model) == digest
+    more["shapes"] = {**more["shapes"], "layers": 9}
+    assert model_digest(model) != digest
 
 
 @pytest.mark.parametrize(("begins", "context"), [(True, "<s>red"), (False, "red")])

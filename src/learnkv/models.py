@@ -144,7 +144,10 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
 
 def model_digest(model: PreTrainedModel) -> str:
     """Of what a model computes, without reading all of its weights: description, number format, some of each matrix."""
-    about = json.dumps([describe_model(model), str(model.dtype)], sort_keys=True)
+    described = describe_model(model)
+    # The config's hash covers the other sizes: a description that grows must not make earlier samples unknown.
+    described["shapes"] = {key: described["shapes"][key] for key in ("layers", "heads", "head_dim")}
+    about = json.dumps([described, str(model.dtype)], sort_keys=True)
     digest = hashlib.sha256(about.encode())
     for weight in (held for name, held in model.named_parameters() if not adapters.ours(name)):
         digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
