@@ -31,7 +31,7 @@ def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, mon
     for keep in (0.5, 0.2):
         assert all(abs(row["spent"] - keep) < 0.01 for row in held["rows"]["main"] if row["keep"] == keep)
     assert set(held["rows"]) == {"main", "text", "memo", "german", "greek"}
-    assert set(held["changed"]) == {"learned", "learned-only"}
+    assert set(held["changed"]) == {"learned"}
     lines = {line["about"]: line["verdict"] for line in held["must_hold"]}
     assert lines["soft/hard gap, changed set against the heuristic, marginal value per head: logged and drawn"] == "met"
     assert sum("trained for this budget alone" in about for about in lines) == 1

@@ -108,7 +108,8 @@ class Comparisons:
         """The policies whose budgets depend on the prompt, with the features of another prompt."""
         config = self.config
         agnostic: dict[str, Any] = {"setting": ("query_agnostic",)}
-        own = {name: policy for name, policy in self.learned.items() if conditioning.conditioned(policy)}
+        asked = {name: self.learned[name] for name in map(name_of, (config.learned, *config.ablations))}
+        own = {name: policy for name, policy in asked.items() if conditioning.conditioned(policy)}
         if not own:
             return
         self.earlier += samples(config.folder / MAIN)  # the full cache's
