@@ -13,6 +13,7 @@ from learnkv.evaluation import zoo
 from learnkv.evaluation.published import ORDERS, Published, pairs
 from learnkv.models import REFERENCE
 
+RESULTS = CONFIGS.parent / "docs" / "results"
 TEXT = (CONFIGS / "eval" / "zoo.yaml").read_text(encoding="utf-8")
 CONFIG = yaml.safe_load(TEXT)
 
@@ -32,6 +33,13 @@ def test_the_tasks_are_those_that_the_model_can_do():
     card = (REFERENCE / "README.md").read_text(encoding="utf-8")
     scores = re.findall(r"^\| (\w+) \| [\d-]+ \| [^|]+ \| ([\d.]+) ±", card, re.MULTILINE)
     assert CONFIG["tasks"] == [task for task, score in scores if float(score) >= 80]
+
+
+def test_the_findings_name_every_disagreement_with_a_published_order():
+    orders = json.loads((RESULTS / "zoo.json").read_text(encoding="utf-8"))["orders"]
+    findings = (RESULTS / "zoo_findings.md").read_text(encoding="utf-8")
+    named = re.findall(r"^- `(\w+)` above `(\w+)`", findings, re.MULTILINE)
+    assert set(named) == {(pair["better"], pair["worse"]) for pair in orders if pair["verdict"] == "disagrees"}
 
 
 def record(policy, index, score, keep=0.1, task="vt", setting="query_agnostic"):
@@ -88,18 +96,25 @@ def test_prompts_that_a_method_has_not_finished_are_left_out():
 
 
 def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path):
-    (tmp_path / "config.yaml").write_text("model: reference\nckpt: [snapkv, knorm, quest]\n")
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records()))
+    asked = {"model": "reference", "ckpt": ["snapkv", "knorm", "quest"], "samples": 4, "tasks": ["vt", "cwe"]}
+    asked |= {"lengths": [1024], "setting": ["query_agnostic"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asked))
+    few = [one | {"task": "cwe", "fingerprint": f"cwe{at}"} for at, one in enumerate(records()) if one["index"] < 2]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records() + few))
     zoo.main(zoo.ZooConfig(results=str(tmp_path), out=str(tmp_path), commit="abc"), "")
     text = (tmp_path / "zoo.md").read_text(encoding="utf-8")
     assert "the first 4 tokens of a prompt\nand the last 8 (every method that evicts)." in text
     assert "Full cache, query-agnostic: vt 100.0." in text
+    assert "4 prompts that every method has finished,\nof tasks with 10 or more.\n8 are asked for" in text
+    assert "cwe" not in text
     assert "zoo_findings.md" not in text
-    assert "`python eval.py config=zoo` at commit abc" in text
+    assert "`python eval.py config=zoo` at commit\nabc: model `reference`" in text
     assert "| keydiff | snapkv | 0.1 | 65.3 : 23.6 | 18.8 : 25.0 | -6.2 ± 6.2 |" in text.split("### Undecided")[1]
     assert "| kvzip | snapkv | 0.1 | 92.3 : 23.6 | 87.5 : 25.0 | +62.5 ± 7.2 |" in text
     assert "| snapkv | **25.0 ± 14.4** · 10 B · 0.100 |" in text
-    held = json.loads((tmp_path / "zoo.json").read_text(encoding="utf-8"))
+    written = (tmp_path / "zoo.json").read_text(encoding="utf-8")
+    held = json.loads(written)
+    assert sum(line.startswith('  {"policy": ') for line in written.splitlines()) == len(held["rows"]) == 5
     assert {row["policy"]: row["score"] for row in held["rows"]}["kvzip"] == 87.5
     assert held["orders"][0]["verdict"] == "agrees"
     (tmp_path / "zoo_findings.md").touch()

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from learnkv.io import load_policy
 
 COMMAND = "python eval.py config=zoo"
 FINDINGS = "zoo_findings.md"
+LEAST = 10
+"""Finished prompts from which on a task counts."""
 VERDICTS = ("agrees", "disagrees", "undecided", "tied")
 
 
@@ -46,6 +50,7 @@ def main(config: ZooConfig, resolved: str) -> None:
         raise UserError(f"results={config.results}: expected a folder of {COMMAND}, found no samples in it")
     asked = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     records = complete(list(Store(folder / "samples.jsonl").records.values()))
+    records = _enough(records, min(LEAST, asked.get("samples", 1)))
     if not records:
         raise UserError(f"results={config.results}: no prompt has been finished by all methods yet")
     commit = config.commit or head()
@@ -65,7 +70,7 @@ def main(config: ZooConfig, resolved: str) -> None:
         "orders": [{**dataclasses.asdict(pair), "verdict": pair.verdict} for pair in found],
     }
     with replacing(out / "zoo.json") as part:
-        part.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        part.write_text(_json(held), encoding="utf-8")
     print(f"{out / 'zoo.md'}\n{out / 'zoo.json'}")
 
 
@@ -81,6 +86,12 @@ def complete(records: Sequence[Record]) -> list[Record]:
     return sorted(whole, key=lambda record: (order[_job(record)], record["task"], record["index"]))
 
 
+def _enough(records: Sequence[Record], least: int) -> list[Record]:
+    """Records of the tasks of which a setting has `least` prompts: fewer would weigh as much in a mean over tasks."""
+    prompts = Counter((setting, task) for task, _, setting, _ in {_prompt(record) for record in records})
+    return [record for record in records if prompts[record["setting"], record["task"]] >= least]
+
+
 def page(
     asked: Mapping[str, Any], records: Sequence[Record], found: Sequence[Pair], commit: str, findings: str | None
 ) -> Iterator[str]:
@@ -88,8 +99,13 @@ def page(
     model = asked["model"]
     yield "# Every method on one model"
     yield ""
-    yield f"Written by `python -m learnkv.evaluation.zoo` from the results of `{COMMAND}` at commit {commit}: model"
-    yield f"`{model}`, {len({_prompt(record) for record in records}):,} prompts that every method has finished."
+    prompts = len({_prompt(record) for record in records})
+    yield f"Written by `python -m learnkv.evaluation.zoo` from the results of `{COMMAND}` at commit"
+    yield f"{commit}: model `{model}`, {prompts:,} prompts that every method has finished,"
+    yield f"of tasks with {LEAST} or more."
+    wanted = math.prod(len(asked.get(key, ())) for key in ("tasks", "lengths", "setting")) * asked.get("samples", 0)
+    if prompts < wanted:
+        yield f"{wanted:,} are asked for: the command continues where it was."
     if findings:
         yield f"What stands out, and why: [{findings}]({findings})."
     yield ""
@@ -156,6 +172,15 @@ def _line(pair: Pair) -> str:
         f"| {pair.better} | {pair.worse}{aware} | {pair.keep:g} | {theirs} | {ours} | "
         f"{pair.difference:+.1f} ± {pair.stderr:.1f} |"
     )
+
+
+def _json(held: Mapping[str, Any]) -> str:
+    """With every row of a table on a line of its own, so that a change of one is a change of one line."""
+    parts = []
+    for key, value in held.items():
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in value) if isinstance(value, list) else None
+        parts.append(f" {json.dumps(key)}: " + (json.dumps(value) if rows is None else f"[\n{rows}\n ]"))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _job(record: Record) -> tuple[object, ...]:
