@@ -1,0 +1,136 @@
+"""Operations of a training step and of a policy, in prefills: `python -m benchmarks.training_cost --out FILE`.
+
+Counted where PyTorch dispatches them: products of matrices and attention, a causal one by the pairs that it reads. On
+the reference model a step is made; at the sizes of Llama-3.1-8B one layer reads a prompt and plans on the meta device,
+and the continuations are computed from the formula that `tests/bench/test_training_cost.py` compares with a count.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.results import Part, arguments
+from benchmarks.shapes import LLAMA_8B
+from learnkv import Policy, attach, load_model, prefill
+from learnkv.allocators import LearnedAllocator, Uniform
+from learnkv.scorers import LearnedScorer, SnapKV
+
+CONTINUATIONS, BOUND = 8, 90.0
+KEEPS = (0.02, 0.11, 0.6)
+"""Three students: the ends of a sandwich and the middle of the range on its logarithmic scale."""
+
+
+def main(argv: list[str] | None = None) -> Part:
+    asked = arguments(__doc__, argv)
+    part = Part(asked.out, "training_cost", asked.dry_run)
+    model, _ = load_model("reference", device="cpu")
+    for prompt, new in [(256, 16)] if asked.dry_run else [(512, 32), (1024, 32), (2048, 32)]:
+        part.add(kernel="training step, counted", model="reference", **step(model, learned(model), prompt, new))
+    if not asked.dry_run:
+        large = attach(LLAMA_8B.build(torch.device("meta")))
+        for prompt in (8192, 32768, 131072):
+            part.add(
+                kernel="training step, computed", model=LLAMA_8B.name, **computed(large, learned(large), prompt, 256)
+            )
+    part.finish()
+    return part
+
+
+def learned(model: Any) -> Policy:
+    """Entry scores and budgets on SnapKV, both conditioned on the prompt."""
+    config = model.config
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    scorer = LearnedScorer(SnapKV(window=32), layers, heads, config.head_dim)
+    return Policy(scorer, LearnedAllocator(Uniform(), layers, heads, conditioned=True)).to(model.device)
+
+
+def step(model: Any, policy: Policy, prompt: int, new: int) -> dict[str, Any]:
+    """A step of `Distillation`, counted; `new` tokens in every continuation."""
+    from learnkv.training.data import Batch
+    from learnkv.training.module import Distillation
+
+    module = Distillation(model, policy, steps=10, keep=KEEPS, students=len(KEEPS), draw="sandwich")
+    module.keeps = lambda index: list(KEEPS)  # type: ignore[method-assign]
+    module.log = lambda *args, **keys: None  # type: ignore[method-assign, assignment]
+    ids, said = torch.randint(3, 100, (1, prompt)), torch.randint(3, 100, (CONTINUATIONS, new))
+    ones = torch.ones_like(said)
+    batch = Batch(0, ids, torch.ones_like(ids), said, ones, ones.bool())
+    whole = operations(lambda: module.training_step(batch, 0).backward())
+    reading, planning, _ = _read(model, policy, ids)
+    return _told(prompt, new, whole, reading, planning)
+
+
+def computed(model: Any, policy: Policy, prompt: int, new: int, layers: int = 0) -> dict[str, Any]:
+    """The same from sizes; the model may be on the meta device, and may stand for one of more `layers` like its own."""
+    config = model.config
+    times = layers / config.num_hidden_layers if layers else 1.0
+    ids = torch.ones(1, prompt, dtype=torch.long, device=model.device)
+    reading, planning, both = _read(model, policy, ids)
+    head = 2 * config.vocab_size * config.hidden_size
+    reading, planning, both = (reading - head) * times + head, planning * times, both * times
+    width = times * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    token = 2 * times * sum(one.numel() for one in model.model.layers.parameters()) + head
+    teacher = token + 4 * width * (prompt + new)
+    students = [2 * token + width * (10 * keep * prompt + 4 * prompt + 14 * new) for keep in KEEPS]
+    whole = reading + CONTINUATIONS * new * (teacher + sum(students)) + len(KEEPS) * both
+    return _told(prompt, new, whole, reading, planning)
+
+
+def _read(model: Any, policy: Policy, ids: torch.Tensor) -> tuple[float, float, float]:
+    """Operations of reading a prompt, of planning what to keep of it, and of a plan with its gradient."""
+    reading = operations(lambda: prefill(model, ids))
+    cache = prefill(model, ids, policies=[policy])
+
+    def both() -> None:
+        plan = policy.plan(cache, keep=0.1)
+        (plan.scores.sum() + plan.wanted.sum()).backward()
+
+    with torch.no_grad():
+        planning = operations(lambda: policy.plan(cache, keep=0.1))
+    return reading, planning, operations(both)
+
+
+def _told(prompt: int, new: int, whole: float, reading: float, planning: float) -> dict[str, Any]:
+    bound = 1 + BOUND * new / prompt
+    return {
+        "T": prompt,
+        "new": new,
+        "continuations": CONTINUATIONS,
+        "keeps": list(KEEPS),
+        "prefill": reading,
+        "step over prefill": whole / reading,
+        "bound": bound,
+        "policy over prefill": planning / reading,
+    }
+
+
+def operations(run: Callable[[], Any]) -> float:
+    """Floating-point operations of matrix products and attention."""
+    with FlopCounterMode(display=False) as counter, _FullAttention() as full:
+        run()
+    return float(counter.get_total_flops() + full.operations)
+
+
+class _FullAttention(TorchFunctionMode):
+    """Counts attention to prompts by the pairs that are read: FlopCounterMode does not know the CPU's, and would count
+    those that are masked."""
+
+    operations = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key = args[:2]
+        new, seen = query.shape[2], key.shape[2]
+        pairs = new * seen - new * (new - 1) // 2
+        self.operations += 4 * query.shape[0] * query.shape[1] * pairs * query.shape[3]
+        return torch.empty_like(query) if query.is_meta else func(*args, **(kwargs or {}))
+
+
+if __name__ == "__main__":
+    main()

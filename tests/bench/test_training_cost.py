@@ -1,0 +1,42 @@
+"""A training step costs few prefills, ever fewer for longer prompts, and as many as its formula says."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import training_cost
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def test_a_step_costs_what_its_formula_says_and_ever_less_for_longer_prompts(model):
+    ratios = []
+    for prompt in (256, 640):
+        policy = training_cost.learned(model)
+        counted, computed = (how(model, policy, prompt, 16) for how in (training_cost.step, training_cost.computed))
+        assert counted["prefill"] == computed["prefill"]
+        assert computed["step over prefill"] == pytest.approx(counted["step over prefill"], rel=0.06)
+        assert counted["step over prefill"] <= counted["bound"]
+        ratios.append(counted["step over prefill"])
+    assert ratios[1] < 0.6 * ratios[0]
+
+
+def test_reading_a_prompt_is_counted_by_the_pairs_that_are_read(model):
+    layers, width, hidden, ffn, prompt = 2, 64, 256, 1024, 100
+    linear = layers * (hidden * (2 * width + 2 * width // 2) + 3 * hidden * ffn)
+    attention = layers * 4 * width * prompt * (prompt + 1) // 2
+    found = training_cost.step(model, training_cost.learned(model), prompt, 8)["prefill"]
+    assert found == 2 * linear * prompt + attention + 2 * 128 * hidden  # and one token's logits
