@@ -32,11 +32,10 @@ def main(argv: list[str] | None = None) -> Part:
     for prompt, new in [(256, 16)] if asked.dry_run else [(512, 32), (1024, 32), (2048, 32)]:
         part.add(kernel="training step, counted", model="reference", **step(model, learned(model), prompt, new))
     if not asked.dry_run:
-        large = attach(LLAMA_8B.build(torch.device("meta")))
+        layer = attach(dataclasses.replace(LLAMA_8B, layers=1).build(torch.device("meta")))
         for prompt in (8192, 32768, 131072):
-            part.add(
-                kernel="training step, computed", model=LLAMA_8B.name, **computed(large, learned(large), prompt, 256)
-            )
+            found = computed(layer, learned(layer), prompt, 256, LLAMA_8B.layers)
+            part.add(kernel="training step, computed", model=LLAMA_8B.name, **found)
     part.finish()
     return part
 
