@@ -9,6 +9,7 @@ import yaml
 from learnkv import config
 from learnkv.config import find_config, parse, run_main
 from learnkv.errors import RunError, UserError
+from learnkv.evaluation.config import EvalConfig
 
 
 class Loop:
@@ -207,3 +208,9 @@ def test_help_lists_the_keys(capsys):
         run_main(nothing, ["--help"], "eval")
     assert stop.value.code == 0
     assert "--loop.max_steps" in capsys.readouterr().out
+
+
+def test_a_key_may_have_the_name_of_a_mappings_method():
+    config, resolved = parse(EvalConfig, ["ckpt=snapkv", "keys=greek"], "eval")
+    assert config.keys == "greek"
+    assert yaml.safe_load(resolved)["keys"] == "greek"

@@ -71,7 +71,7 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
         parsed = parser.parse_args(files + words)
     except ArgumentError as error:
         raise UserError(at + _explain(str(error), {} if at else typed, known)) from None
-    built = vars(_instantiated(parser, parsed))
+    built = _instantiated(parser, parsed)  # indexed: as attributes, keys and items would be its methods
     arguments = {
         f.name: built[f.name].as_dict() if f.name in foreign else built[f.name] for f in dataclasses.fields(schema)
     }
