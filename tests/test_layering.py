@@ -25,7 +25,7 @@ LAYERS = [
     {"config", "hub", "card", "io", "models", "size"},
     {"data"},
     {"calibration", "training", "evaluation"},
-    {"train", "eval", "export", "head_scores", "tables", "integrations", "reference"},
+    {"train", "memory", "eval", "export", "head_scores", "tables", "integrations", "reference"},
     {"study"},
 ]
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

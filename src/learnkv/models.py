@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv import adapters
 from learnkv.errors import UserError
@@ -70,6 +70,19 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return lm.to(where).eval().requires_grad_(False), tokenizer
+
+
+def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16") -> PreTrainedModel:
+    """The model as `load_model` gives it, but on the meta device: shapes without weights, of which none is read."""
+    folder = local_folder(model)
+    source = str(folder) if folder else model
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=folder is not None)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model={model}: {_reason(error, folder)}") from error
+    return lm.eval().requires_grad_(False)
 
 
 def local_folder(model: str) -> Path | None:

@@ -1,0 +1,107 @@
+"""`python -m learnkv.memory config=NAME model=PATH [key=value …]`: the peak memory of a training run, predicted.
+
+Takes the keys of `train.py`. A step is made on the meta device, with the longest context and the longest continuations,
+and what its tensors hold is counted; of the model only its `config.json` is read. Validation, what CUDA and libraries
+keep for themselves, and fragmentation come on top: leave a tenth.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from learnkv.config import run_main
+from learnkv.io import build_policy
+from learnkv.models import describe_model, empty_model
+from learnkv.size import sized
+from learnkv.train import modules_of
+from learnkv.training.config import TrainConfig
+from learnkv.training.data import Batch
+from learnkv.training.datamodule import default_lengths
+from learnkv.training.live_bytes import LiveBytes
+from learnkv.training.module import Distillation
+from learnkv.training.pretence import pretended
+from learnkv.training.recomputation import decoder_layers
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; gives the exit code."""
+    return run_main(tell, argv, "train")
+
+
+def tell(config: TrainConfig, resolved: str) -> None:
+    """Print what every process of the run holds at its peak."""
+    parts = predicted(config)
+    width = max(map(len, parts))
+    for name, size in [*parts.items(), ("peak of a process", sum(parts.values()))]:
+        print(f"{name:<{width}}  {size / 1e9:8.2f} GB")
+
+
+def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
+    """Bytes of each part at the peak of a process.
+
+    Args:
+        kernels: whether operations run as kernels, as they do on a GPU; else as their references.
+    """
+    assert config.policy is not None
+    dtype = ("bfloat16" if kernels else "float32") if config.dtype == "auto" else config.dtype
+    model = empty_model(config.model, config.revision, dtype)
+    shapes = describe_model(model)["shapes"]
+    spec = sized(config.policy.spec(), shapes)
+    policy = build_policy(spec, allow=sorted(modules_of(spec))).to("meta").requires_grad_(True)
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = (config.lengths or default_lengths(context, config.continuation_tokens))[1]
+    keeps = sorted(config.keep or config.keep_range)
+    drawn = [keeps[0], *[keeps[-1]] * (config.students - 1)]  # no draw of a sandwich keeps more
+    module = Distillation(
+        model,
+        policy,
+        steps=1,
+        keep=keeps,
+        students=config.students,
+        weights=config.weights,
+        objective=config.objective,
+        chunk_size=config.chunk_size,
+        checkpointing=config.checkpointing,
+    )
+    most = drawn if config.draw == "sandwich" else [keeps[-1]] * config.students
+    module.keeps = lambda index: most  # type: ignore[method-assign]
+    module.log = lambda *args, **keys: None
+    with pretended(shapes["layers"], config.batch_size, kernels), LiveBytes() as live:
+        module.training_step(batch(config, longest), 0).backward()
+    trained = sum(one.numel() * one.element_size() for one in policy.parameters())
+    bytes_of_token = 2 * shapes["layers"] * shapes["heads"] * shapes["head_dim"] * model.dtype.itemsize
+    held = config.batch_size * longest * bytes_of_token
+    several = _processes(config)
+    return {
+        "weights of the model": _weights(model, several if config.trainer["strategy"] == "fsdp" else 1),
+        "what is trained, and its optimizer": 3 * trained + (trained if several > 1 else 0),
+        "keys and values of the contexts": held,
+        "everything else of a step": live.peak - held,
+    }
+
+
+def batch(config: TrainConfig, longest: int, device: str = "meta") -> Batch:
+    """The largest batch of a run: contexts and continuations as long as they may be, all tokens counted."""
+    rows, new = config.batch_size * config.continuations, config.continuation_tokens
+    prompts = torch.ones(config.batch_size, longest, dtype=torch.long, device=device)
+    said = torch.ones(rows, new, dtype=torch.long, device=device)
+    return Batch(0, prompts, torch.ones(prompts.shape, dtype=torch.long), said, said.clone(), said.bool())
+
+
+def _processes(config: TrainConfig) -> int:
+    devices = config.trainer["devices"]
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    return max(1, count) * int(config.trainer["num_nodes"])
+
+
+def _weights(model: torch.nn.Module, processes: int) -> int:
+    """Bytes of the weights that a process holds: all, or its share, what lies outside of layers, and two layers."""
+    whole = sum(one.numel() * one.element_size() for one in model.parameters())
+    if processes == 1:
+        return whole
+    layers = [sum(one.numel() * one.element_size() for one in part.parameters()) for part in decoder_layers(model)]
+    return whole // processes + whole - sum(layers) + 2 * max(layers)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,53 @@
+"""The predicted peak of a step is what a real one holds."""
+
+import pytest
+
+from learnkv.config import parse
+from learnkv.io import build_policy
+from learnkv.memory import batch, main, predicted
+from learnkv.models import describe_model, load_model
+from learnkv.size import sized
+from learnkv.training.config import TrainConfig
+from learnkv.training.live_bytes import LiveBytes
+from learnkv.training.module import Distillation
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["continuations=2"],
+        ["continuations=8", "checkpointing=true"],
+        ["checkpointing=true", "chunk_size=50", "students=3", "batch_size=1"],
+    ],
+)
+def test_the_prediction_is_what_a_step_holds(words, folder, typed, monkeypatch):
+    keys = {word.split("=")[0] for word in typed} | {"lengths", "keep_range"}
+    words = [word for word in words if word.split("=")[0] not in keys]
+    config, _ = parse(TrainConfig, [*words, *typed, "lengths=100,200", "keep=0.2"], "train")
+    model = load_model(str(folder))[0]
+    policy = build_policy(sized(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
+    module = Distillation(
+        model,
+        policy.requires_grad_(True),
+        steps=1,
+        keep=config.keep,
+        students=config.students,
+        chunk_size=config.chunk_size,
+        checkpointing=config.checkpointing,
+    )
+    module.log = lambda *args, **keys: None
+    one = batch(config, 200, "cpu")
+    with LiveBytes() as live:
+        module.training_step(one, 0).backward()
+    parts = predicted(config, kernels=False)
+    step = parts["keys and values of the contexts"] + parts["everything else of a step"]
+    assert step == pytest.approx(live.peak, rel=0.01)
+    assert parts["weights of the model"] == sum(4 * held.numel() for held in model.parameters())
+    assert parts["what is trained, and its optimizer"] == 3 * sum(4 * held.numel() for held in policy.parameters())
+
+
+def test_the_command_tells_the_parts_and_their_sum(words, capsys):
+    assert main([*words, "trainer.devices=4", "trainer.strategy=fsdp"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1].startswith("peak of a process")
+    assert len(lines) == 5
