@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from learnkv.config import run_main
+from learnkv.errors import UserError
 from learnkv.io import build_policy
 from learnkv.models import describe_model, empty_model
 from learnkv.size import sized
@@ -41,6 +42,9 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
 
     Args:
         kernels: whether operations run as kernels, as they do on a GPU; else as their references.
+
+    Raises:
+        UserError: for an objective (of several stages: the last one) with targets, as what they read depends on values.
     """
     assert config.policy is not None
     dtype = ("bfloat16" if kernels else "float32") if config.dtype == "auto" else config.dtype
@@ -52,6 +56,7 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
     longest = (config.lengths or default_lengths(context, config.continuation_tokens))[1]
     keeps = sorted(config.keep or config.keep_range)
     drawn = [keeps[0], *[keeps[-1]] * (config.students - 1)]  # no draw of a sandwich keeps more
+    objective = None if config.objective is None else config.objective.at(config.trainer["max_steps"])
     module = Distillation(
         model,
         policy,
@@ -59,10 +64,12 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
         keep=keeps,
         students=config.students,
         weights=config.weights,
-        objective=config.objective,
+        objective=objective,
         chunk_size=config.chunk_size,
         checkpointing=config.checkpointing,
     )
+    if objective is not None and objective.targets:
+        raise UserError(f"objective: what {type(objective).__name__} has the model read cannot be predicted")
     most = drawn if config.draw == "sandwich" else [keeps[-1]] * config.students
     module.keeps = lambda index: most  # type: ignore[method-assign]
     module.log = lambda *args, **keys: None

@@ -51,3 +51,12 @@ def test_the_command_tells_the_parts_and_their_sum(words, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-1].startswith("peak of a process")
     assert len(lines) == 5
+
+
+def test_an_objective_whose_reading_depends_on_values_is_refused(words, tmp_path, capsys):
+    (tmp_path / "scores.yaml").write_text(
+        "objective: {class_path: learnkv.training.objectives.ScoreRegression, "
+        "init_args: {target: {class_path: learnkv.scorers.KVzip}}}"
+    )
+    assert main([*words, f"config={tmp_path / 'scores.yaml'}"]) == 2
+    assert "ScoreRegression" in capsys.readouterr().err.strip().splitlines()[-1]
