@@ -5,13 +5,17 @@ from contextlib import contextmanager
 import lightning as L
 import pytest
 import torch
-from test_module import batch, distillation, learned
+from test_module import POOL, batch, distillation, learned
 
 from learnkv import adapters
 from learnkv.adapters import Adapter
 from learnkv.models import load_model
-from learnkv.training.data import Batch
+from learnkv.policy import Policy
+from learnkv.scorers import LearnedScorer, SnapKV
+from learnkv.training.data import Batch, Drawing
+from learnkv.training.live_bytes import LiveBytes
 from learnkv.training.objectives import ForwardKL, HiddenMSE, ReverseKL, WeightedSum
+from learnkv.training.sources import Spans
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +174,17 @@ def test_a_model_in_bfloat16_has_predictors_in_float32(folder, monkeypatch):
     assert all(one.isfinite().all() for one in grads)
     assert max(one.abs().max() for one in grads) > 1e-3
     assert rough.item() == pytest.approx(exact.item(), rel=0.1)
+
+
+def test_what_scorers_read_is_not_copied_for_every_continuation(model):
+    policy = Policy(LearnedScorer(SnapKV(window=8), 2, 2, 8, width=4, window=8, rank=2, hidden_size=32))
+    spans = Spans(POOL, count=16, tokens=4, cue=1)
+    one = Drawing([(1.0, spans)], (200, 200), 1, 0.0, seed=1).batch(0)
+    with LiveBytes() as live, torch.no_grad():
+        module = distillation(model, policy, checkpointing=True)
+        cache = module._read(one, [policy])
+        before, live.peak = live.now, live.now
+        module._said(cache.fork(), one)
+    hidden = 2 * 200 * 32 * 4
+    assert live.peak - before < 24 * hidden  # copies alone would be 16 times as much, and the attention as much again
+    assert cache.compressed_layers()[0].recorder.hidden is not None

@@ -211,6 +211,9 @@ class Distillation(L.LightningModule):
     def _said(self, cache: CompressedCache, batch: Batch) -> Said:
         """What an objective looks at of the counted tokens; `cache` is used up."""
         copies = len(batch.continuations) // len(batch.prompts)
+        if cache.renewal is None:  # nobody judges it again: what scorers read is not copied row by row
+            for layer in cache.compressed_layers():
+                layer.recorder.forget()
         if copies > 1:  # a row for every continuation
             cache.batch_repeat_interleave(copies)
         logits, hidden = read_on(self.model, batch.continuations, cache, batch.continuation_mask, self.asked.hidden)
