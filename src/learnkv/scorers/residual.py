@@ -51,9 +51,9 @@ class Residual(Scorer):
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
         """[B, H, S], differentiable, from what is seen and the heuristic's normal scores [B, H, S]."""
 
+    @abstractmethod
     def figures(self, seen: Observation) -> Tensor:
-        """[B, H, S, F], what the correction takes from the token alone: for those that say `_reads_tokens`."""
-        raise NotImplementedError
+        """[B, H, S, F], what the correction takes from the token alone, where the scorer says `_reads_tokens`."""
 
     def _reads_tokens(self, *needs: str) -> None:
         """Ask for these `needs` of a prompt, and for `figures` of each token where later ones are judged, too."""

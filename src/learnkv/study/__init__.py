@@ -1,1 +1,1 @@
-"""A study: policies trained, compared with the methods that need no training, and judged by bars set beforehand."""
+"""A study: policies trained, compared with all other methods, and judged by bars set beforehand."""

@@ -58,8 +58,8 @@ def retains(judged: str, scores: Scores | None, keep: float, bar: float) -> Line
 
 
 def beats_all(judged: str, scores: Scores, keep: float) -> Line:
-    """Above every method without training by more than two paired standard errors, or nearly full."""
-    about = f"query-agnostic, keep {keep:g}: above every method without training"
+    """Above every other method by more than two paired standard errors, or nearly full."""
+    about = f"query-agnostic, keep {keep:g}: above every other method"
     limit = f"by more than {CLEAR:g} SE, or ≥ {NEARLY_FULL:g} % of full"
     rivals = scores.rivals(keep)
     if (judged, keep) not in scores.cells or not rivals:
@@ -76,7 +76,7 @@ def beats_all(judged: str, scores: Scores, keep: float) -> Line:
 
 def is_among_the_best(judged: str, scores: Scores, keep: float) -> Line:
     """At or above the best method, within one paired standard error."""
-    about = f"query-aware, keep {keep:g}: at or above the best method without training"
+    about = f"query-aware, keep {keep:g}: at or above the best other method"
     if (judged, keep) not in scores.cells or not scores.rivals(keep):
         return Line(about, "within 1 SE", "", "not measured")
     rival, apart = scores.nearest(judged, keep)
@@ -84,8 +84,8 @@ def is_among_the_best(judged: str, scores: Scores, keep: float) -> Line:
 
 
 def loses_less_text(judged: str, text: Scores | None, keep: float, bar: float) -> Line:
-    """KL over that of the best method without training."""
-    about, limit = f"held-out text, keep {keep:g}: KL over the best method's without training", f"≤ {bar:g}"
+    """KL over that of the best other method."""
+    about, limit = f"held-out text, keep {keep:g}: KL over the best other method's", f"≤ {bar:g}"
     if text is None or (judged, keep) not in text.cells or not text.rivals(keep):
         return Line(about, limit, "", "not measured")
     best = text.rivals(keep)[0]

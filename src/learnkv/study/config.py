@@ -15,9 +15,9 @@ class Samples:
     """Prompts per task and length.
 
     Args:
-        judged: of the policy that is judged and of the best methods without training.
+        judged: of the policy that is judged and of the best other methods.
         ablations: of its variants.
-        baselines: of every method without training.
+        baselines: of every other method.
         elsewhere: at other lengths, templates, haystacks and keys.
         text: windows of held-out text.
     """
@@ -31,7 +31,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Train a policy and its variants, compare them with methods that need no training, write what came of it.
+    """Train a policy and its variants, compare them with all other methods, write what came of it.
 
     Every training and every comparison continues where an earlier run of the same command ended.
 
@@ -42,7 +42,7 @@ class StudyConfig:
         single: training YAMLs with one kept fraction each.
         unseen: training YAML of a policy that never saw a retrieval task.
         shorter: training YAML of a policy trained on shorter prompts, compared at the longer ones.
-        baselines: methods that need no training: names in configs/policies, or paths.
+        baselines: the other methods, of which some were trained as published: names in configs/policies, or paths.
         training: more words for every training, such as trainer.max_steps=100.
         records: folders of earlier comparisons whose samples are used wherever they apply.
         model: hub id, folder, or `reference`.
@@ -58,7 +58,7 @@ class StudyConfig:
         samples: how many prompts.
         batch_size: prompts read at once.
         bar: score of the full cache below which a task does not count.
-        best: how many methods without training are measured as often as the policy that is judged.
+        best: how many of the other methods are measured as often as the policy that is judged.
         stages: train, measure, write, or some of them.
         output: folder of trainings and samples.
         out: folder for study.md, study.json and pictures; study.md links to a study_findings.md there, written by hand.

@@ -44,7 +44,7 @@ def differing(name: str, tasks: Iterable[str]) -> tuple[str, ...]:
 class Comparisons:
     """Measures what is missing, one model and its policies for all comparisons.
 
-    `variants` are the learned policies, and those methods without training that they start from.
+    `variants` are the learned policies, and those other methods that they start from.
     """
 
     def __init__(self, config: StudyConfig) -> None:
@@ -81,7 +81,7 @@ class Comparisons:
         self._measure(TEXT, {**self.baselines, **self.learned}, keys)
 
     def best(self) -> list[str]:
-        """The methods without training that are measured as often as the policy that is judged."""
+        """The other methods that are measured as often as the policy that is judged."""
         records = samples(self.config.folder / MAIN)
         of_setting = [
             Scores((one for one in records if one["setting"] == setting), self.config.bar)

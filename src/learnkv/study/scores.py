@@ -68,7 +68,7 @@ class Scores:
         return fmean(record[key] for record in self.cells[policy, keep])
 
     def rivals(self, keep: float) -> list[str]:
-        """Methods that need no training and hold what was asked, the best one first."""
+        """Methods that are not ours and hold what was asked, the best first; trained ones are among them."""
         within = [
             policy
             for policy in self.policies
@@ -90,7 +90,7 @@ class Scores:
 
 
 def best_of(settings: Iterable[Scores], count: int) -> list[str]:
-    """The methods without training whose mean over settings and kept fractions is highest."""
+    """The other methods whose mean over settings and kept fractions is highest."""
     total: dict[str, list[float]] = {}
     for scores in settings:
         for keep in scores.keeps:
