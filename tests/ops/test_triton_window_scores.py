@@ -50,7 +50,7 @@ def check(seen: Observation, **options) -> None:
     sums = (seen.keys.shape[2] ** 0.5 + 24) * unit
     assert got.dtype == torch.float32
     assert_within(got, truth, (2 * score_error + sums) * truth)
-    assert (got[~seen.valid] == 0).all()
+    assert (got.movedim(-1, 2)[~seen.valid] == 0).all()
 
 
 # All combinations once, spread over shapes whose sizes are odd; padding is NaN in keys and queries alike.
@@ -58,6 +58,7 @@ REDUCE = (["mean", "sum"], ["mean", "max", "sum"])
 OPTIONS = [
     *itertools.product([5], ["avg", "max"], *REDUCE, [True, False]),
     *itertools.product([1], ["avg"], *REDUCE, [True]),  # one slot: nothing to pool
+    *itertools.product([1, 5], ["avg", "max"], REDUCE[0], ["none"], [True]),  # query heads apart
 ]
 SHAPES = [
     {"lengths": [150], "window": 8, "heads": 2, "group": 1, "dim": 32},

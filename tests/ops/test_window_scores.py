@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learnkv.errors import UserError
 from learnkv.observation import Observation
-from learnkv.ops.window_scores import window_scores
+from learnkv.ops.window_scores import reference, window_scores
 
 REDUCE = {"mean": lambda x: sum(x) / len(x), "max": max, "sum": sum}
 
@@ -89,6 +89,26 @@ def test_every_option_against_the_definition(kernel_size, pooling, window_reduce
         there = seen.valid[row, head]
         torch.testing.assert_close(got[row, head, there].double(), torch.tensor(want).double(), rtol=1e-5, atol=1e-7)
         assert (got[row, head, ~there] == 0).all()
+
+
+@pytest.mark.parametrize(("kernel_size", "pooling"), [(1, "avg"), (5, "avg"), (5, "max")])
+def test_query_heads_apart_get_what_each_gets_alone(kernel_size, pooling):
+    seen = observe([19, 6], window=6, dim=4, group=3)
+    got = run(seen, kernel_size, pooling=pooling, group_reduce="none")
+    assert got.shape == (2, 2, 3, 19)
+    for member in range(3):
+        alone = dataclasses.replace(seen, queries=seen.queries[:, member::3])
+        torch.testing.assert_close(got[:, :, member], run(alone, kernel_size, pooling=pooling))
+
+
+@pytest.mark.parametrize("group_reduce", ["mean", "none"])
+def test_long_prompts_are_read_in_stretches_with_the_same_result(group_reduce, monkeypatch):
+    seen = observe([500, 130], window=6, dim=4)
+    once = run(seen, group_reduce=group_reduce)
+    monkeypatch.setattr(reference, "_FEW", 0)
+    stretches = run(seen, group_reduce=group_reduce)
+    assert not torch.equal(once, stretches)  # another order of sums
+    torch.testing.assert_close(once, stretches)
 
 
 def test_even_attention_by_hand():

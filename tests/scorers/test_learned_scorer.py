@@ -8,6 +8,7 @@ from observations import observe
 
 from learnkv.allocators import AdaKV
 from learnkv.errors import UserError
+from learnkv.ops.window_scores import window_scores
 from learnkv.scorers import Knorm, LearnedScorer, SnapKV, StreamingLLM
 
 
@@ -58,6 +59,19 @@ def test_the_correction_sees_key_value_and_attention():
         assert not torch.allclose(scorer(dataclasses.replace(seen, **{name: other})), before)
     louder = dataclasses.replace(seen, values=7 * seen.values)  # of entries their direction counts, not their size
     torch.testing.assert_close(scorer(louder), before, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_is_that_of_query_heads_on_average_and_of_the_one_that_gives_most():
+    seen = observe([90, 40], group=3)
+    found = learned(Knorm())._attention(seen)
+    places = (seen.query_positions, seen.positions, seen.valid)
+    for at, how in enumerate(("mean", "max")):
+        asked = dict(zip(("query_positions", "positions", "valid"), places, strict=True), group_reduce=how)
+        given = window_scores(seen.queries, seen.keys, scaling=seen.scaling, kernel_size=1, **asked)
+        even = seen.valid.sum(-1, keepdim=True)
+        torch.testing.assert_close(found[..., at], (given * even).clamp_min(1e-5).log() / 5)
+        near = [given[..., max(j - 3, 0) : j + 4].sum(-1) / 7 for j in range(90)]
+        torch.testing.assert_close(found[..., 2 + at], (torch.stack(near, -1) * even).clamp_min(1e-5).log() / 5)
 
 
 def test_the_gradient_reaches_the_network_and_not_the_heuristic():

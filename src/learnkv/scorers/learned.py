@@ -80,21 +80,17 @@ class LearnedScorer(Residual):
     def _attention(self, seen: Observation) -> Tensor:
         """Log attention over an even spread's: mean and maximum over the query heads of a kv head, and both smoothed
         over neighbours as SnapKV does, [B, H, S, 4]."""
-        reduced = torch.stack(
-            [
-                window_scores(
-                    seen.queries[:, :, -self._own_window :],
-                    seen.keys,
-                    query_positions=seen.query_positions[:, -self._own_window :],
-                    positions=seen.positions,
-                    valid=seen.valid,
-                    scaling=seen.scaling,
-                    kernel_size=1,
-                    group_reduce=how,
-                )
-                for how in ("mean", "max")
-            ]
+        of_query_heads = window_scores(
+            seen.queries[:, :, -self._own_window :],
+            seen.keys,
+            query_positions=seen.query_positions[:, -self._own_window :],
+            positions=seen.positions,
+            valid=seen.valid,
+            scaling=seen.scaling,
+            kernel_size=1,
+            group_reduce="none",
         )
+        reduced = torch.stack([of_query_heads.mean(2), of_query_heads.amax(2)])
         smooth = nn.functional.avg_pool1d(reduced.flatten(0, 1), _NEIGHBOURS, 1, _NEIGHBOURS // 2).view_as(reduced)
         entries = seen.valid.sum(-1, keepdim=True).unsqueeze(-1)
         # Five decades below an even spread nothing is worth telling apart; /5 brings the range near to the others'.

@@ -5,7 +5,8 @@ from torch import Tensor
 from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.pool_apart import Pooling
-from learnkv.ops.window_scores import GroupReduce, WindowReduce, window_scores
+from learnkv.ops.reduce_group import GroupReduce
+from learnkv.ops.window_scores import WindowReduce, window_scores
 from learnkv.scorers.base import Scorer
 
 

@@ -50,8 +50,10 @@ def pretended(layers: int, prompts: int, kernels: bool) -> Iterator[None]:
         kept = (keys, values, kept_keys, kept_values, *both, tail_keys, tail_values)
         return differentiate(grad, query, output, lse, *kept, *others)
 
-    def scored(queries: Tensor, keys: Tensor, **_: Any) -> Tensor:
-        return keys.new_empty(keys.shape[:3], dtype=torch.float32)
+    def scored(queries: Tensor, keys: Tensor, *, group_reduce: str, **_: Any) -> Tensor:
+        batch, heads, slots = keys.shape[:3]
+        group = (queries.shape[1] // heads,) if group_reduce == "none" else ()
+        return keys.new_empty(batch, heads, *group, slots, dtype=torch.float32)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(decode, "decode_attention", attended))

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from learnkv.ops.dispatch import Impl, implementation
 from learnkv.ops.pool_apart import Pooling
+from learnkv.ops.reduce_group import GroupReduce
 
 WindowReduce = Literal["mean", "sum"]
-GroupReduce = Literal["mean", "max", "sum"]
 
 
 def window_scores(
@@ -22,12 +22,12 @@ def window_scores(
     kernel_size: int,
     pooling: Pooling = "avg",
     window_reduce: WindowReduce = "mean",
-    group_reduce: GroupReduce = "mean",
+    group_reduce: GroupReduce | Literal["none"] = "mean",
     group_first: bool = True,
     lse: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Scores [B, H, S], float32 whatever the inputs are; 0 where an entry is not valid.
+    """Scores [B, H, S] (by query head [B, H, G, S]), float32 whatever the inputs are; 0 where an entry is not valid.
 
     A query sees the valid entries at its own position and before; its softmax runs in float32 over all of them, those
     of the window included. The weights are reduced over the queries of the window, then over the G query heads of a kv
@@ -52,7 +52,7 @@ def window_scores(
         kernel_size: slots that are pooled, odd.
         pooling: mean or maximum over the slots.
         window_reduce: mean or sum over the queries of the window.
-        group_reduce: mean, maximum or sum over the query heads of a kv head.
+        group_reduce: mean, maximum or sum over the query heads of a kv head; none: each has its own.
         group_first: whether the heads are reduced before the slots are pooled.
         lse: [B, H*G, W] log-sum-exp of every query's scaled products with the valid entries it sees, where the
             attention to the prompt has left them; None: computed, for another reading of the keys.

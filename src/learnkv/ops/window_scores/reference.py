@@ -1,15 +1,19 @@
-"""Window scores in plain PyTorch, stretch by stretch of the entries: heads x window x slots never exist at once."""
+"""Window scores in plain PyTorch: in one reading of the keys where the weights of all queries are few, else stretch by
+stretch in two, so that heads x window x slots never exist at once."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from learnkv.ops.pool_apart import Pooling, pool_apart
+from learnkv.ops.reduce_group import GroupReduce, reduce_group
 from learnkv.ops.window_attention import in_window, window_attention, window_logits
 
+_FEW = 2**18
+"""Weights that are held at once: a megabyte, which stays in the cache of a core."""
 _SHORTEST = 128
-"""Slots that are read at once in short prompts; in long ones as many as make two numbers per entry of a head."""
+"""Slots that are read at once where there are more; of long prompts as many as make two numbers per entry of a head."""
 
 
 def window_scores(
@@ -23,18 +27,19 @@ def window_scores(
     kernel_size: int,
     pooling: Pooling,
     window_reduce: str,
-    group_reduce: str,
+    group_reduce: GroupReduce | Literal["none"],
     group_first: bool,
     lse: Tensor | None,
 ) -> Tensor:
-    asked = queries.shape[1] // keys.shape[1] * queries.shape[2]
-    step = max(_SHORTEST, 2 * keys.shape[2] // max(asked, 1))
+    asked, slots = queries.shape[1] // keys.shape[1] * queries.shape[2], keys.shape[2]
+    once = asked * keys.shape[:3].numel() <= _FEW
+    step = max(_SHORTEST, slots if once else 2 * slots // max(asked, 1))
     parts: list[dict[str, Any]] = [
         {"keys": some, "positions": where, "valid": there}
         for some, where, there in zip(keys.split(step, 2), positions.split(step, 2), valid.split(step, 2), strict=True)
     ]
     same: dict[str, Any] = {"queries": queries.contiguous(), "query_positions": query_positions, "scaling": scaling}
-    if lse is None:
+    if lse is None and not once:
         sums = [window_logits(**same, **part)[0].logsumexp(-1) for part in parts]
         lse = torch.stack(sums, -1).logsumexp(-1)
 
@@ -47,16 +52,12 @@ def window_scores(
         attention = weights.sum(3) * (queries_of_row / queries_of_entry).unsqueeze(2)
         if window_reduce == "mean":
             attention = attention / queries_of_row.unsqueeze(2)
-        read.append(_reduce(attention, group_reduce) if group_first else attention)
-    attention = torch.cat(read, -1)  # [B, H, S], or [B, H, G, S] where slots are pooled first
+        if group_reduce != "none" and group_first:
+            attention = reduce_group(attention, group_reduce)
+        read.append(attention)
+    attention = torch.cat(read, -1)  # [B, H, S], or [B, H, G, S] of every query head
     inside = in_window(query_positions, positions)
-    if group_first:
+    if attention.dim() == 3:
         return pool_apart(attention, inside, valid, kernel_size, pooling)
-    return _reduce(pool_apart(attention, inside.unsqueeze(2), valid.unsqueeze(2), kernel_size, pooling), group_reduce)
-
-
-def _reduce(attention: Tensor, how: str) -> Tensor:
-    """[B, H, G, S] to [B, H, S]."""
-    if how == "max":
-        return attention.amax(2)
-    return attention.mean(2) if how == "mean" else attention.sum(2)
+    pooled = pool_apart(attention, inside.unsqueeze(2), valid.unsqueeze(2), kernel_size, pooling)
+    return pooled if group_reduce == "none" else reduce_group(pooled, group_reduce)

@@ -1,7 +1,7 @@
 """Window scores with two readings of the keys: the softmax's normalisers, then the weights, reduced where they arise.
 
-Nothing larger than one number per kv head and slot is written, or per query head and slot where heads are reduced
-after the slots are pooled and the two do not commute.
+Nothing larger than one number per kv head and slot is written, or per query head and slot where heads are not reduced,
+or only after the slots are pooled and the two do not commute.
 """
 
 import torch
@@ -31,8 +31,9 @@ def window_scores(
     lse: Tensor | None,
 ) -> Tensor:
     batch, heads, slots, dim = keys.shape
-    window = queries.shape[2]
-    scores = torch.empty(batch, heads, slots, dtype=torch.float32, device=keys.device)
+    group, window, apart = queries.shape[1] // heads, queries.shape[2], group_reduce == "none"
+    shape = (batch, heads, group, slots) if apart else (batch, heads, slots)
+    scores = torch.empty(shape, dtype=torch.float32, device=keys.device)
     if window == 0 or slots == 0:
         return scores.zero_()
     queries = queries if queries.stride(-1) == 1 else queries.contiguous()
@@ -41,7 +42,7 @@ def window_scores(
     sizes = (slots, window, (queries.stride(), keys.stride(), positions.stride(), valid.stride()))
     constants = {
         "HEADS": heads,
-        "GROUP": queries.shape[1] // heads,
+        "GROUP": group,
         "DIM": dim,
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
         "UPCAST": keys.device.type == "cpu",
@@ -52,8 +53,8 @@ def window_scores(
         lse = _normalisers(inputs, sizes, scale, constants)
 
     # Means over slots and over heads may change places, with a maximum they may not.
-    per_head = not group_first and kernel_size > 1 and "max" in (pooling, group_reduce)
-    parts = constants["GROUP"] if per_head else 1
+    per_head = apart or (not group_first and kernel_size > 1 and "max" in (pooling, group_reduce))
+    parts = group if per_head else 1
     attention = scores if kernel_size == 1 else scores.new_empty(batch, heads, parts, slots)
     tiles = {"BLOCK_N": 128, "BLOCK_W": min(max(triton.next_power_of_2(window), 16), 64)}
     tiles["num_warps"] = 8 if constants["BLOCK_D"] * keys.element_size() > 256 else 4
@@ -267,7 +268,8 @@ def _pool(
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Mean or maximum over neighbouring slots on the same side of the window's first query, then over heads."""
+    """Mean or maximum over neighbouring slots on the same side of the window's first query, then over heads, unless
+    GROUP_REDUCE is none."""
     row = tl.program_id(1)
     batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
     w = tl.arange(0, WINDOW)
@@ -278,6 +280,7 @@ def _pool(
     slot = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     there = slot < slots
     recent = tl.load(place + slot * strides[2][2], there, other=0) >= window_start
+    held = tl.load(exists + slot * strides[3][2], there, other=0)
     total = tl.zeros([BLOCK_N], tl.float32)
     for part in range(PARTS):
         pooled = tl.full([BLOCK_N], float("-inf") if MAX_SLOTS else 0.0, tl.float32)
@@ -293,8 +296,13 @@ def _pool(
                 pooled += value
         if not MAX_SLOTS:
             pooled = pooled / KERNEL
-        total = tl.maximum(total, pooled) if GROUP_REDUCE == "max" else total + pooled
-    if PARTS > 1 and GROUP_REDUCE == "mean":
-        total = total / PARTS
-    held = tl.load(exists + slot * strides[3][2], there, other=0)
-    tl.store(scores + row.to(tl.int64) * slots + slot, tl.where(held, total, 0.0), there)
+        if GROUP_REDUCE == "none":
+            tl.store(scores + (row.to(tl.int64) * PARTS + part) * slots + slot, tl.where(held, pooled, 0.0), there)
+        elif GROUP_REDUCE == "max":
+            total = tl.maximum(total, pooled)
+        else:
+            total += pooled
+    if GROUP_REDUCE != "none":
+        if PARTS > 1 and GROUP_REDUCE == "mean":
+            total = total / PARTS
+        tl.store(scores + row.to(tl.int64) * slots + slot, tl.where(held, total, 0.0), there)
