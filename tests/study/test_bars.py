@@ -12,7 +12,7 @@ from learnkv.study.scores import Scores
 KEEPS = (0.5, 0.25, 0.1, 0.05, 0.02)
 
 
-def scores(setting="query_agnostic", value="score", keeps=KEEPS, **policies):
+def scores(setting="query_agnostic", value="score", keeps=KEEPS, trained=("fast_kvzip",), **policies):
     """Four prompts; a policy has one number for all of them, or a number for each."""
     more = (lambda one: {"kl": one}) if value == "kl" else (lambda one: {})
     found = []
@@ -20,7 +20,7 @@ def scores(setting="query_agnostic", value="score", keeps=KEEPS, **policies):
         each = numbers if isinstance(numbers, list) else [numbers] * 4
         for keep in (1.0,) if name == "full" else keeps:
             found += [record(name, "vt", at, one, keep, setting, **more(one)) for at, one in enumerate(each)]
-    return Scores(found, bar=80, value=value)
+    return Scores(found, bar=80, value=value, trained=trained)
 
 
 @pytest.mark.parametrize(("score", "verdict"), [(95.0, "met"), (94.0, "missed")])
@@ -44,6 +44,22 @@ def test_every_method_is_clearly_beaten_or_nothing_is_lost(ours, rival, verdict)
     line = bars.beats_all("learned", scores(learned=ours, kvzip=rival, snapkv=20.0), 0.1)
     assert line.verdict == verdict
     assert " over kvzip; " in line.measured
+
+
+def test_a_trained_method_is_named_and_decides_nothing():
+    """Ours is above every method without training and below a trained one."""
+    for setting, bar in (("query_agnostic", bars.beats_all), ("query_aware", bars.is_among_the_best)):
+        found = {"learned": 60.0, "kvzip": 50.0, "fast_kvzip": 80.0, "duo_attention": 10.0}
+        line = bar("learned", scores(setting, trained=("fast_kvzip", "duo_attention"), **found), 0.1)
+        assert line.verdict == "met" and line.measured.startswith("+10.0 ± 0.0 over kvzip")
+        assert line.measured.endswith("; -20.0 ± 0.0 over fast_kvzip (trained)")
+        assert bar("learned", scores(setting, trained=(), **found), 0.1).verdict == "missed"
+        assert bar("learned", scores(setting, learned=60.0, fast_kvzip=80.0), 0.1).verdict == "not measured"
+    text = scores(value="kl", learned=0.1, kvzip=0.4, fast_kvzip=0.125)
+    line = bars.loses_less_text("learned", text, 0.25, 0.5)
+    assert line.verdict == "met" and line.measured.endswith(
+        "0.25 (0.1000 nats per token) of kvzip; 0.80 of fast_kvzip (trained)"
+    )
 
 
 def test_one_method_that_is_not_beaten_is_enough_to_miss():

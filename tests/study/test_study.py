@@ -75,6 +75,8 @@ def test_what_is_missing_is_one_line(words, tmp_path, capsys):
     assert "nothing has been measured yet" in capsys.readouterr().err.splitlines()[-1]
     assert main([*words, "single=no/learned-such"]) == 2
     assert "config=no/learned-such" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*words, "trained=fast_kvzip"]) == 2
+    assert "trained=fast_kvzip: expected one of baselines=snapkv,knorm,random" in capsys.readouterr().err
     (tmp_path / "mine.yaml").write_text("config: learned.yaml\n")
     assert main([*words, f"unseen={tmp_path / 'mine.yaml'}"]) == 2
     assert "mine: expected training YAMLs" in capsys.readouterr().err.splitlines()[-1]
@@ -86,6 +88,8 @@ def test_the_shipped_study_names_every_variant_and_every_method():
     assert below == set(config.variants) - {"learned"}
     zoo = yaml.safe_load((CONFIGS / "eval" / "zoo.yaml").read_text())
     assert (set(config.baselines), list(config.tasks)) == (set(zoo["ckpt"]), zoo["tasks"])
+    gated = [name for name in config.baselines if "gate" in (CONFIGS / "policies" / f"{name}.yaml").read_text()]
+    assert sorted(config.trained) == gated == ["duo_attention", "fast_kvzip"]
     assert differing("haystack", ["niah_single_1", "niah_single_2", "vt"]) == ("niah_single_2",)
     assert differing("greek", zoo["tasks"])[-1] == "niah_multiquery"
 

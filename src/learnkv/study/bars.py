@@ -58,8 +58,8 @@ def retains(judged: str, scores: Scores | None, keep: float, bar: float) -> Line
 
 
 def beats_all(judged: str, scores: Scores, keep: float) -> Line:
-    """Above every other method by more than two paired standard errors, or nearly full."""
-    about = f"query-agnostic, keep {keep:g}: above every other method"
+    """Above every method without training by more than two paired standard errors, or nearly full."""
+    about = f"query-agnostic, keep {keep:g}: above every method without training"
     limit = f"by more than {CLEAR:g} SE, or ≥ {NEARLY_FULL:g} % of full"
     rivals = scores.rivals(keep)
     if (judged, keep) not in scores.cells or not rivals:
@@ -71,27 +71,32 @@ def beats_all(judged: str, scores: Scores, keep: float) -> Line:
     told = f"{_pm(apart[worst], '+')} over {worst}; {own.mean:.1f} % of full"
     if short:
         told += f"; not clearly above {', '.join(short[:4])}{' and others' if len(short) > 4 else ''}"
+    told += _beside_trained(judged, scores, keep)
     return Line(about, limit, told, _met(not short or own.mean >= NEARLY_FULL))
 
 
 def is_among_the_best(judged: str, scores: Scores, keep: float) -> Line:
-    """At or above the best method, within one paired standard error."""
-    about = f"query-aware, keep {keep:g}: at or above the best other method"
+    """At or above the best method without training, within one paired standard error."""
+    about = f"query-aware, keep {keep:g}: at or above the best method without training"
     if (judged, keep) not in scores.cells or not scores.rivals(keep):
         return Line(about, "within 1 SE", "", "not measured")
     rival, apart = scores.nearest(judged, keep)
-    return Line(about, "within 1 SE", f"{_pm(apart, '+')} over {rival}", _met(apart.mean >= -_error(apart)))
+    told = f"{_pm(apart, '+')} over {rival}{_beside_trained(judged, scores, keep)}"
+    return Line(about, "within 1 SE", told, _met(apart.mean >= -_error(apart)))
 
 
 def loses_less_text(judged: str, text: Scores | None, keep: float, bar: float) -> Line:
-    """KL over that of the best other method."""
-    about, limit = f"held-out text, keep {keep:g}: KL over the best other method's", f"≤ {bar:g}"
+    """KL over that of the best method without training."""
+    about, limit = f"held-out text, keep {keep:g}: KL over the best method's without training", f"≤ {bar:g}"
     if text is None or (judged, keep) not in text.cells or not text.rivals(keep):
         return Line(about, limit, "", "not measured")
     best = text.rivals(keep)[0]
     ratio = text.ratio(judged, best, keep)
     own = text.of(judged, keep).mean
-    return Line(about, limit, f"{ratio:.2f} ({own:.4f} nats per token) of {best}", _met(ratio <= bar))
+    told = f"{ratio:.2f} ({own:.4f} nats per token) of {best}"
+    if trained := text.rivals(keep, trained=True):
+        told += f"; {text.ratio(judged, trained[0], keep):.2f} of {trained[0]} (trained)"
+    return Line(about, limit, told, _met(ratio <= bar))
 
 
 def serves_all_budgets(judged: str, single: str, scores: Scores | None, keep: float) -> Line:
@@ -159,6 +164,14 @@ def logs_and_draws(found: Evidence) -> Line:
         for name, of_keep in logged.items()
     )
     return Line(about, "there", f"{told}; {', '.join(drawn)}", _met(all(logged.values()) and len(drawn) == len(DRAWN)))
+
+
+def _beside_trained(judged: str, scores: Scores, keep: float) -> str:
+    """The difference to the nearest method that was trained, which is not part of a bar."""
+    if not scores.rivals(keep, trained=True):
+        return ""
+    rival, apart = scores.nearest(judged, keep, trained=True)
+    return f"; {_pm(apart, '+')} over {rival} (trained)"
 
 
 def _above(apart: Estimate) -> bool:

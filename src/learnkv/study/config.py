@@ -42,7 +42,8 @@ class StudyConfig:
         single: training YAMLs with one kept fraction each.
         unseen: training YAML of a policy that never saw a retrieval task.
         shorter: training YAML of a policy trained on shorter prompts, compared at the longer ones.
-        baselines: the other methods, of which some were trained as published: names in configs/policies, or paths.
+        baselines: the other methods: names in configs/policies, or paths.
+        trained: those of them whose weights were trained; bars are set by the rest, and these named beside them.
         training: more words for every training, such as trainer.max_steps=100.
         records: folders of earlier comparisons whose samples are used wherever they apply.
         model: hub id, folder, or `reference`.
@@ -73,6 +74,7 @@ class StudyConfig:
     unseen: str | None = None
     shorter: str | None = None
     baselines: tuple[str, ...] = ("snapkv",)
+    trained: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
     model: str = "reference"
@@ -101,6 +103,9 @@ class StudyConfig:
                 raise UserError(f"samples.{key}={count}: expected at least 1")
         if self.best < 1 or not self.baselines:
             raise UserError(f"best={self.best} baselines={','.join(self.baselines)}: expected at least one method")
+        for name in self.trained:
+            if name not in map(name_of, self.baselines):
+                raise UserError(f"trained={name}: expected one of baselines={','.join(self.baselines)}")
         names = list(map(name_of, self.variants))
         for name in names:
             if not name.startswith("learned") or names.count(name) > 1:

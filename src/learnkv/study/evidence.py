@@ -54,7 +54,7 @@ def gather(config: StudyConfig) -> Evidence:
     return Evidence(
         judged=name_of(config.learned),
         settings=settings,
-        text=Scores(text, config.bar, "kl") if text else None,
+        text=Scores(text, config.bar, "kl", config.trained) if text else None,
         elsewhere={name: _scores(found, config, "query_agnostic") for name, found in elsewhere.items()},
         shuffled=_scores([*main, *shuffled], config, "query_agnostic") if shuffled else None,
         changed=json.loads(changed.read_text(encoding="utf-8")) if changed.is_file() else {},
@@ -87,4 +87,4 @@ def _of(records: Sequence[Record], setting: str) -> list[Record]:
 
 def _scores(records: Sequence[Record], config: StudyConfig, setting: str) -> Scores:
     unique: dict[Any, Record] = {record["fingerprint"]: record for record in _of(records, setting)}
-    return Scores(unique.values(), config.bar)
+    return Scores(unique.values(), config.bar, trained=config.trained)

@@ -1,6 +1,6 @@
 """Samples of one comparison as means over the tasks that count, and as differences paired by prompt."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from math import nan
 from statistics import fmean
 
@@ -18,10 +18,13 @@ class Scores:
         records: their samples, the full cache's among them.
         bar: score of the full cache below which a task does not count.
         value: `score`, or `kl` of held-out text, where less is better.
+        trained: methods whose weights were trained.
     """
 
-    def __init__(self, records: Iterable[Record], bar: float, value: str = "score") -> None:
-        self.value = value
+    def __init__(
+        self, records: Iterable[Record], bar: float, value: str = "score", trained: Collection[str] = ()
+    ) -> None:
+        self.value, self.trained = value, trained
         every = list(records)
         by_task: dict[str, list[float]] = {}
         for record in every:
@@ -67,7 +70,7 @@ class Scores:
         """Mean of `spent` or `bytes`."""
         return fmean(record[key] for record in self.cells[policy, keep])
 
-    def rivals(self, keep: float) -> list[str]:
+    def others(self, keep: float) -> list[str]:
         """Methods that are not ours and hold what was asked, the best first; trained ones are among them."""
         within = [
             policy
@@ -78,9 +81,13 @@ class Scores:
         ]
         return sorted(within, key=lambda policy: self.of(policy, keep).mean * (-1 if self.value == "score" else 1))
 
-    def nearest(self, policy: str, keep: float) -> tuple[str, Estimate]:
+    def rivals(self, keep: float, trained: bool = False) -> list[str]:
+        """The others without training, or those that are `trained`."""
+        return [other for other in self.others(keep) if (other in self.trained) == trained]
+
+    def nearest(self, policy: str, keep: float, trained: bool = False) -> tuple[str, Estimate]:
         """The rival that `policy` is ahead of by least, and by how much."""
-        apart = {rival: self.minus(policy, rival, keep) for rival in self.rivals(keep)}
+        apart = {rival: self.minus(policy, rival, keep) for rival in self.rivals(keep, trained)}
         rival = min(apart, key=lambda one: apart[one].mean * (1 if self.value == "score" else -1))
         return rival, apart[rival]
 
@@ -94,7 +101,7 @@ def best_of(settings: Iterable[Scores], count: int) -> list[str]:
     total: dict[str, list[float]] = {}
     for scores in settings:
         for keep in scores.keeps:
-            for rival in scores.rivals(keep):
+            for rival in scores.others(keep):
                 total.setdefault(rival, []).append(scores.of(rival, keep).mean)
     complete = max(map(len, total.values()), default=0)
     known = [rival for rival, found in total.items() if len(found) == complete]
