@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [
         "# Methods of the zoo with one thing changed",
         "",
-        f"Written by `python -m benchmarks.zoo_variants --samples {asked.samples}{text}` at commit {head()}: model",
-        f"`reference`, {asked.samples} prompts each of {', '.join(TASKS)}.",
+        f"Written by `python -m benchmarks.zoo_variants --samples {asked.samples}{text}` at commit {head()[:7]}:",
+        f"model `reference`, {asked.samples} prompts each of {', '.join(TASKS)}.",
         "Means over tasks of 0 to 100, and what a variant gains on its method on the same prompts, ± a standard error.",
     ]
     if asked.text:
