@@ -3,7 +3,7 @@
 Its answers are copied by a few heads: the three kv heads with the highest head scores hold three quarters of their
 sum. For every method of the zoo, at a few budgets: which part of the answer's tokens these heads keep, where the tokens
 stand in their order (1: first), which part of all entries these heads keep, and the zoo's score on the same tasks. The
-context is compressed before the question is known.
+context is compressed before the question is known, with `--setting query_aware` after it has been read.
 """
 
 import argparse
@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import correlation, fmean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 
 from learnkv import load_policy, prefill
 from learnkv.config import CONFIGS
-from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.config import EvalConfig, Setting
 from learnkv.evaluation.tasks import ruler
 from learnkv.formats import headkv
 from learnkv.formats.files import locate
@@ -68,12 +68,12 @@ def _mean(each: Sequence[Figures]) -> Figures:
     return kept, first, share
 
 
-def measure(policies: Mapping[str, Policy], samples: int) -> dict[tuple[str, float], Figures]:
+def measure(policies: Mapping[str, Policy], samples: int, setting: Setting) -> dict[tuple[str, float], Figures]:
     """Means by policy and fraction kept, over `samples` prompts of every task."""
     model, tokenizer = load_model("reference")
     heads = retrieving(model.config.num_attention_heads // model.config.num_key_value_heads)
     found: dict[tuple[str, float], list[Figures]] = defaultdict(list)
-    for prompt in ruler.prompts(EvalConfig(tasks=TASKS, samples=samples), TASKS, 1024, tokenizer):
+    for prompt in ruler.prompts(EvalConfig(samples=samples, setting=(setting,)), TASKS, 1024, tokenizer):
         assert prompt.sample is not None
         cache = prefill(model, torch.tensor([prompt.read]), window=0, policies=policies.values())
         answer = answer_tokens([tokenizer.decode([token]) for token in prompt.read], prompt.sample.answers[0])
@@ -88,11 +88,11 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [sum(x < value for x in values) + (sum(x == value for x in values) - 1) / 2 for value in values]
 
 
-def scores_of(zoo: Mapping[str, Any]) -> dict[tuple[str, float], float]:
-    """Query-agnostic scores by policy and fraction kept, over the same tasks."""
+def scores_of(zoo: Mapping[str, Any], setting: Setting) -> dict[tuple[str, float], float]:
+    """Scores by policy and fraction kept, over the same tasks."""
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
     for row in zoo["rows"]:
-        if row["setting"] == "query_agnostic" and row["task"] in TASKS:
+        if row["setting"] == setting and row["task"] in TASKS:
             found[row["policy"], row["keep"]].append(row["score"])
     return {which: fmean(each) for which, each in found.items()}
 
@@ -119,12 +119,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=5, help="prompts of every task")
+    parser.add_argument("--setting", choices=get_args(Setting), default="query_agnostic")
     parser.add_argument("--zoo", type=Path, default=Path("docs/results/zoo.json"), help="scores to set beside")
     asked = parser.parse_args(argv)
     names = yaml.safe_load((CONFIGS / "eval" / "zoo.yaml").read_text(encoding="utf-8"))["ckpt"]
     policies = {name: policy for name in names if (policy := load_policy(name)).scorer is not None}
-    scores = scores_of(json.loads(asked.zoo.read_text(encoding="utf-8")))
-    print("\n".join(table(measure(policies, asked.samples), scores)))
+    scores = scores_of(json.loads(asked.zoo.read_text(encoding="utf-8")), asked.setting)
+    print("\n".join(table(measure(policies, asked.samples, asked.setting), scores)))
 
 
 if __name__ == "__main__":

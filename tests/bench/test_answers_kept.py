@@ -30,7 +30,8 @@ def test_scores_stand_beside_and_ranks_are_correlated():
     told = {"setting": "query_agnostic", "task": "niah_single_2", "keep": 0.5}
     rows = [{**told, "policy": name, "score": score} for name, score in (("a", 90.0), ("b", 10.0), ("c", 20.0))]
     rows += [{**rows[0], "setting": "query_aware", "score": 0.0}, {**rows[0], "task": "vt", "score": 0.0}]
-    scores = scores_of({"rows": rows})
+    assert scores_of({"rows": rows}, "query_aware") == {("a", 0.5): 0.0}
+    scores = scores_of({"rows": rows}, "query_agnostic")
     assert scores == {("a", 0.5): 90.0, ("b", 0.5): 10.0, ("c", 0.5): 20.0}
     found = {
         (name, keep): (kept, 0.5, keep)
