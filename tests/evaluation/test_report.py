@@ -143,6 +143,19 @@ def test_pareto_shows_score_against_bytes_in_a_panel_per_setting(both):
     assert len(set(markers.values())) == 3
 
 
+def test_with_many_policies_names_stay_inside_and_who_holds_the_whole_cache_moves_no_tick(both):
+    some = [one for one in both if one["policy"] == "snapkv"]
+    whole = [one | {"policy": "quest", "bytes": 2_100_000} for one in some]
+    more = [one | {"policy": f"quite_a_long_name_{at}"} for at in range(30) for one in some]
+    figure = pictures.pareto(rows_of(both + whole + more))
+    ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert ticks == ["keep 0.5\n1 MB", "keep 0.1\n200 kB"]
+    figure.draw_without_rendering()
+    names, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= names.x0 and names.x1 <= page.x1 and page.y0 <= names.y0 and names.y1 <= page.y1
+    assert all(axis.get_window_extent().width > 300 for axis in figure.axes)
+
+
 def test_heatmap_shows_mean_kept_fractions(both):
     figure = pictures.heatmap(both, "learned-mine")
     panels = [axis for axis in figure.axes if axis.images and axis.get_title()]

@@ -20,7 +20,8 @@ def pareto(rows: Sequence[Row]) -> Figure:
     found = panels(rows)
     across = min(len(found), 3)
     down = -(-len(found) // across)
-    figure = Figure(figsize=(1.5 + 5.2 * across, 4.6 * down), layout="constrained")
+    columns = 1 + len({row["policy"] for row in rows}) // 20  # as many names as fit beside a panel
+    figure = Figure(figsize=(1.5 + 5.2 * across + 2.6 * (columns - 1), 4.6 * down), layout="constrained")
     every = figure.subplots(down, across, squeeze=False).flatten()
     axes = every[: len(found)]
     for unused in every[len(found) :]:
@@ -31,7 +32,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
         title = "Text" if is_text else TITLES[setting].replace(": ", "\n")
         axis.set_title(f"{title} ({length:,} tokens)", fontsize=10)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", ncols=columns, frameon=False)
     return figure
 
 
@@ -67,7 +68,7 @@ def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], is_text: bool)
         for column, held in zip(cells, x, strict=True):
             ticks.setdefault(column, []).append(held)
     axis.set_xscale("log")
-    places = {column: float(np.mean(held)) for column, held in ticks.items()}
+    places = {column: float(np.median(held)) for column, held in ticks.items()}  # some hold the whole cache throughout
     axis.set_xticks(list(places.values()), [f"{column}\n{size(held)}" for column, held in places.items()], fontsize=8)
     axis.set_xticks([], minor=True)
     axis.set_xlabel("bytes held per prompt (log)")
