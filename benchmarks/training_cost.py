@@ -18,7 +18,10 @@ from benchmarks.results import Part, arguments
 from benchmarks.shapes import LLAMA_8B
 from learnkv import Policy, attach, load_model, prefill
 from learnkv.allocators import LearnedAllocator, Uniform
+from learnkv.io import build_policy
+from learnkv.models import describe_model
 from learnkv.scorers import LearnedScorer, SnapKV
+from learnkv.size import sized
 
 CONTINUATIONS, BOUND = 8, 90.0
 KEEPS = (0.02, 0.11, 0.6)
@@ -29,18 +32,28 @@ def main(argv: list[str] | None = None) -> Part:
     asked = arguments(__doc__, argv)
     part = Part(asked.out, "training_cost", asked.dry_run)
     model, _ = load_model("reference", device="cpu")
-    for prompt, new in [(256, 16)] if asked.dry_run else [(512, 32), (1024, 32), (2048, 32)]:
-        part.add(kernel="training step, counted", model="reference", **step(model, learned(model), prompt, new))
-    if not asked.dry_run:
-        layer = attach(dataclasses.replace(LLAMA_8B, layers=1).build(torch.device("meta")))
-        for prompt in (8192, 32768, 131072):
-            found = computed(layer, learned(layer), prompt, 256, LLAMA_8B.layers)
-            part.add(kernel="training step, computed", model=LLAMA_8B.name, **found)
+    layer = attach(dataclasses.replace(LLAMA_8B, layers=1).build(torch.device("meta")))
+    for name, policy in (("as shipped", shipped), ("on SnapKV", on_snapkv)):
+        for prompt, new in [(256, 16)] if asked.dry_run else [(512, 32), (1024, 32), (2048, 32)]:
+            found = step(model, policy(model), prompt, new)
+            part.add(kernel="training step, counted", model="reference", policy=name, **found)
+        for prompt in () if asked.dry_run else (8192, 32768, 131072):
+            found = computed(layer, policy(layer), prompt, 256, LLAMA_8B.layers)
+            part.add(kernel="training step, computed", model=LLAMA_8B.name, policy=name, **found)
     part.finish()
     return part
 
 
-def learned(model: Any) -> Policy:
+def shipped(model: Any) -> Policy:
+    """What `config=learned` trains: entry scores that read hidden states, and budgets that follow them."""
+    from learnkv.config import parse
+    from learnkv.training.config import TrainConfig
+
+    config, _ = parse(TrainConfig, ["config=learned"], "train")
+    return build_policy(sized(config.policy.spec(), describe_model(model)["shapes"])).to(model.device)
+
+
+def on_snapkv(model: Any) -> Policy:
     """Entry scores and budgets on SnapKV, both conditioned on the prompt."""
     config = model.config
     layers, heads = config.num_hidden_layers, config.num_key_value_heads

@@ -25,7 +25,7 @@ def model():
 def test_a_step_costs_what_its_formula_says_and_ever_less_for_longer_prompts(model):
     ratios = []
     for prompt in (256, 640):
-        policy = training_cost.learned(model)
+        policy = training_cost.on_snapkv(model)
         counted, computed = (how(model, policy, prompt, 16) for how in (training_cost.step, training_cost.computed))
         assert counted["prefill"] == computed["prefill"]
         assert computed["step over prefill"] == pytest.approx(counted["step over prefill"], rel=0.06)
@@ -38,5 +38,5 @@ def test_reading_a_prompt_is_counted_by_the_pairs_that_are_read(model):
     layers, width, hidden, ffn, prompt = 2, 64, 256, 1024, 100
     linear = layers * (hidden * (2 * width + 2 * width // 2) + 3 * hidden * ffn)
     attention = layers * 4 * width * prompt * (prompt + 1) // 2
-    found = training_cost.step(model, training_cost.learned(model), prompt, 8)["prefill"]
+    found = training_cost.step(model, training_cost.on_snapkv(model), prompt, 8)["prefill"]
     assert found == 2 * linear * prompt + attention + 2 * 128 * hidden  # and one token's logits

@@ -167,6 +167,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gather d128 rotated": lambda: gathered(128, rotated=True),
     "select": chosen,
     "window d128 g4": lambda: window(128, 4),
+    "window d128 g4 apart": lambda: window(128, 4, 16, group_reduce="none"),
     "window d64 g7 w64 max": lambda: window(64, 7, 64, group_first=False, group_reduce="max", pooling="max"),
 }
 
