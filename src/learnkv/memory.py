@@ -17,7 +17,7 @@ from learnkv.size import sized
 from learnkv.train import modules_of
 from learnkv.training.config import TrainConfig
 from learnkv.training.data import Batch
-from learnkv.training.datamodule import default_lengths
+from learnkv.training.datamodule import lengths_within
 from learnkv.training.live_bytes import LiveBytes
 from learnkv.training.module import Distillation
 from learnkv.training.pretence import pretended
@@ -44,7 +44,8 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
         kernels: whether operations run as kernels, as they do on a GPU; else as their references.
 
     Raises:
-        UserError: for an objective (of several stages: the last one) with targets, as what they read depends on values.
+        UserError: for an objective (of several stages: the last one) with targets, as what they read depends on values;
+            for prompts that do not fit into the model's context with their continuations.
     """
     assert config.policy is not None
     dtype = ("bfloat16" if kernels else "float32") if config.dtype == "auto" else config.dtype
@@ -53,7 +54,7 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
     spec = sized(config.policy.spec(), shapes)
     policy = build_policy(spec, allow=sorted(modules_of(spec))).to("meta").requires_grad_(True)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = (config.lengths or default_lengths(context, config.continuation_tokens))[1]
+    longest = lengths_within(context, config)[1]
     keeps = sorted(config.keep or config.keep_range)
     drawn = [keeps[0], *[keeps[-1]] * (config.students - 1)]  # no draw of a sandwich keeps more
     objective = None if config.objective is None else config.objective.at(config.trainer["max_steps"])

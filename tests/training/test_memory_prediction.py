@@ -53,6 +53,12 @@ def test_the_command_tells_the_parts_and_their_sum(words, capsys):
     assert len(lines) == 5
 
 
+def test_prompts_that_do_not_fit_are_refused(words, capsys):
+    words = [word for word in words if not word.startswith("lengths=")]
+    assert main([*words, "lengths=100,100000"]) == 2
+    assert "lengths=100,100000: with continuations of 12 tokens" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_an_objective_whose_reading_depends_on_values_is_refused(words, tmp_path, capsys):
     (tmp_path / "scores.yaml").write_text(
         "objective: {class_path: learnkv.training.objectives.ScoreRegression, "

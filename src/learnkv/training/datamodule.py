@@ -32,19 +32,13 @@ class Data(L.LightningDataModule):
     def __init__(self, config: TrainConfig, tokenizer: Any, context: int | None) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.lengths = config.lengths or default_lengths(context, config.continuation_tokens)
-        longest = self.lengths[1] + config.continuation_tokens
-        if context is not None and longest > context:
-            raise UserError(
-                f"lengths={self.lengths[0]},{self.lengths[1]}: with continuations of {config.continuation_tokens} "
-                f"tokens this is more than the model's context of {context}"
-            )
+        self.lengths = lengths_within(context, config)
         smallest = min(config.keep or config.keep_range)
         if smallest * self.lengths[0] < 1:
             raise UserError(
                 f"keep={smallest:g}: leaves less than one entry per head of a context of {self.lengths[0]} tokens"
             )
-        train, validation = self._texts(longest)
+        train, validation = self._texts(self.lengths[1] + config.continuation_tokens)
         self.drawings = {
             "train": self._drawing("train", self._sources(train)),
             "validation": self._drawing("validation", self._sources(validation)),
@@ -125,7 +119,19 @@ class Data(L.LightningDataModule):
         return DataLoader(batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0)
 
 
-def default_lengths(context: int | None, continuation: int) -> tuple[int, int]:
-    """512 to 1,024 tokens, or the upper half of what fits into `context` with the continuation."""
-    longest = 1024 if context is None else min(1024, max(2, context - continuation))
-    return longest // 2, longest
+def lengths_within(context: int | None, config: TrainConfig) -> tuple[int, int]:
+    """The shortest and the longest prompt of a training; if not given, 512 to 1,024 tokens, or the upper half of what
+    fits into the model's `context` with the continuation.
+
+    Raises:
+        UserError: where the longest does not fit.
+    """
+    new = config.continuation_tokens
+    longest = 1024 if context is None else min(1024, max(2, context - new))
+    lengths = config.lengths or (longest // 2, longest)
+    if context is not None and lengths[1] + new > context:
+        raise UserError(
+            f"lengths={lengths[0]},{lengths[1]}: with continuations of {new} tokens this is more than the model's "
+            f"context of {context}"
+        )
+    return lengths
