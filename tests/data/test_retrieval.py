@@ -28,7 +28,7 @@ def test_an_episode_fills_its_length_and_depends_on_seed_and_index(kind):
         assert 213 <= count_words(episode.context) <= 220
 
 
-@pytest.mark.parametrize("kind", ["needle", "crowd", "values", "chain", "span"])
+@pytest.mark.parametrize("kind", ["needle", "crowd", "codes", "values", "chain", "span"])
 def test_every_part_of_an_answer_stands_in_the_context(kind):
     for episode in episodes(kind):
         for question, answer in episode.continuations:
@@ -41,6 +41,14 @@ def test_every_part_of_an_answer_stands_in_the_context(kind):
                 places = [episode.context.find(part) for part in parts]
                 assert -1 not in places and places == sorted(places)
                 assert {split_of(part) for part in parts} == {"train"}
+
+
+def test_codes_are_asked_for_by_codes():
+    code = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    for episode in episodes("codes", count=5):
+        assert len(re.findall(code, episode.context)) >= 2 * len(episode.continuations)
+        for question, answer in episode.continuations:
+            assert re.search(code, question) and re.fullmatch(f" {code}[.]", answer)
 
 
 def test_a_fact_and_its_question_share_the_words_before_the_value():

@@ -41,7 +41,7 @@ class Hidden:
 
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "niah": ("needle", "crowd", "values"),
+    "niah": ("needle", "crowd", "codes", "values"),
     "vt": ("chain",),
     "cwe": (),
     "fwe": (),
@@ -74,12 +74,13 @@ class Retrieval:
         length: largest size of a context, filled closely, in units of `count`.
         count: size of a text; words by default, tokens with `lambda text: len(tokenizer(text).input_ids)`.
         seed: of everything drawn.
-        kinds: kind -> weight, of "needle", "crowd" (nothing but facts), "values", "chain", "span" and "next".
+        kinds: kind -> weight, of "needle", "crowd" (nothing but facts), "codes" (the same with UUIDs for keys and
+            values; by default none are drawn), "values", "chain", "span" and "next".
         continuations: most continuations of an episode.
         hold_out: families, tasks or kinds of which nothing may be drawn.
     """
 
-    KINDS = ("needle", "crowd", "values", "chain", "span", "next")
+    KINDS = ("needle", "crowd", "codes", "values", "chain", "span", "next")
 
     def __init__(
         self,
@@ -112,7 +113,14 @@ class Retrieval:
         kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
         if kind in ("span", "next"):
             return self._read(kind, rng)
-        hidden = {"needle": self._needle, "crowd": self._crowd, "values": self._values, "chain": self._chain}[kind](rng)
+        makers = {
+            "needle": self._needle,
+            "crowd": lambda rng: self._crowd(_FactMaker(rng)),
+            "codes": lambda rng: self._crowd(_FactMaker(rng, ("uuids", "uuids"))),
+            "values": self._values,
+            "chain": self._chain,
+        }
+        hidden = makers[kind](rng)
         return Episode(self._hide(hidden, rng), hidden.continuations, kind)
 
     def _needle(self, rng: random.Random) -> Hidden:
@@ -122,9 +130,8 @@ class Retrieval:
         asked = rng.sample(pairs, min(self.most, len(pairs)))
         return Hidden([make.say(*pair) for pair in pairs], [make.ask(*pair) for pair in asked])
 
-    def _crowd(self, rng: random.Random) -> Hidden:
+    def _crowd(self, make: "_FactMaker") -> Hidden:
         """As many facts as fit."""
-        make = _FactMaker(rng)
         pairs = [make.pair() for _ in range(self.most)]
         return Hidden(
             [make.say(*pair) for pair in pairs], [make.ask(*pair) for pair in pairs], lambda: make.say(*make.pair())
@@ -195,12 +202,12 @@ NEXT_WORDS = 48
 
 
 class _FactMaker:
-    """Facts of one wording, one kind of keys and one kind of values, all distinct."""
+    """Facts of one wording, one kind of keys and one kind of values, all distinct; without `kinds` they are drawn."""
 
-    def __init__(self, rng: random.Random):
+    def __init__(self, rng: random.Random, kinds: tuple[str, str] | None = None):
         self.rng, self.fact, self.taken = rng, rng.choice(FACTS), set[str]()
-        kinds = (("words", "numbers"), ("words", "uuids"), ("words", "words"), ("uuids", "uuids"))
-        self.kinds: tuple[str, str] = rng.choices(kinds, (6, 2, 1, 1))[0]
+        drawn = (("words", "numbers"), ("words", "uuids"), ("words", "words"), ("uuids", "uuids"))
+        self.kinds = kinds or rng.choices(drawn, (6, 2, 1, 1))[0]
 
     def pair(self) -> tuple[str, str]:
         key, value = (words.value(kind, self.rng, "train", self.taken) for kind in self.kinds)

@@ -16,7 +16,7 @@ from learnkv.training.sources import Episodes, NextText, OwnAnswers, Source, Spa
 from learnkv.training.text import Pool, Stream, Text, Windows
 
 HELD_OUT = 0.05
-EPISODE_KINDS = {"needle": 3.0, "crowd": 1.5, "values": 1.5, "chain": 1.5, "span": 1.5}
+EPISODE_KINDS = {"needle": 3.0, "crowd": 1.5, "codes": 1.5, "values": 1.5, "chain": 1.5, "span": 1.5}
 """Kinds of `Retrieval` that are trained on, with weights; "next" is what `text` is for."""
 
 
