@@ -91,3 +91,16 @@ def test_it_is_small():
 def test_a_policy_for_another_model_is_named():
     with pytest.raises(UserError, match="num_layers=2 num_heads=2: the model has layer 1 with 4"):
         learned(Knorm())(observe([30], heads=4))
+
+
+def test_a_head_whose_hidden_units_died_still_learns():
+    scorer, seen = learned(Knorm()), observe([30])
+    before = scorer(seen).detach()
+    scorer.bias.data[:] = -1e3
+    scorer.weight_out.data[:] = 1.0
+    assert torch.equal(scorer(seen), before)
+    scorer(seen)[..., :10].sum().backward()
+    assert scorer.weight_out.grad.eq(0).all() and scorer.weight_in.grad.eq(0).all()
+    scorer.weight_direct.data += 0.01 * scorer.weight_direct.grad
+    moved = scorer(seen) - before
+    assert moved[..., :10].sum() > 1

@@ -17,8 +17,10 @@ class LearnedScorer(Residual):
 
     The network reads the normalised key and value, the attention that the last prompt queries give to the entry and to
     its neighbours in logs, the heuristic's own normal score and, with `rank`, a projection of the token's hidden state
-    that the heads of a layer share: what the other heads' keys and values would say. Its last layer starts at zero.
-    ForesightKV (ICML 2026) has such a network without a heuristic under it.
+    that the heads of a layer share: what the other heads' keys and values would say. What it sees also reaches the
+    result directly, without the hidden units: those of heads that keep all they have die in training, and the order
+    within such a head with them. Both parts start at zero. ForesightKV (ICML 2026) has such a network without a
+    heuristic under it.
 
     Args:
         base: the heuristic to start from.
@@ -51,6 +53,7 @@ class LearnedScorer(Residual):
         self.weight_in = nn.Parameter(torch.randn(num_layers, num_heads, features, width) * features**-0.5)
         self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, 1, width))
         self.weight_out = nn.Parameter(torch.zeros(num_layers, num_heads, width, 1))
+        self.weight_direct = nn.Parameter(torch.zeros(num_layers, num_heads, features, 1))
         self.project: nn.Parameter | None = None
         if rank > 0:
             self._reads_tokens("hidden")
@@ -63,7 +66,7 @@ class LearnedScorer(Residual):
         if self.project is not None:
             inputs = torch.cat([inputs, self.of_tokens(seen)], -1)
         hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
-        correction: Tensor = (hidden @ self.weight_out[layer]).squeeze(-1)
+        correction: Tensor = (hidden @ self.weight_out[layer] + inputs @ self.weight_direct[layer]).squeeze(-1)
         return correction
 
     def figures(self, seen: Observation) -> Tensor:
