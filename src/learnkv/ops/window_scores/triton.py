@@ -280,7 +280,6 @@ def _pool(
     slot = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     there = slot < slots
     recent = tl.load(place + slot * strides[2][2], there, other=0) >= window_start
-    held = tl.load(exists + slot * strides[3][2], there, other=0)
     total = tl.zeros([BLOCK_N], tl.float32)
     for part in range(PARTS):
         pooled = tl.full([BLOCK_N], float("-inf") if MAX_SLOTS else 0.0, tl.float32)
@@ -297,6 +296,7 @@ def _pool(
         if not MAX_SLOTS:
             pooled = pooled / KERNEL
         if GROUP_REDUCE == "none":
+            held = tl.load(exists + slot * strides[3][2], there, other=0)
             tl.store(scores + (row.to(tl.int64) * PARTS + part) * slots + slot, tl.where(held, pooled, 0.0), there)
         elif GROUP_REDUCE == "max":
             total = tl.maximum(total, pooled)
@@ -305,4 +305,5 @@ def _pool(
     if GROUP_REDUCE != "none":
         if PARTS > 1 and GROUP_REDUCE == "mean":
             total = total / PARTS
+        held = tl.load(exists + slot * strides[3][2], there, other=0)
         tl.store(scores + row.to(tl.int64) * slots + slot, tl.where(held, total, 0.0), there)
