@@ -106,7 +106,7 @@ def test_budget_logits_have_a_rate_of_their_own(model):
     module = distillation(model, learned(), lr=1e-3, budget_lr=0.2)
     budgets, networks = module.configure_optimizers()["optimizer"].param_groups
     assert {tuple(p.shape) for p in budgets["params"]} == {(6, 2, 2), (6, 2)}
-    assert sum(p.numel() for p in networks["params"]) == 4 * (21 * 4 + 4 + 4)
+    assert sum(p.numel() for p in networks["params"]) == 4 * (21 * 4 + 4 + 4 + 21)
     assert (budgets["initial_lr"], networks["initial_lr"]) == (0.2, 1e-3)
     rates = [module._rate(step) for step in range(31)]
     assert max(rates) == pytest.approx(1.0, abs=0.01)
