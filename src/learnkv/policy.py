@@ -133,8 +133,8 @@ class Policy(Component):
             old = upload(decided, device).view(1, -1, 1)
             budgets = torch.where(old, cache.budgets.to(device), budgets)
         refined = [self.refine(scorer, *one) for one in zip(seen, scores, budgets, strict=True)]
-        scores = torch.stack([one.to(device) for one in refined])
-        return Plan(scores, wanted, budgets, upload(protected, device), sum(total))
+        within = torch.stack([one.to(device) for one in refined])
+        return Plan(within, wanted, budgets, upload(protected, device), sum(total), scores)
 
     def _check_recorded(self, seen: Observation) -> None:
         """Raise where a scorer would silently judge by less than it asks for."""

@@ -1,6 +1,7 @@
 """The learned scorer: the heuristic's order at the start, a network per layer and head afterwards."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from observations import observe
 from learnkv.allocators import AdaKV
 from learnkv.errors import UserError
 from learnkv.ops.window_scores import window_scores
-from learnkv.scorers import Knorm, LearnedScorer, SnapKV, StreamingLLM
+from learnkv.scorers import Constant, CriticalKV, Knorm, LearnedScorer, SnapKV, StreamingLLM
 
 
-def learned(base) -> LearnedScorer:
+def learned(base, **more) -> LearnedScorer:
     torch.manual_seed(0)
-    return LearnedScorer(base, num_layers=2, num_heads=2, head_dim=16, width=4, window=8)
+    return LearnedScorer(base, num_layers=2, num_heads=2, head_dim=16, width=4, window=8, **more)
 
 
 @pytest.mark.parametrize("base", [SnapKV(window=8), Knorm(), StreamingLLM()], ids=lambda one: type(one).__name__)
@@ -104,3 +105,64 @@ def test_a_head_whose_hidden_units_died_still_learns():
     scorer.weight_direct.data += 0.01 * scorer.weight_direct.grad
     moved = scorer(seen) - before
     assert moved[..., :10].sum() > 1
+
+
+def drawn(scorer: LearnedScorer, seen) -> torch.Tensor:
+    """What decides within heads, [B, H, S]."""
+    return scorer.refine(seen, scorer(seen), torch.zeros(seen.valid.shape[:2], dtype=torch.long))
+
+
+def test_sampling_draws_entries_in_proportion_to_the_exponential_of_their_scores():
+    noise = drawn(learned(Constant(), sampling=1.0), observe([20_000])).detach()[0]
+    assert noise.isfinite().all()
+    ahead = noise[:, ::2] + math.log(3) > noise[:, 1::2]
+    assert ahead.float().mean() == pytest.approx(0.75, abs=0.015)  # 20,000 pairs: five standard errors
+    for least in (0.0, 1.0, 3.0):
+        expected = 1 - math.exp(-math.exp(-least))
+        assert (noise > least).float().mean().item() == pytest.approx(expected, abs=0.013)
+    assert abs(torch.corrcoef(noise)[0, 1]) < 0.04  # each head has a sample of its own
+
+
+def test_sampling_is_a_function_of_layer_head_and_position():
+    scorer, seen = learned(Constant(), sampling=2.0), observe([90, 40])
+    both = drawn(scorer, seen)
+    torch.testing.assert_close(both[1, :, 50:], drawn(scorer, observe([40]))[0])
+    assert torch.equal(both[0], drawn(scorer, observe([90, 40], seed=3))[0])
+    assert not torch.equal(both[0], drawn(scorer, dataclasses.replace(seen, layer_idx=0))[0])
+    torch.testing.assert_close(both[0], 2 * drawn(learned(Constant(), sampling=1.0), seen)[0])
+
+
+def test_sampling_decides_within_heads_and_not_on_their_budgets():
+    seen = observe([30])
+    plain, sampled = learned(SnapKV(window=8)), learned(SnapKV(window=8), sampling=0.5)
+    for scorer in (plain, sampled):
+        scorer.weight_out.data[:] = 1.0
+    assert torch.equal(plain(seen), sampled(seen))
+    noise = drawn(learned(Constant(), sampling=0.5), seen)
+    torch.testing.assert_close(drawn(sampled, seen), plain(seen) + noise)
+    assert torch.equal(drawn(plain, seen), plain(seen))
+
+
+def test_each_head_learns_its_scale_and_what_it_samples_from():
+    scorer, seen = learned(Constant(), sampling=1.0), observe([30])
+    noise = drawn(scorer, seen).detach()
+    (drawn(scorer, seen) * noise)[0, 0].sum().backward()
+    found = scorer.sampling_growth.grad[..., 0]
+    torch.testing.assert_close(found[1, 0], 30 * noise[0, 0].square().sum())
+    assert found.count_nonzero() == 1
+    assert scorer.weight_out.grad[1].abs().max() > 0
+    scorer.sampling_growth.data[1, 0] = math.log(4) / 30
+    torch.testing.assert_close(drawn(scorer, seen)[0, 0], 4 * noise[0, 0])
+    assert torch.equal(drawn(scorer, seen)[0, 1], noise[0, 1])
+
+
+@pytest.mark.parametrize("sampling", [-1.0, math.nan, math.inf])
+def test_a_scale_that_is_none_is_named(sampling):
+    with pytest.raises(UserError, match=f"sampling={sampling}"):
+        learned(Knorm(), sampling=sampling)
+
+
+def test_scores_that_sampling_changes_are_no_base_for_others():
+    CriticalKV(learned(Knorm()))
+    with pytest.raises(UserError, match="base=LearnedScorer"):
+        CriticalKV(learned(Knorm(), sampling=1.0))

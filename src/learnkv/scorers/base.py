@@ -67,6 +67,11 @@ class Scorer(Component, ABC):
         """What `forward` returns, with what it starts from."""
         return Judgement(self(seen))
 
+    @property
+    def refines(self) -> bool:
+        """Whether `refine` may change scores."""
+        return type(self).refine is not Scorer.refine
+
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] that decide within each head, for a method that needs to know how many entries it keeps.
 
@@ -79,7 +84,7 @@ class Scorer(Component, ABC):
 
     def _builds_on(self, base: "Scorer") -> None:
         """Ask for everything that `base` reads; one that ranks by a head's budget cannot be built on."""
-        if type(base).refine is not Scorer.refine:
+        if base.refines:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window
         self.statistics, self.probes, self.later = base.statistics, base.probes, base.later

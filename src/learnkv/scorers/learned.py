@@ -1,5 +1,7 @@
 """A learned correction of a heuristic's scores, entry by entry."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -7,9 +9,12 @@ from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.ops.window_scores import window_scores
 from learnkv.scorers.base import Scorer
+from learnkv.scorers.random import Random
 from learnkv.scorers.residual import Residual, unit
 
 _NEIGHBOURS = 7
+_GROWTH = 30  # a scale may change by orders of magnitude at a rate that suits the weights of a network
+_SMALLEST = 2.0**-24  # the step of `Random`, and of float32 below 1
 
 
 class LearnedScorer(Residual):
@@ -30,6 +35,12 @@ class LearnedScorer(Residual):
         width: hidden units per head.
         window: last prompt queries whose attention is a feature.
         rank: numbers that hidden states are projected to; 0: they are not read.
+        sampling: scale, at first, of Gumbel noise that decides with the scores within each head, a fixed function of
+            layer, head and position; 0: none. With a scale of 1, what a head keeps is a sample without replacement,
+            each entry drawn in proportion to the exponential of its score (Kool et al., arXiv 1903.06059). Heads that
+            average over the whole prompt want a sample: the entries of the highest scores are no fair part of the rest
+            (MagicPIG, arXiv 2410.16179, samples for this reason). Heads that look something up want none. So every head
+            learns a scale.
         hidden_size: E of the model.
     """
 
@@ -43,10 +54,15 @@ class LearnedScorer(Residual):
         window: int = 16,
         rank: int = 0,
         hidden_size: int = 0,
+        sampling: float = 0.0,
     ) -> None:
         super().__init__(base, num_layers, num_heads)
-        if width < 1 or window < 1 or rank < 0:
-            raise UserError(f"width={width} window={window} rank={rank}: expected at least 1, 1 and 0")
+        if width < 1 or window < 1 or rank < 0 or not 0 <= sampling < math.inf:
+            raise UserError(
+                f"width={width} window={window} rank={rank} sampling={sampling}: expected at least 1, 1, 0 and 0"
+            )
+        self.sampling, self._noise = sampling, Random()
+        self.sampling_growth = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if sampling > 0 else None
         self.window = max(base.window, window)
         self._own_window = window
         features = 2 * head_dim + 5 + rank
@@ -58,6 +74,16 @@ class LearnedScorer(Residual):
         if rank > 0:
             self._reads_tokens("hidden")
             self.project = nn.Parameter(torch.randn(num_layers, hidden_size, rank) * max(1, hidden_size) ** -0.5)
+
+    @property
+    def refines(self) -> bool:
+        return self.sampling_growth is not None
+
+    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        if self.sampling_growth is None:
+            return scores
+        scale = self.sampling * (_GROWTH * self.sampling_growth[seen.layer_idx]).exp()
+        return scores + scale * self._gumbel(seen)
 
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
         layer = seen.layer_idx
@@ -75,6 +101,11 @@ class LearnedScorer(Residual):
         assert self.project is not None
         shared = (unit(seen.hidden) @ self.project[seen.layer_idx]).unsqueeze(1)
         return shared.expand(-1, seen.keys.shape[1], -1, -1)
+
+    def _gumbel(self, seen: Observation) -> Tensor:
+        """[B, H, S], of the standard Gumbel distribution."""
+        uniform = self._noise(seen).clamp(_SMALLEST, 1 - _SMALLEST)
+        return -(-uniform.log()).log()
 
     def _entries(self, seen: Observation) -> Tensor:
         """Keys and values, each of mean square 1, [B, H, S, 2D]."""
