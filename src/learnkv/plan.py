@@ -25,7 +25,7 @@ class Plan:
     """[B] entries per head that every policy keeps: sinks and most recent."""
     total: int
     """Sum of `budgets`, known on the host from the budget alone."""
-    judged: Tensor | None = None
+    judged: Tensor
     """[L, B, H, S] what the scores were before each head's budget was known, by which budgets may have been shared."""
 
     @property

@@ -15,7 +15,7 @@ def test_what_heads_keep_of_an_answer():
     """Head (0, 1) keeps the first two of its order, head (1, 0) three; the answer is entries 1 and 3."""
     scores = torch.tensor([[[9.0, 8, 7, 6, 5], [1.0, 5, 2, 4, 3]], [[5.0, 4, 1, 2, 3], [0.0, 0, 0, 0, 0]]])[:, None]
     budgets = torch.tensor([[[5, 2]], [[3, 0]]])
-    plan = Plan(scores, budgets.double(), budgets, torch.tensor([0]), 10)
+    plan = Plan(scores, budgets.double(), budgets, torch.tensor([0]), 10, scores)
     kept, place, share = figures(plan, [(0, 1), (1, 0)], [1, 3])
     assert kept == pytest.approx((1 + 0.5) / 2)
     assert place == pytest.approx(1 - ((0 + 1) / 2 + (1 + 3) / 2) / 2 / 4)

@@ -38,7 +38,6 @@ class ScoreRegression(Objective):
 
     def forward(self, seen: Comparison) -> Tensor:
         assert seen.plan is not None
-        assert seen.plan.judged is not None
         scores, wanted = seen.plan.judged, seen.targets[self.target].float()
         asked = scores.isfinite()  # neither protected nor padding
         if self.of == "ranks":
