@@ -163,7 +163,7 @@ EVICTS_NOTHING = {"full", "quest"}
 SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGURATIONS / "policies").glob("*.yaml")}
 DECODING = sorted(name for name, spec in SHIPPED.items() if spec.get("every"))
 HEURISTICS = sorted(SHIPPED.keys() - {*EVICTS_NOTHING, *DECODING})
-LEARNED = ["budgets", "conditioned", "tokens", "causal", "ranked"]
+LEARNED = ["budgets", "conditioned", "tokens", "causal", "ranked", "sampled"]
 
 
 heuristic = functools.cache(load_policy)
@@ -184,13 +184,17 @@ def policy_for(name: str, model: PreTrainedModel) -> Policy:
     scorer: Scorer = SnapKV(window=16)
     if name == "causal":
         return Policy(scorer, randomised(LearnedCausalAllocator(LayerByLayer(Pyramid()), layers, heads)))
-    base = {"budgets": AdaKV(), "conditioned": Uniform(), "tokens": Pyramid(), "ranked": Uniform()}[name]
-    by, conditioned = "scores" if name == "ranked" else "shares", name in ("conditioned", "ranked")
+    base = {"budgets": AdaKV(), "conditioned": Uniform(), "tokens": Pyramid(), "ranked": Uniform(), "sampled": Uniform()}[name]
+    by, conditioned = "scores" if name in ("ranked", "sampled") else "shares", name in ("conditioned", "ranked")
     allocator = LearnedAllocator(base, layers, heads, conditioned, by=by)
-    if name in ("tokens", "ranked"):
+    if name in ("tokens", "ranked", "sampled"):
         sizes = {"rank": 4 if name == "ranked" else 0, "hidden_size": model.config.hidden_size}
-        scorer = LearnedScorer(scorer, layers, heads, model.config.head_dim, **sizes)
-    return Policy(randomised(scorer), randomised(allocator))
+        sampling = 0.3 if name == "sampled" else 0.0
+        scorer = LearnedScorer(scorer, layers, heads, model.config.head_dim, sampling=sampling, **sizes)
+    randomised(scorer)
+    if name == "sampled":
+        scorer.sampling_growth.data /= 30  # scales of all sizes, none out of bounds
+    return Policy(scorer, randomised(allocator))
 
 
 def kept_mask(cache: CompressedCache, row: int) -> Tensor:

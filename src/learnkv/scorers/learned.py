@@ -14,6 +14,7 @@ from learnkv.scorers.residual import Residual, unit
 
 _NEIGHBOURS = 7
 _GROWTH = 30  # a scale may change by orders of magnitude at a rate that suits the weights of a network
+_MOST = 8  # change of a scale, as a logarithm: beyond it a head's order is all noise, or has none
 _SMALLEST = 2.0**-24  # the step of `Random`, and of float32 below 1
 
 
@@ -82,7 +83,7 @@ class LearnedScorer(Residual):
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         if self.sampling_growth is None:
             return scores
-        scale = self.sampling * (_GROWTH * self.sampling_growth[seen.layer_idx]).exp()
+        scale = self.sampling * (_GROWTH * self.sampling_growth[seen.layer_idx]).clamp(-_MOST, _MOST).exp()
         return scores + scale * self._gumbel(seen)
 
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
