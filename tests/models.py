@@ -184,7 +184,13 @@ def policy_for(name: str, model: PreTrainedModel) -> Policy:
     scorer: Scorer = SnapKV(window=16)
     if name == "causal":
         return Policy(scorer, randomised(LearnedCausalAllocator(LayerByLayer(Pyramid()), layers, heads)))
-    base = {"budgets": AdaKV(), "conditioned": Uniform(), "tokens": Pyramid(), "ranked": Uniform(), "sampled": Uniform()}[name]
+    base = {
+        "budgets": AdaKV(),
+        "conditioned": Uniform(),
+        "tokens": Pyramid(),
+        "ranked": Uniform(),
+        "sampled": Uniform(),
+    }[name]
     by, conditioned = "scores" if name in ("ranked", "sampled") else "shares", name in ("conditioned", "ranked")
     allocator = LearnedAllocator(base, layers, heads, conditioned, by=by)
     if name in ("tokens", "ranked", "sampled"):

@@ -98,7 +98,9 @@ def test_scores_are_matched_where_they_decide():
     wanted = draw(2, 2, 2, 6, seed=3).exp()
     wanted[:, 1, :, 5] = -torch.inf
     asked = scores.detach().isfinite()
-    plan = replace(planned(scores), scores=torch.full_like(scores, torch.nan))  # what sampling makes of them is not asked
+    plan = replace(
+        planned(scores), scores=torch.full_like(scores, torch.nan)
+    )  # what sampling makes of them is not asked
     loss = ScoreRegression(target, of="scores")(Comparison(2, plan, {target: wanted}))
     rows = [(scores[:, row][asked[:, row]] - wanted[:, row][asked[:, row]]).square().mean() for row in (0, 1)]
     torch.testing.assert_close(loss, torch.stack(rows))

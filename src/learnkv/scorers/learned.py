@@ -81,10 +81,13 @@ class LearnedScorer(Residual):
         return self.sampling_growth is not None
 
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        return scores + self.sampling_scales()[seen.layer_idx] * self._gumbel(seen) if self.refines else scores
+
+    def sampling_scales(self) -> Tensor:
+        """[L, H, 1] of the noise that decides with the scores of each head."""
         if self.sampling_growth is None:
-            return scores
-        scale = self.sampling * (_GROWTH * self.sampling_growth[seen.layer_idx]).clamp(-_MOST, _MOST).exp()
-        return scores + scale * self._gumbel(seen)
+            return torch.zeros(*self.shape, 1)
+        return self.sampling * (_GROWTH * self.sampling_growth).clamp(-_MOST, _MOST).exp()
 
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
         layer = seen.layer_idx
