@@ -132,8 +132,10 @@ class Policy(Component):
         if decided is not None and cache.budgets is not None:
             old = upload(decided, device).view(1, -1, 1)
             budgets = torch.where(old, cache.budgets.to(device), budgets)
-        refined = [self.refine(scorer, *one) for one in zip(seen, scores, budgets, strict=True)]
-        within = torch.stack([one.to(device) for one in refined])
+        within = scores
+        if scorer.refines:
+            refined = [self.refine(scorer, *one) for one in zip(seen, scores, budgets, strict=True)]
+            within = torch.stack([one.to(device) for one in refined])
         return Plan(within, wanted, budgets, upload(protected, device), sum(total), scores)
 
     def _check_recorded(self, seen: Observation) -> None:
@@ -191,6 +193,8 @@ class Policy(Component):
     @staticmethod
     def refine(scorer: Scorer, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] of one layer that decide within its heads, whose budgets [B, H] are known now."""
+        if not scorer.refines:
+            return scores
         scores, budgets = scores.to(seen.keys.device), budgets.to(seen.keys.device)
         return torch.where(scores.isfinite(), scorer.refine(seen, scores, budgets).float(), scores)
 

@@ -49,6 +49,10 @@ class _Scores(Scorer):
             self.known[layer] = self.base.judge(blind)
         return self.known[layer]
 
+    @property
+    def refines(self) -> bool:
+        return self.base.refines
+
     def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         return self.base.refine(seen, scores, budgets)
 
