@@ -101,6 +101,17 @@ def test_the_evaluations_essays_are_not_training_text():
     assert len(long) > 2000 and len(shared) < len(long) / 50
 
 
+@pytest.mark.parametrize("kind", ["needle", "crowd", "codes"])
+def test_where_not_all_facts_fit_there_are_fewer(kind):
+    room = [Retrieval(length, len, kinds={kind: 1}) for length in (200, 4000)]
+    short, long = ([one.episode(index) for index in range(20)] for one in room)
+    assert all(0 < len(episode.context) <= 200 for episode in short)
+    assert min(len(episode.continuations) for episode in short) < max(len(one.continuations) for one in long) == 4
+    for episode in short:
+        for question, answer in episode.continuations:
+            assert answer.strip(" .") in episode.context, question
+
+
 def test_one_line_says_what_is_wrong():
     with pytest.raises(UserError, match=r"kinds=.*expected weights, one above 0, of needle, crowd"):
         Retrieval(200, kinds={"riddle": 1})

@@ -108,31 +108,36 @@ class Retrieval:
         self.length, self.count, self.seed, self.most = length, count, seed, continuations
 
     def episode(self, index: int) -> Episode:
-        """Episode number `index`. Raises ValueError if `length` is too small for its facts."""
-        rng = random.Random(f"{self.seed}:retrieval:{index}")
-        kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
-        if kind in ("span", "next"):
-            return self._read(kind, rng)
-        makers = {
-            "needle": self._needle,
-            "crowd": lambda rng: self._crowd(_FactMaker(rng)),
-            "codes": lambda rng: self._crowd(_FactMaker(rng, ("uuids", "uuids"))),
-            "values": self._values,
-            "chain": self._chain,
-        }
-        hidden = makers[kind](rng)
-        return Episode(self._hide(hidden, rng), hidden.continuations, kind)
+        """Episode number `index`, with fewer facts where not all of them fit. Raises UserError if not even one does."""
+        for most in range(self.most, 0, -1):
+            rng = random.Random(f"{self.seed}:retrieval:{index}")
+            kind = rng.choices(list(self.kinds), list(self.kinds.values()))[0]
+            if kind in ("span", "next"):
+                return self._read(kind, rng)
+            hidden = self._hidden(kind, most, rng)
+            context = self._context(hidden, rng)
+            if context is not None:
+                return Episode(context, hidden.continuations, kind)
+        raise UserError(f"length={self.length}: the facts of an episode take {self.count(' '.join(hidden.facts))}")
 
-    def _needle(self, rng: random.Random) -> Hidden:
+    def _hidden(self, kind: str, most: int, rng: random.Random) -> Hidden:
+        if kind == "needle":
+            return self._needle(most, rng)
+        if kind in ("crowd", "codes"):
+            return self._crowd(most, _FactMaker(rng, ("uuids", "uuids") if kind == "codes" else None))
+        return self._values(rng) if kind == "values" else self._chain(rng)
+
+    def _needle(self, most: int, rng: random.Random) -> Hidden:
         """Some facts with keys of their own."""
         make = _FactMaker(rng)
-        pairs = [make.pair() for _ in range(rng.randint(1, self.most + 1))]
-        asked = rng.sample(pairs, min(self.most, len(pairs)))
+        pairs = [make.pair() for _ in range(rng.randint(1, most + 1))]
+        asked = rng.sample(pairs, min(most, len(pairs)))
         return Hidden([make.say(*pair) for pair in pairs], [make.ask(*pair) for pair in asked])
 
-    def _crowd(self, make: "_FactMaker") -> Hidden:
+    @staticmethod
+    def _crowd(most: int, make: "_FactMaker") -> Hidden:
         """As many facts as fit."""
-        pairs = [make.pair() for _ in range(self.most)]
+        pairs = [make.pair() for _ in range(most)]
         return Hidden(
             [make.say(*pair) for pair in pairs], [make.ask(*pair) for pair in pairs], lambda: make.say(*make.pair())
         )
@@ -153,8 +158,8 @@ class Retrieval:
         links = [CHAIN_LINK.format(source=a, target=b) for a, b in zip([start, *names], names, strict=False)]
         return Hidden(links, [(CHAIN_QUESTION.format(source=start), f" {' '.join(names)}.")])
 
-    def _hide(self, hidden: Hidden, rng: random.Random) -> str:
-        """The facts, in their order, at random places of text that fills the context."""
+    def _context(self, hidden: Hidden, rng: random.Random) -> str | None:
+        """The facts, in their order, at random places of text that fills the context; None if they do not fit."""
         places = sorted(rng.random() for _ in hidden.facts)
         text = self._text(hidden, rng)
 
@@ -166,9 +171,7 @@ class Retrieval:
             return " ".join(told)
 
         units = largest_fitting(lambda n: self.count(context(n)), self.length)
-        if units is None:
-            raise UserError(f"length={self.length}: the facts of an episode take {self.count(context(0))}")
-        return context(units)
+        return None if units is None else context(units)
 
     def _text(self, hidden: Hidden, rng: random.Random) -> Callable[[int], list[str]]:
         """What surrounds the facts: any number of more facts, sentences of filler or words of docstrings."""
