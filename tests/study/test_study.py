@@ -8,6 +8,7 @@ import yaml
 from learnkv.config import CONFIGS, parse
 from learnkv.evaluation import runner
 from learnkv.evaluation.store import Store
+from learnkv.scorers import KVzip
 from learnkv.study.__main__ import main
 from learnkv.study.config import StudyConfig
 from learnkv.study.measure import differing
@@ -97,8 +98,10 @@ def test_the_shipped_study_names_every_variant_and_every_method():
 def test_the_text_protocol_fits_a_small_model():
     config, _ = parse(StudyConfig, ["config=text"], "study")
     ((keys, _),) = trainings(config).values()
-    assert (keys.mixture.retrieval, keys.mixture.text, keys.lengths) == (0, 1, (256, 384))
-    assert keys.lengths[1] + keys.continuation_tokens <= config.length < 512
+    assert (keys.mixture.retrieval, keys.mixture.text, keys.lengths) == (0, 1, (128, 192))
+    assert keys.lengths[1] + keys.continuation_tokens <= config.length
+    assert 2 * config.length * 3 / 4 + KVzip().repetition.overlap < 512  # the last quarter is continued
+    assert "kvzip" in config.baselines
     assert (config.tasks, config.samples.text, config.samples.judged) == ((), 100, 200)
 
 
