@@ -68,6 +68,10 @@ def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, mon
     ]
     assert Store(folder / "main" / "samples.jsonl").records.keys() == samples.keys()
 
+    # Without tasks it is the text alone.
+    assert main([*words, "tasks=[]", f"output={tmp_path / 'text'}"]) == 0
+    assert set(json.loads((docs / "study.json").read_text())["rows"]) == {"text"}
+
 
 def test_what_is_missing_is_one_line(words, tmp_path, capsys):
     assert main([*words, "stages=measure"]) == 2

@@ -136,7 +136,7 @@ class Comparisons:
         runner.run(self.model, families, jobs, store, keys.batch_size)
 
     def _load(self, paths: Iterable[str]) -> dict[str, Policy]:
-        return load_policies(self.config.comparison(ckpt=tuple(paths)), self.model)
+        return load_policies(self.config.comparison(ckpt=tuple(paths), tasks=("text",)), self.model)
 
     def _held_out(self, file: str) -> Path:
         """Text of every Python that nothing is trained on, as a file."""
