@@ -39,7 +39,7 @@ def words(model_folder, text_file, tmp_path, monkeypatch) -> list[str]:
         "learned": str(tmp_path / "learned.yaml"),
         "single": [str(tmp_path / "learned-only.yaml")],
         "baselines": ["snapkv", "knorm", "random"],
-        "training": [f"text={text_file}"],
+        "training_text": [str(text_file)],
         "text": str(text_file),
         "model": str(model_folder),
         "tasks": ["niah_single_1", "vt"],

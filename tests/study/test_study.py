@@ -102,7 +102,7 @@ def test_the_shipped_study_names_every_variant_and_every_method():
 def test_the_text_protocol_fits_a_small_model():
     config, _ = parse(StudyConfig, ["config=text"], "study")
     ((keys, _),) = trainings(config).values()
-    assert (keys.mixture.retrieval, keys.mixture.text, keys.lengths) == (0, 1, (128, 192))
+    assert (keys.mixture.retrieval, keys.mixture.text, keys.lengths) == (0, 2, (128, 192))
     assert keys.lengths[1] + keys.continuation_tokens <= config.length
     assert 2 * config.length * 3 / 4 + KVzip().repetition.overlap < 512  # the last quarter is continued
     assert "kvzip" in config.baselines

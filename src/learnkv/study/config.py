@@ -45,6 +45,7 @@ class StudyConfig:
         baselines: the other methods: names in configs/policies, or paths.
         trained: those of them whose weights were trained; bars are set by the rest, and these named beside them.
         training: more words for every training, such as trainer.max_steps=100.
+        training_text: files of text to train on, none of the held-out; docstrings of the standard library if not given.
         records: folders of earlier comparisons whose samples are used wherever they apply.
         model: hub id, folder, or `reference`.
         dtype: auto, float32, bfloat16 or float16.
@@ -76,6 +77,7 @@ class StudyConfig:
     baselines: tuple[str, ...] = ("snapkv",)
     trained: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
+    training_text: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
     model: str = "reference"
     dtype: str = "auto"

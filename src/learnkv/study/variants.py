@@ -16,10 +16,11 @@ from learnkv.training.config import TrainConfig
 def trainings(config: StudyConfig) -> dict[str, tuple[TrainConfig, str]]:
     """Keys and resolved YAML of every training, by name; each has a folder of its own."""
     found = {}
+    text = [f"text={','.join(config.training_text)}"] if config.training_text else []
     for variant in config.variants:
         name = name_of(variant)
         words = [f"config={variant}", f"model={config.model}", f"output={config.folder / 'train' / name}"]
-        found[name] = parse(TrainConfig, [*words, *config.training], "train")
+        found[name] = parse(TrainConfig, [*words, *text, *config.training], "train")
     return found
 
 
