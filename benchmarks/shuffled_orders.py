@@ -94,7 +94,9 @@ def _pm(one: Estimate, sign: str = "") -> str:
     return f"{one.mean:{sign}.4f} ± {one.stderr:.4f}"
 
 
-def measure(policies: Mapping[str, Policy], config: EvalConfig, model: object, tokenizer: object, folder: Path) -> list:
+def measure(
+    policies: Mapping[str, Policy], config: EvalConfig, model: object, tokenizer: object, folder: Path
+) -> list[Record]:
     """What every policy loses on every window."""
     families = tasks.load(config, tokenizer, None)
     jobs = runner.jobs_of(model, policies, [Budget(keep=keep) for keep in KEEPS])
@@ -135,12 +137,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "to it when the heads of one layer keep as many entries as before, drawn at random. ± is one standard error.",
         "",
     ]
-    scorer = policies["learned"].scorer if "learned" in policies else None
     for keep in KEEPS:
         lines += [*table(records, names, layers, keep), ""]
-    if isinstance(scorer, LearnedScorer) and scorer.sampling_growth is not None:
-        lines += ["Scale of the noise that each head of `learned` has learned, beside 0.3 at the start:", ""]
-        lines += scales(scorer)
+    scorer = policies["learned"].scorer
+    assert isinstance(scorer, LearnedScorer)
+    start = f"{scorer.sampling:g} at the start"
+    lines += [f"Scale of the noise that each head of `learned` has learned, beside {start}:", "", *scales(scorer)]
     asked.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print("\n".join(lines))
 
