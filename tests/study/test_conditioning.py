@@ -18,14 +18,28 @@ def policy():
     return Policy(SnapKV(window=16), randomised(allocator))
 
 
-def test_each_prompt_gets_the_budgets_of_the_next(policy):
+def prompts_of(ids):
+    return [Prompt("vt", 64, "query_agnostic", at, row.tolist(), [1]) for at, row in enumerate(ids)]
+
+
+def test_each_prompt_gets_the_budgets_of_another(policy):
     """Two prompts of one length: as if they had changed places, and budgets come from nothing but features."""
     model, ids = attached("llama"), tokens(2, 64)
     cache, swapped = (prefill(model, prompts, policies=[policy]) for prompts in (ids, ids.flip(0)))
+    features = conditioning.features_of(model, policy, prompts_of(ids))
+    assert features.shape == (2, 3, 2, 3)
     with torch.no_grad():
-        own, strange = (one.plan(cache, keep=0.25) for one in (policy, conditioning.shuffled(policy)))
+        own, same, strange, mean = (
+            one.plan(cache, keep=0.25)
+            for one in (
+                policy,
+                conditioning.shuffled(policy, features),
+                conditioning.shuffled(policy, features.flip(0)),
+                conditioning.shuffled(policy, features.mean(0, keepdim=True)),
+            )
+        )
         other = policy.plan(swapped, keep=0.25)
-        mean = conditioning.shuffled(policy, "mean").plan(cache, keep=0.25)
+    assert torch.equal(own.budgets, same.budgets)
     assert not torch.equal(own.budgets, strange.budgets)
     assert torch.equal(strange.budgets, other.budgets)
     assert torch.equal(mean.budgets[:, 0], mean.budgets[:, 1])
@@ -35,10 +49,11 @@ def test_each_prompt_gets_the_budgets_of_the_next(policy):
 
 def test_what_own_features_change_is_counted_by_prompt(policy):
     model, ids = attached("llama"), tokens(3, 64)
-    prompts = [Prompt("vt", 64, "query_agnostic", at, row.tolist(), [1]) for at, row in enumerate(ids)]
+    prompts = prompts_of(ids)
+    mean = conditioning.features_of(model, policy, prompts).mean(0, keepdim=True)
     found = conditioning.changes(model, policy, prompts, (0.5, 0.25))
     cache = prefill(model, ids, policies=[policy])
-    ours, theirs = (one.compress(cache.fork(), keep=0.25) for one in (policy, conditioning.shuffled(policy, "mean")))
+    ours, theirs = (one.compress(cache.fork(), keep=0.25) for one in (policy, conditioning.shuffled(policy, mean)))
     for row in range(3):
         kept, plain = (
             {
@@ -56,7 +71,11 @@ def test_what_own_features_change_is_counted_by_prompt(policy):
 
 def test_the_digest_of_strange_features_is_another_one(policy):
     """Samples of both are stored side by side, and none is taken for the other."""
-    assert conditioning.shuffled(policy).spec() != policy.spec()
+    one, other = (conditioning.shuffled(policy, torch.full((2, 3, 2, 3), value)) for value in (0.0, 0.5))
+    assert one.spec() != policy.spec()
+    assert not all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     assert conditioning.conditioned(policy)
     assert not conditioning.conditioned(Policy(SnapKV(), LearnedAllocator(Uniform(), 3, 2)))
     assert not conditioning.conditioned(Policy(SnapKV()))

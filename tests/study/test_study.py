@@ -120,6 +120,8 @@ def test_variants_share_the_recipe_and_differ_in_what_they_are_named_for():
             "learned-only-0.05": {"keep", "students"},
             "learned-text": {"mixture"},
             "learned-short": {"lengths"},
+            "learned-without-niah": {"hold_out"},
+            "learned-without-vt": {"hold_out"},
         },
     )
     shares = {f"learned-{name}": {"budget_lr"} for name in ("layer", "head", "both", "conditioned")}

@@ -44,6 +44,7 @@ def lines(found: Evidence) -> Iterator[Line]:
     for name, keep in found.single.items():
         yield serves_all_budgets(found.judged, name, agnostic, keep)
     yield from conditioning_counts(found)
+    yield from families_held_out(found)
     yield from generalises(found)
     yield logs_and_draws(found)
 
@@ -76,13 +77,14 @@ def beats_all(judged: str, scores: Scores, keep: float) -> Line:
 
 
 def is_among_the_best(judged: str, scores: Scores, keep: float) -> Line:
-    """At or above the best method without training, within one paired standard error."""
-    about = f"query-aware, keep {keep:g}: at or above the best method without training"
+    """At or above the best method, trained or not, within one paired standard error."""
+    about = f"query-aware, keep {keep:g}: at or above the best method"
     if (judged, keep) not in scores.cells or not scores.rivals(keep):
         return Line(about, "within 1 SE", "", "not measured")
     rival, apart = scores.nearest(judged, keep)
     told = f"{_pm(apart, '+')} over {rival}{_beside_trained(judged, scores, keep)}"
-    return Line(about, "within 1 SE", told, _met(apart.mean >= -_error(apart)))
+    every = [scores.minus(judged, other, keep) for other in scores.others(keep)]
+    return Line(about, "within 1 SE", told, _met(all(one.mean >= -_error(one) for one in every)))
 
 
 def loses_less_text(judged: str, text: Scores | None, keep: float, bar: float) -> Line:
@@ -124,6 +126,32 @@ def conditioning_counts(found: Evidence) -> Iterator[Line]:
         told = ", ".join(f"{_pm(one, '+')} at {keep:g}" for keep, one in apart.items())
         below = any(_above(Estimate(-one.mean, one.stderr, one.n)) for one in apart.values())
         yield Line(about, limit, told, _met(any(map(_above, apart.values())) and not below))
+
+
+def families_held_out(found: Evidence) -> Iterator[Line]:
+    """Every task by the policy that saw nothing of its family in training, beside the full cache and the rival."""
+    agnostic = found.settings.get("query_agnostic")
+    if agnostic is None or not found.held_out:
+        return
+    together = "held out"
+    own = [
+        {**record, "policy": together}
+        for record in agnostic.records
+        for family in found.held_out.get(record["policy"], ())
+        if record["task"] == family or record["task"].startswith(f"{family}_")
+    ]
+    tasks = {record["task"] for record in own}
+    scores = Scores([*own, *(one for one in agnostic.records if one["task"] in tasks)], 0.0, trained=agnostic.trained)
+    for keep in agnostic.keeps:
+        about = f"no episode of a task's family in training ({', '.join(found.held_out)}), keep {keep:g}: beside full"
+        limit = f"≥ {RETAINED[keep]:g} %" if keep in RETAINED else "reported"
+        if (together, keep) not in scores.cells or (RIVAL, keep) not in scores.cells:
+            yield Line(about, limit, "", "not measured")
+            continue
+        own_part = scores.retained(together, keep)
+        told = f"{_pm(own_part)} % of {len(tasks)} tasks; {_pm(scores.minus(together, RIVAL, keep), '+')} over {RIVAL}"
+        verdict: Verdict = _met(own_part.mean >= RETAINED[keep]) if keep in RETAINED else "reported"
+        yield Line(about, limit, told, verdict)
 
 
 def generalises(found: Evidence) -> Iterator[Line]:

@@ -15,28 +15,52 @@ from learnkv.plan import changed
 from learnkv.policy import Policy
 
 TOGETHER = 16
-"""Prompts that share a mean."""
+"""Prompts that are read at once."""
 
 
 class Strange(Allocator):
-    """Budgets of `base`, which sees features of other prompts of the batch.
+    """Budgets of `base`, which sees features of other prompts: those of row i of a batch are `others[i % N]`.
 
     Args:
         base: an allocator whose features begin with those that condition it.
-        of: `next`, those of the next prompt, or `mean`, the mean over the batch, the same for every prompt.
+        others: how many prompts N there are to take features from; `others` [N, L, H, F] is to be filled with them.
     """
 
-    def __init__(self, base: Allocator, of: str) -> None:
+    others: Tensor
+
+    def __init__(self, base: Allocator, others: int = 1) -> None:
         super().__init__()
-        self.base, self.of = base, of
+        self.base = base
+        self.static, self.window = base.static, base.window
+        self.register_buffer("others", torch.zeros(others, 0, 0, 0))
+
+    def features(self, seen: Observation) -> Tensor | None:
+        found = self.base.features(seen)
+        assert found is not None
+        rows = torch.arange(len(found), device=found.device) % len(self.others)
+        other = self.others[:, seen.layer_idx].to(found.device)[rows]
+        return torch.cat([other, found[..., other.shape[-1] :]], -1)
+
+    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
+        return self.split(scores, features, budget, None)
+
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Start | None) -> Tensor:
+        return self.base.split(scores, features, budget, start)
+
+
+class _Listening(Allocator):
+    """`base`, and what it was told of every layer of every batch."""
+
+    def __init__(self, base: Allocator) -> None:
+        super().__init__()
+        self.base, self.heard = base, list[Tensor]()
         self.static, self.window = base.static, base.window
 
     def features(self, seen: Observation) -> Tensor | None:
         found = self.base.features(seen)
         assert found is not None
-        own, theirs = found[..., : Conditioner.FEATURES], found[..., Conditioner.FEATURES :]
-        other = own.roll(1, 0) if self.of == "next" else own.mean(0, keepdim=True).expand_as(own)
-        return torch.cat([other, theirs], -1)
+        self.heard.append(found)
+        return found
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         return self.split(scores, features, budget, None)
@@ -50,22 +74,45 @@ def conditioned(policy: Policy) -> bool:
     return bool(getattr(policy.allocator, "conditioned", False))
 
 
-def shuffled(policy: Policy, of: str = "next") -> Policy:
-    """The policy with features of other prompts."""
-    twin = Policy(policy.scorer, Strange(policy.allocator, of), policy.sinks, policy.recent)
-    twin.adapter = policy.adapter
-    return twin
+@torch.no_grad()
+def features_of(model: Any, policy: Policy, prompts: Sequence[Prompt]) -> Tensor:
+    """What a conditioned policy's budgets depend on, [N, L, H, F] of N prompts."""
+    listening = _Listening(policy.allocator)
+    twin, found = _with(policy, listening), []
+    for begin in range(0, len(prompts), TOGETHER):
+        cache = _read(model, twin, prompts[begin : begin + TOGETHER])
+        listening.heard.clear()
+        twin.plan(cache, keep=0.5)
+        found.append(torch.stack(listening.heard, 1))
+    return torch.cat(found)[..., : Conditioner.FEATURES]
+
+
+def shuffled(policy: Policy, features: Tensor) -> Policy:
+    """The policy with features [N, L, H, F] of other prompts, in turn."""
+    strange = Strange(policy.allocator, len(features))
+    strange.others = features
+    return _with(policy, strange)
 
 
 @torch.no_grad()
 def changes(model: Any, policy: Policy, prompts: Sequence[Prompt], keeps: Sequence[float]) -> dict[str, list[float]]:
-    """By kept fraction, and for each prompt: the fraction of what is kept that mean features would not keep."""
-    static = shuffled(policy, "mean")
+    """By kept fraction, and for each prompt: the fraction of what is kept that their mean features would not keep."""
+    static = shuffled(policy, features_of(model, policy, prompts).mean(0, keepdim=True))
     found: dict[str, list[float]] = {f"{keep:g}": [] for keep in keeps}
     for begin in range(0, len(prompts), TOGETHER):
-        ids, mask = pad([prompt.read for prompt in prompts[begin : begin + TOGETHER]], "left", model.device)
-        cache = prefill(model, ids, mask, window=0, policies=[policy])
+        cache = _read(model, policy, prompts[begin : begin + TOGETHER])
         for keep in keeps:
             both = (one.plan(cache, keep=keep) for one in (policy, static))
             found[f"{keep:g}"] += changed(*both).tolist()
     return found
+
+
+def _with(policy: Policy, allocator: Allocator) -> Policy:
+    twin = Policy(policy.scorer, allocator, policy.sinks, policy.recent)
+    twin.adapter = policy.adapter
+    return twin
+
+
+def _read(model: Any, policy: Policy, prompts: Sequence[Prompt]) -> Any:
+    ids, mask = pad([prompt.read for prompt in prompts], "left", model.device)
+    return prefill(model, ids, mask, window=0, policies=[policy])

@@ -41,6 +41,7 @@ class StudyConfig:
         objectives: training YAMLs of other objectives.
         single: training YAMLs with one kept fraction each.
         unseen: training YAML of a policy that never saw a retrieval task.
+        held_out: training YAMLs with `hold_out`; each is judged on the tasks of the families that it never saw.
         shorter: training YAML of a policy trained on shorter prompts, compared at the longer ones.
         baselines: the other methods: names in configs/policies, or paths.
         trained: those of them whose weights were trained; bars are set by the rest, and these named beside them.
@@ -73,6 +74,7 @@ class StudyConfig:
     objectives: tuple[str, ...] = ()
     single: tuple[str, ...] = ()
     unseen: str | None = None
+    held_out: tuple[str, ...] = ()
     shorter: str | None = None
     baselines: tuple[str, ...] = ("snapkv",)
     trained: tuple[str, ...] = ()
@@ -117,7 +119,7 @@ class StudyConfig:
     def variants(self) -> list[str]:
         """Every training YAML, the one that is judged first."""
         others = [one for one in (self.unseen, self.shorter) if one is not None]
-        return [self.learned, *self.ablations, *self.objectives, *self.single, *others]
+        return [self.learned, *self.ablations, *self.objectives, *self.single, *others, *self.held_out]
 
     @property
     def folder(self) -> Path:

@@ -35,6 +35,8 @@ class Evidence:
     """Policies trained for one kept fraction, and which."""
     unseen: str | None = None
     """A policy that never saw a retrieval task."""
+    held_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Policies that never saw some families of tasks, and which."""
     runs: Mapping[str, Path] = field(default_factory=dict)
     """Folders of trainings."""
 
@@ -60,6 +62,7 @@ def gather(config: StudyConfig) -> Evidence:
         changed=json.loads(changed.read_text(encoding="utf-8")) if changed.is_file() else {},
         single={name: facts(runs[name])["keep"][0] for name in map(name_of, config.single) if name in runs},
         unseen=None if config.unseen is None else name_of(config.unseen),
+        held_out={name: facts(runs[name])["hold_out"] for name in map(name_of, config.held_out) if name in runs},
         runs=runs,
     )
 

@@ -105,7 +105,7 @@ class Comparisons:
             self._measure(f"length-{length}", {**policies, **shorter}, keys)
 
     def _conditioning(self) -> None:
-        """The policies whose budgets depend on the prompt, with the features of another prompt."""
+        """The policies whose budgets depend on the prompt, with features of one prompt of each task in turn."""
         config = self.config
         agnostic: dict[str, Any] = {"setting": ("query_agnostic",)}
         asked = {name: self.learned[name] for name in map(name_of, (config.learned, *config.ablations))}
@@ -113,10 +113,14 @@ class Comparisons:
         if not own:
             return
         self.earlier += samples(config.folder / MAIN)  # the full cache's
-        strange = {f"{name}-shuffled": conditioning.shuffled(policy) for name, policy in own.items()}
-        self._measure(SHUFFLED, strange, config.comparison(samples=config.samples.ablations, **agnostic))
         families = tasks.load(config.comparison(samples=2, **agnostic), self.tokenizer, self.context)
         prompts = [prompt for family in families for prompt in family.prompts]
+        each = [family.prompts[0] for family in families]
+        strange = {
+            f"{name}-shuffled": conditioning.shuffled(policy, conditioning.features_of(self.model, policy, each))
+            for name, policy in own.items()
+        }
+        self._measure(SHUFFLED, strange, config.comparison(samples=config.samples.ablations, **agnostic))
         found = {name: conditioning.changes(self.model, policy, prompts, config.keep) for name, policy in own.items()}
         with replacing(config.folder / SHUFFLED / "changed.json") as part:
             part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

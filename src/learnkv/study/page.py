@@ -1,5 +1,6 @@
 """What a person reads of a study: study.md."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +15,7 @@ from learnkv.study.variants import facts
 from learnkv.training.validation import VALIDATION_KEEPS
 
 FINDINGS = "study_findings.md"
-COMMAND = "python -m learnkv.study config=study"
+COMMAND = "python -m learnkv.study"
 
 
 def page(
@@ -23,11 +24,13 @@ def page(
     """Lines of the page; `pictures` lie beside it."""
     yield "# What learning is worth"
     yield ""
-    yield f"Written by `{COMMAND}` at commit {commit}, model `{config.model}`. `{found.judged}` is the policy that is"
-    yield "judged; the other `learned-…` are its variants. The evaluation's wording, its words, numbers and codes (one"
-    yield "split of `learnkv.data.words`), its haystacks and held-out text are in no training; its prompts are drawn"
-    yield f"with seed {config.seed}. Trainings with retrieval have facts and chains to find, too, told in other words"
-    yield f"(`learnkv.data.retrieval`){f'; {found.unseen} has none of it' if found.unseen else ''}."
+    yield f"Written by `{COMMAND}`, with the keys that study.json has, at commit {commit}, model `{config.model}`."
+    yield f"`{found.judged}` is the policy that is judged; the other `learned-…` are its variants."
+    yield ""
+    yield "Disjoint from every training: the evaluation's wording, its words, numbers and codes (one split of"
+    yield f"`learnkv.data.words`), its haystacks, held-out text, and its prompts, drawn with seed {config.seed}."
+    yield "Families of tasks are disjoint only where that is said: trainings with retrieval have facts and chains to"
+    yield f"find, told in other words (`learnkv.data.retrieval`){''.join(_without(found))}."
     yield ""
     if (Path(config.out) / FINDINGS).is_file():
         yield f"What was learned from it: [{FINDINGS}]({FINDINGS})."
@@ -40,7 +43,7 @@ def page(
     for setting, scores in found.settings.items():
         yield from _setting(found, setting, scores, config)
     if found.text is not None:
-        yield from _text(found, found.text)
+        yield from _text(found.text, config.text or "docstrings that nothing is trained on")
     for name, scores in found.elsewhere.items():
         yield f"## Elsewhere: {name}"
         yield ""
@@ -52,6 +55,14 @@ def page(
         yield "## Pictures"
         yield ""
         yield from (f"![{name}]({name})" for name in pictures)
+
+
+def _without(found: Evidence) -> Iterator[str]:
+    """Which policies saw less of what they are asked."""
+    if found.unseen is not None:
+        yield f"; {found.unseen} has none of it"
+    for name, families in found.held_out.items():
+        yield f"; {name} has none of {', '.join(families)}"
 
 
 def _setting(found: Evidence, setting: str, scores: Scores, config: StudyConfig) -> Iterator[str]:
@@ -73,9 +84,8 @@ def _setting(found: Evidence, setting: str, scores: Scores, config: StudyConfig)
     )
 
 
-def _text(found: Evidence, text: Scores) -> Iterator[str]:
-    windows = len(text.full)
-    yield f"## Held-out text, {windows} windows: KL to the full cache in nats per token"
+def _text(text: Scores, source: str) -> Iterator[str]:
+    yield f"## Held-out text, {len(text.full)} windows of {source}: KL to the full cache in nats per token"
     yield ""
     yield from table(
         ["policy", *(f"keep {keep:g}" for keep in text.keeps)],
@@ -91,9 +101,11 @@ def _comparison(scores: Scores, names: Iterable[str]) -> Iterator[str]:
     yield ""
     body = []
     for name in names:
-        counts = sorted({scores.of(name, keep).n for keep in scores.keeps if (name, keep) in scores.cells})
-        body.append([name, str(counts[-1]), *(_full_cell(scores, name, keep) for keep in scores.keeps)])
-    yield from table(["policy", "prompts", *(f"keep {keep:g}" for keep in scores.keeps)], body)
+        cells = [scores.cells[name, keep] for keep in scores.keeps if (name, keep) in scores.cells]
+        counts = sorted({count for cell in cells for count in Counter(one["task"] for one in cell).values()})
+        prompts = f"{counts[0]}-{counts[-1]}" if counts[1:] else str(counts[0])
+        body.append([name, prompts, *(_full_cell(scores, name, keep) for keep in scores.keeps)])
+    yield from table(["policy", "prompts per task", *(f"keep {keep:g}" for keep in scores.keeps)], body)
 
 
 def _counted(scores: Scores) -> Iterator[str]:
