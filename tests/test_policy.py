@@ -1,6 +1,7 @@
 """What policies spend, protect and learn from."""
 
 import math
+from collections.abc import Sequence
 
 import models
 import pytest
@@ -32,7 +33,19 @@ from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Observation
 from learnkv.ops.gated_attention import gated_attention
-from learnkv.scorers import GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
+from learnkv.scorers import (
+    CAKE,
+    H2O,
+    ExpectedAttention,
+    GateScorer,
+    HiddenScorer,
+    KeyDiff,
+    LAVa,
+    LearnedScorer,
+    ReSTKV,
+    Scorer,
+    SnapKV,
+)
 
 every_policy = pytest.mark.parametrize("name", HEURISTICS + LEARNED)
 LAYERS, HEADS = 3, 2  # of the tiny Llama
@@ -139,10 +152,19 @@ def test_at_its_start_a_causal_policy_keeps_what_the_heuristic_keeps(base, condi
     check_start(base, "keys", LearnedCausalAllocator(base(), LAYERS, HEADS, conditioned=conditioned))
 
 
-def check_start(base, tokenwise: str, allocator: Allocator) -> None:
-    learned = Policy(START[tokenwise](SnapKV()) if tokenwise in START else SnapKV(), allocator)
-    heuristic, whole = Policy(SnapKV(), base()), read(137, 60, 97, seed=3)
-    for keep in KEEPS:
+@pytest.mark.parametrize("tokenwise", START)
+@pytest.mark.parametrize("scorer", [ExpectedAttention, KeyDiff, H2O, LAVa, CAKE, ReSTKV])
+def test_at_its_start_a_learned_policy_keeps_what_any_scorer_keeps(scorer, tokenwise):
+    allocator = LearnedAllocator(AdaKV(), LAYERS, HEADS, by="scores")
+    check_start(AdaKV, tokenwise, allocator, scorer, KEEPS[::5])
+
+
+def check_start(base, tokenwise: str, allocator: Allocator, scorer=SnapKV, keeps: Sequence[float] = KEEPS) -> None:
+    learned = Policy(START[tokenwise](scorer()) if tokenwise in START else scorer(), allocator)
+    heuristic = Policy(scorer(), base())
+    prompts = padded([tokens(1, length, seed=3)[0] for length in (137, 60, 97)])
+    whole = prefill(attached("llama"), *prompts, policies=[learned, heuristic])
+    for keep in keeps:
         ours, theirs = (policy.compress(whole.fork(), keep=keep) for policy in (learned, heuristic))
         assert torch.equal(ours.budgets, theirs.budgets)
         assert [kept(ours, row) for row in range(3)] == [kept(theirs, row) for row in range(3)]

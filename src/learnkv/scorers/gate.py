@@ -19,7 +19,7 @@ class GateScorer(Residual):
     and b start at zero.
 
     Args:
-        base: the heuristic to start from.
+        base: the heuristic to start from; `Residual` says which are refused.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         hidden_size: E of the model.

@@ -22,7 +22,7 @@ class HiddenScorer(Residual):
     them: base `Constant`. The last layer starts at zero.
 
     Args:
-        base: the heuristic to start from.
+        base: the heuristic to start from; `Residual` says which are refused.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         head_dim: D of the model.

@@ -36,7 +36,8 @@ class Residual(Scorer):
     that starts from nothing has `Constant` for its base.
 
     Args:
-        base: the heuristic to start from.
+        base: the heuristic to start from: any whose scores alone decide. One that orders within each head by how much
+            that head keeps (`CriticalKV`, a `LearnedScorer` with `sampling`) is refused.
         num_layers, num_heads: the model's.
     """
 
