@@ -80,6 +80,6 @@ class Residual(Scorer):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """The same directions with mean square 1, float32."""
+    """The same directions with mean square 1, float32 [..., F] from vectors [..., F]; zeros stay zeros."""
     vectors = vectors.float()
     return vectors * vectors.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
