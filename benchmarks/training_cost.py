@@ -2,7 +2,8 @@
 
 Counted where PyTorch dispatches them: products of matrices and attention, a causal one by the pairs that it reads. On
 the reference model a step is made; at the sizes of Llama-3.1-8B one layer reads a prompt and plans on the meta device,
-and the continuations are computed from the formula that `tests/bench/test_training_cost.py` compares with a count.
+and the continuations are computed from the formula that `tests/bench/test_training_cost.py` compares with a count. A
+step of the first stage of `config=learned`, which reads no continuation but has the prompt repeated, is counted too.
 """
 
 import dataclasses
@@ -40,17 +41,24 @@ def main(argv: list[str] | None = None) -> Part:
         for prompt in () if asked.dry_run else (8192, 32768, 131072):
             found = computed(layer, policy(layer), prompt, 256, LLAMA_8B.layers)
             part.add(kernel="training step, computed", model=LLAMA_8B.name, policy=name, **found)
+    for prompt in [256] if asked.dry_run else [512, 1024, 2048]:
+        found = regression(model, shipped(model), learned().objective, prompt)
+        part.add(kernel="regression step, counted", model="reference", policy="as shipped", **found)
     part.finish()
     return part
 
 
-def shipped(model: Any) -> Policy:
-    """What `config=learned` trains: entry scores that read hidden states, and budgets that follow them."""
+def learned() -> Any:
+    """`config=learned`."""
     from learnkv.config import parse
     from learnkv.training.config import TrainConfig
 
-    config, _ = parse(TrainConfig, ["config=learned"], "train")
-    return build_policy(sized(config.policy.spec(), describe_model(model)["shapes"])).to(model.device)
+    return parse(TrainConfig, ["config=learned"], "train")[0]
+
+
+def shipped(model: Any) -> Policy:
+    """What `config=learned` trains: entry scores that read hidden states, and budgets that follow them."""
+    return build_policy(sized(learned().policy.spec(), describe_model(model)["shapes"])).to(model.device)
 
 
 def on_snapkv(model: Any) -> Policy:
@@ -63,18 +71,33 @@ def on_snapkv(model: Any) -> Policy:
 
 def step(model: Any, policy: Policy, prompt: int, new: int) -> dict[str, Any]:
     """A step of `Distillation`, counted; `new` tokens in every continuation."""
+    ids, whole = _stepped(model, policy, None, prompt, new)
+    reading, planning, _ = _read(model, policy, ids)
+    return _told(prompt, new, whole, reading, planning)
+
+
+def regression(model: Any, policy: Policy, objective: Any, prompt: int) -> dict[str, Any]:
+    """The first step towards `objective`, counted, where that reads no continuation: scores of a slower scorer."""
+    assert not objective.at(0).reads
+    ids, whole = _stepped(model, policy, objective, prompt, 1)
+    reading, _, _ = _read(model, policy, ids)
+    return {"T": prompt, "prefill": reading, "step over prefill": whole / reading}
+
+
+def _stepped(model: Any, policy: Policy, objective: Any, prompt: int, new: int) -> tuple[torch.Tensor, float]:
+    """Ids of a prompt, and operations of a step that trains on it."""
     from learnkv.training.data import Batch
     from learnkv.training.module import Distillation
 
-    module = Distillation(model, policy, steps=10, keep=KEEPS, students=len(KEEPS), draw="sandwich")
+    module = Distillation(
+        model, policy, steps=10, keep=KEEPS, students=len(KEEPS), draw="sandwich", objective=objective
+    )
     module.keeps = lambda index: list(KEEPS)  # type: ignore[method-assign]
     module.log = lambda *args, **keys: None  # type: ignore[method-assign, assignment]
     ids, said = torch.randint(3, 100, (1, prompt)), torch.randint(3, 100, (CONTINUATIONS, new))
     ones = torch.ones_like(said)
     batch = Batch(0, ids, torch.ones_like(ids), said, ones, ones.bool())
-    whole = operations(lambda: module.training_step(batch, 0).backward())
-    reading, planning, _ = _read(model, policy, ids)
-    return _told(prompt, new, whole, reading, planning)
+    return ids, operations(lambda: module.training_step(batch, 0).backward())
 
 
 def computed(model: Any, policy: Policy, prompt: int, new: int, layers: int = 0) -> dict[str, Any]:

@@ -18,21 +18,12 @@ from models import (
 from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, load_policy, prefill
-from learnkv.allocators import (
-    AdaKV,
-    Allocator,
-    Flat,
-    LayerByLayer,
-    LearnedAllocator,
-    LearnedCausalAllocator,
-    Pyramid,
-    Uniform,
-)
+from learnkv.allocators import LearnedAllocator, LearnedCausalAllocator, Uniform
 from learnkv.errors import UserError
 from learnkv.layer import CompressedLayer
 from learnkv.observation import Observation
 from learnkv.ops.gated_attention import gated_attention
-from learnkv.scorers import GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
+from learnkv.scorers import Scorer, SnapKV
 
 every_policy = pytest.mark.parametrize("name", HEURISTICS + LEARNED)
 LAYERS, HEADS = 3, 2  # of the tiny Llama
@@ -104,48 +95,6 @@ def test_each_protection_is_optional(sinks, recent):
     for head in kept(small, 0):
         assert {*range(sinks), *range(40 - recent, 40)} <= set(head)
         assert len(set(head) & set(rest)) >= len(rest) - 1
-
-
-KEEPS = [0.02, 0.021, 0.03, 0.05, 0.0625, 0.08, 0.1, 0.123, 0.15, 0.2, 0.25, 0.29, 1 / 3, 0.4, 0.45, 0.5, 0.55, 0.6]
-
-
-START = {
-    "keys": lambda base: LearnedScorer(base, LAYERS, HEADS, 16),
-    "hidden": lambda base: HiddenScorer(base, LAYERS, HEADS, 16, 48),
-    "gate": lambda base: GateScorer(base, LAYERS, HEADS, 48),
-}
-BASES = {
-    "uniform": Uniform,
-    "pyramid": Pyramid,
-    "ada": AdaKV,
-    "both": lambda: AdaKV(Pyramid()),
-    "flat": Flat,
-}
-
-
-FORMS = [(form, by) for form in ("heads", "keys") for by in ("shares", "conditioned", "scores")]
-
-
-@pytest.mark.parametrize(("tokenwise", "by"), [*FORMS, ("hidden", "scores"), ("gate", "scores")])
-@pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-def test_at_its_start_a_learned_policy_keeps_what_the_heuristic_keeps(tokenwise, base, by):
-    follows = "scores" if by == "scores" else "shares"
-    check_start(base, tokenwise, LearnedAllocator(base(), LAYERS, HEADS, conditioned=by == "conditioned", by=follows))
-
-
-@pytest.mark.parametrize("base", [Uniform, Pyramid, lambda: LayerByLayer(Pyramid())], ids=["uniform", "pyramid", "ada"])
-@pytest.mark.parametrize("conditioned", [False, True], ids=["static", "conditioned"])
-def test_at_its_start_a_causal_policy_keeps_what_the_heuristic_keeps(base, conditioned):
-    check_start(base, "keys", LearnedCausalAllocator(base(), LAYERS, HEADS, conditioned=conditioned))
-
-
-def check_start(base, tokenwise: str, allocator: Allocator) -> None:
-    learned = Policy(START[tokenwise](SnapKV()) if tokenwise in START else SnapKV(), allocator)
-    heuristic, whole = Policy(SnapKV(), base()), read(137, 60, 97, seed=3)
-    for keep in KEEPS:
-        ours, theirs = (policy.compress(whole.fork(), keep=keep) for policy in (learned, heuristic))
-        assert torch.equal(ours.budgets, theirs.budgets)
-        assert [kept(ours, row) for row in range(3)] == [kept(theirs, row) for row in range(3)]
 
 
 @pytest.mark.parametrize("name", ["full", *HEURISTICS, *LEARNED])

@@ -5,6 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import training_cost
+from learnkv import Policy
+from learnkv.allocators import Uniform
+from learnkv.scorers import KVzip, LearnedScorer, SnapKV
+from learnkv.training.objectives import ScoreRegression
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +44,17 @@ def test_reading_a_prompt_is_counted_by_the_pairs_that_are_read(model):
     attention = layers * 4 * width * prompt * (prompt + 1) // 2
     found = training_cost.step(model, training_cost.on_snapkv(model), prompt, 8)["prefill"]
     assert found == 2 * linear * prompt + attention + 2 * 128 * hidden  # and one token's logits
+
+
+def test_a_regression_step_contains_the_second_reading_of_its_target(model):
+    layers, width, hidden, ffn, prompt = 2, 64, 256, 1024, 100
+    policy = Policy(LearnedScorer(SnapKV(window=8), layers, 2, 16), Uniform()).requires_grad_(True)
+    linear = layers * (hidden * (2 * width + 2 * width // 2) + 3 * hidden * ffn)
+    pairs = prompt * prompt + prompt * (prompt + 1) // 2
+    columns = 2 * prompt * prompt  # logits of the pass once more, which the fused attention does not hand out
+    again = 2 * linear * prompt + layers * width * (4 * pairs + 2 * columns) + 2 * 128 * hidden
+    ids = torch.randint(3, 100, (1, prompt))
+    reading, _, both = training_cost._read(model, policy, ids)
+    found = training_cost.regression(model, policy, ScoreRegression(KVzip(chunk=256)), prompt)
+    assert found["prefill"] == reading
+    assert found["step over prefill"] * reading == pytest.approx(reading + again + both, rel=1e-9)

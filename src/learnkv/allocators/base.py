@@ -92,10 +92,19 @@ class CausalAllocator(Allocator):
     causal = True
 
     @abstractmethod
-    def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor: ...
+    def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
+        """[L, B, H] int64 from scores [B, H, S] of any layer and the budget [B], as of `Allocator.prior`."""
 
     @abstractmethod
-    def layer(self, at: int, prior: Tensor, scores: Tensor, features: Tensor | None, before: Tensor) -> Tensor: ...
+    def layer(self, at: int, prior: Tensor, scores: Tensor, features: Tensor | None, before: Tensor) -> Tensor:
+        """[B, H] entries that layer `at` asks for, from what was read of it and of the layers before it.
+
+        Args:
+            prior: [L, B, H].
+            scores: [B, H, S] of this layer.
+            features: [at + 1, B, H, F] up to this layer, or None.
+            before: [at, B, H] entries that the layers before asked for.
+        """
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         prior = self.prior(scores[0], len(scores), budget)

@@ -77,6 +77,10 @@ class LearnedAllocator(Allocator):
 
     Whatever is learned starts at zero, where `fit` gives the heuristic's own integers back.
 
+    One ranking that decides how much each head gets is Ada-KV's idea (arXiv 2407.11550, within a layer), budgets that
+    differ between layers PyramidKV's (arXiv 2406.02069, a fixed progression); learning both by distillation, from a
+    heuristic on, is this project's own.
+
     Args:
         base: the heuristic allocation to start from; it is shown the heuristic's scores.
         num_layers: layers of the model; 0 until `train.py` fills in this and the next one.

@@ -19,6 +19,7 @@ class LearnedCausalAllocator(CausalAllocator):
     attention, that of the layers before it and how much these left, against what was expected, correct its own. Heads
     share what their layer gets by learned head importance, from the heuristic's split of it on. A layer takes no more
     than it can hold, and no less than what later ones cannot, so that the budget is spent exactly, with a gradient.
+    The construction is this project's own.
 
     Args:
         base: the heuristic to start from: static, or `LayerByLayer` for heads that follow their scores.

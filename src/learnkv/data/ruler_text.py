@@ -69,10 +69,12 @@ def chain_statements(value: str, names: list[str]) -> list[str]:
 
 
 def chain_question(value: str) -> str:
+    """Asks for all variables that `value` was copied to, directly or through others."""
     return f"\nWhich variables hold {value} in the end?"
 
 
 def chain_prefix(value: str, count: int) -> str:
+    """How the answer begins; `count` names follow it, in the order of the chain."""
     return f" These are the {count} variables, in order: copy {value} to"
 
 
@@ -96,8 +98,10 @@ DOCUMENTS_PREFIX = " In short, the answer is:"
 
 
 def document(number: int, text: str) -> str:
+    """One of the documents of a context, under its number."""
     return f"\nDocument {number}:\n{text}\n"
 
 
 def documents_question(question: str) -> str:
+    """What follows the documents: how to answer, and the question itself."""
     return f"\nAnswer from the documents above, in as few words as you can. Question: {question}"

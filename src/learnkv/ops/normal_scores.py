@@ -24,7 +24,11 @@ def normal_scores(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def unit_scale(scores: Tensor) -> Tensor:
-    """Scores whose size means the same in every head: learned ones as they are, a heuristic's as normal scores."""
+    """Scores [L, B, H, S] whose size means the same in every head.
+
+    Learned ones (that have a gradient) as they are; a heuristic's as normal scores of their ranks within each head,
+    infinite ones unchanged.
+    """
     if scores.requires_grad:
         return scores
     free = scores.isfinite()

@@ -83,7 +83,7 @@ class Scorer(Component, ABC):
         return scores
 
     def _builds_on(self, base: "Scorer") -> None:
-        """Ask for everything that `base` reads; one that ranks by a head's budget cannot be built on."""
+        """Ask for everything that `base` reads; UserError for one that ranks by a head's budget (`refines`)."""
         if base.refines:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window

@@ -14,12 +14,14 @@ class GateScorer(Residual):
     """A heuristic's scores plus how far a token's own low-rank key beats learned sinks when its own query looks.
 
     For each kv head q = norm(W_q x), k = norm(W_k x) in `rank` dimensions and sinks k_s: the correction is
-    scale * (q k / sqrt(rank) + b - log sum_s exp(q k_s / sqrt(rank))). The sigmoid of it is Fast KVzip's gate
-    (arXiv 2601.17668) with one query per kv head, in that method without a heuristic: base `Constant`. `scale`
-    and b start at zero.
+    scale * (q k / sqrt(rank) + b - log sum_s exp(q k_s / sqrt(rank))). `scale` and b start at zero.
+
+    Over `Constant`, the sigmoid of it has the form of Fast KVzip's gate (arXiv 2601.17668), which `FastKVzip` computes
+    as published: one query, with a bias, for every query head, the mean of their sigmoids, learned weights in both
+    norms, and no `scale`. Here a kv head has one query, norms have no weights, and hidden states have mean square 1.
 
     Args:
-        base: the heuristic to start from.
+        base: the heuristic to start from; `Residual` says which are refused.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         hidden_size: E of the model.

@@ -17,12 +17,13 @@ Read = Literal["hidden", "keys", "values"]
 class HiddenScorer(Residual):
     """A heuristic's scores plus one small network per layer that sees the token and answers for all kv heads.
 
-    KVzap (kvpress) reads hidden states, with a hidden layer of 512 units or none; Locret (arXiv 2410.01805) reads
-    queries, keys and values of all heads, which are projections of the same hidden states. Both have no heuristic under
-    them: base `Constant`. The last layer starts at zero.
+    KVzap (arXiv 2601.07891) and Locret (arXiv 2410.01805) have predictors of this form with no heuristic under them
+    (base `Constant`), yet not the same ones. KVzap reads hidden states as they are, where all that is read here has
+    mean square 1, with 512 hidden units or none, and evicts below a threshold instead of to a budget. Locret reads
+    queries beside keys and values, and has no biases. The last layer starts at zero.
 
     Args:
-        base: the heuristic to start from.
+        base: the heuristic to start from; `Residual` says which are refused.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         head_dim: D of the model.

@@ -29,7 +29,7 @@ class LearnedScorer(Residual):
     heuristic under it.
 
     Args:
-        base: the heuristic to start from.
+        base: the heuristic to start from; `Residual` says which are refused.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         head_dim: D of the model.
@@ -41,7 +41,7 @@ class LearnedScorer(Residual):
             each entry drawn in proportion to the exponential of its score (Kool et al., arXiv 1903.06059). Heads that
             average over the whole prompt want a sample: the entries of the highest scores are no fair part of the rest
             (MagicPIG, arXiv 2410.16179, samples for this reason). Heads that look something up want none. So every head
-            learns a scale.
+            learns a scale. With noise, what is kept at first is a sample by the heuristic's scores, not its best.
         hidden_size: E of the model.
     """
 

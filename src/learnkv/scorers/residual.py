@@ -36,7 +36,8 @@ class Residual(Scorer):
     that starts from nothing has `Constant` for its base.
 
     Args:
-        base: the heuristic to start from.
+        base: the heuristic to start from: any whose scores alone decide. One that orders within each head by how much
+            that head keeps (`CriticalKV`, a `LearnedScorer` with `sampling`) is refused.
         num_layers, num_heads: the model's.
     """
 
@@ -79,6 +80,6 @@ class Residual(Scorer):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """The same directions with mean square 1, float32."""
+    """The same directions with mean square 1, float32 [..., F] from vectors [..., F]; zeros stay zeros."""
     vectors = vectors.float()
     return vectors * vectors.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()

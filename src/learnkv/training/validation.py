@@ -48,8 +48,10 @@ def measure(
     """Compare what `policy` keeps of the prompts in `cache` with its heuristic and with its soft gates.
 
     Args:
+        cache: B prompts, complete, read for `policy`; it is left as it was.
+        keep: fraction of a prompt's entries that stays.
         temperature: of the soft top-k.
-        divergence: mean over the tokens that are read after a student's cache, which it uses up.
+        divergence: mean [] over the tokens that are read after a student's cache, which it uses up.
     """
     start = heuristic_of(policy)
     with torch.enable_grad():  # learned scores have a scale of their own, which their gradient tells relax
