@@ -87,6 +87,7 @@ def train(config: TrainConfig, resolved: str) -> None:
         objective=config.objective,
         draw=config.draw,
         temperature=config.temperature,
+        soft_steps=config.soft_steps,
         exploration=config.exploration,
         lr=config.lr,
         budget_lr=config.budget_lr,
