@@ -99,6 +99,11 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
     assert main([*words, "lr=0.1"]) == 2
     assert "another lr" in capsys.readouterr().err
     stored = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(stored.replace("soft_steps: 0\n", ""))  # of before there was this key
+    assert main([*words, "soft_steps=1"]) == 2
+    assert "another soft_steps" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "finished before" in capsys.readouterr().err
     (run / "config.yaml").unlink()
     assert main(words) == 2
     assert "without its config.yaml" in capsys.readouterr().err
