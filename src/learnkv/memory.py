@@ -2,7 +2,8 @@
 
 Takes the keys of `train.py`. A step is made on the meta device, with the longest context and the longest continuations,
 and what its tensors hold is counted; of the model only its `config.json` is read. Validation, what CUDA and libraries
-keep for themselves, and fragmentation come on top: leave a tenth.
+keep for themselves, and fragmentation come on top: leave a tenth. Steps through soft gates (`soft_steps`) are counted
+as the others are; with kernels they hold less.
 """
 
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def train(config: TrainConfig, resolved: str) -> None:
         objective=config.objective,
         draw=config.draw,
         temperature=config.temperature,
+        soft_steps=config.soft_steps,
         exploration=config.exploration,
         lr=config.lr,
         budget_lr=config.budget_lr,
@@ -149,8 +151,9 @@ def _read(checkpoint: Path) -> tuple[int, dict[str, Any]]:
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Keys in which two runs differ and must not."""
-    return [key for key in new if key not in MAY_CHANGE and old.get(key) != new[key]]
+    """Keys in which two runs differ and must not; a run that is older than a key has its default."""
+    default = {key.name: key.default for key in fields(TrainConfig)}
+    return [key for key in new if key not in MAY_CHANGE and old.get(key, default.get(key)) != new[key]]
 
 
 def _trainer(config: TrainConfig, output: Path, training: Mapping[str, Any], resumed_at: int) -> L.Trainer:

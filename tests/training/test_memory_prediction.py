@@ -11,7 +11,21 @@ from learnkv.training.config import TrainConfig
 from learnkv.training.live_bytes import LiveBytes
 from learnkv.training.module import Distillation
 
+AS_SHIPPED = """
+policy:
+  class_path: learnkv.Policy
+  init_args:
+    scorer:
+      class_path: learnkv.scorers.LearnedScorer
+      init_args: {base: {class_path: learnkv.scorers.Constant}, rank: 4, width: 4, window: 8, sampling: 0.3}
+    allocator:
+      class_path: learnkv.allocators.LearnedAllocator
+      init_args: {base: {class_path: learnkv.allocators.Uniform}, by: scores}
+"""
+"""The policy of `config=learned`, smaller."""
 
+
+@pytest.mark.parametrize("policy", ["on a heuristic", "as shipped"])
 @pytest.mark.parametrize(
     "typed",
     [
@@ -20,9 +34,11 @@ from learnkv.training.module import Distillation
         ["checkpointing=true", "chunk_size=50", "students=3", "batch_size=1"],
     ],
 )
-def test_the_prediction_is_what_a_step_holds(words, folder, typed, monkeypatch):
+def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_path):
     keys = {word.split("=")[0] for word in typed} | {"lengths", "keep_range"}
     words = [word for word in words if word.split("=")[0] not in keys]
+    if policy == "as shipped":
+        (tmp_path / "tiny.yaml").write_text(AS_SHIPPED)
     config, _ = parse(TrainConfig, [*words, *typed, "lengths=100,200", "keep=0.2"], "train")
     model = load_model(str(folder))[0]
     policy = build_policy(sized(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])

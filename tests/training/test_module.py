@@ -1,11 +1,14 @@
 """Distillation on a tiny model: where it starts, that it learns, what it draws, what it stores."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from learnkv import adapters
 from learnkv.adapters import Adapter
 from learnkv.allocators import LearnedAllocator, Uniform
+from learnkv.cache import CompressedCache
 from learnkv.errors import RunError, UserError
 from learnkv.generation import continuation, prefill, score_prompt
 from learnkv.models import load_model
@@ -41,6 +44,14 @@ def learned(scorer: bool = True) -> Policy:
     )
 
 
+def moved(number: int = 0) -> Policy:
+    """A policy that is not the heuristic any more."""
+    policy = learned()
+    for parameter in policy.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return policy
+
+
 def distillation(model, policy, **keys) -> Distillation:
     module = Distillation(model, policy, **{"steps": 30, "keep": (0.2,), "students": 1, **keys})
     module.log = lambda *args, **keys: None
@@ -57,29 +68,64 @@ def model(folder):
     return load_model(str(folder))[0]
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_the_loss_is_the_kl_of_the_deployed_policy(model, number):
-    """Hard forward: what is trained is what is shipped, at the start and anywhere else."""
-    policy, one = learned(), batch(number)
-    for parameter in policy.parameters():
-        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    loss = distillation(model, policy).training_step(one, 0)
+def mean_kl(model, one: Batch, held: Callable[[CompressedCache], CompressedCache]) -> float:
+    """Divergence from the full cache of what `held` makes of one; every row is read by itself, without padding."""
     kl = []
     for row in range(2):
         mask = one.prompt_mask[row].bool()
-        for said, length, counted in zip(
+        for ids, length, counted in zip(
             one.continuations.chunk(2)[row],
             one.continuation_mask.chunk(2)[row].sum(-1),
             one.counted.chunk(2)[row],
             strict=True,
         ):
             cache = prefill(model, one.prompts[row][mask][None])
-            ids = said[None, :length]
+            ids = ids[None, :length]
             full = continuation(model, ids, cache.fork())[0]
-            held = continuation(model, ids, policy.compress(cache.fork(), keep=0.2))[0]
-            kl.append(forward_kl(full, held)[counted[:length]].mean())
-    assert loss.item() == pytest.approx(torch.stack(kl).mean().item(), rel=1e-3)
+            part = continuation(model, ids, held(cache.fork()))[0]
+            kl.append(forward_kl(full, part)[counted[:length]].mean())
+    return torch.stack(kl).mean().item()
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_the_loss_is_the_kl_of_the_deployed_policy(model, number):
+    """Hard forward: what is trained is what is shipped, at the start and anywhere else."""
+    policy, one = moved(number), batch(number)
+    loss = distillation(model, policy).training_step(one, 0)
+    kl = mean_kl(model, one, lambda cache: policy.compress(cache, keep=0.2))
+    assert loss.item() == pytest.approx(kl, rel=1e-3)
     assert loss.item() > 1e-3
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(model, monkeypatch, every):
+    """Soft gates evict nothing later, either; they spend what is asked."""
+    policy, one, keep = moved(), batch(1), 0.2
+    cache = prefill(model, one.prompts, one.prompt_mask, policies=[policy])
+    student = policy.relax(cache, keep=keep, soft=True)
+    mass = sum(layer.gates.sum((1, 2)) for layer in student.compressed_layers()) / (2 * 2)
+    share = (mass / torch.tensor(cache.lengths)).detach()
+    assert share.tolist() == pytest.approx(student.spent, rel=1e-2)
+
+    def soft(cache: CompressedCache) -> CompressedCache:
+        return policy.relax(cache, keep=keep, soft=True)
+
+    expected = [mean_kl(model, one, soft), mean_kl(model, one, lambda cache: policy.compress(cache, keep=keep))]
+    policy.every = every
+    module, told, losses = distillation(model, policy, soft_steps=1), {}, []
+    module.log = lambda name, value, **keys: told.update({name: value})
+    for step in range(2):
+        monkeypatch.setattr(Distillation, "global_step", step)
+        loss = module.training_step(one, 0)
+        loss.backward()
+        losses.append(loss.item())
+        assert all(parameter.grad.abs().max() > 0 for parameter in policy.parameters())
+        policy.zero_grad()
+        assert told["train/spent_over_asked"] == pytest.approx(share.mean().item() / keep, rel=1e-2)
+    assert losses[0] == pytest.approx(expected[0], rel=1e-3)
+    assert abs(losses[0] - expected[1]) > 0.02 * expected[1]
+    assert abs(losses[1] - losses[0]) > 0.02 * losses[0]
+    assert (losses[1] == pytest.approx(expected[1], rel=1e-3)) == (every == 0)
 
 
 def test_training_lowers_the_kl_of_the_deployed_policy(model):
@@ -152,9 +198,7 @@ def test_the_temperature_falls_evenly_in_its_logarithm(model, monkeypatch):
     ],
 )
 def test_every_objective_trains_the_policy_and_is_a_mean_over_prompts(model, objective):
-    one, policy = batch(1), learned()
-    for parameter in policy.parameters():
-        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    one, policy = batch(1), moved(1)
     loss = distillation(model, policy, objective=objective).training_step(one, 0)
     loss.backward()
     touched = {name: parameter.grad.abs().max() > 0 for name, parameter in policy.named_parameters()}

@@ -14,6 +14,7 @@ import yaml
 import learnkv.eval
 import learnkv.export
 from learnkv.io import load_policy
+from learnkv.policy import Policy
 from learnkv.size import sized
 from learnkv.train import main
 from learnkv.training.checkpoints import Checkpoints
@@ -47,6 +48,7 @@ weights: context
 draw: sandwich
 students: 3
 temperature: [0.5, 0.2]
+soft_steps: 1
 exploration: 1.0
 lora: {rank: 2, targets: [q_proj, o_proj, down_proj], lr: 0.01}
 """
@@ -97,6 +99,11 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
     assert main([*words, "lr=0.1"]) == 2
     assert "another lr" in capsys.readouterr().err
     stored = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(stored.replace("soft_steps: 0\n", ""))  # of before there was this key
+    assert main([*words, "soft_steps=1"]) == 2
+    assert "another soft_steps" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "finished before" in capsys.readouterr().err
     (run / "config.yaml").unlink()
     assert main(words) == 2
     assert "without its config.yaml" in capsys.readouterr().err
@@ -198,6 +205,7 @@ def test_two_processes_equal_one_with_accumulation(words, objective, strategies,
         ("lengths=300,400", "context of 256"),
         ("lengths=90,60", "lengths=90,60"),
         ("chunk_size=0", "chunk_size=0"),
+        ("soft_steps=-1", "soft_steps=-1: expected 0 or more"),
         ("text=/no/such/file.txt", "no such file"),
         ("model=/no/such/folder", "model=/no/such/folder"),
         ("trainer.max_steps=0", "trainer.max_steps=0"),
@@ -221,6 +229,49 @@ def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):
     assert [line for line in said if not line.startswith("Loading weights")] == [said[-1]]
     assert said[-1].startswith("error: ")
     assert told in said[-1]
+
+
+DECODED = """
+policy:
+  init_args:
+    every: 4
+    decode:
+      class_path: learnkv.scorers.LearnedScorer
+      init_args: {base: {class_path: learnkv.scorers.SnapKV}}
+"""
+REGRESSED = """
+objective:
+  class_path: learnkv.training.objectives.Stages
+  init_args:
+    objectives:
+    - class_path: learnkv.training.objectives.ScoreRegression
+      init_args: {target: {class_path: learnkv.scorers.KVzip}}
+    - class_path: learnkv.training.objectives.ForwardKL
+    steps: [3]
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "told"),
+    [(DECODED, 2, "LearnedScorer as decode"), (REGRESSED, 3, "Stages reads no continuation")],
+)
+def test_soft_steps_that_teach_nothing_are_one_line(words, settings, steps, told, tmp_path, capsys):
+    (tmp_path / "soft.yaml").write_text(settings)
+    assert main([*words, f"config={tmp_path / 'soft.yaml'}", f"soft_steps={steps}"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith(f"error: soft_steps={steps}: expected 0")
+    assert told in said[-1]
+
+
+def test_optimiser_steps_are_soft_and_not_batches(words, monkeypatch):
+    soft, relax = [], Policy.relax
+    monkeypatch.setattr(
+        Policy, "relax", lambda self, *a, **k: soft.append(k.get("soft", False)) or relax(self, *a, **k)
+    )
+    typed = ["soft_steps=1", "validation_batches=1", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2"]
+    replaced = [word.split("=")[0] for word in typed]
+    assert main([*(word for word in words if word.split("=")[0] not in replaced), *typed]) == 0
+    assert soft[:8] == [True] * 4 + [False] * 4  # two students of each batch, then validation
 
 
 def test_no_arguments_is_one_line(capsys):

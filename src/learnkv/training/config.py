@@ -100,6 +100,9 @@ class TrainConfig:
         objective: what is minimised: a class of `learnkv.training.objectives`; forward KL if not given.
         weights: of tokens in it: `uniform`, or `context` for tokens that need the context to count more.
         temperature: of the soft top-k that gradients come from, at the first and at the last step.
+        soft_steps: optimiser steps at the beginning in which students read through soft gates, which evict nothing, not
+            even later (`every`), instead of what is deployed: a warm start; as many as `trainer.max_steps` for the
+            ablation. Steps of an objective that reads no continuation count, too.
         exploration: scale of Gumbel noise on the scores of one student per batch, in temperatures; 0: none.
         batch_size: contexts read at once.
         lr: peak learning rate of networks.
@@ -143,6 +146,7 @@ class TrainConfig:
     objective: Objective | None = None
     weights: Weighting = "uniform"
     temperature: tuple[float, float] = (TEMPERATURE, TEMPERATURE)
+    soft_steps: int = 0
     exploration: float = 0.0
     batch_size: int = 2
     lr: float = 5e-3
@@ -185,7 +189,7 @@ class TrainConfig:
             raise UserError(f"chunk_size={self.chunk_size}: expected at least 1 token")
         if self.continuation_tokens < 2:
             raise UserError(f"continuation_tokens={self.continuation_tokens}: expected at least 2")
-        for key in ("validation_batches", "validate_every", "workers"):
+        for key in ("soft_steps", "validation_batches", "validate_every", "workers"):
             if getattr(self, key) < 0:
                 raise UserError(f"{key}={getattr(self, key)}: expected 0 or more")
         weights = vars(self.mixture)
@@ -211,4 +215,20 @@ class TrainConfig:
         if self.policy is None:
             raise UserError(
                 "policy: expected a policy with something to train; config=text and config=quickstart have one"
+            )
+        if self.soft_steps:
+            self._check_soft_steps(self.policy)
+
+    def _check_soft_steps(self, policy: Policy) -> None:
+        """Raise where soft steps would pass without anybody reading softly, or with a part that learns nothing."""
+        steps = range(min(self.soft_steps, self.trainer.get("max_steps", self.soft_steps)))
+        if self.objective is not None and not any(self.objective.at(step).reads for step in steps):
+            raise UserError(
+                f"soft_steps={self.soft_steps}: expected 0 or more steps, as {type(self.objective).__name__} reads no "
+                "continuation in these"
+            )
+        if policy.decode is not None and any(True for _ in policy.decode.parameters()):
+            raise UserError(
+                f"soft_steps={self.soft_steps}: expected 0, as soft gates evict nothing while tokens are added and "
+                f"{type(policy.decode).__name__} as decode learns from that alone"
             )

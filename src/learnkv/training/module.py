@@ -37,7 +37,8 @@ class Distillation(L.LightningModule):
     """Trains `policy` so that the frozen model says after compression what it says with the full cache.
 
     A batch is read once, without gradients. Every student is a fork of that prompt in which attention computes the
-    deployed result; gradients pass through the tokens of the continuation to the masks of kept and evicted entries.
+    deployed result, after `soft_steps`; gradients pass through the tokens of the continuation to the masks of kept and
+    evicted entries.
 
     Args:
         model: frozen causal language model.
@@ -51,6 +52,7 @@ class Distillation(L.LightningModule):
         draw: of kept fractions: `spread`, one in each equal part of the range, or `sandwich`, always the lowest and the
             highest and at random between them. From a list, all at random, or its two ends and the others at random.
         temperature: of the soft top-k at the first and at the last step.
+        soft_steps: steps at the beginning in which students attend to every entry as much as its soft gate says.
         exploration: scale of Gumbel noise on the scores of one student, in temperatures; 0: none.
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
@@ -78,6 +80,7 @@ class Distillation(L.LightningModule):
         objective: Objective | None = None,
         draw: Draw = "spread",
         temperature: tuple[float, float] = (TEMPERATURE, TEMPERATURE),
+        soft_steps: int = 0,
         exploration: float = 0.0,
         lr: float = 5e-3,
         budget_lr: float = 0.1,
@@ -95,7 +98,7 @@ class Distillation(L.LightningModule):
         self.steps, self.students, self.weights = steps, students, weights
         self.objective = objective or ForwardKL()
         self.keep, self.keep_range, self.draw = tuple(keep), keep_range, draw
-        self.temperature, self.exploration = temperature, exploration
+        self.temperature, self.soft_steps, self.exploration = temperature, soft_steps, exploration
         self.lr, self.budget_lr, self.lora_lr, self.seed = lr, budget_lr, lora_lr, seed
         self.chunk_size, self.checkpointing = chunk_size, checkpointing
         self.answers = Answers(answers, seed)
@@ -157,13 +160,13 @@ class Distillation(L.LightningModule):
                 teacher = self._said(cache.fork(), batch)
             sample, weights = self._tokens(cache, batch, teacher.logits)
             seen = replace(seen, sample=sample, weights=weights)
-        losses, spent = [], []
+        losses, spent, soft = [], [], self.global_step < self.soft_steps
         keeps = self.keeps(batch.number)
         for at, keep in enumerate(keeps if objective.budgets else keeps[:1]):
             with self._recomputing():
                 plan = self._plan(cache, keep, batch.number, exploring=at == self.students // 2)
                 if objective.reads:
-                    student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.width)
+                    student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.width, soft=soft)
                     spent.append(sum(student.spent) / len(student.spent) / keep)
                     seen = replace(seen, both=(teacher, self._said(student, batch)))
             losses.append(objective(replace(seen, plan=plan)).mean())
