@@ -107,7 +107,8 @@ class TrainConfig:
         batch_size: contexts read at once.
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
-        validation_batches: for the KL of the deployed policy and of the heuristic it starts from, at fixed fractions.
+        validation_batches: for the KL of the deployed policy and of the heuristic it starts from, at fixed fractions;
+            0 only for budgets that do not depend on the prompt.
         validate_every: steps between validations; 0: at the end only.
         save_every: steps between checkpoints.
         save_minutes: longest time between checkpoints.
@@ -215,6 +216,11 @@ class TrainConfig:
         if self.policy is None:
             raise UserError(
                 "policy: expected a policy with something to train; config=text and config=quickstart have one"
+            )
+        if self.validation_batches == 0 and not self.policy.allocator.static:
+            raise UserError(
+                "validation_batches=0: expected at least 1, as budgets depend on the prompt and what is exported says "
+                "what they are on average"
             )
         if self.soft_steps:
             self._check_soft_steps(self.policy)
