@@ -117,12 +117,16 @@ def test_without_retrieval_it_keeps_up_with_the_strongest(ours, verdict):
     found = Evidence(
         "learned",
         settings={"query_agnostic": scores(**{"learned-text": ours, "kvzip": 60.0})},
-        elsewhere={"greek": scores(learned=50.0), "memo": Scores([record("full", "vt", 0, 10.0, 1.0)], bar=80)},
+        elsewhere={
+            "greek": scores(learned=50.0, kvzip=40.0),
+            "memo": Scores([record("full", "vt", 0, 10.0, 1.0)], bar=80),
+        },
         unseen="learned-text",
     )
     *of_keeps, greek, memo = bars.generalises(found)
     assert [line.verdict for line in of_keeps] == [verdict] * 5
-    assert greek.measured.startswith("50.0 ± 0.0 at 0.5") and greek.measured.endswith("full cache 100.0")
+    assert greek.measured.startswith("50.0 ± 0.0 at 0.5")
+    assert "full cache 100.0; over kvzip +10.0 ± 0.0 at 0.5, " in greek.measured
     assert memo.measured == "no task that the full cache answers"
 
 
@@ -169,3 +173,5 @@ def test_all_lines_stand_in_the_order_in_which_they_were_set():
     found = Evidence("learned", settings=both, text=scores(value="kl", learned=0.1, kvzip=0.3), single={})
     verdicts = [line.verdict for line in bars.lines(found)]
     assert verdicts == ["met"] * 14 + ["not measured"]
+    alone = [line.about for line in bars.lines(replace(found, settings={}))]
+    assert alone[0].startswith("held-out text, keep 0.25") and len(alone) == 3

@@ -33,8 +33,8 @@ class Line:
 def lines(found: Evidence) -> Iterator[Line]:
     """Every line, in the order in which they were set."""
     agnostic, aware = (found.settings.get(f"query_{one}") for one in ("agnostic", "aware"))
-    for keep, bar in RETAINED.items():
-        yield retains(found.judged, agnostic, keep, bar)
+    if agnostic is not None or found.text is None:  # there are tasks
+        yield from (retains(found.judged, agnostic, keep, bar) for keep, bar in RETAINED.items())
     if agnostic is not None:
         yield from (beats_all(found.judged, agnostic, keep) for keep in agnostic.keeps)
     if aware is not None:
@@ -175,12 +175,15 @@ def generalises(found: Evidence) -> Iterator[Line]:
             own = (f"{_pm(scores.of(found.judged, keep))} at {keep:g}" for keep in scores.keeps)
             full = fmean(record["score"] for record in scores.full.values())
             told = f"{', '.join(own)}; full cache {full:.1f}"
+            if RIVAL in scores.policies:
+                over = (f"{_pm(scores.minus(found.judged, RIVAL, keep), '+')} at {keep:g}" for keep in scores.keeps)
+                told += f"; over {RIVAL} {', '.join(over)}"
         yield Line(f"elsewhere: {name}", "reported", told, "reported" if told else "not measured")
 
 
 def logs_and_draws(found: Evidence) -> Line:
     """Whether the training of the policy left what a person needs to judge it."""
-    about = "soft/hard gap, changed set against the heuristic, marginal value per head: logged and drawn"
+    about = "soft/hard gap, changed set against what it starts from, marginal value per head: logged and drawn"
     run = found.runs.get(found.judged)
     last = {} if run is None else last_validation(run)
     if run is None or not last:
