@@ -97,37 +97,6 @@ def test_the_loss_is_the_kl_of_the_deployed_policy(model, number):
     assert loss.item() > 1e-3
 
 
-@pytest.mark.parametrize("every", [0, 4])
-def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(model, monkeypatch, every):
-    """Soft gates evict nothing later, either; they spend what is asked."""
-    policy, one, keep = moved(), batch(1), 0.2
-    cache = prefill(model, one.prompts, one.prompt_mask, policies=[policy])
-    student = policy.relax(cache, keep=keep, soft=True)
-    mass = sum(layer.gates.sum((1, 2)) for layer in student.compressed_layers()) / (2 * 2)
-    share = (mass / torch.tensor(cache.lengths)).detach()
-    assert share.tolist() == pytest.approx(student.spent, rel=1e-2)
-
-    def soft(cache: CompressedCache) -> CompressedCache:
-        return policy.relax(cache, keep=keep, soft=True)
-
-    expected = [mean_kl(model, one, soft), mean_kl(model, one, lambda cache: policy.compress(cache, keep=keep))]
-    policy.every = every
-    module, told, losses = distillation(model, policy, soft_steps=1), {}, []
-    module.log = lambda name, value, **keys: told.update({name: value})
-    for step in range(2):
-        monkeypatch.setattr(Distillation, "global_step", step)
-        loss = module.training_step(one, 0)
-        loss.backward()
-        losses.append(loss.item())
-        assert all(parameter.grad.abs().max() > 0 for parameter in policy.parameters())
-        policy.zero_grad()
-        assert told["train/spent_over_asked"] == pytest.approx(share.mean().item() / keep, rel=1e-2)
-    assert losses[0] == pytest.approx(expected[0], rel=1e-3)
-    assert abs(losses[0] - expected[1]) > 0.02 * expected[1]
-    assert abs(losses[1] - losses[0]) > 0.02 * losses[0]
-    assert (losses[1] == pytest.approx(expected[1], rel=1e-3)) == (every == 0)
-
-
 def test_training_lowers_the_kl_of_the_deployed_policy(model):
     policy = learned()
     module = distillation(model, policy, lr=1e-2, budget_lr=0.2)

@@ -14,7 +14,6 @@ import yaml
 import learnkv.eval
 import learnkv.export
 from learnkv.io import load_policy
-from learnkv.policy import Policy
 from learnkv.size import sized
 from learnkv.train import main
 from learnkv.training.checkpoints import Checkpoints
@@ -230,49 +229,6 @@ def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):
     assert [line for line in said if not line.startswith("Loading weights")] == [said[-1]]
     assert said[-1].startswith("error: ")
     assert told in said[-1]
-
-
-DECODED = """
-policy:
-  init_args:
-    every: 4
-    decode:
-      class_path: learnkv.scorers.LearnedScorer
-      init_args: {base: {class_path: learnkv.scorers.SnapKV}}
-"""
-REGRESSED = """
-objective:
-  class_path: learnkv.training.objectives.Stages
-  init_args:
-    objectives:
-    - class_path: learnkv.training.objectives.ScoreRegression
-      init_args: {target: {class_path: learnkv.scorers.KVzip}}
-    - class_path: learnkv.training.objectives.ForwardKL
-    steps: [3]
-"""
-
-
-@pytest.mark.parametrize(
-    ("settings", "steps", "told"),
-    [(DECODED, 2, "LearnedScorer as decode"), (REGRESSED, 3, "Stages reads no continuation")],
-)
-def test_soft_steps_that_teach_nothing_are_one_line(words, settings, steps, told, tmp_path, capsys):
-    (tmp_path / "soft.yaml").write_text(settings)
-    assert main([*words, f"config={tmp_path / 'soft.yaml'}", f"soft_steps={steps}"]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith(f"error: soft_steps={steps}: expected 0")
-    assert told in said[-1]
-
-
-def test_optimiser_steps_are_soft_and_not_batches(words, monkeypatch):
-    soft, relax = [], Policy.relax
-    monkeypatch.setattr(
-        Policy, "relax", lambda self, *a, **k: soft.append(k.get("soft", False)) or relax(self, *a, **k)
-    )
-    typed = ["soft_steps=1", "validation_batches=1", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2"]
-    replaced = [word.split("=")[0] for word in typed]
-    assert main([*(word for word in words if word.split("=")[0] not in replaced), *typed]) == 0
-    assert soft[:8] == [True] * 4 + [False] * 4  # two students of each batch, then validation
 
 
 def test_no_arguments_is_one_line(capsys):
