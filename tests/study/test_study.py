@@ -34,7 +34,10 @@ def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, mon
     assert set(held["rows"]) == {"main", "text", "memo", "german", "greek"}
     assert set(held["changed"]) == {"learned"}
     lines = {line["about"]: line["verdict"] for line in held["must_hold"]}
-    assert lines["soft/hard gap, changed set against the heuristic, marginal value per head: logged and drawn"] == "met"
+    assert (
+        lines["soft/hard gap, changed set against what it starts from, marginal value per head: logged and drawn"]
+        == "met"
+    )
     assert sum("trained for this budget alone" in about for about in lines) == 1
     page = (docs / "study.md").read_text()
     assert "at commit 1234567" in page and "learned minus the others" in page
