@@ -12,6 +12,8 @@ from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.store import replacing
 
 MARKERS = "osD^vP*X<>hd"
+LINES = ("-", "--", ":")
+"""A round of colours each."""
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22")
 
 
@@ -60,6 +62,7 @@ def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], is_text: bool)
             label=name,
             color=COLOURS[at % len(COLOURS)],
             marker=MARKERS[at % len(MARKERS)],
+            linestyle=LINES[at // len(COLOURS) % len(LINES)],
             markersize=7 if learned else 5,
             linewidth=2.4 if learned else 1.2,
             zorder=3 if learned else 2,
