@@ -48,27 +48,6 @@ class Strange(Allocator):
         return self.base.split(scores, features, budget, start)
 
 
-class _Listening(Allocator):
-    """`base`, and what it was told of every layer of every batch."""
-
-    def __init__(self, base: Allocator) -> None:
-        super().__init__()
-        self.base, self.heard = base, list[Tensor]()
-        self.static, self.window = base.static, base.window
-
-    def features(self, seen: Observation) -> Tensor | None:
-        found = self.base.features(seen)
-        assert found is not None
-        self.heard.append(found)
-        return found
-
-    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
-        return self.split(scores, features, budget, None)
-
-    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Start | None) -> Tensor:
-        return self.base.split(scores, features, budget, start)
-
-
 def conditioned(policy: Policy) -> bool:
     """Whether a policy's budgets depend on features of the prompt."""
     return bool(getattr(policy.allocator, "conditioned", False))
@@ -77,13 +56,11 @@ def conditioned(policy: Policy) -> bool:
 @torch.no_grad()
 def features_of(model: Any, policy: Policy, prompts: Sequence[Prompt]) -> Tensor:
     """What a conditioned policy's budgets depend on, [N, L, H, F] of N prompts."""
-    listening = _Listening(policy.allocator)
-    twin, found = _with(policy, listening), []
+    found = []
     for begin in range(0, len(prompts), TOGETHER):
-        cache = _read(model, twin, prompts[begin : begin + TOGETHER])
-        listening.heard.clear()
-        twin.plan(cache, keep=0.5)
-        found.append(torch.stack(listening.heard, 1))
+        cache = _read(model, policy, prompts[begin : begin + TOGETHER])
+        seen = [layer.observation() for layer in cache.compressed_layers()]
+        found.append(torch.stack([one for one in map(policy.allocator.features, seen) if one is not None], 1))
     return torch.cat(found)[..., : Conditioner.FEATURES]
 
 
@@ -91,7 +68,9 @@ def shuffled(policy: Policy, features: Tensor) -> Policy:
     """The policy with features [N, L, H, F] of other prompts, in turn."""
     strange = Strange(policy.allocator, len(features))
     strange.others = features
-    return _with(policy, strange)
+    twin = Policy(policy.scorer, strange, policy.sinks, policy.recent)
+    twin.adapter = policy.adapter
+    return twin
 
 
 @torch.no_grad()
@@ -105,12 +84,6 @@ def changes(model: Any, policy: Policy, prompts: Sequence[Prompt], keeps: Sequen
             both = (one.plan(cache, keep=keep) for one in (policy, static))
             found[f"{keep:g}"] += changed(*both).tolist()
     return found
-
-
-def _with(policy: Policy, allocator: Allocator) -> Policy:
-    twin = Policy(policy.scorer, allocator, policy.sinks, policy.recent)
-    twin.adapter = policy.adapter
-    return twin
 
 
 def _read(model: Any, policy: Policy, prompts: Sequence[Prompt]) -> Any:
