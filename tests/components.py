@@ -32,18 +32,20 @@ WRAPPERS = {
 }
 """Those that correct another's scores."""
 
-LEARNED: dict[type, Callable[[int, int, int, int], Component]] = {
-    LearnedScorer: lambda layers, heads, dim, hidden: LearnedScorer(
+LEARNED: dict[type, Callable[[int, int, int, int, int], Component]] = {
+    LearnedScorer: lambda layers, heads, group, dim, hidden: LearnedScorer(
         SnapKV(window=8), layers, heads, dim, rank=3, hidden_size=hidden
     ),
-    HiddenScorer: lambda layers, heads, dim, hidden: HiddenScorer(
+    HiddenScorer: lambda layers, heads, group, dim, hidden: HiddenScorer(
         SnapKV(window=8), layers, heads, dim, hidden, reads=["hidden", "keys", "values"]
     ),
-    GateScorer: lambda layers, heads, dim, hidden: GateScorer(SnapKV(window=8), layers, heads, hidden),
-    LearnedAllocator: lambda layers, heads, dim, hidden: LearnedAllocator(
+    GateScorer: lambda layers, heads, group, dim, hidden: GateScorer(
+        SnapKV(window=8), layers, heads, hidden, num_groups=group
+    ),
+    LearnedAllocator: lambda layers, heads, group, dim, hidden: LearnedAllocator(
         Pyramid(), layers, heads, conditioned=True, window=8
     ),
-    LearnedCausalAllocator: lambda layers, heads, dim, hidden: LearnedCausalAllocator(
+    LearnedCausalAllocator: lambda layers, heads, group, dim, hidden: LearnedCausalAllocator(
         Pyramid(), layers, heads, window=8
     ),
 }
@@ -72,5 +74,5 @@ def build(cls: type[Component], layers: int, heads: int, group: int, dim: int, h
     if cls in WRAPPERS:
         return WRAPPERS[cls]()
     if cls in LEARNED:
-        return randomised(LEARNED[cls](layers, heads, dim, hidden))
+        return randomised(LEARNED[cls](layers, heads, group, dim, hidden))
     return cls()

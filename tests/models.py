@@ -170,12 +170,13 @@ heuristic = functools.cache(load_policy)
 
 
 def read(model: PreTrainedModel, *prompt: Tensor, **more: object) -> CompressedCache:
-    """A prompt, read for whatever policy comes."""
-    return prefill(model, *prompt, policies=map(heuristic, HEURISTICS), **more)
+    """A prompt, read for whatever `policy_for` gives."""
+    return prefill(model, *prompt, policies=[policy_for(name, model) for name in HEURISTICS + LEARNED], **more)
 
 
+@functools.cache
 def policy_for(name: str, model: PreTrainedModel) -> Policy:
-    """A heuristic by the name of its YAML, or a learned policy whose parameters are random."""
+    """A heuristic by the name of its YAML, or a learned policy whose parameters are random. Each is made once."""
     layers, heads = len(compressible(model)), heads_of(model)
     if name not in LEARNED:
         config = model.config

@@ -49,12 +49,11 @@ def said(policy: Policy, cache: CompressedCache) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_student_keeps_and_says_what_is_deployed(name):
-    policy = policy_of(name)
+    policy = policy_of(name).requires_grad_(True)
     whole = read(policy)
     with torch.no_grad():
         deployed = policy.compress(whole.fork(), keep=0.3)
         theirs = said(policy, deployed)
-    policy.requires_grad_(True)
     student = policy.relax(whole, keep=0.3)
     ours = said(policy, student)
     policy.requires_grad_(False)

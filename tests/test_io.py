@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from models import HEURISTICS, LEARNED, attached, kept, padded, policy_for, read, tokens
+from models import HEURISTICS, LEARNED, attached, kept, padded, policy_for, tokens
 from safetensors.torch import load_file, save_file
 
 from learnkv import Policy, load_policy, prefill, save_policy
@@ -47,7 +47,8 @@ def checkpoint(policy, file, **changes):
 
 
 def same_choices(one, other):
-    whole = read(attached("llama"), *padded([tokens(1, 90)[0], tokens(1, 61)[0]]))
+    prompts = padded([tokens(1, 90)[0], tokens(1, 61)[0]])
+    whole = prefill(attached("llama"), *prompts, policies=[one, other])
     for keep in (0.05, 0.1, 0.33, 0.6):
         first, second = (policy.compress(whole.fork(), keep=keep) for policy in (one, other))
         assert [kept(first, row) for row in (0, 1)] == [kept(second, row) for row in (0, 1)]

@@ -140,7 +140,7 @@ def test_config_hash_sees_sizes_only(stored):
 
 def test_a_model_is_described_by_name_hash_and_shapes(stored, monkeypatch):
     model, _ = load_model(str(stored))
-    shapes = {"layers": 2, "heads": 2, "head_dim": 4, "hidden_size": 16}
+    shapes = {"layers": 2, "heads": 2, "head_dim": 4, "hidden_size": 16, "groups": 2}
     assert describe_model(model) == {"id": str(stored), "config_hash": config_hash(model), "shapes": shapes}
     monkeypatch.setattr(models_module, "REFERENCE", stored)
     assert describe_model(load_model("reference")[0])["id"] == "reference"

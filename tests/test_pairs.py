@@ -9,7 +9,7 @@ from models import assert_kept_alike, assert_logits_close, attached, kept_mask, 
 from models import build as build_model
 
 from learnkv import CompressedCache, Policy, attach, continuation, prefill
-from learnkv.scorers import Constant
+from learnkv.scorers import Constant, Scorer
 
 KEEP, SHAPE = 0.35, (3, 2, 2, 16, 48)
 LAYERS, HEADS, *_ = SHAPE
@@ -21,7 +21,12 @@ PAIRS = [pytest.param(one, other, id=f"{one.__name__}-{other.__name__}") for one
 
 @functools.cache
 def policy_of(scorer: type, allocator: type) -> Policy:
-    return Policy(*(build(part, *SHAPE) for part in (scorer, allocator)), sinks=2, recent=3)
+    return Policy(scorer_of(scorer), build(allocator, *SHAPE), sinks=2, recent=3)
+
+
+@functools.cache
+def scorer_of(cls: type) -> Scorer:
+    return build(cls, *SHAPE)
 
 
 @functools.cache
@@ -44,7 +49,7 @@ def read(which: str) -> CompressedCache:
     rows = [tokens(1, length, seed=8)[0] for length in LENGTHS]
     ids, mask = padded(rows[1:] if which == "alone" else rows)
     model = swapped_model() if which == "swapped" else attached("llama")
-    every = [Policy(build(scorer, *SHAPE)) for scorer in SCORERS]
+    every = [Policy(scorer_of(scorer)) for scorer in SCORERS]
     return prefill(model, ids, mask, window=max(LENGTHS), policies=every, chunk_size=20 if which == "chunks" else None)
 
 

@@ -27,7 +27,7 @@ JUDGES = [name for name in HEURISTICS if not (heuristic(name).scorer.needs or he
 TOKENS = {"hidden": HiddenScorer, "gate": GateScorer}
 """What these two, and `ranked`, read of hidden states or of several heads is held with every entry."""
 JUDGES += [*LEARNED, *TOKENS]
-FIGURES = {"ranked": 4, "hidden": 1, "gate": 1}
+FIGURES = {"ranked": 4, "hidden": 1, "gate": 1, "fast_kvzip": 1}
 every_policy = pytest.mark.parametrize("name", JUDGES)
 SOME = ["h2o", "snapkv", "adakv", "tova", "conditioned", "hidden"]
 
@@ -60,7 +60,7 @@ def agreed_bytes(cache, name: str) -> int:
     recorded = renewal.recording.window > 0 or figures > 0
     unread = layers * batch * query_heads * renewal.every * dim * size * recorded
     window = layers * batch * renewal.recording.window * (query_heads * dim * size + 8)
-    hidden = layers * batch * renewal.every * 48 * size * renewal.recording.hidden
+    hidden = layers * batch * renewal.every * 48 * size * renewal.recording.reads_hidden
     return entries + tail + unread + hidden + window + layers * batch * heads * 2 * 8
 
 

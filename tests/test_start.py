@@ -37,7 +37,7 @@ KEEPS = [0.02, 0.021, 0.03, 0.05, 0.0625, 0.08, 0.1, 0.123, 0.15, 0.2, 0.25, 0.2
 START = {
     "keys": lambda base: LearnedScorer(base, LAYERS, HEADS, 16),
     "hidden": lambda base: HiddenScorer(base, LAYERS, HEADS, 16, 48),
-    "gate": lambda base: GateScorer(base, LAYERS, HEADS, 48),
+    "gate": lambda base: GateScorer(base, LAYERS, HEADS, 48, num_groups=2),
 }
 BASES = {
     "uniform": Uniform,

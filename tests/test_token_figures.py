@@ -43,7 +43,7 @@ def test_a_token_is_judged_by_what_it_was_when_it_was_read(monkeypatch):
 
 def test_hidden_states_are_not_held_for_what_is_never_judged_again():
     """Not where a policy leaves later tokens alone, nor where one judges them that does not read hidden states."""
-    gate = randomised(GateScorer(SnapKV(window=8), 3, 2, 48))
+    gate = randomised(GateScorer(SnapKV(window=8), 3, 2, 48, num_groups=2))
     for policy, held in (
         (Policy(gate), [False] * 3),
         (Policy(gate, every=9, decode=SnapKV(window=8)), [False] * 3),

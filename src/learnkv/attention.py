@@ -80,7 +80,7 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         layer.recorder.output_weight = weight if usable else None
         if (rotation := kwargs.get("position_embeddings")) is not None:
             layer.recorder.rotations += (rotation,)
-    if layer.recorder.recording.hidden and (layer.live or not layer.sealed):
+    if layer.recorder.recording.reads_hidden and (layer.live or not layer.sealed):
         layer.recorder.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.sealed)
     kwargs = {**kwargs, "cache_layer": layer}
     renewal = cache.renewal

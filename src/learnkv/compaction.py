@@ -74,7 +74,10 @@ def _segments(
     positions = _positions(layers, index, heads, slots).to(torch.int32)
     followed = live.statistics if live is not None else frozenset()
     statistics = {
-        one: torch.stack([layer.recorder.statistics[one] for layer in layers]).flatten(0, 3)[index] for one in followed
+        one: torch.stack([layer.recorder.statistics[one].expand(-1, heads, -1, -1) for layer in layers]).flatten(0, 3)[
+            index
+        ]
+        for one in followed
     }
     stood, first, rotated = _rerotated(layers, index, positions, start, length, slots, rerotate)
     for at, layer in enumerate(layers):

@@ -69,6 +69,7 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
         objective=objective,
         chunk_size=config.chunk_size,
         checkpointing=config.checkpointing,
+        gradient_tokens=config.gradient_tokens,
     )
     if objective is not None and objective.targets:
         raise UserError(f"objective: what {type(objective).__name__} has the model read cannot be predicted")

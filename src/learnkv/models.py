@@ -137,7 +137,7 @@ def config_hash(model: PreTrainedModel) -> str:
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """What a policy's manifest says of its model: id, config hash, and the layers and kv heads that are compressed."""
+    """What a policy's manifest says of its model: id, config hash, and the sizes that a policy needs."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
@@ -151,6 +151,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
             "heads": heads,
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             "hidden_size": config.hidden_size,
+            "groups": config.num_attention_heads // heads,
         },
     }
 

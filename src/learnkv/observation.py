@@ -97,9 +97,13 @@ class Statistic(ABC):
     A frozen dataclass: those that are equal are gathered once for all policies that one prefill serves.
     """
 
+    hidden: bool = False
+    """Whether it reads the hidden states of each chunk."""
+
     @abstractmethod
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
-        """The statistic of all that has been read, in a tensor of its own: [B, H, …] float32.
+        """The statistic of all that has been read, in a tensor of its own: [B, H, …] float32; for a scorer that judges
+        entries again later [B, H, S, F], or [B, 1, S, F] where all heads share it.
 
         Args:
             chunk: all entries up to now; its queries are those that were read since `gathered`.
@@ -154,11 +158,16 @@ class Recording:
     window: int = 0
     """Last queries."""
     hidden: bool = False
-    """Inputs of the attention blocks."""
+    """Inputs of the attention blocks, of the whole prompt."""
     statistics: frozenset[Statistic] = frozenset()
     """What is gathered of all queries."""
     probes: frozenset[Probe] = frozenset()
     """What extra passes tell."""
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether anything asks for inputs of the attention blocks."""
+        return self.hidden or any(one.hidden for one in self.statistics)
 
     def __or__(self, other: "Recording") -> "Recording":
         """What serves both."""

@@ -76,9 +76,7 @@ class Policy(Component):
         mine = Recording(self.allocator.window)
         for part in (self.scorer, self.decode):
             if part is not None:
-                mine |= Recording(part.window, "hidden" in part.needs, part.statistics, part.probes)
-        if self.every and (judge := self.decode or self.scorer) is not None:
-            mine |= Recording(statistics=judge.later)
+                mine |= part.recording
         return mine
 
     @property

@@ -25,8 +25,7 @@ def check_judge(every: int, judge: Scorer | None) -> None:
     """Raise where a scorer cannot judge tokens that come after the prompt."""
     if every < 0:
         raise UserError(f"every={every}: expected a number of tokens, 0 to keep all that come after the prompt")
-    told = {"hidden"} if judge is not None and judge.later else set()
-    if every and judge is not None and (judge.needs - told or judge.probes):
+    if every and judge is not None and (judge.needs or judge.probes):
         raise UserError(
             f"every={every}: {type(judge).__name__} reads of a prompt what is not held of later tokens; expected "
             "another scorer as decode"
@@ -51,8 +50,7 @@ def agree(
     heads = _heads(cache)
     held = entries_to_keep(cache, heads, keep, budget)
     most = held if budget is None else [round(budget * heads)] * len(held)
-    statistics = judge.statistics | judge.later
-    live = Recording(max(judge.window, policy.allocator.window), "hidden" in judge.needs, statistics)
+    live = Recording(max(judge.window, policy.allocator.window), statistics=judge.statistics)
     again = renew or partial(recompress, policy)
     return Renewal(policy.every, tuple(most), tuple(held), live, again, student=renew is not None)
 

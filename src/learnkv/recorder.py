@@ -26,7 +26,8 @@ class Recorder:
         self.scaling = 1.0
 
     def record(self, hidden: Tensor, later: bool = False) -> None:
-        """Keep the attention block's input [B, T, E], of the prompt or of tokens that are not judged yet."""
+        """Keep the attention block's input [B, T, E]: of tokens that are not judged yet until they are, of the prompt's
+        until statistics have read it, unless all of it is asked for."""
         name = "unread_hidden" if later else "hidden"
         known, new = getattr(self, name), hidden.detach()
         setattr(self, name, new if known is None else torch.cat([known, new], 1))
@@ -63,6 +64,8 @@ class Recorder:
         if self.recording.statistics:
             chunk = self._seen(new, at, layer_idx, keys, values, positions)
             self.statistics = {one: one.update(chunk, self.statistics.get(one)) for one in self.recording.statistics}
+        if not self.recording.hidden:
+            self.hidden = None
 
     def _with_last(self, new: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """New queries [B, H*G, T, D] at positions [B, T] behind those that are held."""

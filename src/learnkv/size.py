@@ -7,6 +7,14 @@ from torch import nn
 
 from learnkv.policy import Policy
 
+_NAMES = {
+    "num_layers": "layers",
+    "num_heads": "heads",
+    "num_groups": "groups",
+    "head_dim": "head_dim",
+    "hidden_size": "hidden_size",
+}
+
 
 def parameter_share(policy: Policy, model: nn.Module) -> float:
     """Parameters of the policy over those of the model; tied weights count once. Both may be on the meta device."""
@@ -18,11 +26,11 @@ def sized(spec: Any, shapes: Mapping[str, int]) -> Any:
 
     Args:
         spec: `Policy.spec()`, or a part of it.
-        shapes: layers and kv heads that are compressed, head dimension and hidden size (`describe_model`).
+        shapes: layers and kv heads that are compressed, query heads per kv head and other sizes (`describe_model`).
     """
     if not isinstance(spec, dict):
         return spec
-    names = {"num_layers": "layers", "num_heads": "heads", "head_dim": "head_dim", "hidden_size": "hidden_size"}
     return {
-        key: shapes[names[key]] if key in names and value == 0 else sized(value, shapes) for key, value in spec.items()
+        key: shapes[_NAMES[key]] if key in _NAMES and value == 0 else sized(value, shapes)
+        for key, value in spec.items()
     }

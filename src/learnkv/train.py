@@ -94,6 +94,7 @@ def train(config: TrainConfig, resolved: str) -> None:
         budget_lr=config.budget_lr,
         chunk_size=config.chunk_size,
         checkpointing=config.checkpointing,
+        gradient_tokens=config.gradient_tokens,
         seed=config.seed,
         answers=Path(config.answers).expanduser() if config.answers else output / "answers",
         description={"format_version": FORMAT_VERSION, "policy": spec, "model": description, "training": training},

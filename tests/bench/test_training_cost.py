@@ -54,7 +54,7 @@ def test_a_regression_step_contains_the_second_reading_of_its_target(model):
     columns = 2 * prompt * prompt  # logits of the pass once more, which the fused attention does not hand out
     again = 2 * linear * prompt + layers * width * (4 * pairs + 2 * columns) + 2 * 128 * hidden
     ids = torch.randint(3, 100, (1, prompt))
-    reading, _, both = training_cost._read(model, policy, ids)
+    reading, _, _, both = training_cost._read(model, policy, ids)
     found = training_cost.regression(model, policy, ScoreRegression(KVzip(chunk=256)), prompt)
     assert found["prefill"] == reading
     assert found["step over prefill"] * reading == pytest.approx(reading + again + both, rel=1e-9)

@@ -118,7 +118,8 @@ def test_scores_are_matched_where_they_decide():
     assert apart[0].item() == pytest.approx(4 * ranked[:, 0][asked[:, 0]].square().mean().item(), rel=1e-5)
 
 
-def test_scores_as_logits_of_a_slower_scorers_chances():
+@pytest.mark.parametrize("of", ["logits", "probabilities"])
+def test_scores_as_logits_or_chances_of_a_slower_scorers_chances(of):
     target = KVzip()
     scores = draw(2, 2, 2, 6)
     scores[:, 0, :, 0], scores[:, 1, :, :2] = torch.inf, -torch.inf
@@ -126,7 +127,8 @@ def test_scores_as_logits_of_a_slower_scorers_chances():
     chances[:, 1, :, :2] = -torch.inf
     asked = scores.isfinite()
     scores.requires_grad_()
-    loss = ScoreRegression(target, of="logits")(Comparison(2, planned(scores), {target: chances}))
+    given = scores if of == "logits" else scores.sigmoid().masked_fill(~asked, torch.inf)
+    loss = ScoreRegression(target, of=of)(Comparison(2, planned(given), {target: chances}))
     rows = []
     for row in (0, 1):
         p, q = chances[:, row][asked[:, row]], scores.detach()[:, row][asked[:, row]].sigmoid()

@@ -79,7 +79,7 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
     assert settings["trainer"]["max_steps"] == 4
     manifest = json.loads((run / "policy" / "manifest.json").read_text())
     assert manifest["training"] == settings
-    assert manifest["model"]["shapes"] == {"layers": 2, "heads": 2, "head_dim": 8, "hidden_size": 32}
+    assert manifest["model"]["shapes"] == {"layers": 2, "heads": 2, "head_dim": 8, "hidden_size": 32, "groups": 2}
     with (run / "metrics.csv").open() as table:
         rows = list(csv.DictReader(table))
     assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]

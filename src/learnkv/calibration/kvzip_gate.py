@@ -10,8 +10,8 @@ from torch import Tensor
 from learnkv.formats.tensors import stack
 from learnkv.generation import prefill
 from learnkv.policy import Policy
-from learnkv.scorers import FastKVzip, KVzip
-from learnkv.scorers.fast_kvzip import gate_scores
+from learnkv.scorers import KVzip
+from learnkv.scorers.gate import gate_scores
 
 FEATURES, BASE_KEYS = 16, 16
 
@@ -19,7 +19,7 @@ FEATURES, BASE_KEYS = 16, 16
 class _Targets(KVzip):
     """KVzip's scores, with the hidden states kept beside them."""
 
-    needs = FastKVzip.needs
+    needs = frozenset({"hidden"})
 
 
 def kvzip_gate(

@@ -1,5 +1,7 @@
 """The importance of cache entries."""
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from learnkv.component import Component
 from learnkv.errors import UserError
-from learnkv.observation import Observation, Probe, Statistic
+from learnkv.observation import Observation, Probe, Recording, Statistic
 
 
 class Judgement(NamedTuple):
@@ -44,12 +46,18 @@ class Scorer(Component, ABC):
     """Number of last prompt queries that the scorer reads (0: none)."""
     statistics: frozenset[Statistic] = frozenset()
     """What is to be gathered from all queries while the prompt is read."""
-    later: frozenset[Statistic] = frozenset()
-    """What is to be gathered besides, instead of `hidden`, where tokens that come after the prompt are judged, too."""
     probes: frozenset[Probe] = frozenset()
     """What is to be found out by extra passes of the model."""
     reads_budget: bool = False
     """Whether scores depend on how much will be kept (`seen.kept`); others are asked for once for all budgets."""
+
+    @property
+    def recording(self) -> Recording:
+        """What has to be recorded of a prompt for this scorer, and for those that it builds on."""
+        mine = Recording(self.window, "hidden" in self.needs, self.statistics, self.probes)
+        return functools.reduce(
+            operator.or_, (one.recording for one in self.children() if isinstance(one, Scorer)), mine
+        )
 
     @abstractmethod
     def forward(self, seen: Observation) -> Tensor:
@@ -87,5 +95,5 @@ class Scorer(Component, ABC):
         if base.refines:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window
-        self.statistics, self.probes, self.later = base.statistics, base.probes, base.later
+        self.statistics, self.probes = base.statistics, base.probes
         self.reads_budget = self.reads_budget or base.reads_budget

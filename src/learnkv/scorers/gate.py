@@ -1,5 +1,7 @@
 """A learned correction of a heuristic's scores by a low-rank gate with sinks."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,26 +9,26 @@ from torch import Tensor, nn
 from learnkv.errors import UserError
 from learnkv.observation import Observation
 from learnkv.scorers.base import Scorer
-from learnkv.scorers.residual import Residual, unit
+from learnkv.scorers.residual import Residual
 
 
 class GateScorer(Residual):
-    """A heuristic's scores plus how far a token's own low-rank key beats learned sinks when its own query looks.
+    """A heuristic's scores plus Fast KVzip's gate (arXiv 2601.17668), a learned multiple of it for each head.
 
-    For each kv head q = norm(W_q x), k = norm(W_k x) in `rank` dimensions and sinks k_s: the correction is
-    scale * (q k / sqrt(rank) + b - log sum_s exp(q k_s / sqrt(rank))). `scale` and b start at zero.
-
-    Over `Constant`, the sigmoid of it has the form of Fast KVzip's gate (arXiv 2601.17668), which `FastKVzip` computes
-    as published: one query, with a bias, for every query head, the mean of their sigmoids, learned weights in both
-    norms, and no `scale`. Here a kv head has one query, norms have no weights, and hidden states have mean square 1.
+    The gate is `gate_scores`: whether the token's own low-rank key beats learned sinks when its own query looks. With
+    no heuristic under it (base `Constant`) and `scaled=False` the scores are the published gate's, those of `FastKVzip`
+    for the same weights.
 
     Args:
         base: the heuristic to start from; `Residual` says which are refused.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         hidden_size: E of the model.
+        num_groups: query heads per kv head.
         rank: dimensions of query and key.
         sinks: learned keys per head.
+        scaled: multiply the gate by a learned factor per head, 0 at first; else the correction is the gate from the
+            start, and what is kept at first is not what the heuristic keeps.
     """
 
     def __init__(
@@ -35,19 +37,28 @@ class GateScorer(Residual):
         num_layers: int = 0,
         num_heads: int = 0,
         hidden_size: int = 0,
+        num_groups: int = 0,
         rank: int = 8,
         sinks: int = 8,
+        scaled: bool = True,
     ) -> None:
         super().__init__(base, num_layers, num_heads)
         if rank < 1 or sinks < 1:
             raise UserError(f"rank={rank} sinks={sinks}: expected at least 1 of each")
-        self._reads_tokens("hidden")
-        scale = max(1, hidden_size) ** -0.5
-        self.query = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, rank) * scale)
-        self.key = nn.Parameter(torch.randn(num_layers, num_heads, hidden_size, rank) * scale)
-        self.sink = nn.Parameter(torch.randn(num_layers, num_heads, rank, sinks))
-        self.own = nn.Parameter(torch.zeros(num_layers, num_heads, 1))
-        self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1))
+        self._reads_tokens(hidden=True)
+        scale, queries = max(1, hidden_size) ** -0.5, num_heads * num_groups * rank
+        first = {
+            "q_proj.weight": torch.randn(num_layers, queries, hidden_size) * scale,
+            "q_proj.bias": torch.zeros(num_layers, queries),
+            "k_proj.weight": torch.randn(num_layers, num_heads * rank, hidden_size) * scale,
+            "q_norm.weight": torch.ones(num_layers, rank),
+            "k_norm.weight": torch.ones(num_layers, rank),
+            "k_base": torch.randn(num_layers, num_heads, 1, sinks, rank),
+            "b": torch.zeros(num_layers, num_heads, 1, num_groups),
+        }
+        self.gate = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(one) for name, one in first.items()})
+        self._names = tuple(first)
+        self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if scaled else None
 
     def correction(self, seen: Observation, prior: Tensor) -> Tensor:
         return self.of_tokens(seen).squeeze(-1)
@@ -55,12 +66,23 @@ class GateScorer(Residual):
     def figures(self, seen: Observation) -> Tensor:
         """The correction itself, [B, H, S, 1]."""
         assert seen.hidden is not None
-        layer, token = seen.layer_idx, unit(seen.hidden).unsqueeze(1)  # [B, 1, S, E]
-        query, key = (
-            F.rms_norm(token @ weight[layer], (weight.shape[-1],), eps=1e-6) for weight in (self.query, self.key)
-        )
-        size = query.shape[-1] ** -0.5
-        own = (query * key).sum(-1) * size + self.own[layer]
-        others = (query @ self.sink[layer] * size).logsumexp(-1)
-        correction: Tensor = self.scale[layer] * (own - others)
-        return correction.unsqueeze(-1)
+        weights = {name: self.gate[name.replace(".", "_")][seen.layer_idx] for name in self._names}
+        made = gate_scores(weights, seen.hidden.float())
+        return (made if self.scale is None else self.scale[seen.layer_idx] * made).unsqueeze(-1)
+
+
+def gate_scores(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    """Fast KVzip's scores [B, H, S] from hidden states [B, S, E] and the weights of one layer; differentiable.
+
+    score_j = mean over the query heads of a kv head of 1 / (1 + sum_s exp(e_s - l)), with q = norm(W_q x_j + b_q),
+    k = norm(W_k x_j), l = q k / sqrt(F) + b, and e_s = q k_s / sqrt(F) for learned base keys k_s: the weight of the
+    token's own key beside theirs. x_j is the input of the layer's attention; no other token is looked at.
+    """
+    heads, _, _, features = weights["k_base"].shape
+    query = F.linear(hidden, weights["q_proj.weight"], weights["q_proj.bias"]).unflatten(-1, (heads, -1, features))
+    query = F.rms_norm(query, (features,), weights["q_norm.weight"], eps=1e-6)  # [B, S, H, G, F]
+    key = F.linear(hidden, weights["k_proj.weight"]).unflatten(-1, (heads, features))
+    key = F.rms_norm(key, (features,), weights["k_norm.weight"], eps=1e-6)  # [B, S, H, F]
+    own = torch.einsum("bshgf,bshf->bshg", query, key) * features**-0.5 + weights["b"].squeeze(1)
+    others = torch.einsum("bshgf,hnf->bshgn", query, weights["k_base"].squeeze(1)) * features**-0.5
+    return (own - others.logsumexp(-1)).sigmoid().mean(-1).transpose(1, 2)

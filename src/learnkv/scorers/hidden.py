@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learnkv.errors import UserError
@@ -17,10 +18,11 @@ Read = Literal["hidden", "keys", "values"]
 class HiddenScorer(Residual):
     """A heuristic's scores plus one small network per layer that sees the token and answers for all kv heads.
 
-    KVzap (arXiv 2601.07891) and Locret (arXiv 2410.01805) have predictors of this form with no heuristic under them
-    (base `Constant`), yet not the same ones. KVzap reads hidden states as they are, where all that is read here has
-    mean square 1, with 512 hidden units or none, and evicts below a threshold instead of to a budget. Locret reads
-    queries beside keys and values, and has no biases. The last layer starts at zero.
+    With no heuristic under it (base `Constant`) and hidden states as they are (`normalised=False`) this is KVzap's
+    predictor (arXiv 2601.07891), of 512 hidden units or none, and Locret's (arXiv 2410.01805), of 1024 with `silu`:
+    that one reads queries, keys and values before rotation, which are linear in hidden states unless the model
+    normalises them, and its biases are zero. What KVzap evicts is below a threshold, here a budget is kept. The last
+    layer starts at zero.
 
     Args:
         base: the heuristic to start from; `Residual` says which are refused.
@@ -29,8 +31,9 @@ class HiddenScorer(Residual):
         head_dim: D of the model.
         hidden_size: E of the model.
         width: hidden units per layer; 0: none, scores are linear in what is read.
-        reads: any of `hidden` (the input of the layer's attention), `keys` and `values` of all heads; each of mean
-            square 1.
+        reads: any of `hidden` (the input of the layer's attention), `keys` and `values` of all heads.
+        normalised: give each of them mean square 1 first.
+        activation: of the hidden units.
     """
 
     def __init__(
@@ -42,12 +45,15 @@ class HiddenScorer(Residual):
         hidden_size: int = 0,
         width: int = 32,
         reads: Sequence[Read] = ("hidden",),
+        normalised: bool = True,
+        activation: Literal["gelu", "silu"] = "gelu",
     ) -> None:
         super().__init__(base, num_layers, num_heads)
         if width < 0 or not reads:
             raise UserError(f"width={width} reads={list(reads)}: expected a width of 0 or more and something to read")
-        self.reads = tuple(reads)
-        self._reads_tokens(*({"hidden"} & set(reads)))
+        self.reads, self.normalised = tuple(reads), normalised
+        self.activation = F.silu if activation == "silu" else F.gelu
+        self._reads_tokens(hidden="hidden" in reads)
         sizes: dict[Read, int] = {"hidden": hidden_size, "keys": num_heads * head_dim, "values": num_heads * head_dim}
         features = sum(sizes[one] for one in self.reads)
         first = width or features
@@ -63,10 +69,10 @@ class HiddenScorer(Residual):
 
     def figures(self, seen: Observation) -> Tensor:
         """The correction itself, [B, H, S, 1]."""
-        layer = seen.layer_idx
-        inputs = torch.cat([unit(self._read(seen, one)) for one in self.reads], -1)
+        layer, read = seen.layer_idx, [self._read(seen, one) for one in self.reads]
+        inputs = torch.cat([unit(one) if self.normalised else one.float() for one in read], -1)
         if self.weight_in is not None:
-            inputs = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
+            inputs = self.activation(inputs @ self.weight_in[layer] + self.bias[layer])
         return (inputs @ self.weight_out[layer] + self.bias_out[layer]).transpose(1, 2).unsqueeze(-1)
 
     @staticmethod

@@ -73,7 +73,7 @@ class LearnedScorer(Residual):
         self.weight_direct = nn.Parameter(torch.zeros(num_layers, num_heads, features, 1))
         self.project: nn.Parameter | None = None
         if rank > 0:
-            self._reads_tokens("hidden")
+            self._reads_tokens(hidden=True)
             self.project = nn.Parameter(torch.randn(num_layers, hidden_size, rank) * max(1, hidden_size) ** -0.5)
 
     @property
@@ -94,17 +94,16 @@ class LearnedScorer(Residual):
         with torch.no_grad():
             inputs = torch.cat([self._entries(seen), self._attention(seen), prior.unsqueeze(-1)], -1)
         if self.project is not None:
-            inputs = torch.cat([inputs, self.of_tokens(seen)], -1)
+            inputs = torch.cat([inputs, self.of_tokens(seen).expand(-1, inputs.shape[1], -1, -1)], -1)
         hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
         correction: Tensor = (hidden @ self.weight_out[layer] + inputs @ self.weight_direct[layer]).squeeze(-1)
         return correction
 
     def figures(self, seen: Observation) -> Tensor:
-        """Hidden states, projected, [B, H, S, rank]; the same for all heads."""
+        """Hidden states, projected, [B, 1, S, rank]; the same for all heads."""
         assert seen.hidden is not None
         assert self.project is not None
-        shared = (unit(seen.hidden) @ self.project[seen.layer_idx]).unsqueeze(1)
-        return shared.expand(-1, seen.keys.shape[1], -1, -1)
+        return (unit(seen.hidden) @ self.project[seen.layer_idx]).unsqueeze(1)
 
     def _gumbel(self, seen: Observation) -> Tensor:
         """[B, H, S], of the standard Gumbel distribution."""

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from learnkv.observation import Observation
+from learnkv.ops.mix import WORD, mix
 from learnkv.scorers.base import Scorer
-
-WORD = 0xFFFFFFFF  # hashing is done in 32-bit words held in int64, which torch has on every device
 
 
 class Random(Scorer):
@@ -22,15 +21,7 @@ class Random(Scorer):
 
     def forward(self, seen: Observation) -> Tensor:
         heads = torch.arange(seen.positions.shape[1], device=seen.positions.device).view(-1, 1)
-        word = _mix(torch.full_like(heads, self.seed & WORD))
+        word = mix(torch.full_like(heads, self.seed & WORD))
         for key in (torch.full_like(heads, seen.layer_idx), heads, seen.positions.long() & WORD):
-            word = _mix(word ^ key)
+            word = mix(word ^ key)
         return (word >> 8).float() / 2**24
-
-
-def _mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words after which every bit depends on every other (Wellons' lowbias32)."""
-    word = (word + 0x9E3779B9) & WORD
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) & WORD
-    word = ((word ^ (word >> 15)) * 0x846CA68B) & WORD
-    return word ^ (word >> 16)

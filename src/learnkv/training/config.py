@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from learnkv.data.retrieval import held_out_kinds
 from learnkv.errors import UserError
 from learnkv.policy import TEMPERATURE, Policy
+from learnkv.scorers.tokenwise import GRADIENT_TOKENS
 from learnkv.training.draws import Draw
 from learnkv.training.losses import Weighting
 from learnkv.training.objectives import Objective
@@ -89,6 +90,8 @@ class TrainConfig:
         chunk_size: tokens of a context that are read at once, for less memory; all if not given.
         checkpointing: compute the activations of continuations and of the scorer again for the gradient instead of
             holding them: less memory, a third more time.
+        gradient_tokens: tokens of a context whose hidden states are held, for the gradients of predictors that read
+            them; of longer contexts so many are drawn, the same on average.
         continuations: questions or spans of one context.
         continuation_tokens: tokens of a text continuation, and at most of a span.
         query_aware: fraction of the batches whose question is read before compression.
@@ -137,6 +140,7 @@ class TrainConfig:
     lengths: tuple[int, int] | None = None
     chunk_size: int | None = None
     checkpointing: bool = False
+    gradient_tokens: int = GRADIENT_TOKENS
     continuations: int = 4
     continuation_tokens: int = 64
     query_aware: float = 0.25
@@ -183,7 +187,7 @@ class TrainConfig:
             )
         if not 0 <= self.query_aware <= 1:
             raise UserError(f"query_aware={self.query_aware:g}: expected a fraction from 0 to 1")
-        for key in ("continuations", "students", "batch_size", "save_every", "lr", "budget_lr"):
+        for key in ("gradient_tokens", "continuations", "students", "batch_size", "save_every", "lr", "budget_lr"):
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: expected more than 0")
         if self.chunk_size is not None and self.chunk_size < 1:

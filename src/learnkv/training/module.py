@@ -20,6 +20,7 @@ from learnkv.plan import Plan
 from learnkv.policy import TEMPERATURE, Policy
 from learnkv.probing import scores_of
 from learnkv.scorers.streaming_llm import StreamingLLM
+from learnkv.scorers.tokenwise import GRADIENT_TOKENS, draw_sample
 from learnkv.training import draws
 from learnkv.training.answers import Answers
 from learnkv.training.continuing import read_on
@@ -59,6 +60,7 @@ class Distillation(L.LightningModule):
         lora_lr: peak learning rate of the adapter that `policy` names and the model has.
         chunk_size: tokens of a prompt that are read at once; None: all.
         checkpointing: compute activations of a student again for its gradient instead of holding them.
+        gradient_tokens: tokens of a prompt, drawn for each batch, whose hidden states predictors learn from.
         seed: of everything drawn here.
         answers: folder where the model's own answers are kept; None: they are given anew each time.
         description: plain values that belong into a checkpoint beside the weights.
@@ -87,6 +89,7 @@ class Distillation(L.LightningModule):
         lora_lr: float = 1e-3,
         chunk_size: int | None = None,
         checkpointing: bool = False,
+        gradient_tokens: int = GRADIENT_TOKENS,
         seed: int = 0,
         answers: Path | None = None,
         description: Mapping[str, Any] | None = None,
@@ -101,6 +104,7 @@ class Distillation(L.LightningModule):
         self.temperature, self.soft_steps, self.exploration = temperature, soft_steps, exploration
         self.lr, self.budget_lr, self.lora_lr, self.seed = lr, budget_lr, lora_lr, seed
         self.chunk_size, self.checkpointing = chunk_size, checkpointing
+        self.gradient_tokens = gradient_tokens
         self.answers = Answers(answers, seed)
         self.description = dict(description or {})
         self.measured: list[Tensor] = []
@@ -151,6 +155,8 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.asked
         imitated = [Policy(target) for target in objective.targets]
+        drawn = draws.generator(self.seed, "gradient", batch.number)
+        draw_sample(self.policy, self.gradient_tokens, drawn.getrandbits(32))
         with in_step(self.model):
             cache = self._read(batch, [self.policy, *imitated])
             batch = self.answers.complete(self.model, batch, cache)

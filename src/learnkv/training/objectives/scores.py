@@ -10,6 +10,8 @@ from learnkv.ops.normal_scores import normal_scores
 from learnkv.scorers.base import Scorer
 from learnkv.training.objectives.base import Comparison, Objective
 
+_LEAST = 1e-6
+
 
 class ScoreRegression(Objective):
     """Distance between the policy's scores and those of `target`, averaged over the entries that are in question.
@@ -21,8 +23,9 @@ class ScoreRegression(Objective):
         target: gives the scores that are to be matched; it is not trained.
         of: squares of differences to the normal scores of the target's `ranks` within its layer, the scale that
             `LearnedScorer` has, or to its own `scores` (KVzap: those of KVzip with `normalized` and `log`); or, for
-            scores within [0, 1] such as KVzip's, their cross-entropy to the sigmoid of the policy's (Fast KVzip), its
-            `logits`: these can be compared between layers, and entries that matter most weigh most.
+            scores within [0, 1] such as KVzip's, their cross-entropy to the policy's as `probabilities` (Fast KVzip) or
+            to the sigmoid of the policy's, its `logits`: these can be compared between layers, and entries that matter
+            most weigh most.
     """
 
     name = "score_distance"
@@ -30,7 +33,7 @@ class ScoreRegression(Objective):
     plans = True
     budgets = False
 
-    def __init__(self, target: Scorer, of: Literal["ranks", "scores", "logits"] = "ranks") -> None:
+    def __init__(self, target: Scorer, of: Literal["ranks", "scores", "logits", "probabilities"] = "ranks") -> None:
         super().__init__()
         self.target = target.requires_grad_(False)
         self.targets = (target,)
@@ -42,7 +45,9 @@ class ScoreRegression(Objective):
         asked = scores.isfinite()  # neither protected nor padding
         if self.of == "ranks":
             wanted = torch.stack([normal_scores(one, free) for one, free in zip(wanted, asked, strict=True)])
-        if self.of == "logits":
+        if self.of in ("logits", "probabilities"):
+            if self.of == "probabilities":
+                scores = scores.clamp(_LEAST, 1 - _LEAST).logit()
             apart = F.binary_cross_entropy_with_logits(
                 scores.masked_fill(~asked, 0.0), wanted.masked_fill(~asked, 0.0).clamp(0, 1), reduction="none"
             )
