@@ -55,7 +55,7 @@ def observe(
         output_weight=torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
         hidden=made["hidden"][:, 0],
         keep=torch.full((len(lengths),), 0.25, dtype=torch.float64),
-        rope=Rotary(torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),
+        rope=Rotary(((torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),)),
     )
     norms = whole.keys.norm(dim=-1, keepdim=True).nan_to_num()
     return dataclasses.replace(

@@ -87,7 +87,7 @@ class Recorder:
     def _seen(
         self, queries: Tensor, at: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor
     ) -> Observation:
-        rope = Rotary(*(_joined(part) for part in zip(*self.rotations, strict=True))) if self.rotations else None
+        rope = Rotary(self.rotations) if self.rotations else None
         return Observation(
             layer_idx=layer_idx,
             queries=queries,
@@ -148,8 +148,3 @@ def _rows(held: Tensor, rows: Tensor) -> Tensor:
 
 def _shared(held: Tensor, rows: Tensor) -> Tensor:
     return held if held.shape[0] == 1 else _rows(held, rows)
-
-
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """Chunks [B, T, D] one after the other; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

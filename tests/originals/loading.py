@@ -114,6 +114,6 @@ def whole(case: Case, policy: Policy, scale: float = 1.0, **more: Any) -> Observ
     frequency = 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = (torch.arange(length).unsqueeze(-1) * torch.cat([frequency, frequency])).unsqueeze(0)
     weight = torch.from_numpy(case.shared["Wo"]) if "Wo" in case.shared else None
-    fields = {"rope": Rotary(angle.cos().float(), angle.sin().float()), "output_weight": weight} | more
+    fields = {"rope": Rotary(((angle.cos().float(), angle.sin().float()),)), "output_weight": weight} | more
     seen = observation(scale * inputs["q"], inputs["k"], inputs["v"], **fields)
     return dataclasses.replace(seen, statistics={one: one.update(seen, None) for one in policy.scorer.statistics})

@@ -32,6 +32,7 @@ policy:
         ["continuations=2"],
         ["continuations=8", "checkpointing=true"],
         ["checkpointing=true", "chunk_size=50", "students=3", "batch_size=1"],
+        ["chunk_size=30", "gradient_tokens=64"],
     ],
 )
 def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_path):
@@ -50,6 +51,7 @@ def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_p
         students=config.students,
         chunk_size=config.chunk_size,
         checkpointing=config.checkpointing,
+        gradient_tokens=config.gradient_tokens,
     )
     module.log = lambda *args, **keys: None
     one = batch(config, 200, "cpu")

@@ -14,15 +14,13 @@ class Rotary:
     R may be smaller than the head dimension: the channels after the first R are left alone.
     """
 
-    cos: Tensor
-    """[B, S, R], or [1, S, R] where all rows have the same positions."""
-    sin: Tensor
-    """As `cos`."""
+    parts: tuple[tuple[Tensor, Tensor], ...]
+    """cos and sin [B, S, R] of every chunk of the prompt, or [1, S, R] where all rows have the same positions. Layers
+    share them, so that they are not joined."""
 
     def unrotate(self, vectors: Tensor) -> Tensor:
         """Queries or keys [B, N, T, D] of the last T slots as they were before they were rotated, float32."""
-        recent = slice(self.cos.shape[1] - vectors.shape[2], None)
-        cos, sin = (part[:, recent].unsqueeze(1).float() for part in (self.cos, self.sin))
+        cos, sin = (part.unsqueeze(1).float() for part in self._last(vectors.shape[2]))
         size = cos.square() + sin.square()  # not 1 where the model scales its attention through the embedding
         return rotate(vectors.float(), cos / size, -sin / size)
 
@@ -36,8 +34,9 @@ class Rotary:
 
     def frequencies(self, lengths: Tensor) -> Tensor:
         """Radians per position [R/2] float32 of channel i against channel i + R/2, as the longest prompt shows them."""
-        turn = self._turn(lengths).gather(0, lengths.argmax().expand(1, self.cos.shape[2]))
-        return turn[0, : self.cos.shape[2] // 2].float()
+        every = self._turn(lengths)
+        turn = every.gather(0, lengths.argmax().expand(1, every.shape[1]))
+        return turn[0, : every.shape[1] // 2].float()
 
     def _turn(self, lengths: Tensor) -> Tensor:
         """Radians per position [B, R] in float64.
@@ -48,8 +47,8 @@ class Rotary:
         """
         last = self._wave(-1)
         turn = torch.zeros(len(lengths), last.shape[-1], dtype=torch.float64, device=last.device)
-        apart = 1
-        while apart < self.cos.shape[1]:
+        apart, slots = 1, sum(cos.shape[1] for cos, _ in self.parts)
+        while apart < slots:
             angle = (last * self._wave(-1 - apart).conj()).angle()
             angle = angle + 2 * math.pi * ((apart * turn - angle) / (2 * math.pi)).round()
             turn = torch.where((lengths > apart).unsqueeze(-1), angle / apart, turn)
@@ -57,8 +56,26 @@ class Rotary:
         return turn
 
     def _wave(self, slot: int) -> Tensor:
-        """cos + i sin of a slot, [B, R]."""
-        return torch.complex(self.cos[:, slot].double(), self.sin[:, slot].double())
+        """cos + i sin of a slot, counted from the end, [B, R]."""
+        for cos, sin in reversed(self.parts):
+            if -slot <= cos.shape[1]:
+                return torch.complex(cos[:, slot].double(), sin[:, slot].double())
+            slot += cos.shape[1]
+        raise IndexError(f"slot {slot} before the first")
+
+    def _last(self, count: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, count, R] of the last slots."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for cos, sin in reversed(self.parts):
+            begin = max(0, cos.shape[1] - count)
+            found.insert(0, (cos[:, begin:], sin[:, begin:]))
+            count -= cos.shape[1] - begin
+            if not count:
+                break
+        if len(found) == 1:
+            return found[0]
+        cosines, sines = zip(*found, strict=True)
+        return torch.cat(cosines, 1), torch.cat(sines, 1)
 
 
 def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
