@@ -94,16 +94,18 @@ class Observation:
 class Statistic(ABC):
     """What is gathered of all queries while the prompt is read, for scorers that want more than the last ones.
 
-    A frozen dataclass: those that are equal are gathered once for all policies that one prefill serves.
+    Hashable; those that are equal are gathered once for all policies that one prefill serves.
     """
 
     hidden: bool = False
     """Whether it reads the hidden states of each chunk."""
+    for_gradients: bool = False
+    """Whether scores are the same without it."""
 
     @abstractmethod
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
-        """The statistic of all that has been read, in a tensor of its own: [B, H, …] float32; for a scorer that judges
-        entries again later [B, H, S, F], or [B, 1, S, F] where all heads share it.
+        """The statistic of all that has been read, in a tensor [B, …] of its own; [B, H, S, F], or [B, 1, S, F] where
+        all heads share it, for a scorer that judges entries again later.
 
         Args:
             chunk: all entries up to now; its queries are those that were read since `gathered`.

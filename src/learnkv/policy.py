@@ -77,6 +77,8 @@ class Policy(Component):
         for part in (self.scorer, self.decode):
             if part is not None:
                 mine |= part.recording
+        if self.every and (judge := self.decode or self.scorer) is not None:
+            mine |= Recording(statistics=judge.later)
         return mine
 
     @property
@@ -146,10 +148,11 @@ class Policy(Component):
             )
         if wants.hidden and seen.hidden is None:
             raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
-        if not wants.statistics | wants.probes <= seen.statistics.keys():
+        needed = {one for one in wants.statistics if not one.for_gradients}
+        if not needed | wants.probes <= seen.statistics.keys():
             raise UserError(
-                "the policy reads more than keys, values and the last queries of a prompt: hand it to prefill, among "
-                "policies= or as policy="
+                "the policy reads more than keys, values and the last queries of a prompt, or its weights have changed "
+                "since: hand it to prefill, among policies= or as policy="
             )
 
     def spending(self, cache: CompressedCache, keep: float | None, budget: float | None) -> tuple[list[int], list[int]]:

@@ -50,7 +50,7 @@ def agree(
     heads = _heads(cache)
     held = entries_to_keep(cache, heads, keep, budget)
     most = held if budget is None else [round(budget * heads)] * len(held)
-    live = Recording(max(judge.window, policy.allocator.window), statistics=judge.statistics)
+    live = Recording(max(judge.window, policy.allocator.window), statistics=judge.later)
     again = renew or partial(recompress, policy)
     return Renewal(policy.every, tuple(most), tuple(held), live, again, student=renew is not None)
 

@@ -29,6 +29,10 @@ class Renewal:
     wanted: Tensor | None = None
     """[L, B, H] entries that the heads of a student are to have, differentiable."""
 
+    def __deepcopy__(self, _: object) -> "Renewal":
+        """Itself, so that the copy of a cache is judged by the same policy."""
+        return self
+
     def rows(self, batch: Tensor) -> "Renewal":
         """The same for batch rows `batch` [B']."""
         budget, held = (tuple(part[int(row)] for row in batch) for part in (self.budget, self.held))

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import pickle
+import shutil
 
 import pytest
 import torch
@@ -9,8 +11,10 @@ from models import attached, padded, tokens
 from observations import observe, randomised
 from tables import made_up
 
-from learnkv import Policy, prefill
-from learnkv.scorers import Constant, FastKVzip, GateScorer, HiddenScorer, LearnedScorer, SnapKV
+from learnkv import CompressedCache, Policy, continuation, prefill
+from learnkv.errors import UserError
+from learnkv.formats import tensors
+from learnkv.scorers import Constant, FastKVzip, GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
 from learnkv.scorers.tokenwise import HiddenSample, draw_sample
 
 MAKE = {
@@ -116,8 +120,116 @@ def test_chunks_and_copies_judge_alike(name):
     assert not torch.equal(twin.plan(read(twin), keep=0.2).judged, want)
 
 
-def test_figures_that_are_the_same_are_gathered_once():
-    gate, other = made_up("gate", 3, 2, 2, 16, 48), made_up("gate", 3, 2, 2, 8, 48)
+def test_figures_that_are_the_same_are_gathered_once(tmp_path):
+    gate, file = made_up("gate", 3, 2, 2, 16, 48), tmp_path / "gate.safetensors"
+    shutil.copy(gate, file)
+    assert Policy(FastKVzip(str(file))).recording == Policy(FastKVzip(gate)).recording
+    tensors.write(file, {name: 2 * one for name, one in tensors.read(gate, tensors.KVZIP_GATE).items()})
     both, twice = Policy(FastKVzip(gate)).recording, Policy(FastKVzip(gate, bias="twice")).recording
     assert (both | Policy(FastKVzip(gate)).recording) == both
-    assert len((both | twice | Policy(FastKVzip(other)).recording).statistics) == 3
+    assert len((both | twice | Policy(FastKVzip(str(file))).recording).statistics) == 3
+
+
+@every_scorer
+@pytest.mark.parametrize("every", [0, 6])
+def test_a_copy_of_a_cache_is_served_and_a_copy_of_a_policy_is_another(name, every):
+    policy = Policy(randomised(MAKE[name]()), every=every)
+    cache, said = read(policy), tokens(2, 9, seed=3)
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        assert torch.equal(policy.plan(copied, keep=0.2).judged, policy.plan(cache, keep=0.2).judged)
+    small = policy.compress(cache.fork(), keep=0.2)
+    twin = copy.deepcopy(small)
+    with torch.no_grad():
+        logits = [continuation(attached("llama"), said, one) for one in (small, twin)]
+    assert torch.equal(*logits)
+    with pytest.raises(UserError, match="hand it to prefill"):
+        copy.deepcopy(policy).plan(cache, keep=0.2)
+
+
+@every_scorer
+def test_a_prompt_that_was_read_with_other_weights_is_refused(name):
+    policy = Policy(learned(name), every=6)
+    cache = read(policy)
+    compressed = policy.compress(cache.fork(), keep=0.3)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(2)
+        with pytest.raises(UserError, match="its weights have changed since"):
+            policy.plan(cache, keep=0.2)
+        with pytest.raises(UserError, match="its weights have changed since"):
+            continuation(attached("llama"), tokens(2, 9), compressed)
+
+
+@every_scorer
+def test_a_prompt_that_gives_no_gradients_is_refused_where_they_are_asked_for(name):
+    policy = Policy(learned(name).requires_grad_(False))
+    cache = read(policy)
+    policy.requires_grad_(True)
+    with pytest.raises(UserError, match="is trained, and was not when the prompt was read"):
+        policy.plan(cache, keep=0.2)
+    with torch.no_grad():
+        policy.plan(cache, keep=0.2)
+    cache = read(policy)
+    draw_sample(policy, 20, 1)
+    with pytest.raises(UserError, match="or with another sample"):
+        policy.plan(cache, keep=0.2)
+
+
+class Mean(Scorer):
+    """Of several."""
+
+    def __init__(self, several):
+        super().__init__()
+        self.several = torch.nn.ModuleList(several)
+        self.window = max(one.window for one in several)
+
+    def forward(self, seen):
+        return torch.stack([one(seen) for one in self.several]).mean(0)
+
+
+def test_scorers_within_a_container_have_gradients():
+    policy = Policy(Mean([learned(name) for name in MAKE]))
+    _, found = gradients(policy, read(policy))
+    assert found.keys() == {path for path, _ in policy.named_parameters()}
+    assert all(one.abs().max() > 0 for one in found.values())
+
+
+@every_scorer
+def test_gradients_are_not_counted_twice_where_the_prompt_is_read_with_them(name):
+    model, policy = attached("llama"), Policy(learned(name))
+    draw_sample(policy, 20, 4)
+    want = gradients(policy, prefill(model, tokens(1, 70), policies=[policy]))[1]
+    cache = CompressedCache(model.config, policy.recording)
+    cache.set_prompt([70])
+    model(input_ids=tokens(1, 70), past_key_values=cache, use_cache=True)
+    for path, one in gradients(policy, cache)[1].items():
+        torch.testing.assert_close(one, want[path], rtol=1e-4, atol=1e-4)
+
+
+def test_keys_and_values_are_read_from_the_cache():
+    scorer = randomised(HiddenScorer(Constant(), 3, 2, 16, 48, reads=("keys", "values"))).requires_grad_(True)
+    assert not Policy(scorer).recording.statistics
+    assert Policy(scorer, every=4).recording.statistics
+    cache = prefill(attached("llama"), tokens(1, 50))
+    assert gradients(Policy(scorer), cache)[1]["scorer.weight_in"].abs().max() > 0
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():
+    policy = Policy(learned("projection"))
+    draw_sample(policy, 20, seed=123)
+    with torch.inference_mode():
+        read(policy)
+    gradients(policy, read(policy))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: HiddenSample(0), r"^gradient_tokens=0: expected at least 1"),
+        (lambda: GateScorer(SnapKV(), 3, 2, 48), r"^num_groups=0: expected the query heads per kv head"),
+        (lambda: HiddenScorer(SnapKV(), activation="relu"), r"^activation=relu: expected gelu or silu"),
+    ],
+)
+def test_what_cannot_be_is_named(make, told):
+    with pytest.raises(UserError, match=told):
+        make()

@@ -139,6 +139,14 @@ def test_scores_as_logits_or_chances_of_a_slower_scorers_chances(of):
     torch.testing.assert_close(scores.grad, torch.where(asked, (scores.detach().sigmoid() - chances) / count, 0.0))
 
 
+def test_scores_that_are_no_chances_are_refused_as_chances():
+    target = KVzip()
+    with pytest.raises(UserError, match=r"^objective: of=probabilities expects scores from 0 to 1"):
+        ScoreRegression(target, of="probabilities")(
+            Comparison(1, planned(draw(1, 1, 1, 6) * 3), {target: draw(1, 1, 1, 6)})
+        )
+
+
 def test_stages_follow_each_other_by_optimiser_steps():
     first, second, last = ScoreRegression(KVzip()), BudgetRegression(KVzip()), ForwardKL()
     stages = Stages([first, Stages([second, last], [3])], [2])

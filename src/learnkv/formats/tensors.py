@@ -1,5 +1,6 @@
 """Tensors by name in a safetensors file, all stacked over the layers of a model."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = 
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from None
     return where
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hexadecimal digits that differ where names or values do."""
+    found = hashlib.sha256()
+    for name, one in sorted(tensors.items()):
+        found.update(f"{name} {tuple(one.shape)} {one.dtype}".encode())
+        found.update(one.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def stack(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

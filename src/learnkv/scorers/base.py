@@ -53,11 +53,26 @@ class Scorer(Component, ABC):
 
     @property
     def recording(self) -> Recording:
-        """What has to be recorded of a prompt for this scorer, and for those that it builds on."""
-        mine = Recording(self.window, "hidden" in self.needs, self.statistics, self.probes)
-        return functools.reduce(
-            operator.or_, (one.recording for one in self.children() if isinstance(one, Scorer)), mine
-        )
+        """What has to be recorded of a prompt for this scorer and those within it."""
+        return functools.reduce(operator.or_, (one.own_recording for one in self._scorers()))
+
+    @property
+    def later(self) -> frozenset[Statistic]:
+        """What has to be gathered with every entry for them where tokens that come after the prompt are judged, too."""
+        return frozenset().union(*(one.own_later for one in self._scorers()))
+
+    @property
+    def own_recording(self) -> Recording:
+        """`recording` for this scorer alone."""
+        return Recording(self.window, "hidden" in self.needs, self.statistics, self.probes)
+
+    @property
+    def own_later(self) -> frozenset[Statistic]:
+        """`later` for this scorer alone."""
+        return self.statistics
+
+    def _scorers(self) -> list["Scorer"]:
+        return [one for one in self.modules() if isinstance(one, Scorer)]
 
     @abstractmethod
     def forward(self, seen: Observation) -> Tensor:

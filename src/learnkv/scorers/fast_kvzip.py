@@ -28,7 +28,12 @@ class FastKVzip(Tokenwise):
         self.source = gate
         self.bias = bias
         self.weights = tensors.read(locate(gate, "kvzip_gate.safetensors"), tensors.KVZIP_GATE)
-        self._reads_tokens(hidden=True, name=(type(self), gate, bias))
+        self.digest = tensors.digest(self.weights)
+        self._reads_tokens(hidden=True)
+
+    @property
+    def identity(self) -> object:
+        return (self.digest, self.bias)
 
     def forward(self, seen: Observation) -> Tensor:
         return self.of_tokens(seen).squeeze(-1)

@@ -45,6 +45,8 @@ class GateScorer(Residual):
         super().__init__(base, num_layers, num_heads)
         if rank < 1 or sinks < 1:
             raise UserError(f"rank={rank} sinks={sinks}: expected at least 1 of each")
+        if num_heads and not num_groups:
+            raise UserError("num_groups=0: expected the query heads per kv head, as the other sizes are given")
         self._reads_tokens(hidden=True)
         scale, queries = max(1, hidden_size) ** -0.5, num_heads * num_groups * rank
         first = {

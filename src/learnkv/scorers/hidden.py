@@ -1,6 +1,6 @@
 """A learned correction of a heuristic's scores from the token alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from learnkv.scorers.base import Scorer
 from learnkv.scorers.residual import Residual, unit
 
 Read = Literal["hidden", "keys", "values"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F.silu}
 
 
 class HiddenScorer(Residual):
@@ -51,8 +52,9 @@ class HiddenScorer(Residual):
         super().__init__(base, num_layers, num_heads)
         if width < 0 or not reads:
             raise UserError(f"width={width} reads={list(reads)}: expected a width of 0 or more and something to read")
-        self.reads, self.normalised = tuple(reads), normalised
-        self.activation = F.silu if activation == "silu" else F.gelu
+        if activation not in _ACTIVATIONS:
+            raise UserError(f"activation={activation}: expected {' or '.join(_ACTIVATIONS)}")
+        self.reads, self.normalised, self.activation = tuple(reads), normalised, _ACTIVATIONS[activation]
         self._reads_tokens(hidden="hidden" in reads)
         sizes: dict[Read, int] = {"hidden": hidden_size, "keys": num_heads * head_dim, "values": num_heads * head_dim}
         features = sum(sizes[one] for one in self.reads)

@@ -1,12 +1,15 @@
 """What scorers make of a token by itself, when it is read."""
 
 import functools
+import uuid
 from abc import abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from learnkv.errors import UserError
 from learnkv.observation import Observation, Recording, Statistic
 from learnkv.ops.mix import WORD, mix
 from learnkv.scorers.base import Scorer
@@ -19,60 +22,94 @@ class Tokenwise(Scorer):
     """A scorer that reads tokens one by one: their hidden states, or the keys and values of all heads at once.
 
     Hidden states of a whole prompt are larger than its keys and values. So figures are made of every chunk when it is
-    read, and they are held instead, with the entries: later, too, when entries are judged again and hidden states are
-    gone. Where the scorer is trained, the hidden states of a `sample` of tokens are held beside them, for gradients.
+    read, with the weights of that moment, and they are held instead, with the entries: later, too, when entries are
+    judged again and hidden states are gone. Where the scorer is trained, the hidden states of a `sample` of tokens are
+    held beside them, for gradients. Once weights have changed, a prompt has to be read again.
     """
 
     sample: "HiddenSample"
     """Tokens that figures get their gradients from."""
-    _figures: "TokenFigures | None" = None
+    _of_hidden: bool | None = None
 
     @abstractmethod
     def figures(self, seen: Observation) -> Tensor:
         """[B, H, S, F] float32, or [B, 1, S, F] where all heads share them, from each token alone."""
 
-    def _reads_tokens(self, hidden: bool, name: object = None) -> None:
-        """Have `figures` gathered.
+    def _reads_tokens(self, hidden: bool) -> None:
+        """Have `figures` gathered, which read hidden states or keys and values only."""
+        self._of_hidden, self.sample, self._key = hidden, HiddenSample(), uuid.uuid4().hex
 
-        Args:
-            hidden: whether they read hidden states.
-            name: the same for scorers whose figures are the same; none for what is trained.
-        """
-        self.sample = HiddenSample()
-        self._figures = TokenFigures(self, hidden, object() if name is None else name)
-        self.statistics = self.statistics | {self._figures}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is another scorer: its weights may become others."""
+        super().__setstate__(state)
+        self._key = uuid.uuid4().hex
 
     @property
-    def recording(self) -> Recording:
-        hidden = self._figures is not None and self._figures.hidden
-        trained = hidden and any(one.requires_grad for one in self.parameters())
-        return super().recording | Recording(statistics=frozenset({self.sample} if trained else ()))
+    def identity(self) -> object:
+        """Equal for scorers that make the same figures."""
+        changes = [0 if one.is_inference() else one._version for one in self.parameters()]
+        return (self._key, sum(changes))
+
+    @property
+    def _figures(self) -> "TokenFigures":
+        assert self._of_hidden is not None
+        return TokenFigures(self, self._of_hidden, self.identity)
+
+    @property
+    def _trained(self) -> bool:
+        """Whether figures may have gradients."""
+        return any(one.requires_grad for name, one in self.named_parameters() if not name.startswith("base."))
+
+    @property
+    def own_recording(self) -> Recording:
+        if not self._of_hidden:
+            return super().own_recording
+        read: list[Statistic] = [self._figures, self.sample] if self._trained else [self._figures]
+        return super().own_recording | Recording(statistics=frozenset(read))
+
+    @property
+    def own_later(self) -> frozenset[Statistic]:
+        return super().own_later if self._of_hidden is None else super().own_later | {self._figures}
 
     def of_tokens(self, seen: Observation) -> Tensor:
         """`figures` of all entries, as they were when the tokens were read."""
-        assert self._figures is not None
-        if self._figures not in seen.statistics or (seen.aligned and not self._figures.hidden):
+        known = seen.statistics.get(self._figures)
+        if seen.aligned and (known is None or not self._of_hidden):
             return self.figures(seen)
-        known = seen.statistics[self._figures]
-        hidden = seen.statistics.get(self.sample) if seen.aligned else None
-        if hidden is None or not torch.is_grad_enabled():
+        if known is None:
+            raise UserError(f"{type(self).__name__}: its weights have changed since the prompt was read; read it again")
+        if not (seen.aligned and torch.is_grad_enabled() and self._trained):
             return known
-        total, held = known.shape[2], hidden.shape[1]
-        if held == total:
-            return self.figures(replace(seen, hidden=hidden))
-        slots = self.sample.slots(total).to(known.device)
+        hidden = seen.statistics.get(self.sample)
+        if hidden is None:
+            raise UserError(
+                f"{type(self).__name__}: is trained, and was not when the prompt was read, or with another sample: "
+                "read it again"
+            )
+        slots = self.sample.slots(known.shape[2]).to(known.device)
         made = self.figures(_tokens(seen, slots, hidden))
         # Adds nothing but a gradient, which each token has as often as it must to make up for those that have none.
-        return known.index_add(2, slots, (made - made.detach()) * (total / held))
+        gradient = (made - made.detach()) * (known.shape[2] / len(slots))
+        return known.detach().index_add(2, slots, gradient.to(known.dtype))
 
 
-@dataclass(frozen=True)
 class TokenFigures(Statistic):
-    """The `figures` of every token, [B, H, S, F], or [B, 1, S, F] while all heads hold the same tokens."""
+    """The `figures` of every token, [B, H, S, F], or [B, 1, S, F] while all heads hold the same tokens.
 
-    scorer: Tokenwise = field(compare=False)
-    hidden: bool = field()
-    name: object = field()
+    Equal to others of the same `identity`. A copy of a cache has the same.
+    """
+
+    def __init__(self, scorer: Tokenwise, hidden: bool, identity: object) -> None:
+        self.scorer, self.hidden, self.identity = scorer, hidden, identity
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TokenFigures) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __deepcopy__(self, _: object) -> "TokenFigures":
+        return self
 
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
         new = slice(chunk.keys.shape[2] - chunk.queries.shape[2], None)
@@ -83,21 +120,29 @@ class TokenFigures(Statistic):
         return torch.cat([gathered, made.expand(-1, gathered.shape[1], -1, -1)], 2)
 
 
-@dataclass(frozen=True)
 class HiddenSample(Statistic):
-    """Hidden states [B, M, E] of at most so many tokens, the same slots in every row and layer.
+    """Hidden states [B, M, E] of at most so many tokens, in the model's type; the same slots in every row and layer.
 
     Each slot is as likely to be among them as any other, whatever chunks the prompt is read in.
     """
 
-    tokens: int = GRADIENT_TOKENS
-    seed: int = 0
-
     hidden = True
+    for_gradients = True
+
+    def __init__(self, tokens: int = GRADIENT_TOKENS, seed: int = 0) -> None:
+        if tokens < 1:
+            raise UserError(f"gradient_tokens={tokens}: expected at least 1")
+        self.tokens, self.seed = tokens, seed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HiddenSample) and (self.tokens, self.seed) == (other.tokens, other.seed)
+
+    def __hash__(self) -> int:
+        return hash((HiddenSample, self.tokens, self.seed))
 
     def slots(self, total: int) -> Tensor:
         """The slots [M] of a prompt of `total`, ascending."""
-        return _drawn(self.tokens, self.seed, total)
+        return torch.tensor(_drawn(self.tokens, self.seed, total), device="cpu")
 
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
         assert chunk.hidden is not None
@@ -125,9 +170,9 @@ def _tokens(seen: Observation, slots: Tensor | slice, hidden: Tensor | None) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _drawn(tokens: int, seed: int, total: int) -> Tensor:
-    every = torch.arange(total)
+def _drawn(tokens: int, seed: int, total: int) -> tuple[int, ...]:
     if total <= tokens:
-        return every
-    lots = mix(mix(torch.tensor(seed & WORD)) ^ every)  # all different: the lowest of more slots are among these or new
-    return lots.topk(tokens, largest=False).indices.sort().values
+        return tuple(range(total))
+    # All lots differ, so that the lowest of more slots are among these or new.
+    lots = mix(mix(torch.tensor(seed & WORD, device="cpu")) ^ torch.arange(total, device="cpu"))
+    return tuple(lots.topk(tokens, largest=False).indices.sort().values.tolist())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learnkv.errors import UserError
 from learnkv.ops.normal_scores import normal_scores
 from learnkv.scorers.base import Scorer
 from learnkv.training.objectives.base import Comparison, Objective
@@ -23,9 +24,9 @@ class ScoreRegression(Objective):
         target: gives the scores that are to be matched; it is not trained.
         of: squares of differences to the normal scores of the target's `ranks` within its layer, the scale that
             `LearnedScorer` has, or to its own `scores` (KVzap: those of KVzip with `normalized` and `log`); or, for
-            scores within [0, 1] such as KVzip's, their cross-entropy to the policy's as `probabilities` (Fast KVzip) or
-            to the sigmoid of the policy's, its `logits`: these can be compared between layers, and entries that matter
-            most weigh most.
+            scores within [0, 1] such as KVzip's, their cross-entropy to the policy's as `probabilities` (Fast KVzip),
+            which must be within [0, 1], too, or to the sigmoid of the policy's, its `logits`: these can be compared
+            between layers, and entries that matter most weigh most.
     """
 
     name = "score_distance"
@@ -47,6 +48,12 @@ class ScoreRegression(Objective):
             wanted = torch.stack([normal_scores(one, free) for one, free in zip(wanted, asked, strict=True)])
         if self.of in ("logits", "probabilities"):
             if self.of == "probabilities":
+                inside = scores.detach()[asked]
+                if bool(((inside < 0) | (inside > 1)).any()):
+                    raise UserError(
+                        "objective: of=probabilities expects scores from 0 to 1, as of a GateScorer over Constant with "
+                        f"scaled=false; got {float(inside.min()):.3g} to {float(inside.max()):.3g}"
+                    )
                 scores = scores.clamp(_LEAST, 1 - _LEAST).logit()
             apart = F.binary_cross_entropy_with_logits(
                 scores.masked_fill(~asked, 0.0), wanted.masked_fill(~asked, 0.0).clamp(0, 1), reduction="none"
