@@ -36,8 +36,9 @@ def test_kvzap(width):
     scorer = randomised(HiddenScorer(Constant(), LAYERS, HEADS, DIM, HIDDEN, width=width, normalised=False))
     found, inputs = scores_and_inputs(attached("llama"), scorer)
     for layer, hidden in enumerate(inputs):
-        first, last = nn.Linear(HIDDEN, width), nn.Linear(width or HIDDEN, HEADS)
+        last = nn.Linear(width or HIDDEN, HEADS)
         if width:
+            first = nn.Linear(HIDDEN, width)
             first.weight.data, first.bias.data = scorer.weight_in[layer].T, scorer.bias[layer, 0]
         last.weight.data, last.bias.data = scorer.weight_out[layer].T, scorer.bias_out[layer, 0]
         published = nn.Sequential(first, nn.GELU(), last) if width else last
