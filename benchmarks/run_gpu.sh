@@ -93,6 +93,7 @@ if [ -n "${KVPRESS_PYTHON:-}" ]; then
     part kvpress 60 "$KVPRESS_PYTHON" -m benchmarks.peers.kvpress_adakv --out "$PARTS/kvpress.json" ${dry[@]+"${dry[@]}"}
 fi
 script kernels 50 --only training
+script step_memory 60
 script decode 120 --static
 
 echo "== $SECONDS s in all"

@@ -14,6 +14,7 @@ from learnkv.config import run_main
 from learnkv.errors import UserError
 from learnkv.io import build_policy
 from learnkv.models import describe_model, empty_model
+from learnkv.policy import Policy
 from learnkv.size import sized
 from learnkv.train import modules_of
 from learnkv.training.config import TrainConfig
@@ -23,6 +24,8 @@ from learnkv.training.live_bytes import LiveBytes
 from learnkv.training.module import Distillation
 from learnkv.training.pretence import pretended
 from learnkv.training.recomputation import decoder_layers
+
+CONTEXTS, STEP = "keys and values of the contexts", "everything else of a step"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +48,7 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
         kernels: whether operations run as kernels, as they do on a GPU; else as their references.
 
     Raises:
-        UserError: for an objective (of several stages: the last one) with targets, as what they read depends on values;
-            for prompts that do not fit into the model's context with their continuations.
+        UserError: as for `step_of`; for prompts that do not fit into the model's context with their continuations.
     """
     assert config.policy is not None
     dtype = ("bfloat16" if kernels else "float32") if config.dtype == "auto" else config.dtype
@@ -56,6 +58,27 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
     policy = build_policy(spec, allow=sorted(modules_of(spec))).to("meta").requires_grad_(True)
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = lengths_within(context, config)[1]
+    module = step_of(config, model, policy)
+    with pretended(shapes["layers"], config.batch_size, kernels), LiveBytes() as live:
+        module.training_step(batch(config, longest), 0).backward()
+    trained = sum(one.numel() * one.element_size() for one in policy.parameters())
+    bytes_of_token = 2 * shapes["layers"] * shapes["heads"] * shapes["head_dim"] * model.dtype.itemsize
+    held = config.batch_size * longest * bytes_of_token
+    several = _processes(config)
+    return {
+        "weights of the model": _weights(model, several if config.trainer["strategy"] == "fsdp" else 1),
+        "what is trained, and its optimizer": 3 * trained + (trained if several > 1 else 0),
+        CONTEXTS: held,
+        STEP: live.peak - held,
+    }
+
+
+def step_of(config: TrainConfig, model: torch.nn.Module, policy: Policy) -> Distillation:
+    """What makes the steps of a run, its students keeping the most that they may.
+
+    Raises:
+        UserError: for an objective (of several stages: the last one) with targets, as what they read depends on values.
+    """
     keeps = sorted(config.keep or config.keep_range)
     drawn = [keeps[0], *[keeps[-1]] * (config.students - 1)]  # no draw of a sandwich keeps more
     objective = None if config.objective is None else config.objective.at(config.trainer["max_steps"])
@@ -76,18 +99,7 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
     most = drawn if config.draw == "sandwich" else [keeps[-1]] * config.students
     module.keeps = lambda index: most  # type: ignore[method-assign]
     module.log = lambda *args, **keys: None
-    with pretended(shapes["layers"], config.batch_size, kernels), LiveBytes() as live:
-        module.training_step(batch(config, longest), 0).backward()
-    trained = sum(one.numel() * one.element_size() for one in policy.parameters())
-    bytes_of_token = 2 * shapes["layers"] * shapes["heads"] * shapes["head_dim"] * model.dtype.itemsize
-    held = config.batch_size * longest * bytes_of_token
-    several = _processes(config)
-    return {
-        "weights of the model": _weights(model, several if config.trainer["strategy"] == "fsdp" else 1),
-        "what is trained, and its optimizer": 3 * trained + (trained if several > 1 else 0),
-        "keys and values of the contexts": held,
-        "everything else of a step": live.peak - held,
-    }
+    return module
 
 
 def batch(config: TrainConfig, longest: int, device: str = "meta") -> Batch:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, decode, kernels, merge, prefill, report, train_step
+from benchmarks import ceilings, decode, kernels, merge, prefill, report, step_memory, train_step
 from benchmarks.limits import Work
 from benchmarks.results import Clock, Part
 from benchmarks.targets import TARGETS
@@ -29,6 +29,7 @@ SCRIPTS = {
     "kernels": (kernels, {"decode_attention", "window_scores", "select", "gather_kv", *PAGED, *TRAINED}),
     "decode": (decode, {"decode step", "capacity"}),
     "prefill": (prefill, {"prefill"}),
+    "step_memory": (step_memory, {"train: memory of a step"}),
     "train_step": (train_step, {"train: prefill", "train: teacher", "train: student, forward and backward"}),
 }
 

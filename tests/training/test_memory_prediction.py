@@ -4,12 +4,11 @@ import pytest
 
 from learnkv.config import parse
 from learnkv.io import build_policy
-from learnkv.memory import batch, main, predicted
+from learnkv.memory import CONTEXTS, STEP, batch, main, predicted, step_of
 from learnkv.models import describe_model, load_model
 from learnkv.size import sized
 from learnkv.training.config import TrainConfig
 from learnkv.training.live_bytes import LiveBytes
-from learnkv.training.module import Distillation
 
 AS_SHIPPED = """
 policy:
@@ -43,22 +42,12 @@ def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_p
     config, _ = parse(TrainConfig, [*words, *typed, "lengths=100,200", "keep=0.2"], "train")
     model = load_model(str(folder))[0]
     policy = build_policy(sized(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
-    module = Distillation(
-        model,
-        policy.requires_grad_(True),
-        steps=1,
-        keep=config.keep,
-        students=config.students,
-        chunk_size=config.chunk_size,
-        checkpointing=config.checkpointing,
-        gradient_tokens=config.gradient_tokens,
-    )
-    module.log = lambda *args, **keys: None
+    module = step_of(config, model, policy.requires_grad_(True))
     one = batch(config, 200, "cpu")
     with LiveBytes() as live:
         module.training_step(one, 0).backward()
     parts = predicted(config, kernels=False)
-    step = parts["keys and values of the contexts"] + parts["everything else of a step"]
+    step = parts[CONTEXTS] + parts[STEP]
     assert step == pytest.approx(live.peak, rel=0.01)
     assert parts["weights of the model"] == sum(4 * held.numel() for held in model.parameters())
     assert parts["what is trained, and its optimizer"] == 3 * sum(4 * held.numel() for held in policy.parameters())
