@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 import shutil
 
+import components
 import pytest
 import torch
 from models import attached, padded, tokens
@@ -64,8 +65,9 @@ def test_every_slot_is_as_likely_in_a_sample_as_any_other():
     assert (drawn.diff(dim=-1) > 0).all()
     often = drawn.flatten().bincount(minlength=64) / 2000
     assert (often - 16 / 64).abs().max() < 5 * (0.25 * 0.75 / 2000) ** 0.5
-    pairs = (drawn == 5).any(-1).double() @ (drawn == 40).any(-1).double() / 2000
-    assert pairs == pytest.approx(16 / 64 * 15 / 63, abs=5 * (0.06 / 2000) ** 0.5)
+    for other in (4, 6, 40):
+        pairs = (drawn == 5).any(-1).double() @ (drawn == other).any(-1).double() / 2000
+        assert pairs == pytest.approx(16 / 64 * 15 / 63, abs=5 * (0.06 / 2000) ** 0.5)
     assert HiddenSample(16).slots(9).tolist() == list(range(9))
 
 
@@ -92,6 +94,22 @@ def test_gradients_of_a_sample_are_those_of_all_tokens_on_average(name):
     draw_sample(policy, 70, 0)
     for path, one in gradients(policy, read(policy, chunk_size=16))[1].items():
         torch.testing.assert_close(one, whole[path], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [LearnedScorer, HiddenScorer, GateScorer])
+def test_a_sample_of_all_tokens_has_the_gradients_of_the_figures_themselves(cls):
+    scorer = components.build(cls, 2, 2, 3, 16).requires_grad_(True)
+    draw_sample(scorer, 60, 0)
+    with torch.no_grad():
+        seen = observe([60], statistics=scorer.recording.statistics)
+    assert len(seen.statistics) == 2
+    scores = [scorer(one) for one in (seen, dataclasses.replace(seen, statistics={}))]
+    assert torch.equal(*scores)
+    weight = torch.randn(scores[0].shape, generator=torch.Generator().manual_seed(1))
+    grads = [torch.autograd.grad((one * weight).sum(), list(scorer.parameters())) for one in scores]
+    for one, other in zip(*grads, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @every_scorer
@@ -135,6 +153,7 @@ def test_figures_that_are_the_same_are_gathered_once(tmp_path):
 def test_a_copy_of_a_cache_is_served_and_a_copy_of_a_policy_is_another(name, every):
     policy = Policy(randomised(MAKE[name]()), every=every)
     cache, said = read(policy), tokens(2, 9, seed=3)
+    assert all(one.scorer is policy.scorer for one in copy.deepcopy(policy.scorer.later))
     for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert torch.equal(policy.plan(copied, keep=0.2).judged, policy.plan(cache, keep=0.2).judged)
     small = policy.compress(cache.fork(), keep=0.2)
@@ -210,8 +229,14 @@ def test_keys_and_values_are_read_from_the_cache():
     scorer = randomised(HiddenScorer(Constant(), 3, 2, 16, 48, reads=("keys", "values"))).requires_grad_(True)
     assert not Policy(scorer).recording.statistics
     assert Policy(scorer, every=4).recording.statistics
-    cache = prefill(attached("llama"), tokens(1, 50))
-    assert gradients(Policy(scorer), cache)[1]["scorer.weight_in"].abs().max() > 0
+    found = []
+    for policy, cache in (
+        (Policy(scorer), prefill(attached("llama"), tokens(1, 50))),
+        (Policy(scorer, every=4), prefill(attached("llama"), tokens(1, 50), policies=[Policy(scorer, every=4)])),
+    ):
+        found.append(gradients(policy, cache)[1]["scorer.weight_in"])
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0
 
 
 def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():

@@ -168,6 +168,31 @@ def test_a_model_in_bfloat16_has_predictors_in_float32(folder, monkeypatch):
     assert rough.item() == pytest.approx(exact.item(), rel=0.1)
 
 
+def test_each_batch_draws_the_tokens_that_hidden_states_are_held_of(model):
+    def policy() -> Policy:
+        torch.manual_seed(0)
+        made = LearnedScorer(SnapKV(window=8), 2, 2, 8, width=4, window=8, rank=2, hidden_size=32)
+        made.weight_direct.data.normal_()
+        return Policy(made)
+
+    found, slots = {}, []
+    for tokens in (1000, 20, 20):
+        module = distillation(model, policy(), gradient_tokens=tokens, seed=3)
+        found[tokens], losses = [], []
+        for number in (0, 1):
+            loss, grads = gradients(module, batch(number))
+            losses.append(loss)
+            found[tokens].append(dict(zip([name for name, _ in module.policy.named_parameters()], grads, strict=True)))
+            slots.append(module.policy.scorer.sample.slots(100).tolist())
+    assert slots[2:4] == slots[4:6]  # the same for a run that is resumed
+    assert slots[2] != slots[3]
+    assert {len(one) for one in slots[2:]} == {20}
+    for all_tokens, some in zip(found[1000], found[20], strict=True):
+        assert not torch.allclose(all_tokens.pop("scorer.project"), some.pop("scorer.project"), rtol=0.05)
+        for name, one in all_tokens.items():
+            torch.testing.assert_close(some[name], one, rtol=1e-3, atol=1e-6)
+
+
 def test_what_scorers_read_is_not_copied_for_every_continuation(model):
     policy = Policy(LearnedScorer(SnapKV(window=8), 2, 2, 8, width=4, window=8, rank=2, hidden_size=32))
     spans = Spans(POOL, count=16, tokens=4, cue=1)

@@ -58,7 +58,7 @@ class Tokenwise(Scorer):
     @property
     def _trained(self) -> bool:
         """Whether figures may have gradients."""
-        return any(one.requires_grad for name, one in self.named_parameters() if not name.startswith("base."))
+        return any(one.requires_grad for one in self.parameters())
 
     @property
     def own_recording(self) -> Recording:
