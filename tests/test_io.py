@@ -281,3 +281,12 @@ def test_names_in_tables(tmp_path):
     assert (
         describe_policy_file(tmp_path / "fast" / "policy") == describe_policy_file(tmp_path / "fast") == "learned-fast"
     )
+
+
+def test_a_learned_policy_without_weights_has_to_be_trained(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "scorer: {class_path: learnkv.scorers.HiddenScorer, init_args: {base: {class_path: learnkv.scorers.Constant}}}"
+    )
+    with pytest.raises(UserError, match=r"mine.yaml: names what is learned and has no weights: train it with train.py"):
+        load_policy(file)

@@ -33,7 +33,12 @@ def find_config(kind: str, name: str, key: str = "config") -> Path:
     known = _names(kind)
     if name in known:
         return CONFIGS / kind / f"{name}.yaml"
-    raise UserError(f"{key}={name}: expected a YAML file or one of: {', '.join(known)}{nearest(path.stem, known)}")
+    trained = (
+        "a checkpoint, an exported folder, reference (the trained policy of this package), " if key == "ckpt" else ""
+    )
+    raise UserError(
+        f"{key}={name}: expected {trained}a YAML file or one of: {', '.join(known)}{nearest(path.stem, known)}"
+    )
 
 
 def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
@@ -58,7 +63,7 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str) -> tuple[Any, str]:
     if not {"-h", "--help"}.isdisjoint(argv):
         parser.parse_args(["--help"])
     fields = dict(_fields(schema))
-    known = [*fields, *(key for key, _ in parser.get_defaults().items() if key not in fields)]
+    known = [*fields, *(key for key, _ in parser.get_defaults().items() if key not in fields), *_within(schema)]
     lists, typed = {key for key, is_list in fields.items() if is_list}, dict[str, list[str]]()
     for key, values in _pairs(argv, lists):
         typed[key] = typed.get(key, []) + values if key in lists or key == "config" else values
@@ -134,6 +139,14 @@ def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
                 yield from _fields(part, f"{prefix}{name}.")
 
 
+def _within(schema: type[Any]) -> Iterator[str]:
+    """Dotted names of the arguments of fields that hold a component."""
+    for name, hint in get_type_hints(schema).items():
+        for part in get_args(hint):
+            if inspect.isclass(part) and part.__module__.startswith("learnkv.") and not dataclasses.is_dataclass(part):
+                yield from (f"{name}.init_args.{one}" for one in inspect.signature(part).parameters)
+
+
 def _pairs(argv: Sequence[str], lists: set[str]) -> Iterator[tuple[str, list[str]]]:
     """Keys and their values as typed; `--ckpt a b` takes words up to the next key."""
     words = list(argv)
@@ -162,7 +175,13 @@ def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str
     key = ".".join(path)
     shown = f"{key}={','.join(typed[key])}" if key in typed else key
     if unknown:
-        return f"{shown}: unknown key{nearest(key, known)}"
+        return f"{shown}: unknown key{_meant(key, message, known)}"
+    if key and (absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)):
+        return f"{shown}: {absent[1]} has no {absent[2]}{nearest(absent[2], dir(sys.modules.get(absent[1])))}"
+    if key and (count := re.search(r"Expected a tuple with (\d+) elements", message)):
+        return f"{shown}: expected {count[1]} values"
+    if key and (given := re.search(r"Unexpected import path format: (\S+)", message)):
+        return f"{shown}: expected the path of a class, got {given[1]}"
     problem = re.search(r"Expected an? (.+?)\. Got value: (.*)", message)
     if key and problem:
         wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", problem[1])
@@ -170,6 +189,22 @@ def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str
         wanted = re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", wanted)
         return f"{shown}: expected {wanted}, got {problem[2] or 'nothing'}"
     return f"{shown}: {message}" if key else message
+
+
+def _meant(key: str, message: str, known: list[str]) -> str:
+    """The name that a mistyped key stands for, among ours or among the arguments of a component."""
+    above, _, last = key.rpartition(".")
+    if above and not any(one.startswith(f"{above}.") for one in known) and (of_class := _arguments(message)):
+        return nearest(last, of_class)
+    component = [one for one in known if one.endswith(f".init_args.{key.partition('.')[0]}")]
+    return f"; did you mean {component[0]}?" if component else nearest(key, known)
+
+
+def _arguments(message: str) -> list[str]:
+    """What the constructor takes of the class that jsonargparse speaks of last."""
+    named = re.findall(r"given class_path '([\w.]+)\.(\w+)'", message)
+    found = getattr(sys.modules.get(named[-1][0]), named[-1][1], None) if named else None
+    return list(inspect.signature(found).parameters) if inspect.isclass(found) else []
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -204,6 +204,8 @@ def _check_model(trained_for: Mapping[str, Any] | None, model: Mapping[str, Any]
 def _with_weights(policy: Policy, state: Mapping[str, Tensor], where: str) -> Policy:
     want = {name: tuple(held.shape) for name, held in policy.state_dict().items()}
     have = {name: tuple(held.shape) for name, held in state.items()}
+    if want and not have:
+        raise UserError(f"{where}: names what is learned and has no weights: train it with train.py, and name its run")
     if want != have:
         name = next(iter(sorted(set(want.items()) ^ set(have.items()))))[0]
         raise UserError(f"{where}: weight {name} has shape {have.get(name)}, the policy expects {want.get(name)}")

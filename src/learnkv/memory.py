@@ -37,8 +37,12 @@ def tell(config: TrainConfig, resolved: str) -> None:
     """Print what every process of the run holds at its peak."""
     parts = predicted(config)
     width = max(map(len, parts))
-    for name, size in [*parts.items(), ("peak of a process", sum(parts.values()))]:
-        print(f"{name:<{width}}  {size / 1e9:8.2f} GB")
+    whole = sum(parts.values())
+    unit, of = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
+    for name, size in [*parts.items(), ("peak of a process", whole)]:
+        print(f"{name:<{width}}  {size / of:8.2f} {unit}")
+    if config.objective is not None and config.objective.at(0).targets:
+        print("Steps of the first objective are not counted: what it has the model read again depends on values.")
 
 
 def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
@@ -95,7 +99,10 @@ def step_of(config: TrainConfig, model: torch.nn.Module, policy: Policy) -> Dist
         gradient_tokens=config.gradient_tokens,
     )
     if objective is not None and objective.targets:
-        raise UserError(f"objective: what {type(objective).__name__} has the model read cannot be predicted")
+        raise UserError(
+            f"objective: what {type(objective).__name__} has the model read cannot be predicted; objective=null "
+            "predicts distillation"
+        )
     most = drawn if config.draw == "sandwich" else [keeps[-1]] * config.students
     module.keeps = lambda index: most  # type: ignore[method-assign]
     module.log = lambda *args, **keys: None

@@ -151,8 +151,8 @@ class Policy(Component):
         needed = {one for one in wants.statistics if not one.for_gradients}
         if not needed | wants.probes <= seen.statistics.keys():
             raise UserError(
-                "the policy reads more than keys, values and the last queries of a prompt, or its weights have changed "
-                "since: hand it to prefill, among policies= or as policy="
+                f"the policy's {type(self.scorer).__name__} reads more of a prompt than keys, values and the last "
+                "queries, or its weights have changed since: hand it to prefill, among policies= or as policy="
             )
 
     def spending(self, cache: CompressedCache, keep: float | None, budget: float | None) -> tuple[list[int], list[int]]:

@@ -33,7 +33,7 @@ def scores_and_inputs(model, scorer: Scorer) -> tuple[torch.Tensor, list[torch.T
 @pytest.mark.parametrize("width", [0, 512])
 def test_kvzap(width):
     """Linear or with 512 hidden units and GELU (kvpress' `KVzapModel`), over hidden states as they are."""
-    scorer = randomised(HiddenScorer(Constant(), LAYERS, HEADS, DIM, HIDDEN, width=width, normalised=False))
+    scorer = randomised(HiddenScorer(Constant(), LAYERS, HEADS, DIM, HIDDEN, width=width, normalized=False))
     found, inputs = scores_and_inputs(attached("llama"), scorer)
     for layer, hidden in enumerate(inputs):
         last = nn.Linear(width or HIDDEN, HEADS)
@@ -53,7 +53,7 @@ def test_locret(family):
     config = model.config
     heads, dim, count = config.num_key_value_heads, config.hidden_size, config.num_hidden_layers
     scorer = HiddenScorer(
-        Constant(), count, heads, config.head_dim, dim, width=1024, normalised=False, activation="silu"
+        Constant(), count, heads, config.head_dim, dim, width=1024, normalized=False, activation="silu"
     )
     parts = [(one.self_attn.q_proj, one.self_attn.k_proj, one.self_attn.v_proj) for one in model.model.layers]
     read, generator = sum(part.out_features for part in parts[0]), torch.Generator().manual_seed(0)

@@ -141,10 +141,9 @@ def test_scores_as_logits_or_chances_of_a_slower_scorers_chances(of):
 
 def test_scores_that_are_no_chances_are_refused_as_chances():
     target = KVzip()
-    with pytest.raises(UserError, match=r"^objective: of=probabilities expects scores from 0 to 1"):
-        ScoreRegression(target, of="probabilities")(
-            Comparison(1, planned(draw(1, 1, 1, 6) * 3), {target: draw(1, 1, 1, 6)})
-        )
+    for scores in (3 * draw(1, 1, 1, 6), torch.zeros(1, 1, 1, 6)):
+        with pytest.raises(UserError, match=r"^objective: of=probabilities expects scores above 0 and up to 1"):
+            ScoreRegression(target, of="probabilities")(Comparison(1, planned(scores), {target: draw(1, 1, 1, 6)}))
 
 
 def test_stages_follow_each_other_by_optimiser_steps():

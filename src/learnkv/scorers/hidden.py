@@ -19,7 +19,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F
 class HiddenScorer(Residual):
     """A heuristic's scores plus one small network per layer that sees the token and answers for all kv heads.
 
-    With no heuristic under it (base `Constant`) and hidden states as they are (`normalised=False`) this is KVzap's
+    With no heuristic under it (base `Constant`) and hidden states as they are (`normalized=False`) this is KVzap's
     predictor (arXiv 2601.07891), of 512 hidden units or none, and Locret's (arXiv 2410.01805), of 1024 with `silu`:
     that one reads queries, keys and values before rotation, which are linear in hidden states unless the model
     normalises them, and its biases are zero. What KVzap evicts is below a threshold, here a budget is kept. The last
@@ -33,7 +33,7 @@ class HiddenScorer(Residual):
         hidden_size: E of the model.
         width: hidden units per layer; 0: none, scores are linear in what is read.
         reads: any of `hidden` (the input of the layer's attention), `keys` and `values` of all heads.
-        normalised: give each of them mean square 1 first.
+        normalized: give each of them mean square 1 first.
         activation: of the hidden units.
     """
 
@@ -46,7 +46,7 @@ class HiddenScorer(Residual):
         hidden_size: int = 0,
         width: int = 32,
         reads: Sequence[Read] = ("hidden",),
-        normalised: bool = True,
+        normalized: bool = True,
         activation: Literal["gelu", "silu"] = "gelu",
     ) -> None:
         super().__init__(base, num_layers, num_heads)
@@ -54,7 +54,7 @@ class HiddenScorer(Residual):
             raise UserError(f"width={width} reads={list(reads)}: expected a width of 0 or more and something to read")
         if activation not in _ACTIVATIONS:
             raise UserError(f"activation={activation}: expected {' or '.join(_ACTIVATIONS)}")
-        self.reads, self.normalised, self.activation = tuple(reads), normalised, _ACTIVATIONS[activation]
+        self.reads, self.normalized, self.activation = tuple(reads), normalized, _ACTIVATIONS[activation]
         self._reads_tokens(hidden="hidden" in reads)
         sizes: dict[Read, int] = {"hidden": hidden_size, "keys": num_heads * head_dim, "values": num_heads * head_dim}
         features = sum(sizes[one] for one in self.reads)
@@ -72,7 +72,7 @@ class HiddenScorer(Residual):
     def figures(self, seen: Observation) -> Tensor:
         """The correction itself, [B, H, S, 1]."""
         layer, read = seen.layer_idx, [self._read(seen, one) for one in self.reads]
-        inputs = torch.cat([unit(one) if self.normalised else one.float() for one in read], -1)
+        inputs = torch.cat([unit(one) if self.normalized else one.float() for one in read], -1)
         if self.weight_in is not None:
             inputs = self.activation(inputs @ self.weight_in[layer] + self.bias[layer])
         return (inputs @ self.weight_out[layer] + self.bias_out[layer]).transpose(1, 2).unsqueeze(-1)

@@ -91,7 +91,7 @@ class TrainConfig:
         checkpointing: compute the activations of continuations and of the scorer again for the gradient instead of
             holding them: less memory, a third more time.
         gradient_tokens: tokens of a context whose hidden states are held, for the gradients of predictors that read
-            them; of longer contexts so many are drawn, the same on average.
+            them; of longer contexts so many are drawn for each batch, and gradients are the same on average.
         continuations: questions or spans of one context.
         continuation_tokens: tokens of a text continuation, and at most of a span.
         query_aware: fraction of the batches whose question is read before compression.

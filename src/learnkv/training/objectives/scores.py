@@ -25,7 +25,7 @@ class ScoreRegression(Objective):
         of: squares of differences to the normal scores of the target's `ranks` within its layer, the scale that
             `LearnedScorer` has, or to its own `scores` (KVzap: those of KVzip with `normalized` and `log`); or, for
             scores within [0, 1] such as KVzip's, their cross-entropy to the policy's as `probabilities` (Fast KVzip),
-            which must be within [0, 1], too, or to the sigmoid of the policy's, its `logits`: these can be compared
+            which must be within (0, 1], or to the sigmoid of the policy's, its `logits`: these can be compared
             between layers, and entries that matter most weigh most.
     """
 
@@ -49,10 +49,10 @@ class ScoreRegression(Objective):
         if self.of in ("logits", "probabilities"):
             if self.of == "probabilities":
                 inside = scores.detach()[asked]
-                if bool(((inside < 0) | (inside > 1)).any()):
+                if bool(((inside <= 0) | (inside > 1)).any()):  # at 0 there would be no gradient
                     raise UserError(
-                        "objective: of=probabilities expects scores from 0 to 1, as of a GateScorer over Constant with "
-                        f"scaled=false; got {float(inside.min()):.3g} to {float(inside.max()):.3g}"
+                        "objective: of=probabilities expects scores above 0 and up to 1, as of a GateScorer over "
+                        f"Constant with scaled=false; got {float(inside.min()):.3g} to {float(inside.max()):.3g}"
                     )
                 scores = scores.clamp(_LEAST, 1 - _LEAST).logit()
             apart = F.binary_cross_entropy_with_logits(
