@@ -144,7 +144,7 @@ def test_no_network_is_asked_about_a_mistyped_path(tmp_path, monkeypatch):
     assert names_a_repository("someone/policy-1.5@v2")
     for path in ("runs/mine", "someone/last.ckpt", "someone/snapkv.yaml", "snapkv", "a/b/c", "/a/b", "./a/b", "../b"):
         assert not names_a_repository(path), path
-    with pytest.raises(UserError, match="ckpt=runs/mine: expected a YAML file or one of"):
+    with pytest.raises(UserError, match="ckpt=runs/mine: expected a checkpoint, an exported folder, reference"):
         load_policy("runs/mine")
 
 
