@@ -40,7 +40,7 @@ class Shuffled(Scorer):
         super().__init__()
         self.base, self.layers, self.noise = base, tuple(layers), Random()
         self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
-        self.statistics, self.probes = base.statistics, base.probes
+        self.probes = base.probes
 
     def forward(self, seen: Observation) -> Tensor:
         return self.base(seen)

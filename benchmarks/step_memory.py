@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.decode import free
 from benchmarks.results import Clock, Part, arguments, device
-from benchmarks.shapes import LLAMA_8B, Shape
+from benchmarks.shapes import LLAMA_8B
 from benchmarks.timing import one_line
 from learnkv import attach
 
@@ -41,13 +41,13 @@ def main(argv: list[str] | None = None) -> Part:
         free()
         model = attach(shape.build(where, torch.float32 if asked.dry_run else torch.bfloat16))
         about = {"kernel": "train: memory of a step", "model": shape.name, "T": prompt, "new": new, "continuations": 8}
-        part.add(**about, **measure(model, shape, prompt, new))
+        part.add(**about, **measure(model, prompt, new))
         del model
     part.finish()
     return part
 
 
-def measure(model: PreTrainedModel, shape: Shape, prompt: int, new: int) -> dict[str, Any]:
+def measure(model: PreTrainedModel, prompt: int, new: int) -> dict[str, Any]:
     """GB that a step allocates at its peak, weights and optimizer apart, and what is predicted."""
     from learnkv.config import parse
     from learnkv.io import build_policy

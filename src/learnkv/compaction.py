@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from learnkv.layer import CompressedLayer
-from learnkv.observation import Recording
+from learnkv.observation import Recording, Statistic
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.select import select
 from learnkv.segments import Segment
@@ -73,12 +73,7 @@ def _segments(
     pool_keys, pool_values = first_keys.new_empty(total, dim), first_values.new_empty(total, dim)
     positions = _positions(layers, index, heads, slots).to(torch.int32)
     followed = live.statistics if live is not None else frozenset()
-    statistics = {
-        one: torch.stack([layer.recorder.statistics[one].expand(-1, heads, -1, -1) for layer in layers]).flatten(0, 3)[
-            index
-        ]
-        for one in followed
-    }
+    statistics = {one: _followed(layers, one, index, slots) for one in followed}
     stood, first, rotated = _rerotated(layers, index, positions, start, length, slots, rerotate)
     for at, layer in enumerate(layers):
         keys, values = (held.reshape(batch * heads, slots, dim) for held in layer.whole_prompt())
@@ -89,6 +84,14 @@ def _segments(
             keys, values, index, first_row, start[at], length[at], pool_keys, pool_values, turned, spans=segment.spans
         )
         yield segment
+
+
+def _followed(layers: list[CompressedLayer], one: Statistic, index: Tensor, slots: int) -> Tensor:
+    """What was gathered of the chosen entries, [N, F]; heads may share it."""
+    held = torch.stack([layer.recorder.statistics[one] for layer in layers])  # [L, B, H or 1, S, F]
+    if held.shape[2] != layers[0].heads:
+        index = index // slots // layers[0].heads * slots + index % slots
+    return held.flatten(0, 3)[index]
 
 
 def _positions(layers: list[CompressedLayer], index: Tensor, heads: int, slots: int) -> Tensor:

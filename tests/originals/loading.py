@@ -116,4 +116,6 @@ def whole(case: Case, policy: Policy, scale: float = 1.0, **more: Any) -> Observ
     weight = torch.from_numpy(case.shared["Wo"]) if "Wo" in case.shared else None
     fields = {"rope": Rotary(((angle.cos().float(), angle.sin().float()),)), "output_weight": weight} | more
     seen = observation(scale * inputs["q"], inputs["k"], inputs["v"], **fields)
-    return dataclasses.replace(seen, statistics={one: one.update(seen, None) for one in policy.scorer.statistics})
+    return dataclasses.replace(
+        seen, statistics={one: one.update(seen, None) for one in policy.scorer.recording.statistics}
+    )

@@ -19,7 +19,7 @@ def build(cls: type[Scorer]) -> Scorer:
 
 
 def seen_by(scorer: Scorer, lengths: list[int], **more) -> Observation:
-    return observe(lengths, statistics=scorer.statistics, probes=scorer.probes, **more)
+    return observe(lengths, statistics=scorer.recording.statistics, probes=scorer.probes, **more)
 
 
 def test_the_walk_finds_the_scorers():

@@ -11,7 +11,7 @@ from learnkv.formats.tensors import stack
 from learnkv.generation import prefill
 from learnkv.policy import Policy
 from learnkv.scorers import KVzip
-from learnkv.scorers.gate import gate_scores
+from learnkv.scorers.gate import gate_scores, gate_start
 
 FEATURES, BASE_KEYS = 16, 16
 
@@ -61,15 +61,7 @@ def _trained(
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(hidden.device)
 
-    weights = {
-        "q_proj.weight": drawn(heads * group * FEATURES, width) * width**-0.5,
-        "q_proj.bias": torch.zeros(heads * group * FEATURES, device=hidden.device),
-        "k_proj.weight": drawn(heads * FEATURES, width) * width**-0.5,
-        "q_norm.weight": torch.ones(FEATURES, device=hidden.device),
-        "k_norm.weight": torch.ones(FEATURES, device=hidden.device),
-        "k_base": drawn(heads, 1, BASE_KEYS, FEATURES),
-        "b": torch.zeros(heads, 1, group, device=hidden.device),
-    }
+    weights = gate_start(drawn, heads, group, width, FEATURES, BASE_KEYS)
     adam = torch.optim.Adam([one.requires_grad_() for one in weights.values()], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(steps):

@@ -31,7 +31,7 @@ class _Scores(Scorer):
         super().__init__()
         self.base = base
         self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
-        self.statistics, self.probes = base.statistics, base.probes
+        self.probes = base.probes
         self.known: dict[int, Judgement] = {}
         self.prepared: dict[int, tuple[Tensor, ...]] = {}
 

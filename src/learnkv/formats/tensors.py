@@ -61,7 +61,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, one in sorted(tensors.items()):
         found.update(f"{name} {tuple(one.shape)} {one.dtype}".encode())
-        found.update(one.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(one.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

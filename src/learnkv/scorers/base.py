@@ -110,5 +110,5 @@ class Scorer(Component, ABC):
         if base.refines:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window
-        self.statistics, self.probes = base.statistics, base.probes
+        self.probes = base.probes
         self.reads_budget = self.reads_budget or base.reads_budget

@@ -1,6 +1,6 @@
 """A learned correction of a heuristic's scores by a low-rank gate with sinks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +48,8 @@ class GateScorer(Residual):
         if num_heads and not num_groups:
             raise UserError("num_groups=0: expected the query heads per kv head, as the other sizes are given")
         self._reads_tokens(hidden=True)
-        scale, queries = max(1, hidden_size) ** -0.5, num_heads * num_groups * rank
-        first = {
-            "q_proj.weight": torch.randn(num_layers, queries, hidden_size) * scale,
-            "q_proj.bias": torch.zeros(num_layers, queries),
-            "k_proj.weight": torch.randn(num_layers, num_heads * rank, hidden_size) * scale,
-            "q_norm.weight": torch.ones(num_layers, rank),
-            "k_norm.weight": torch.ones(num_layers, rank),
-            "k_base": torch.randn(num_layers, num_heads, 1, sinks, rank),
-            "b": torch.zeros(num_layers, num_heads, 1, num_groups),
-        }
+        sizes = (num_heads, num_groups, hidden_size, rank, sinks)
+        first = gate_start(lambda *shape: torch.randn(num_layers, *shape), *sizes)
         self.gate = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(one) for name, one in first.items()})
         self._names = tuple(first)
         self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if scaled else None
@@ -71,6 +63,25 @@ class GateScorer(Residual):
         weights = {name: self.gate[name.replace(".", "_")][seen.layer_idx] for name in self._names}
         made = gate_scores(weights, seen.hidden.float())
         return (made if self.scale is None else self.scale[seen.layer_idx] * made).unsqueeze(-1)
+
+
+def gate_start(
+    draw: Callable[..., Tensor], heads: int, group: int, width: int, features: int, sinks: int
+) -> dict[str, Tensor]:
+    """Weights that a gate is trained from, with whatever dimensions `draw` puts before a shape that it is given."""
+    scale, queries = max(1, width) ** -0.5, heads * group * features
+    query = draw(queries, width) * scale
+    key = draw(heads * features, width) * scale
+    before = query.shape[:-2]
+    return {
+        "q_proj.weight": query,
+        "q_proj.bias": query.new_zeros(*before, queries),
+        "k_proj.weight": key,
+        "q_norm.weight": query.new_ones(*before, features),
+        "k_norm.weight": query.new_ones(*before, features),
+        "k_base": draw(heads, 1, sinks, features),
+        "b": query.new_zeros(*before, heads, 1, group),
+    }
 
 
 def gate_scores(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
