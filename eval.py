@@ -1,6 +1,8 @@
 """Evaluate compression policies: ``python eval.py --ckpt PATH [config=…] [key=value …]``."""
 
-from learnkv.eval import main
+import sys
+
+from learnkv.cli.main import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(["eval", *sys.argv[1:]]))

@@ -1,6 +1,8 @@
 """Train a compression policy: ``python train.py config=quickstart [key=value …]``."""
 
-from learnkv.train import main
+import sys
+
+from learnkv.cli.main import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(["train", *sys.argv[1:]]))

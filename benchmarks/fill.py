@@ -22,7 +22,7 @@ def compressed(model: PreTrainedModel, shape: Shape, batch: int, kept: int, skew
     cache.set_prompt([slots] * batch)
     budgets = torch.tensor(lengths, device=device).view(1, batch, shape.kv_heads)
     for at, layer in enumerate(cache.compressed_layers()):
-        layer.announced = True  # as the hook before a model's attention does
+        layer.expects_attention = True  # as the hook before a model's attention does
         layer.update(*_random(batch, shape, slots, device, dtype))
         scores = torch.rand(1, batch, shape.kv_heads, slots, device=device)
         cache.evict(scores, budgets, sum(lengths), first=at)

@@ -15,7 +15,7 @@ from benchmarks.timing import Timing, one_line
 from learnkv import Policy, attach, prefill
 from learnkv.allocators.adakv import AdaKV
 from learnkv.allocators.uniform import Uniform
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.scorers.snapkv import SnapKV
 
 Made = TypeVar("Made")

@@ -1,4 +1,4 @@
-"""What a training step holds at its peak against what `learnkv.memory` predicts: `python -m benchmarks.step_memory`.
+"""What a training step holds at its peak against what `learnkv memory` predicts: `python -m benchmarks.step_memory`.
 
 A step of distillation of `config=learned` on a model of 8B parameters: the prompt in chunks, three students, eight
 continuations. Needs lightning, jsonargparse and pyyaml beside what the other scripts need.
@@ -49,12 +49,12 @@ def main(argv: list[str] | None = None) -> Part:
 
 def measure(model: PreTrainedModel, prompt: int, new: int) -> dict[str, Any]:
     """GB that a step allocates at its peak, weights and optimizer apart, and what is predicted."""
-    from learnkv.config import parse
-    from learnkv.io import build_policy
-    from learnkv.memory import CONTEXTS, STEP, batch, predicted, step_of
-    from learnkv.models import describe_model
-    from learnkv.size import sized
+    from learnkv.cli.parser import parse
+    from learnkv.inference.models import describe_model
+    from learnkv.persistence.policies import build_policy
+    from learnkv.persistence.size import sized
     from learnkv.training.config import TrainConfig
+    from learnkv.training.memory.predict import CONTEXTS, STEP, batch, predicted, step_of
 
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -81,7 +81,7 @@ def _peak(where: torch.device, run: Any) -> int:
         run()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
-    from learnkv.training.live_bytes import LiveBytes
+    from learnkv.training.memory.live_bytes import LiveBytes
 
     with LiveBytes() as live:
         run()

@@ -19,10 +19,10 @@ from benchmarks.results import Part, arguments
 from benchmarks.shapes import LLAMA_8B
 from learnkv import Policy, attach, load_model, prefill
 from learnkv.allocators import LearnedAllocator, Uniform
-from learnkv.io import build_policy
-from learnkv.models import describe_model
+from learnkv.inference.models import describe_model
+from learnkv.persistence.policies import build_policy
+from learnkv.persistence.size import sized
 from learnkv.scorers import LearnedScorer, SnapKV
-from learnkv.size import sized
 
 CONTINUATIONS, BOUND = 8, 90.0
 KEEPS = (0.02, 0.11, 0.6)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> Part:
 
 def learned() -> Any:
     """`config=learned`."""
-    from learnkv.config import parse
+    from learnkv.cli.parser import parse
     from learnkv.training.config import TrainConfig
 
     return parse(TrainConfig, ["config=learned"], "train")[0]
@@ -86,7 +86,7 @@ def regression(model: Any, policy: Policy, objective: Any, prompt: int) -> dict[
 
 def _stepped(model: Any, policy: Policy, objective: Any, prompt: int, new: int) -> tuple[torch.Tensor, float]:
     """Ids of a prompt, and operations of a step that trains on it."""
-    from learnkv.training.data import Batch
+    from learnkv.training.data.batches import Batch
     from learnkv.training.module import Distillation
 
     module = Distillation(

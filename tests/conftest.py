@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-pytest.register_assert_rewrite("originals")  # their asserts tell the numbers, as those of test files do
+pytest.register_assert_rewrite("support.originals")  # their asserts tell the numbers, as those of test files do
 
 try:
     from hypothesis import settings

@@ -10,9 +10,9 @@ import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import originals
 import pytest
-from originals.loading import Case, sidecar_of
+from support import originals
+from support.originals.loading import Case, sidecar_of
 
 FOLDER = Path(os.environ.get("LEARNKV_GOLDEN", Path(__file__).resolve().parent / "golden"))
 DATA = (".json", ".npz", ".npy", ".tsv")
@@ -21,7 +21,7 @@ DATA = (".json", ".npz", ".npy", ".tsv")
 def collected(kind: str) -> dict:
     """Checks by prefix of all modules of `originals`."""
     checks: dict = {}
-    for module in pkgutil.iter_modules(originals.__path__, "originals."):
+    for module in pkgutil.iter_modules(originals.__path__, "support.originals."):
         theirs = getattr(importlib.import_module(module.name), kind, {})
         assert not theirs.keys() & checks.keys(), f"{module.name}: a family that another module checks already"
         checks |= theirs

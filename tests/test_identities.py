@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import (
+from support.models import (
     FAMILIES,
     HEURISTICS,
     LEARNED,
@@ -101,7 +101,7 @@ def test_reading_in_chunks_is_reading_at_once(family, chunk_size):
     for one, other in zip(whole.compressed_layers(), parts.compressed_layers(), strict=True):
         torch.testing.assert_close(one.keys[:, :, -20:], other.keys[:, :, -20:], rtol=0, atol=1e-4)
         torch.testing.assert_close(
-            one.recorder.queries[..., -20:, :], other.recorder.queries[..., -20:, :], rtol=0, atol=1e-4
+            one.capture.queries[..., -20:, :], other.capture.queries[..., -20:, :], rtol=0, atol=1e-4
         )
     for name in ("snapkv", "conditioned", "h2o"):
         check_same_plan(policy_for(name, model), whole, [0, 1], parts, [0, 1])

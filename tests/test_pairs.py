@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from components import ALLOCATORS, KNOWS_ITS_HEAD, SCORERS, build
-from models import assert_kept_alike, assert_logits_close, attached, kept_mask, padded, tokens
-from models import build as build_model
+from support.components import ALLOCATORS, KNOWS_ITS_HEAD, SCORERS, build
+from support.models import assert_kept_alike, assert_logits_close, attached, kept_mask, padded, tokens
+from support.models import build as build_model
 
 from learnkv import CompressedCache, Policy, attach, continuation, prefill
 from learnkv.scorers import Constant, Scorer

@@ -4,8 +4,8 @@ import pytest
 
 from learnkv import allocators, scorers
 from learnkv.allocators import LUKV, AdaKV, DuoAttention, Flat, HeadKV, Pyramid, Uniform
-from learnkv.config import CONFIGS
-from learnkv.io import load_policy
+from learnkv.persistence.named_configs import CONFIGS
+from learnkv.persistence.policies import load_policy
 from learnkv.scorers import (
     H2O,
     RKV,

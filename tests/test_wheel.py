@@ -60,8 +60,8 @@ def test_package_is_imported_from_the_wheel_alone(wheel, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ["learnkv.train", "config=quickstart", "keep=1.5"],
-        ["learnkv.eval", "config=quickstart", "--ckpt", "configs/policies/snapkv.yaml", "keep=1.5"],
+        ["learnkv", "train", "config=quickstart", "keep=1.5"],
+        ["learnkv", "eval", "config=quickstart", "--ckpt", "configs/policies/snapkv.yaml", "keep=1.5"],
     ],
 )
 def test_bare_names_of_configs_are_found_without_the_repository(wheel, tmp_path, command):

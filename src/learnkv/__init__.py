@@ -1,11 +1,12 @@
 """Trainable KV-cache compression: heuristics and learned predictors on one eviction path."""
 
-from learnkv.attention import attach, detach
-from learnkv.cache import CompressedCache
-from learnkv.generation import continuation, generate, prefill
-from learnkv.io import load_policy, save_policy
-from learnkv.models import load_model
-from learnkv.policy import Policy
+from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.inference.attention import attach, detach
+from learnkv.inference.generate import continuation, generate
+from learnkv.inference.models import load_model
+from learnkv.inference.prefill import prefill
+from learnkv.persistence.policies import load_policy, save_policy
+from learnkv.policy.policy import Policy
 
 __all__ = [
     "CompressedCache",

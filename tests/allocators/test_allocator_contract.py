@@ -1,14 +1,14 @@
 """What the policy relies on, for every allocator there is."""
 
-import components
 import pytest
 import torch
-from components import ALLOCATORS, KNOWS_ITS_HEAD
-from observations import observe
+from support import components
+from support.components import ALLOCATORS, KNOWS_ITS_HEAD
+from support.observations import observe
 from torch import Tensor
 
 from learnkv.allocators import AdaKV, Allocator
-from learnkv.ops.fit import fit
+from learnkv.ops.round_to_budget import round_to_budget
 
 LAYERS, HEADS = 3, 4
 LENGTHS, BUDGETS = [70, 41, 12, 3, 1], [14.0, 30.5, 1.0, 2.0, 1.0]
@@ -41,11 +41,11 @@ def wanted(
 
 def features_of(allocator: Allocator, lengths: list[int], seed: int = 0) -> Tensor | None:
     window = max(8, allocator.window)
-    seen = [
+    obs = [
         observe(lengths, window=window, heads=HEADS, group=2, layer_idx=layer, seed=7 * seed + layer)
         for layer in range(LAYERS)
     ]
-    known = [one for one in map(allocator.features, seen) if one is not None]
+    known = [one for one in map(allocator.features, obs) if one is not None]
     return torch.stack(known) if known else None
 
 
@@ -70,14 +70,14 @@ def test_wishes_can_be_made_exact(cls):
     assert wishes.isfinite().all()
     assert (wishes >= 0).all()
     total = torch.tensor(BUDGETS).mul(LAYERS * HEADS).round().long()
-    slots = fit(wishes, torch.tensor(LENGTHS), total, torch.tensor(PROTECTED))
+    slots = round_to_budget(wishes, torch.tensor(LENGTHS), total, torch.tensor(PROTECTED))
     assert torch.equal(slots.sum((0, 2)), total)
 
 
 @every_allocator
 def test_keeping_everything_asks_for_everything(cls):
     full = [float(length) for length in LENGTHS]
-    slots = fit(
+    slots = round_to_budget(
         wanted(build(cls), LENGTHS, full, PROTECTED),
         torch.tensor(LENGTHS),
         torch.tensor(LENGTHS) * LAYERS * HEADS,

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from observations import observe
+from support.observations import observe
 from torch import Tensor
 
 from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
-from learnkv.allocators.conditioning import KNOTS, attention_features, hats
+from learnkv.allocators.conditioning import KNOTS, attention_features, interpolation_weights
 from learnkv.errors import UserError
-from learnkv.ops.fit import fit
+from learnkv.ops.round_to_budget import round_to_budget
 from learnkv.scorers import SnapKV
 
 LAYERS, HEADS = 4, 3
@@ -29,7 +29,7 @@ def prompt(seed: int, keep: float, slots: int) -> tuple[Tensor, Tensor, Tensor, 
 
 def budgets(allocator, seed: int, keep: float, slots: int, features: Tensor | None = None) -> Tensor:
     scores, entries, total, protected = prompt(seed, keep, slots)
-    return fit(allocator(scores, features, total / (LAYERS * HEADS)), entries, total, protected)
+    return round_to_budget(allocator(scores, features, total / (LAYERS * HEADS)), entries, total, protected)
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
@@ -71,7 +71,7 @@ def _call(keep: float) -> tuple[Tensor, None, Tensor]:
 
 
 def test_one_set_of_budgets_per_kept_fraction_with_straight_lines_between():
-    basis = hats(torch.tensor([*KNOTS, 0.001, 0.9, 0.1 * 2**0.5]))
+    basis = interpolation_weights(torch.tensor([*KNOTS, 0.001, 0.9, 0.1 * 2**0.5]))
     torch.testing.assert_close(basis[: len(KNOTS)], torch.eye(len(KNOTS)))
     assert torch.equal(basis[[6, 7]], torch.eye(len(KNOTS))[[0, -1]])
     torch.testing.assert_close(basis[8], torch.tensor([0, 0, 0.5, 0.5, 0, 0]))
@@ -100,9 +100,9 @@ def test_the_gradient_is_the_marginal_value_of_a_slot():
 
 
 def test_attention_features_of_known_attention():
-    seen = observe([50, 30], window=8, heads=2, group=3)
-    features = attention_features(seen, 8)
-    attention = SnapKV(window=8, kernel_size=1)(seen)[1, 0][seen.valid[1, 0]]
+    obs = observe([50, 30], window=8, heads=2, group=3)
+    features = attention_features(obs, 8)
+    attention = SnapKV(window=8, kernel_size=1)(obs)[1, 0][obs.valid[1, 0]]
     share = attention / attention.sum()
     entropy = -(share * share.log()).sum() / torch.tensor(30.0).log()
     expected = torch.stack([entropy, share.topk(2).values.sum(), share[:4].sum()])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from observations import observe
+from support.observations import observe
 
 from learnkv.allocators import CAKE, AdaKV, LAVa
 from learnkv.errors import UserError
@@ -21,9 +21,9 @@ def test_cake_shares_by_entropy_and_variance():
 
 
 def test_cake_looks_at_the_entries_before_the_window():
-    seen = observe([30], window=5, heads=2, group=2)
-    features = CAKE(window=5).features(seen)
-    weights = torch.einsum("bhgwd,bhsd->bhgws", seen.queries.unflatten(1, (2, 2)), seen.keys) * seen.scaling
+    obs = observe([30], window=5, heads=2, group=2)
+    features = CAKE(window=5).features(obs)
+    weights = torch.einsum("bhgwd,bhsd->bhgws", obs.queries.unflatten(1, (2, 2)), obs.keys) * obs.scaling
     later = torch.arange(30) > torch.arange(25, 30).unsqueeze(-1)
     past = weights.masked_fill(later, -torch.inf).softmax(-1)[..., :25]
     torch.testing.assert_close(features[..., 0], -(past * past.log()).sum((2, 3, 4)), rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tables import made_up
+from support.tables import made_up
 from torch import Tensor
 
 from learnkv.allocators import LUKV, CompressKV, DuoAttention, FixedLayers, HeadKV
@@ -118,7 +118,10 @@ def test_compresskv_gives_a_minimum_and_the_rest_by_errors(tmp_path):
         ),
         (lambda: LUKV(made_up("curve", 3, 6, 1)), "curve=.* made for 3 layers of 6 kv heads, the model has 3 of 3 kv"),
         (lambda: DuoAttention(made_up("gates", 6, 3, 1)), "gates=.* made for 6 layers of 3 kv heads"),
-        (lambda: CompressKV(made_up("errors", 6, 4, 1)), "errors=.* holds 6 layers, the model has 3; .*learnkv.tables"),
+        (
+            lambda: CompressKV(made_up("errors", 6, 4, 1)),
+            "errors=.* holds 6 layers, the model has 3; .*learnkv calibrate",
+        ),
         (lambda: FixedLayers(made_up("budgets", 6, 4, 1)), "budgets=.* holds 6 layers, the model has 3"),
     ],
 )
@@ -128,5 +131,5 @@ def test_a_table_of_another_model_is_named(make, told):
 
 
 def test_the_shipped_tables_say_whose_they_are():
-    with pytest.raises(UserError, match=r"^scores=reference: made for 6 layers of 8 query heads, .*head_scores"):
+    with pytest.raises(UserError, match=r"^scores=reference: made for 6 layers of 8 query heads, .*learnkv calibrate"):
         wishes(HeadKV(), 10, 32, 8)

@@ -63,7 +63,7 @@ def stream(one: Stream):
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
         "is_available": lambda: True,
         "get_device_name": lambda: "Pretended",
@@ -94,7 +94,7 @@ def do_bench(call: Callable[[], object], warmup: int, rep: int, return_mode: str
     return 1e3 * (time.perf_counter() - begin)
 
 
-def test_a_race_goes_round_the_input_sets(pretended):
+def test_a_race_goes_round_the_input_sets(on_meta_device):
     called: list[int] = []
     calls = [lambda at=at: called.append(at) for at in range(3)]
     found = race({"ours": calls, "slow": [lambda: time.sleep(2e-3)] * 2})
@@ -107,7 +107,7 @@ def test_a_race_goes_round_the_input_sets(pretended):
     assert ours.us == pytest.approx(1e6 * 1e-4 / len(captured), rel=5) and slow.us >= 2000
 
 
-def test_what_cannot_be_captured_is_timed_as_it_is(pretended):
+def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device):
     def fail_in_capture() -> None:
         if Graph.capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -118,7 +118,7 @@ def test_what_cannot_be_captured_is_timed_as_it_is(pretended):
     assert isinstance(one, Timing) and one.how == "do_bench" and not Graph.capturing
 
 
-def test_ceilings(pretended, monkeypatch):
+def test_ceilings(on_meta_device, monkeypatch):
     # Each measure is told of a dry run by itself, so that sizes stay small.
     monkeypatch.setattr(ceilings, "NODES", 20)
     rows = []
@@ -133,7 +133,7 @@ def test_ceilings(pretended, monkeypatch):
     assert all(row["value"] > 0 for row in rows)
 
 
-def test_decode(pretended, monkeypatch):
+def test_decode(on_meta_device, monkeypatch):
     eager = decode.generate
     monkeypatch.setattr(decode, "generate", lambda *args, graph, **options: eager(*args, graph=False, **options))
     monkeypatch.setattr(decode, "settings", decode.dry_settings)
@@ -146,7 +146,7 @@ def test_decode(pretended, monkeypatch):
     assert {row["how"] for row in rows if row["impl"] in (decode.FULL, decode.OURS)} == {"graph"}
 
 
-def test_a_failure_is_a_row(pretended, monkeypatch):
+def test_a_failure_is_a_row(on_meta_device, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
@@ -158,7 +158,7 @@ def test_a_failure_is_a_row(pretended, monkeypatch):
     assert failed[decode.OURS].startswith("OutOfMemoryError: CUDA out of memory")
 
 
-def test_prefill_and_training(pretended, monkeypatch):
+def test_prefill_and_training(on_meta_device, monkeypatch):
     for script in (prefill, train_step):
         monkeypatch.setattr(script, "LLAMA_8B", LLAMA_8B.tiny())
     monkeypatch.setattr(prefill, "PROMPTS", {120: 2, 130: 1})

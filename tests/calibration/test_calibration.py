@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.commands import calibrate
 
 from learnkv import continuation, load_model, load_policy, prefill
 from learnkv.allocators import Uniform
@@ -13,12 +14,10 @@ from learnkv.calibration.gates import head_gates
 from learnkv.calibration.heads import head_scores, overlap
 from learnkv.calibration.layers import _output, layer_errors
 from learnkv.calibration.trials import draw
-from learnkv.config import run_main
 from learnkv.errors import RunError
 from learnkv.formats import duo, headkv, layers, lukv
 from learnkv.formats.files import TABLES
-from learnkv.head_scores import main
-from learnkv.policy import Policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers import SnapKV
 
 
@@ -153,16 +152,16 @@ def test_tables_of_the_reference_model_are_read_from_its_yaml(loaded, trials, na
     assert small.budgets.unique().numel() > 1
 
 
-def test_head_scores_are_written_by_a_command(tmp_path, capsys):
-    words = [f"out={tmp_path}/deep/scores.json", "lengths=192", "samples=2", "kind=copying", "seed=3"]
-    assert run_main(main, words, "head_scores") == 0
-    assert "head scores of" in capsys.readouterr().out
-    found = headkv.read(tmp_path / "deep" / "scores.json")
-    assert (len(found), len(found[0])) == (6, 8)
-    for words, told in (
-        (["kind=copying"], "out="),
+def test_what_is_asked_for_is_written_by_a_command(tmp_path, capsys):
+    words = [f"out={tmp_path}/deep", "only=copying_heads", "lengths=192", "samples=2", "seed=3"]
+    assert calibrate(words) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "deep" / "copying_heads.json")]
+    scores = headkv.read(tmp_path / "deep" / "copying_heads.json")
+    assert (len(scores), len(scores[0])) == (6, 8)
+    for words, complaint in (
+        (["only=copying_heads"], "out="),
         (["out=x", "lengths="], "lengths"),
-        (["out=x", "kind=all"], "kind"),
+        (["out=x", "only=all"], "only"),
     ):
-        assert run_main(main, words, "head_scores") == 2
-        assert told in capsys.readouterr().err
+        assert calibrate(words) == 2
+        assert complaint in capsys.readouterr().err

@@ -9,7 +9,7 @@ from learnkv.calibration.moments import query_moments
 from learnkv.calibration.trials import draw
 from learnkv.formats import tensors
 from learnkv.formats.files import TABLES
-from learnkv.policy import Policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers import KVzip
 from learnkv.scorers.fast_kvzip import gate_scores
 

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from learnkv.attention import attach
 from learnkv.data.haystack import essay
-from learnkv.models import load_model
+from learnkv.inference.attention import attach
+from learnkv.inference.models import load_model
 
 CONTEXT = 512
 

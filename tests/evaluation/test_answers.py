@@ -7,7 +7,8 @@ from learnkv.data.sample import Sample
 from learnkv.evaluation.tasks import answers
 from learnkv.evaluation.tasks.answers import Answers, EndOfAnswer, eos_tokens, loops, tokenised
 from learnkv.evaluation.tasks.base import pad
-from learnkv.generation import generate, prefill
+from learnkv.inference.generate import generate
+from learnkv.inference.prefill import prefill
 
 TEMPLATE = "{{ bos_token }}user: {{ messages[0]['content'] }}\nreply:"
 

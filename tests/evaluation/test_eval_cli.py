@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
+from support.commands import eval
 
-from learnkv.eval import main
 from learnkv.evaluation import runner
 
 ROW = {"policy", "task", "length", "setting", "keep", "spent", "bytes", "bytes_full", "n", "score", "score_full", "kl"}
@@ -28,7 +28,7 @@ def values(tmp_path):
 def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
     mine = tmp_path / "mine.yaml"
     mine.write_text("scorer: {class_path: learnkv.scorers.Knorm}\nsinks: 2\n")
-    assert main([*words, "--ckpt", "snapkv", "--ckpt", "full", str(mine)]) == 0
+    assert eval([*words, "--ckpt", "snapkv", "--ckpt", "full", str(mine)]) == 0
     found = results(tmp_path)
     assert found["schema"] == 1
     assert set(found["environment"]) >= {"python", "torch", "transformers", "dtype", "device"}
@@ -52,11 +52,11 @@ def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
 
 
 def test_the_resolved_config_alone_repeats_the_run(words, tmp_path, monkeypatch):
-    assert main([*words, "--ckpt", "snapkv"]) == 0
+    assert eval([*words, "--ckpt", "snapkv"]) == 0
     first = values(tmp_path)
     monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
     (tmp_path / "run" / "results.json").unlink()
-    assert main([f"config={tmp_path / 'run' / 'config.yaml'}"]) == 0
+    assert eval([f"config={tmp_path / 'run' / 'config.yaml'}"]) == 0
     assert values(tmp_path) == first
 
 
@@ -71,25 +71,25 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(words, tmp_path, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(runner, "prefill", stops)
-        assert main([*words, "--ckpt", "snapkv", "batch_size=1"]) == 130
+        assert eval([*words, "--ckpt", "snapkv", "batch_size=1"]) == 130
     assert {row["n"] for row in results(tmp_path)["rows"]} == {2}
-    assert main([*words, "--ckpt", "snapkv", "batch_size=1"]) == 0
+    assert eval([*words, "--ckpt", "snapkv", "batch_size=1"]) == 0
     resumed = values(tmp_path)
     assert {row["n"] for row in results(tmp_path)["rows"]} == {3}
-    assert main([*words, "--ckpt", "snapkv", "batch_size=1", f"output={tmp_path / 'other'}"]) == 0
+    assert eval([*words, "--ckpt", "snapkv", "batch_size=1", f"output={tmp_path / 'other'}"]) == 0
     whole = json.loads((tmp_path / "other" / "results.json").read_text())["rows"]
     assert {(row["policy"], row["keep"]): row["kl"] for row in whole} == resumed
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch, capsys):
-    assert main([*words, "--ckpt", "snapkv", "samples=1"]) == 0
+    assert eval([*words, "--ckpt", "snapkv", "samples=1"]) == 0
     before = (tmp_path / "run" / "samples.jsonl").read_text()
 
     def full(self, records):
         raise OSError(28, "No space left on device", str(self.path))
 
     monkeypatch.setattr(runner.Store, "add", full)
-    assert main([*words, "--ckpt", "snapkv"]) == 1
+    assert eval([*words, "--ckpt", "snapkv"]) == 1
     assert "no space left on disk" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "run" / "samples.jsonl").read_text() == before
 
@@ -113,14 +113,14 @@ def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch,
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, capsys, word, line):
-    assert main([*words, "--ckpt", "snapkv", word]) == 2
+    assert eval([*words, "--ckpt", "snapkv", word]) == 2
     said = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     assert len(said) == 1
     assert line in said[0]
 
 
 def test_no_arguments_are_told_what_is_expected(capsys):
-    assert main([]) == 2
+    assert eval([]) == 2
     assert "expected config=NAME|PATH or key=value; names: quickstart, ruler, text" in capsys.readouterr().err
 
 
@@ -128,5 +128,5 @@ def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.yaml").write_text("scorer: {class_path: learnkv.scorers.Knorm}\n")
-    assert main([*words, "--ckpt", str(tmp_path / "a/mine.yaml"), str(tmp_path / "b/mine.yaml")]) == 2
+    assert eval([*words, "--ckpt", str(tmp_path / "a/mine.yaml"), str(tmp_path / "b/mine.yaml")]) == 2
     assert "a second policy that is called mine" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from learnkv.allocators import AdaKV, LearnedAllocator, Uniform
+from learnkv.core.observation import Observation
 from learnkv.data.sample import Sample
 from learnkv.evaluation import runner
 from learnkv.evaluation.config import Budget
@@ -12,9 +13,8 @@ from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.text import Text
-from learnkv.io import load_policy
-from learnkv.observation import Observation
-from learnkv.policy import Policy
+from learnkv.persistence.policies import load_policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers import Knorm, Scorer, SnapKV
 
 KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]

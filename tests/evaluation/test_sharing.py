@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from learnkv.core.observation import Observation
 from learnkv.evaluation import runner
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.text import Text
-from learnkv.generation import prefill
-from learnkv.io import load_policy
-from learnkv.observation import Observation
-from learnkv.policy import Policy
+from learnkv.inference.prefill import prefill
+from learnkv.persistence.policies import load_policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers import Knorm, Scorer
 
 KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]

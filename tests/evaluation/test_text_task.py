@@ -7,8 +7,8 @@ from learnkv.errors import RunError
 from learnkv.evaluation.tasks import text
 from learnkv.evaluation.tasks.base import Prompt, pad
 from learnkv.evaluation.tasks.text import Text
-from learnkv.generation import prefill
-from learnkv.io import load_policy
+from learnkv.inference.prefill import prefill
+from learnkv.persistence.policies import load_policy
 
 
 def prompts_of(loaded, rows=3):

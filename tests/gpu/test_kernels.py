@@ -5,7 +5,7 @@ The tests of tests/ops/test_triton_*.py take the odd sizes, on the device too wh
 
 import pytest
 import torch
-from kernels import DEVICE, poisoned
+from support.kernels import DEVICE, poisoned
 from torch import Tensor
 
 from benchmarks.shapes import LLAMA_8B, QWEN_05B, QWEN_7B, Shape

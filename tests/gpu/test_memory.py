@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernels import DEVICE
+from support.kernels import DEVICE
 
 from benchmarks.shapes import LLAMA_8B
 from learnkv import CompressedCache, Policy, attach, generate, prefill

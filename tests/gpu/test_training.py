@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernels import DEVICE, poisoned
+from support.kernels import DEVICE, poisoned
 from torch import Tensor
 
 from benchmarks.shapes import LLAMA_8B

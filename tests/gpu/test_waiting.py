@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernels import DEVICE
+from support.kernels import DEVICE
 from torch import Tensor
 
 from benchmarks.shapes import LLAMA_8B, QWEN_7B, Shape

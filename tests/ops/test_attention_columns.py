@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from observations import observe
+from support.observations import observe
 
 from learnkv.ops.attention_columns import attention_columns, reference
 

@@ -10,7 +10,14 @@ import learnkv
 from learnkv.ops.device import upload
 
 PACKAGE = Path(learnkv.__file__).parent
-PATH = ["policy.py", "cache.py", "layer.py", "segments.py", "allocators/conditioning.py", "allocators/adakv.py"]
+PATH = [
+    "policy/policy.py",
+    "cache/compressed_cache.py",
+    "cache/layer.py",
+    "cache/storage.py",
+    "allocators/conditioning.py",
+    "allocators/adakv.py",
+]
 PATH += [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("ops/**/*.py")]
 
 

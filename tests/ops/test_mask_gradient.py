@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from continuations import SEGMENT, Case, double, without
+from support.continuations import SEGMENT, Case, double, without
 
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
+from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
 
 from learnkv.ops.decode_attention import decode_attention
 

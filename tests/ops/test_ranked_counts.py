@@ -2,7 +2,7 @@
 
 import torch
 
-from learnkv.ops.ranked_counts import heights, ranked_counts
+from learnkv.ops.ranked_counts import margins, ranked_counts
 from learnkv.ops.soft_topk import soft_topk
 
 LAYERS, HEADS, SLOTS = 3, 2, 40
@@ -27,14 +27,14 @@ def test_unmoved_scores_give_every_head_what_it_held():
         scores, held, total = priors(seed, coarse=seed % 2 == 0)
         for size in (1.0, 0.01, 30.0):
             same = scores * size
-            assert torch.equal(ranked_counts(heights(same, same, held), total).long(), held), (seed, size)
+            assert torch.equal(ranked_counts(margins(same, same, held), total).long(), held), (seed, size)
 
 
 def test_a_head_whose_scores_rise_gets_more_and_the_others_pay():
     prior, held, total = priors(1, coarse=False)
     scores = prior.clone()
     scores[2, :, 1] += 1.5
-    got = ranked_counts(heights(scores, prior, held), total)
+    got = ranked_counts(margins(scores, prior, held), total)
     assert torch.equal(got.sum((0, 2)).long(), total)
     assert (got[2, :, 1] > held[2, :, 1]).all()
     others = torch.ones(LAYERS, HEADS, dtype=torch.bool)

@@ -19,7 +19,7 @@ Row = dict[str, int | str]
 
 @functools.cache
 def compiled(capability: int, *words: str) -> list[Row]:
-    script = Path(__file__).with_name("ahead_of_time.py")
+    script = Path(__file__).parents[1] / "support" / "ahead_of_time.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, str(script), str(capability), *words], env=environment, capture_output=True, text=True

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
+from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
 from torch import Tensor
 
 from learnkv.ops.decode_attention import decode_attention

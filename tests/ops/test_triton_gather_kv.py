@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, ROUNDING, STORED, assert_within, draw
+from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw
 
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.select import select

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from continuations import SEGMENT, Case, double, without
-from kernels import ROUNDING, STORED, assert_within, draw, poisoned
+from support.continuations import SEGMENT, Case, double, without
+from support.kernels import ROUNDING, STORED, assert_within, draw, poisoned
 from torch import Tensor
 
 from learnkv.errors import UserError

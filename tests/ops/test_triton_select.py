@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DEVICE, draw, poisoned
+from support.kernels import DEVICE, draw, poisoned
 from torch import Tensor
 
 from learnkv.ops.select import select, select_slots

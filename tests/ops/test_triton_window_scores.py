@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
-from kernels import DEVICE, ROUNDING, assert_within, poisoned
-from observations import observe
+from support.kernels import DEVICE, ROUNDING, assert_within, poisoned
+from support.observations import observe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learnkv.observation import Observation
+from learnkv.core.observation import Observation
 from learnkv.ops.window_scores import window_scores
 
 DEFAULTS = {"kernel_size": 5, "pooling": "avg", "window_reduce": "mean", "group_reduce": "mean", "group_first": True}

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from observations import observe
+from support.observations import observe
 from torch import Tensor
 
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.window_scores import reference, window_scores
 
 REDUCE = {"mean": lambda x: sum(x) / len(x), "max": max, "sum": sum}

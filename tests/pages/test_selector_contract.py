@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from observations import subclasses
+from support.observations import subclasses
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

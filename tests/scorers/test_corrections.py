@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from models import attached, tokens
-from observations import observe
+from support.models import attached, tokens
+from support.observations import observe
 
 from learnkv import Policy, prefill
 from learnkv.errors import UserError
@@ -17,17 +17,17 @@ def ranked(scores: torch.Tensor) -> list[int]:
 
 
 def test_critical_fills_the_rest_by_what_values_weigh():
-    seen = observe([6], heads=2, group=1, dim=2)
+    obs = observe([6], heads=2, group=1, dim=2)
     values = torch.ones(1, 2, 6, 2)
     values[0, :, 4:] = torch.tensor([[9.0, 0.0], [0.0, 7.0]])
-    seen = dataclasses.replace(seen, values=values, output_weight=torch.eye(4))
+    obs = dataclasses.replace(obs, values=values, output_weight=torch.eye(4))
     base = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0]).expand(1, 2, 6)
     critical = CriticalKV(Knorm(), epsilon=0.5)
     # Weighed: 11, 9, 7, 5, 13.5, 3.5. Half of a budget of 4 is decided by the base alone.
-    first, second = critical.refine(seen, base, torch.tensor([[4, 1]]))[0]
+    first, second = critical.refine(obs, base, torch.tensor([[4, 1]]))[0]
     assert ranked(first)[:4] == [0, 1, 4, 2]
     assert ranked(second) == [4, 0, 1, 2, 3, 5]
-    spared = CriticalKV(Knorm(), floor=0.8, epsilon=0.5).refine(seen, base, torch.tensor([[4, 1]]))[0]
+    spared = CriticalKV(Knorm(), floor=0.8, epsilon=0.5).refine(obs, base, torch.tensor([[4, 1]]))[0]
     assert ranked(spared[1])[:3] == [0, 1, 4]  # 0.8 of a mean budget of 2.5
 
 
@@ -40,10 +40,10 @@ def test_a_policy_asks_for_the_second_stage_with_each_heads_budget():
         assert small.budgets.unique().tolist() == [round(60 * keep)]
         once = prefill(model, tokens(1, 60), policy=policy, keep=keep)
         for at, layer in enumerate(cache.compressed_layers()):
-            seen = layer.observation()
-            scores = policy.scorer.base(seen)
+            obs = layer.observation()
+            scores = policy.scorer.base(obs)
             scores[..., [0, 58, 59]] = torch.inf
-            weighed = policy.scorer.contributions(seen) * (scores + 1e-4)
+            weighed = policy.scorer.contributions(obs) * (scores + 1e-4)
             for head in range(2):
                 best = ranked(scores[0, head])[: round(60 * keep) // 2]
                 rest = [one for one in ranked(weighed[0, head]) if one not in best]
@@ -53,8 +53,8 @@ def test_a_policy_asks_for_the_second_stage_with_each_heads_budget():
 
 
 def test_a_model_that_hides_its_output_projection_is_named():
-    seen = dataclasses.replace(observe([20]), output_weight=None)
-    for ask in (lambda: DefensiveKV()(seen), lambda: CriticalKV(Knorm()).contributions(seen)):
+    obs = dataclasses.replace(observe([20]), output_weight=None)
+    for ask in (lambda: DefensiveKV()(obs), lambda: CriticalKV(Knorm()).contributions(obs)):
         with pytest.raises(UserError, match="weight of the output projection"):
             ask()
 
@@ -72,14 +72,14 @@ def test_nothing_is_built_on_a_scorer_that_needs_a_budget(wrapper):
 
 
 def test_vase_keeps_large_values_and_draws_the_rest():
-    seen = observe([400], heads=2)
-    seen = dataclasses.replace(seen, values=seen.values.index_fill(2, torch.tensor([7, 300]), 50.0))
-    seen = dataclasses.replace(seen, keep=torch.tensor([0.05], dtype=torch.float64))
-    still, drawn, other = (VaSE(Knorm(), large=0.1, temperature=t, seed=s)(seen) for t, s in ((0, 0), (1, 0), (1, 1)))
+    obs = observe([400], heads=2)
+    obs = dataclasses.replace(obs, values=obs.values.index_fill(2, torch.tensor([7, 300]), 50.0))
+    obs = dataclasses.replace(obs, keep=torch.tensor([0.05], dtype=torch.float64))
+    still, drawn, other = (VaSE(Knorm(), large=0.1, temperature=t, seed=s)(obs) for t, s in ((0, 0), (1, 0), (1, 1)))
     for scores in (still, drawn, other):
         assert all(sorted(ranked(head)[:2]) == [7, 300] for head in scores[0])  # a tenth of 20 entries
     assert [one for one in ranked(still[0, 0]) if one not in (7, 300)] == [
-        one for one in ranked(Knorm()(seen)[0, 0]) if one not in (7, 300)
+        one for one in ranked(Knorm()(obs)[0, 0]) if one not in (7, 300)
     ]
     # Noise with pi/sqrt(6) standard deviations beside scores of one: 0.61 and its square, up to chance.
     rest = torch.ones(400, dtype=torch.bool).index_fill(0, torch.tensor([7, 300]), False)
@@ -91,8 +91,8 @@ def test_vase_keeps_large_values_and_draws_the_rest():
 
 
 def test_defensive_scores_still_rank_where_the_budget_is_smaller_than_the_window():
-    seen = dataclasses.replace(observe([200], window=32), keep=torch.tensor([0.05], dtype=torch.float64))
-    parts = DefensiveKV()(seen), DefensiveKV(variant="original")(seen)
+    obs = dataclasses.replace(observe([200], window=32), keep=torch.tensor([0.05], dtype=torch.float64))
+    parts = DefensiveKV()(obs), DefensiveKV(variant="original")(obs)
     tied = [int((scores == scores.amax()).sum(-1).max()) for scores in parts]
     assert tied[0] <= 6  # half of ten entries, and the best
     assert tied[1] > 100

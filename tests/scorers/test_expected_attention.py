@@ -4,34 +4,34 @@ import dataclasses
 
 import pytest
 import torch
-from observations import observe
 from safetensors.torch import save_file
+from support.observations import observe
 
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
-from learnkv.observation import Observation
-from learnkv.policy import Policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers import ExpectedAttention, SnapKV
 from learnkv.scorers.query_moments import QueryMoments
 
 
-def cut(seen: Observation, begin: int, end: int) -> Observation:
+def cut(obs: Observation, begin: int, end: int) -> Observation:
     """Entries up to `end` with the queries from `begin` on."""
-    held = {name: getattr(seen, name)[:, :, :end] for name in ("keys", "values", "valid", "positions")}
-    at = {"queries": seen.queries[:, :, begin:end], "query_positions": seen.query_positions[:, begin:end]}
-    return dataclasses.replace(seen, rope=None, **held, **at)
+    held = {name: getattr(obs, name)[:, :, :end] for name in ("keys", "values", "valid", "positions")}
+    at = {"queries": obs.queries[:, :, begin:end], "query_positions": obs.query_positions[:, begin:end]}
+    return dataclasses.replace(obs, rope=None, **held, **at)
 
 
 @pytest.mark.parametrize("ends", [[50], [1, 2, 3, 50], [20, 50], [7, 30, 49, 50]])
 def test_moments_do_not_depend_on_the_chunks(ends):
-    seen = observe([50, 31], window=50)
-    seen = dataclasses.replace(seen, queries=seen.queries + 30)  # a common part beside which the rest is small
+    obs = observe([50, 31], window=50)
+    obs = dataclasses.replace(obs, queries=obs.queries + 30)  # a common part beside which the rest is small
     moments, gathered, begin = QueryMoments(sinks=4), None, 0
     for end in ends:
-        gathered = moments.update(cut(seen, begin, end), gathered)
+        gathered = moments.update(cut(obs, begin, end), gathered)
         begin = end
-    mean, covariance = moments.moments(dataclasses.replace(seen, statistics={moments: gathered}))
+    mean, covariance = moments.moments(dataclasses.replace(obs, statistics={moments: gathered}))
     for row, length in enumerate([50, 31]):
-        queries = seen.queries[row, :, -length + 4 :].double()
+        queries = obs.queries[row, :, -length + 4 :].double()
         torch.testing.assert_close(mean[row], queries.mean(1).float())
         theirs = torch.stack([torch.cov(head.T, correction=0) for head in queries]).float()
         torch.testing.assert_close(covariance[row], theirs, rtol=1e-4, atol=1e-5)
@@ -39,8 +39,8 @@ def test_moments_do_not_depend_on_the_chunks(ends):
 
 def test_measured_moments_take_the_place_of_the_prompts(tmp_path):
     own = ExpectedAttention()
-    seen = observe([40], statistics=own.statistics)
-    mean, covariance = own.statistics and next(iter(own.statistics)).moments(seen)
+    obs = observe([40], statistics=own.statistics)
+    mean, covariance = own.statistics and next(iter(own.statistics)).moments(obs)
     file = tmp_path / "moments.safetensors"
     layers = {
         "mean": torch.stack([0 * mean[0], mean[0]]),
@@ -49,9 +49,9 @@ def test_measured_moments_take_the_place_of_the_prompts(tmp_path):
     save_file(layers, file)
     measured = ExpectedAttention(moments=str(file))
     assert not measured.statistics
-    bare = dataclasses.replace(seen, statistics={})
-    torch.testing.assert_close(measured(bare), own(seen))
-    assert not torch.allclose(measured(dataclasses.replace(bare, layer_idx=0)), own(seen))
+    bare = dataclasses.replace(obs, statistics={})
+    torch.testing.assert_close(measured(bare), own(obs))
+    assert not torch.allclose(measured(dataclasses.replace(bare, layer_idx=0)), own(obs))
     with pytest.raises(UserError, match=r"moments=.*made for 2 layers of 6 heads of 16, layer 1 .* has 12 of 16"):
         measured(observe([40], heads=4))
 
@@ -66,10 +66,10 @@ def test_a_file_of_something_else_is_named(held, tmp_path):
 
 def test_without_covariance_only_the_mean_counts():
     scorer = ExpectedAttention(covariance=False, value_norm=False, sinks=0)
-    seen = observe([20], statistics=scorer.statistics)
-    mean = seen.statistics[QueryMoments(0)][0, :, :, 0]  # [H, G, D]
-    logits = torch.einsum("hgd,hsd->hgs", mean, seen.keys[0]) * seen.scaling
-    torch.testing.assert_close(scorer(seen)[0], logits.softmax(-1).mean(1))
+    obs = observe([20], statistics=scorer.statistics)
+    mean = obs.statistics[QueryMoments(0)][0, :, :, 0]  # [H, G, D]
+    logits = torch.einsum("hgd,hsd->hgs", mean, obs.keys[0]) * obs.scaling
+    torch.testing.assert_close(scorer(obs)[0], logits.softmax(-1).mean(1))
 
 
 def test_sinks_come_first():
@@ -81,6 +81,6 @@ def test_sinks_come_first():
 
 def test_tokens_after_the_prompt_are_not_judged_by_it():
     for scorer in (ExpectedAttention(), ExpectedAttention(covariance=False)):
-        with pytest.raises(UserError, match=r"every=8: ExpectedAttention reads of a prompt what is not held"):
-            Policy(scorer, every=8)
-        Policy(scorer, every=8, decode=SnapKV())
+        with pytest.raises(UserError, match=r"evict_interval=8: ExpectedAttention reads of a prompt what is not held"):
+            Policy(scorer, evict_interval=8)
+        Policy(scorer, evict_interval=8, decode=SnapKV())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from observations import observe
+from support.observations import observe
 
 from learnkv.allocators import AdaKV
 from learnkv.errors import UserError
@@ -20,10 +20,10 @@ def learned(base, **more) -> LearnedScorer:
 
 @pytest.mark.parametrize("base", [SnapKV(window=8), Knorm(), StreamingLLM()], ids=lambda one: type(one).__name__)
 def test_at_the_start_every_order_is_the_heuristics(base):
-    seen = observe([200, 60])
-    scores, prior = learned(base)(seen), base(seen)
+    obs = observe([200, 60])
+    scores, prior = learned(base)(obs), base(obs)
     for row in range(2):
-        valid = seen.valid[row]
+        valid = obs.valid[row]
         got, want = scores[row][valid], prior[row][valid]  # both heads together: allocators compare them
         order = want.argsort(stable=True)
         assert torch.equal((got[order].diff() > 0), (want[order].diff() > 0))
@@ -31,53 +31,51 @@ def test_at_the_start_every_order_is_the_heuristics(base):
 
 
 def test_adakv_splits_learned_scores_as_it_splits_the_heuristics():
-    base, seen = SnapKV(window=8), observe([200, 60])
+    base, obs = SnapKV(window=8), observe([200, 60])
     learnt = learned(base)
     budget = torch.tensor([20.0, 9.0], dtype=torch.float64)
-    split = [
-        AdaKV()(one(seen).masked_fill(~seen.valid, -torch.inf).unsqueeze(0), None, budget) for one in (learnt, base)
-    ]
+    split = [AdaKV()(one(obs).masked_fill(~obs.valid, -torch.inf).unsqueeze(0), None, budget) for one in (learnt, base)]
     assert torch.equal(*split)
     assert not torch.equal(split[0][..., 0], split[0][..., 1])
 
 
 def test_the_correction_is_that_of_the_layer_and_head():
-    scorer, seen = learned(Knorm()), observe([30], layer_idx=1)
-    before = scorer(seen)
+    scorer, obs = learned(Knorm()), observe([30], layer_idx=1)
+    before = scorer(obs)
     scorer.weight_out.data[1, 0] = 1.0
-    moved = (scorer(seen) - before).abs().amax(-1)[0]
+    moved = (scorer(obs) - before).abs().amax(-1)[0]
     assert moved[0] > 0.1
     assert moved[1] == 0
-    assert torch.equal(scorer(dataclasses.replace(seen, layer_idx=0)), before)
+    assert torch.equal(scorer(dataclasses.replace(obs, layer_idx=0)), before)
 
 
 def test_the_correction_sees_key_value_and_attention():
-    scorer, seen = learned(Knorm()), observe([30])
+    scorer, obs = learned(Knorm()), observe([30])
     scorer.weight_out.data[:] = 1.0
-    before = scorer(seen)
+    before = scorer(obs)
     for name in ("values", "queries"):
-        other = torch.randn(getattr(seen, name).shape, generator=torch.Generator().manual_seed(5))
-        assert not torch.allclose(scorer(dataclasses.replace(seen, **{name: other})), before)
-    louder = dataclasses.replace(seen, values=7 * seen.values)  # of entries their direction counts, not their size
+        other = torch.randn(getattr(obs, name).shape, generator=torch.Generator().manual_seed(5))
+        assert not torch.allclose(scorer(dataclasses.replace(obs, **{name: other})), before)
+    louder = dataclasses.replace(obs, values=7 * obs.values)  # of entries their direction counts, not their size
     torch.testing.assert_close(scorer(louder), before, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_is_that_of_query_heads_on_average_and_of_the_one_that_gives_most():
-    seen = observe([90, 40], group=3)
-    found = learned(Knorm())._attention(seen)
-    places = (seen.query_positions, seen.positions, seen.valid)
+    obs = observe([90, 40], group=3)
+    found = learned(Knorm())._attention(obs)
+    places = (obs.query_positions, obs.positions, obs.valid)
     for at, how in enumerate(("mean", "max")):
         asked = dict(zip(("query_positions", "positions", "valid"), places, strict=True), group_reduce=how)
-        given = window_scores(seen.queries, seen.keys, scaling=seen.scaling, kernel_size=1, **asked)
-        even = seen.valid.sum(-1, keepdim=True)
+        given = window_scores(obs.queries, obs.keys, scaling=obs.scaling, kernel_size=1, **asked)
+        even = obs.valid.sum(-1, keepdim=True)
         torch.testing.assert_close(found[..., at], (given * even).clamp_min(1e-5).log() / 5)
         near = [given[..., max(j - 3, 0) : j + 4].sum(-1) / 7 for j in range(90)]
         torch.testing.assert_close(found[..., 2 + at], (torch.stack(near, -1) * even).clamp_min(1e-5).log() / 5)
 
 
 def test_the_gradient_reaches_the_network_and_not_the_heuristic():
-    scorer, seen = learned(SnapKV(window=8)), observe([30])
-    scorer(seen).square().sum().backward()
+    scorer, obs = learned(SnapKV(window=8)), observe([30])
+    scorer(obs).square().sum().backward()
     assert scorer.weight_out.grad[1].abs().max() > 0
     assert scorer.weight_out.grad[0].abs().max() == 0
     assert list(scorer.base.parameters()) == []
@@ -95,21 +93,21 @@ def test_a_policy_for_another_model_is_named():
 
 
 def test_a_head_whose_hidden_units_died_still_learns():
-    scorer, seen = learned(Knorm()), observe([30])
-    before = scorer(seen).detach()
+    scorer, obs = learned(Knorm()), observe([30])
+    before = scorer(obs).detach()
     scorer.bias.data[:] = -1e3
     scorer.weight_out.data[:] = 1.0
-    assert torch.equal(scorer(seen), before)
-    scorer(seen)[..., :10].sum().backward()
+    assert torch.equal(scorer(obs), before)
+    scorer(obs)[..., :10].sum().backward()
     assert scorer.weight_out.grad.eq(0).all() and scorer.weight_in.grad.eq(0).all()
     scorer.weight_direct.data += 0.01 * scorer.weight_direct.grad
-    moved = scorer(seen) - before
+    moved = scorer(obs) - before
     assert moved[..., :10].sum() > 1
 
 
-def drawn(scorer: LearnedScorer, seen) -> torch.Tensor:
+def drawn(scorer: LearnedScorer, obs) -> torch.Tensor:
     """What decides within heads, [B, H, S]."""
-    return scorer.refine(seen, scorer(seen), torch.zeros(seen.valid.shape[:2], dtype=torch.long))
+    return scorer.refine(obs, scorer(obs), torch.zeros(obs.valid.shape[:2], dtype=torch.long))
 
 
 def test_sampling_draws_entries_in_proportion_to_the_exponential_of_their_scores():
@@ -124,36 +122,36 @@ def test_sampling_draws_entries_in_proportion_to_the_exponential_of_their_scores
 
 
 def test_sampling_is_a_function_of_layer_head_and_position():
-    scorer, seen = learned(Constant(), sampling=2.0), observe([90, 40])
-    both = drawn(scorer, seen)
+    scorer, obs = learned(Constant(), sampling=2.0), observe([90, 40])
+    both = drawn(scorer, obs)
     torch.testing.assert_close(both[1, :, 50:], drawn(scorer, observe([40]))[0])
     assert torch.equal(both[0], drawn(scorer, observe([90, 40], seed=3))[0])
-    assert not torch.equal(both[0], drawn(scorer, dataclasses.replace(seen, layer_idx=0))[0])
-    torch.testing.assert_close(both[0], 2 * drawn(learned(Constant(), sampling=1.0), seen)[0])
+    assert not torch.equal(both[0], drawn(scorer, dataclasses.replace(obs, layer_idx=0))[0])
+    torch.testing.assert_close(both[0], 2 * drawn(learned(Constant(), sampling=1.0), obs)[0])
 
 
 def test_sampling_decides_within_heads_and_not_on_their_budgets():
-    seen = observe([30])
+    obs = observe([30])
     plain, sampled = learned(SnapKV(window=8)), learned(SnapKV(window=8), sampling=0.5)
     for scorer in (plain, sampled):
         scorer.weight_out.data[:] = 1.0
-    assert torch.equal(plain(seen), sampled(seen))
-    noise = drawn(learned(Constant(), sampling=0.5), seen)
-    torch.testing.assert_close(drawn(sampled, seen), plain(seen) + noise)
-    assert torch.equal(drawn(plain, seen), plain(seen))
+    assert torch.equal(plain(obs), sampled(obs))
+    noise = drawn(learned(Constant(), sampling=0.5), obs)
+    torch.testing.assert_close(drawn(sampled, obs), plain(obs) + noise)
+    assert torch.equal(drawn(plain, obs), plain(obs))
 
 
 def test_each_head_learns_its_scale_and_what_it_samples_from():
-    scorer, seen = learned(Constant(), sampling=1.0), observe([30])
-    noise = drawn(scorer, seen).detach()
-    (drawn(scorer, seen) * noise)[0, 0].sum().backward()
+    scorer, obs = learned(Constant(), sampling=1.0), observe([30])
+    noise = drawn(scorer, obs).detach()
+    (drawn(scorer, obs) * noise)[0, 0].sum().backward()
     found = scorer.sampling_growth.grad[..., 0]
     torch.testing.assert_close(found[1, 0], 30 * noise[0, 0].square().sum())
     assert found.count_nonzero() == 1
     assert scorer.weight_out.grad[1].abs().max() > 0
     scorer.sampling_growth.data[1, 0] = math.log(4) / 30
-    torch.testing.assert_close(drawn(scorer, seen)[0, 0], 4 * noise[0, 0])
-    assert torch.equal(drawn(scorer, seen)[0, 1], noise[0, 1])
+    torch.testing.assert_close(drawn(scorer, obs)[0, 0], 4 * noise[0, 0])
+    assert torch.equal(drawn(scorer, obs)[0, 1], noise[0, 1])
 
 
 @pytest.mark.parametrize("sampling", [-1.0, math.nan, math.inf])

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from models import attached, build, padded, tokens
-from observations import randomised
-from tables import made_up
+from support.models import attached, build, padded, tokens
+from support.observations import randomised
+from support.tables import made_up
 from torch import nn
 
 from learnkv import Policy, attach, prefill
 from learnkv.formats import tensors
-from learnkv.generation import score_prompt
+from learnkv.inference.prefill import score_prompt
 from learnkv.scorers import Constant, FastKVzip, GateScorer, HiddenScorer, Scorer
 
 LAYERS, HEADS, GROUP, DIM, HIDDEN = 3, 2, 2, 16, 48  # of the tiny Llama

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-import components
 import pytest
 import torch
-from components import KNOWS_ITS_HEAD, SCORERS
-from observations import observe, permuted
+from support import components
+from support.components import KNOWS_ITS_HEAD, SCORERS
+from support.observations import observe, permuted
 
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 
 every_scorer = pytest.mark.parametrize("cls", SCORERS)
 
@@ -19,7 +19,7 @@ def build(cls: type[Scorer]) -> Scorer:
 
 
 def seen_by(scorer: Scorer, lengths: list[int], **more) -> Observation:
-    return observe(lengths, statistics=scorer.recording.statistics, probes=scorer.probes, **more)
+    return observe(lengths, statistics=scorer.capture_spec.statistics, extra_passes=scorer.extra_passes, **more)
 
 
 def test_the_walk_finds_the_scorers():
@@ -39,24 +39,24 @@ def test_a_padded_row_gets_what_it_gets_alone(cls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_finite_float32_whatever_the_model_computes_in(cls, dtype):
     scorer = build(cls)
-    seen = seen_by(scorer, [40, 12])
-    changed = {name: getattr(seen, name).to(dtype) for name in ("queries", "keys", "values", "hidden", "output_weight")}
-    scores = scorer(dataclasses.replace(seen, **changed))
+    obs = seen_by(scorer, [40, 12])
+    changed = {name: getattr(obs, name).to(dtype) for name in ("queries", "keys", "values", "hidden", "output_weight")}
+    scores = scorer(dataclasses.replace(obs, **changed))
     assert scores.dtype == torch.float32
-    assert scores.shape == seen.valid.shape
-    assert scores[seen.valid].isfinite().all()
+    assert scores.shape == obs.valid.shape
+    assert scores[obs.valid].isfinite().all()
 
 
 @every_scorer
 def test_entries_that_are_not_there_are_not_read(cls):
     scorer = build(cls)
-    seen = seen_by(scorer, [40, 25])
-    holes = torch.rand(seen.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.3
-    valid = seen.valid & ~holes
+    obs = seen_by(scorer, [40, 25])
+    holes = torch.rand(obs.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    valid = obs.valid & ~holes
     scores = []
     for filling in (0.0, 100.0, torch.nan):
-        filled = {name: getattr(seen, name).masked_fill(~valid.unsqueeze(-1), filling) for name in ("keys", "values")}
-        scores.append(scorer(dataclasses.replace(seen, valid=valid, **filled))[valid])
+        filled = {name: getattr(obs, name).masked_fill(~valid.unsqueeze(-1), filling) for name in ("keys", "values")}
+        scores.append(scorer(dataclasses.replace(obs, valid=valid, **filled))[valid])
     assert scores[0].isfinite().all()
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores[0], scores[2])
@@ -73,6 +73,6 @@ def test_a_wider_recording_changes_nothing(cls):
 @pytest.mark.parametrize("cls", [cls for cls in SCORERS if cls not in KNOWS_ITS_HEAD])
 def test_permuted_heads_give_permuted_scores(cls):
     order, scorer = [2, 0, 3, 1], build(cls)
-    seen = seen_by(scorer, [40, 25], heads=4)
-    got = scorer(permuted(seen, order))
-    torch.testing.assert_close(got[seen.valid], scorer(seen)[:, order][seen.valid], rtol=1e-5, atol=1e-7)
+    obs = seen_by(scorer, [40, 25], heads=4)
+    got = scorer(permuted(obs, order))
+    torch.testing.assert_close(got[obs.valid], scorer(obs)[:, order][obs.valid], rtol=1e-5, atol=1e-7)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from observations import observe
+from support.observations import observe
 
 from learnkv.errors import UserError
 from learnkv.scorers import Knorm, Random, SnapKV, StreamingLLM
@@ -17,8 +17,8 @@ def test_streaming_llm_puts_sinks_first_and_the_latest_next():
 
 
 def test_streaming_llm_tells_all_positions_apart():
-    seen = observe([8])
-    far = dataclasses.replace(seen, positions=seen.positions + 10_000_000)
+    obs = observe([8])
+    far = dataclasses.replace(obs, positions=obs.positions + 10_000_000)
     assert StreamingLLM(sinks=4)(far).diff(dim=-1).eq(1).all()
 
 
@@ -27,19 +27,19 @@ def test_streaming_llm_without_sinks_is_the_recent_window():
 
 
 def test_knorm_prefers_small_keys():
-    seen = observe([3], heads=1, dim=2)
+    obs = observe([3], heads=1, dim=2)
     keys = torch.tensor([[[[3.0, 4.0], [0.0, 0.0], [-1.0, 0.0]]]])
-    assert Knorm()(dataclasses.replace(seen, keys=keys)).flatten().tolist() == [-5.0, 0.0, -1.0]
+    assert Knorm()(dataclasses.replace(obs, keys=keys)).flatten().tolist() == [-5.0, 0.0, -1.0]
 
 
 def test_random_is_a_function_of_seed_layer_head_and_position():
-    seen = observe([4000], heads=4, group=1, dim=1)
-    scores = Random(seed=3)(seen)
+    obs = observe([4000], heads=4, group=1, dim=1)
+    scores = Random(seed=3)(obs)
     assert torch.equal(scores, Random(seed=3)(observe([4000], heads=4, group=1, dim=1, seed=5)))
     others = [
-        Random(seed=4)(seen),
-        Random(seed=3)(dataclasses.replace(seen, layer_idx=2)),
-        Random(seed=3)(dataclasses.replace(seen, positions=seen.positions + 1)),
+        Random(seed=4)(obs),
+        Random(seed=3)(dataclasses.replace(obs, layer_idx=2)),
+        Random(seed=3)(dataclasses.replace(obs, positions=obs.positions + 1)),
         scores.roll(1, dims=1),
         scores.roll(1, dims=2),
     ]
@@ -65,9 +65,9 @@ def test_random_never_changes():
 @pytest.mark.parametrize("pooling", ["avg", "max"])
 @pytest.mark.parametrize("group_reduce", ["mean", "max", "sum"])
 def test_snapkv_window_sum_is_the_mean_times_the_queries(pooling, group_reduce):
-    seen = observe([40, 5])
+    obs = observe([40, 5])
     mean, total = (
-        SnapKV(8, 5, pooling, window_reduce=how, group_reduce=group_reduce, group_first=False)(seen)
+        SnapKV(8, 5, pooling, window_reduce=how, group_reduce=group_reduce, group_first=False)(obs)
         for how in ("mean", "sum")
     )
     torch.testing.assert_close(total[0], 8 * mean[0])

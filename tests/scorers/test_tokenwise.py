@@ -5,12 +5,12 @@ import dataclasses
 import pickle
 import shutil
 
-import components
 import pytest
 import torch
-from models import attached, padded, tokens
-from observations import observe, randomised
-from tables import made_up
+from support import components
+from support.models import attached, padded, tokens
+from support.observations import observe, randomised
+from support.tables import made_up
 
 from learnkv import CompressedCache, Policy, continuation, prefill
 from learnkv.errors import UserError
@@ -101,9 +101,9 @@ def test_a_sample_of_all_tokens_has_the_gradients_of_the_figures_themselves(cls)
     scorer = components.build(cls, 2, 2, 3, 16).requires_grad_(True)
     draw_sample(scorer, 60, 0)
     with torch.no_grad():
-        seen = observe([60], statistics=scorer.recording.statistics)
-    assert len(seen.statistics) == 2
-    scores = [scorer(one) for one in (seen, dataclasses.replace(seen, statistics={}))]
+        obs = observe([60], statistics=scorer.capture_spec.statistics)
+    assert len(obs.statistics) == 2
+    scores = [scorer(one) for one in (obs, dataclasses.replace(obs, statistics={}))]
     assert torch.equal(*scores)
     weight = torch.randn(scores[0].shape, generator=torch.Generator().manual_seed(1))
     grads = [torch.autograd.grad((one * weight).sum(), list(scorer.parameters())) for one in scores]
@@ -119,8 +119,8 @@ def test_hidden_states_are_held_of_the_sample_and_of_no_other_token(name):
     for trained in (True, False):
         cache = read(policy.requires_grad_(trained), chunk_size=16)
         for layer in cache.compressed_layers():
-            held = layer.recorder.statistics
-            assert layer.recorder.hidden is None
+            held = layer.capture.statistics
+            assert layer.capture.hidden is None
             assert (policy.scorer.sample in held) == trained
             assert all(one.shape[-1] <= 4 for which, one in held.items() if which != policy.scorer.sample)
             assert not trained or held[policy.scorer.sample].shape == (2, 20, 48)
@@ -141,19 +141,19 @@ def test_chunks_and_copies_judge_alike(name):
 def test_figures_that_are_the_same_are_gathered_once(tmp_path):
     gate, file = made_up("gate", 3, 2, 2, 16, 48), tmp_path / "gate.safetensors"
     shutil.copy(gate, file)
-    assert Policy(FastKVzip(str(file))).recording == Policy(FastKVzip(gate)).recording
+    assert Policy(FastKVzip(str(file))).capture_spec == Policy(FastKVzip(gate)).capture_spec
     tensors.write(file, {name: 2 * one for name, one in tensors.read(gate, tensors.KVZIP_GATE).items()})
-    both, twice = Policy(FastKVzip(gate)).recording, Policy(FastKVzip(gate, bias="twice")).recording
-    assert (both | Policy(FastKVzip(gate)).recording) == both
-    assert len((both | twice | Policy(FastKVzip(str(file))).recording).statistics) == 3
+    both, twice = Policy(FastKVzip(gate)).capture_spec, Policy(FastKVzip(gate, bias="twice")).capture_spec
+    assert (both | Policy(FastKVzip(gate)).capture_spec) == both
+    assert len((both | twice | Policy(FastKVzip(str(file))).capture_spec).statistics) == 3
 
 
 @every_scorer
 @pytest.mark.parametrize("every", [0, 6])
 def test_a_copy_of_a_cache_is_served_and_a_copy_of_a_policy_is_another(name, every):
-    policy = Policy(randomised(MAKE[name]()), every=every)
+    policy = Policy(randomised(MAKE[name]()), evict_interval=every)
     cache, said = read(policy), tokens(2, 9, seed=3)
-    assert all(one.scorer is policy.scorer for one in copy.deepcopy(policy.scorer.later))
+    assert all(one.scorer is policy.scorer for one in copy.deepcopy(policy.scorer.decode_capture))
     for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert torch.equal(policy.plan(copied, keep=0.2).judged, policy.plan(cache, keep=0.2).judged)
     small = policy.compress(cache.fork(), keep=0.2)
@@ -167,7 +167,7 @@ def test_a_copy_of_a_cache_is_served_and_a_copy_of_a_policy_is_another(name, eve
 
 @every_scorer
 def test_a_prompt_that_was_read_with_other_weights_is_refused(name):
-    policy = Policy(learned(name), every=6)
+    policy = Policy(learned(name), evict_interval=6)
     cache = read(policy)
     compressed = policy.compress(cache.fork(), keep=0.3)
     with torch.no_grad():
@@ -202,8 +202,8 @@ class Mean(Scorer):
         self.several = torch.nn.ModuleList(several)
         self.window = max(one.window for one in several)
 
-    def forward(self, seen):
-        return torch.stack([one(seen) for one in self.several]).mean(0)
+    def forward(self, obs):
+        return torch.stack([one(obs) for one in self.several]).mean(0)
 
 
 def test_scorers_within_a_container_have_gradients():
@@ -218,7 +218,7 @@ def test_gradients_are_not_counted_twice_where_the_prompt_is_read_with_them(name
     model, policy = attached("llama"), Policy(learned(name))
     draw_sample(policy, 20, 4)
     want = gradients(policy, prefill(model, tokens(1, 70), policies=[policy]))[1]
-    cache = CompressedCache(model.config, policy.recording)
+    cache = CompressedCache(model.config, policy.capture_spec)
     cache.set_prompt([70])
     model(input_ids=tokens(1, 70), past_key_values=cache, use_cache=True)
     for path, one in gradients(policy, cache)[1].items():
@@ -227,12 +227,15 @@ def test_gradients_are_not_counted_twice_where_the_prompt_is_read_with_them(name
 
 def test_keys_and_values_are_read_from_the_cache():
     scorer = randomised(HiddenScorer(Constant(), 3, 2, 16, 48, reads=("keys", "values"))).requires_grad_(True)
-    assert not Policy(scorer).recording.statistics
-    assert Policy(scorer, every=4).recording.statistics
+    assert not Policy(scorer).capture_spec.statistics
+    assert Policy(scorer, evict_interval=4).capture_spec.statistics
     found = []
     for policy, cache in (
         (Policy(scorer), prefill(attached("llama"), tokens(1, 50))),
-        (Policy(scorer, every=4), prefill(attached("llama"), tokens(1, 50), policies=[Policy(scorer, every=4)])),
+        (
+            Policy(scorer, evict_interval=4),
+            prefill(attached("llama"), tokens(1, 50), policies=[Policy(scorer, evict_interval=4)]),
+        ),
     ):
         found.append(gradients(policy, cache)[1]["scorer.weight_in"])
     assert torch.equal(*found)

@@ -8,15 +8,15 @@ import torch
 from learnkv.data.retrieval import Retrieval
 from learnkv.data.retrieval_text import SPAN_QUESTIONS
 from learnkv.errors import UserError
-from learnkv.models import load_model
-from learnkv.policy import Policy
+from learnkv.inference.models import load_model
+from learnkv.policy.policy import Policy
 from learnkv.scorers import SnapKV
-from learnkv.training import draws
+from learnkv.training import seeding as seeding
 from learnkv.training.config import Mixture, TrainConfig
-from learnkv.training.data import Batches, Drawing, collate
-from learnkv.training.datamodule import Data
-from learnkv.training.sources import ASKS, Continuation, Episodes, NextText, OwnAnswers, Passage, Spans
-from learnkv.training.text import Pool, Stream
+from learnkv.training.data.batches import Batches, Drawing, collate
+from learnkv.training.data.datamodule import Data
+from learnkv.training.data.sources import ASKS, Continuation, Episodes, NextText, OwnAnswers, Passage, Spans
+from learnkv.training.data.text_windows import Pool, Stream
 
 POOL = Pool(torch.arange(100, 1100), [1])
 SOURCES = [(1.0, Spans(POOL, count=3, tokens=10, cue=4)), (1.0, NextText(POOL, tokens=8))]
@@ -181,7 +181,7 @@ def test_a_stream_is_read_in_order_from_anywhere():
 
 
 def test_kept_fractions_are_spread_over_the_range():
-    found = [draws.spread(draws.generator(0, "keep", number), 0.02, 0.6, 2) for number in range(50)]
+    found = [seeding.spread(seeding.generator(0, "keep", number), 0.02, 0.6, 2) for number in range(50)]
     middle = (0.02 * 0.6) ** 0.5
     assert all(0.02 <= low < middle <= high <= 0.6 for low, high in found)
     assert len({low for low, _ in found}) == 50

@@ -1,14 +1,15 @@
 """The predicted peak of a step is what a real one holds."""
 
 import pytest
+from support.commands import memory
 
-from learnkv.config import parse
-from learnkv.io import build_policy
-from learnkv.memory import CONTEXTS, STEP, batch, main, predicted, step_of
-from learnkv.models import describe_model, load_model
-from learnkv.size import sized
+from learnkv.cli.parser import parse
+from learnkv.inference.models import describe_model, load_model
+from learnkv.persistence.policies import build_policy
+from learnkv.persistence.size import sized
 from learnkv.training.config import TrainConfig
-from learnkv.training.live_bytes import LiveBytes
+from learnkv.training.memory.live_bytes import LiveBytes
+from learnkv.training.memory.predict import CONTEXTS, STEP, batch, predicted, step_of
 
 AS_SHIPPED = """
 policy:
@@ -54,7 +55,7 @@ def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_p
 
 
 def test_the_command_tells_the_parts_and_their_sum(words, capsys):
-    assert main([*words, "trainer.devices=4", "trainer.strategy=fsdp"]) == 0
+    assert memory([*words, "trainer.devices=4", "trainer.strategy=fsdp"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-1].startswith("peak of a process")
     assert len(lines) == 5
@@ -62,7 +63,7 @@ def test_the_command_tells_the_parts_and_their_sum(words, capsys):
 
 def test_prompts_that_do_not_fit_are_refused(words, capsys):
     words = [word for word in words if not word.startswith("lengths=")]
-    assert main([*words, "lengths=100,100000"]) == 2
+    assert memory([*words, "lengths=100,100000"]) == 2
     assert "lengths=100,100000: with continuations of 12 tokens" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -71,5 +72,5 @@ def test_an_objective_whose_reading_depends_on_values_is_refused(words, tmp_path
         "objective: {class_path: learnkv.training.objectives.ScoreRegression, "
         "init_args: {target: {class_path: learnkv.scorers.KVzip}}}"
     )
-    assert main([*words, f"config={tmp_path / 'scores.yaml'}"]) == 2
+    assert memory([*words, f"config={tmp_path / 'scores.yaml'}"]) == 2
     assert "ScoreRegression" in capsys.readouterr().err.strip().splitlines()[-1]

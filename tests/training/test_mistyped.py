@@ -1,8 +1,7 @@
 """A mistyped policy is one line that says what was meant."""
 
 import pytest
-
-from learnkv.train import main
+from support.commands import train
 
 MISTYPED = {
     "a class": (
@@ -27,5 +26,5 @@ def test_what_was_meant_is_told(which, tmp_path, capsys):
     text, told = MISTYPED[which]
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    assert main([f"config={file}"]) == 2
+    assert train([f"config={file}"]) == 2
     assert capsys.readouterr().err.strip() == f"error: config={file}: {told}"

@@ -5,17 +5,20 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from learnkv import adapters
-from learnkv.adapters import Adapter
 from learnkv.allocators import LearnedAllocator, Uniform
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError, UserError
-from learnkv.generation import continuation, prefill, score_prompt
-from learnkv.models import load_model
+from learnkv.inference import lora as adapters
+from learnkv.inference.generate import continuation
+from learnkv.inference.lora import Adapter
+from learnkv.inference.models import load_model
+from learnkv.inference.prefill import prefill, score_prompt
 from learnkv.ops.normal_scores import normal_scores
-from learnkv.policy import Policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers import KVzip, LearnedScorer, SnapKV
-from learnkv.training.data import Batch, Drawing
+from learnkv.training.data.batches import Batch, Drawing
+from learnkv.training.data.sources import NextText, Spans
+from learnkv.training.data.text_windows import Pool
 from learnkv.training.losses import forward_kl
 from learnkv.training.module import Distillation
 from learnkv.training.objectives import (
@@ -27,8 +30,6 @@ from learnkv.training.objectives import (
     Stages,
     WeightedSum,
 )
-from learnkv.training.sources import NextText, Spans
-from learnkv.training.text import Pool
 
 POOL = Pool(torch.randint(3, 100, (3000,), generator=torch.Generator().manual_seed(0)), [0])
 

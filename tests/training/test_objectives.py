@@ -7,20 +7,21 @@ import torch
 import yaml
 from torch import Tensor
 
-from learnkv.config import CONFIGS, parse
+from learnkv.cli.parser import parse
+from learnkv.core.plan import Plan
 from learnkv.errors import UserError
 from learnkv.ops.normal_scores import normal_scores
-from learnkv.plan import Plan
+from learnkv.persistence.named_configs import CONFIGS
 from learnkv.scorers import KVzip
 from learnkv.training.config import TrainConfig
-from learnkv.training.exploration import explored
+from learnkv.training.gumbel_noise import with_gumbel_noise
 from learnkv.training.objectives import (
     BudgetRegression,
     Comparison,
     ForwardKL,
     HiddenMSE,
+    Outputs,
     ReverseKL,
-    Said,
     ScoreRegression,
     Stages,
     WeightedSum,
@@ -39,7 +40,7 @@ def means(tokens: Tensor) -> Tensor:
     return torch.stack(each)
 
 
-def comparison(teacher: Said, student: Said) -> Comparison:
+def comparison(teacher: Outputs, student: Outputs) -> Comparison:
     return Comparison(2, sample=SAMPLE, weights=WEIGHTS, both=(teacher, student))
 
 
@@ -48,7 +49,7 @@ def comparison(teacher: Said, student: Said) -> Comparison:
 )
 def test_divergences_of_the_next_token(kind, temperature):
     full, held = draw(5, 7).requires_grad_(), draw(5, 7, seed=1).requires_grad_()
-    loss = kind(temperature)(comparison(Said(full), Said(held)))
+    loss = kind(temperature)(comparison(Outputs(full), Outputs(held)))
     p, q = (full.detach() / temperature).softmax(-1), (held.detach() / temperature).softmax(-1)
     a, b = (p, q) if kind is ForwardKL else (q, p)
     kl = (a * (a / b).log()).sum(-1)
@@ -66,7 +67,7 @@ def test_distance_of_hidden_states_is_in_units_of_their_size(layers):
     held = tuple(
         (state.detach() + 0.1 * 10**i * draw(5, 6, seed=9 + i)).requires_grad_() for i, state in enumerate(full)
     )
-    loss = HiddenMSE(layers)(comparison(Said(full[0], full), Said(held[0], held)))
+    loss = HiddenMSE(layers)(comparison(Outputs(full[0], full), Outputs(held[0], held)))
     found = []
     for a, b in list(zip(full, held, strict=True))[2 if layers == "last" else 0 :]:
         size = torch.stack([a[i == SAMPLE].square().mean() for i in (0, 1)])
@@ -79,7 +80,7 @@ def test_distance_of_hidden_states_is_in_units_of_their_size(layers):
     slope = 2 * (held[2] - full[2]).detach()[:2] / 6 / size * torch.tensor([[0.25], [0.75]])
     torch.testing.assert_close(held[2].grad[:2], slope / (1 if layers == "last" else 3))
     nothing_left = tuple(torch.zeros_like(state) for state in full)
-    even = replace(comparison(Said(full[0], full), Said(full[0], nothing_left)), weights=None)
+    even = replace(comparison(Outputs(full[0], full), Outputs(full[0], nothing_left)), weights=None)
     assert HiddenMSE(layers)(even).tolist() == pytest.approx([1.0, 1.0])
 
 
@@ -173,7 +174,7 @@ def test_budgets_are_matched_to_one_ranking_of_all_heads():
 
 def test_a_sum_adds_what_its_parts_say_and_asks_for_what_they_need():
     full, held = draw(5, 7), draw(5, 7, seed=1)
-    seen = comparison(Said(full, (full,)), Said(held, (held,)))
+    seen = comparison(Outputs(full, (full,)), Outputs(held, (held,)))
     both = WeightedSum([ForwardKL(), HiddenMSE()], [2.0, 0.5])
     torch.testing.assert_close(both(seen), 2 * ForwardKL()(seen) + 0.5 * HiddenMSE()(seen))
     assert (both.reads, both.hidden, both.plans, both.targets) == (True, True, False, ())
@@ -187,11 +188,11 @@ def test_a_sum_adds_what_its_parts_say_and_asks_for_what_they_need():
 
 def test_noise_makes_a_sample_by_scores_and_leaves_the_protected_alone():
     scores = torch.tensor([torch.inf, 2.0, 1.0, 0.0, -torch.inf]).expand(1, 1, 4000, 5).clone().requires_grad_()
-    found = explored(planned(scores, budget=2), 0.5, seed=1).scores
+    found = with_gumbel_noise(planned(scores, budget=2), 0.5, seed=1).scores
     assert torch.equal(found.isfinite(), scores.isfinite())
     assert torch.equal(found[..., 0], scores[..., 0])
-    assert torch.equal(found, explored(planned(scores, budget=2), 0.5, seed=1).scores)
-    assert not torch.equal(found, explored(planned(scores, budget=2), 0.5, seed=2).scores)
+    assert torch.equal(found, with_gumbel_noise(planned(scores, budget=2), 0.5, seed=1).scores)
+    assert not torch.equal(found, with_gumbel_noise(planned(scores, budget=2), 0.5, seed=2).scores)
     assert ((found - scores)[..., 1:4].mean() / 0.5).item() == pytest.approx(0.5772, abs=0.03)  # Euler's constant
     first = found[..., 1:4].argmax(-1).flatten().bincount() / 4000
     torch.testing.assert_close(first, torch.tensor([4.0, 2.0, 0.0]).softmax(-1), atol=0.02, rtol=0)

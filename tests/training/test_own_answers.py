@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from learnkv.generation import generate, prefill
-from learnkv.models import load_model
-from learnkv.training.answers import Answers
-from learnkv.training.data import Drawing
-from learnkv.training.sources import OwnAnswers
-from learnkv.training.text import Pool
+from learnkv.inference.generate import generate
+from learnkv.inference.models import load_model
+from learnkv.inference.prefill import prefill
+from learnkv.training.data.batches import Drawing
+from learnkv.training.data.self_generated import Answers
+from learnkv.training.data.sources import OwnAnswers
+from learnkv.training.data.text_windows import Pool
 
 POOL = Pool(torch.randint(5, 95, (3000,), generator=torch.Generator().manual_seed(0)), [0])
 
@@ -51,7 +52,9 @@ def test_an_answer_is_said_once(tiny, tmp_path, monkeypatch):
     done = Answers(tmp_path / "kept", seed=5).complete(model, asked, cache)
     assert len(list((tmp_path / "kept").iterdir())) == 1
     said = []
-    monkeypatch.setattr("learnkv.training.answers.generate", lambda *a, **k: said.append(1) or generate(*a, **k))
+    monkeypatch.setattr(
+        "learnkv.training.data.self_generated.generate", lambda *a, **k: said.append(1) or generate(*a, **k)
+    )
     known = Answers(tmp_path / "kept", seed=5).complete(model, asked, cache)
     assert not said
     assert all(torch.equal(a, b) for a, b in zip(known[1:6], done[1:6], strict=True))
@@ -75,7 +78,7 @@ def test_an_answer_ends_where_the_model_ends_it(tiny):
     said = torch.full((6, 6), 9)
     said[0, 2], said[1, 0], said[1, 1:] = eos, eos, 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("learnkv.training.answers.generate", lambda *a, **k: said)
+        patch.setattr("learnkv.training.data.self_generated.generate", lambda *a, **k: said)
         cache = prefill(model, asked.prompts, asked.prompt_mask)
         done = Answers(None, seed=5).complete(model, asked, cache)
     assert done.counted.sum(-1).tolist() == [3, 1, 6, 6, 6, 6]

@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
+from support.commands import train
 from test_train_cli import assert_same, weights
 
-from learnkv.train import main
 from learnkv.training.module import Distillation
 
 
@@ -31,19 +31,19 @@ CUTS = {
 
 
 def test_a_run_that_is_asked_to_end_goes_on_later(run, tmp_path, monkeypatch, capsys):
-    assert main([*run, f"output={tmp_path / 'whole'}"]) == 0
+    assert train([*run, f"output={tmp_path / 'whole'}"]) == 0
     for name, (where, calls, step) in CUTS.items():
         cut, handler = [*run, f"output={tmp_path / name}"], signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch:
             patch.setattr(Distillation, where, signalled(getattr(Distillation, where), calls))
             capsys.readouterr()
-            assert main(cut) == 143
+            assert train(cut) == 143
         assert capsys.readouterr().err.strip().splitlines()[-1] == (
             f"error: ended by SIGTERM after step {step}; the same command goes on from there"
         )
         assert signal.getsignal(signal.SIGTERM) == handler
         assert torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["global_step"] == step
-        assert main(cut) == 0
+        assert train(cut) == 0
         for file in ("metrics.csv", "policy/budgets.csv", "policy/policy.safetensors"):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
@@ -62,7 +62,7 @@ def signalled(before, call: int):
 
 def test_a_run_that_has_made_its_last_step_finishes(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Distillation, "training_step", signalled(Distillation.training_step, 10))
-    assert main([*run, "save_every=1", f"output={tmp_path / 'run'}"]) == 0
+    assert train([*run, "save_every=1", f"output={tmp_path / 'run'}"]) == 0
     assert (tmp_path / "run/policy/manifest.json").is_file()
 
 
@@ -70,8 +70,8 @@ def test_a_run_that_has_made_its_last_step_finishes(run, tmp_path, monkeypatch):
 def test_a_signal_to_one_of_two_processes_ends_both(run, tmp_path):
     run = [word for word in run if not word.startswith(("trainer.max_steps", "trainer.accumulate", "validate_every"))]
     run += ["trainer.max_steps=30"]
-    assert main([*run, f"output={tmp_path / 'whole'}", "trainer.accumulate_grad_batches=2"]) == 0
-    command = [sys.executable, "-m", "learnkv.train", *run, f"output={tmp_path / 'cut'}", "save_every=1"]
+    assert train([*run, f"output={tmp_path / 'whole'}", "trainer.accumulate_grad_batches=2"]) == 0
+    command = [sys.executable, "-m", "learnkv", "train", *run, f"output={tmp_path / 'cut'}", "save_every=1"]
     command += ["trainer.devices=2", "trainer.strategy=ddp"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -83,5 +83,5 @@ def test_a_signal_to_one_of_two_processes_ends_both(run, tmp_path):
     assert process.returncode == 143, told
     assert told.count("ended by SIGTERM after step") == 1
     assert 1 <= torch.load(file, weights_only=True)["global_step"] < 30
-    assert main([*run, "save_every=1", f"output={tmp_path / 'cut'}", "trainer.accumulate_grad_batches=2"]) == 0
+    assert train([*run, "save_every=1", f"output={tmp_path / 'cut'}", "trainer.accumulate_grad_batches=2"]) == 0
     assert_same(weights(tmp_path / "cut/policy"), weights(tmp_path / "whole/policy"), rtol=1e-3, atol=1e-4)

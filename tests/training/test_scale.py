@@ -7,15 +7,15 @@ import pytest
 import torch
 from test_module import POOL, batch, distillation, moved
 
-from learnkv import adapters
-from learnkv.adapters import Adapter
-from learnkv.models import load_model
-from learnkv.policy import Policy
+from learnkv.inference import lora as adapters
+from learnkv.inference.lora import Adapter
+from learnkv.inference.models import load_model
+from learnkv.policy.policy import Policy
 from learnkv.scorers import LearnedScorer, SnapKV
-from learnkv.training.data import Batch, Drawing
-from learnkv.training.live_bytes import LiveBytes
+from learnkv.training.data.batches import Batch, Drawing
+from learnkv.training.data.sources import Spans
+from learnkv.training.memory.live_bytes import LiveBytes
 from learnkv.training.objectives import ForwardKL, HiddenMSE, ReverseKL, WeightedSum
-from learnkv.training.sources import Spans
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_checkpointing_computes_again_what_a_student_saw_that_evicts_on_the_way(
     found = []
     for every, checkpointing in ((0, False), (4, False), (4, True)):
         policy = moved()
-        policy.every = every
+        policy.evict_interval = every
         found.append(gradients(distillation(model, policy, checkpointing=checkpointing), batch(1)))
     (plain, _), (loss, grads), (again, others) = found
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-7)
@@ -204,4 +204,4 @@ def test_what_scorers_read_is_not_copied_for_every_continuation(model):
         module._said(cache.fork(), one)
     hidden = 2 * 200 * 32 * 4
     assert live.peak - before < 24 * hidden  # copies alone would be 16 times as much, and the attention as much again
-    assert cache.compressed_layers()[0].recorder.statistics[policy.scorer.sample].shape == (1, 200, 32)
+    assert cache.compressed_layers()[0].capture.statistics[policy.scorer.sample].shape == (1, 200, 32)

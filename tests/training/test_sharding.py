@@ -7,11 +7,11 @@ from test_scale import gradients, moved
 from torch.distributed.tensor import DTensor
 
 from learnkv.errors import UserError
-from learnkv.generation import prefill
-from learnkv.models import load_model
-from learnkv.policy import Policy
+from learnkv.inference.models import load_model
+from learnkv.inference.prefill import prefill
+from learnkv.policy.policy import Policy
 from learnkv.scorers import CriticalKV, SnapKV
-from learnkv.training.sharding import in_step, shard
+from learnkv.training.fsdp import in_step, shard
 
 
 @pytest.fixture

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
+from support.commands import train
 from test_module import batch, distillation, mean_kl, moved
 
-from learnkv.cache import CompressedCache
-from learnkv.generation import prefill
-from learnkv.models import load_model
-from learnkv.policy import Policy
-from learnkv.train import main
+from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.inference.models import load_model
+from learnkv.inference.prefill import prefill
+from learnkv.policy.policy import Policy
 from learnkv.training.module import Distillation
 
 DECODED = """
 policy:
   init_args:
-    every: 4
+    evict_interval: 4
     decode:
       class_path: learnkv.scorers.LearnedScorer
       init_args: {base: {class_path: learnkv.scorers.SnapKV}}
@@ -50,7 +50,7 @@ def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(mod
         return policy.relax(cache, keep=keep, soft=True)
 
     expected = [mean_kl(model, one, soft), mean_kl(model, one, lambda cache: policy.compress(cache, keep=keep))]
-    policy.every = every
+    policy.evict_interval = every
     module, told, losses = distillation(model, policy, soft_steps=1), {}, []
     module.log = lambda name, value, **keys: told.update({name: value})
     for step in range(2):
@@ -73,7 +73,7 @@ def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(mod
 )
 def test_soft_steps_that_teach_nothing_are_one_line(words, settings, steps, told, tmp_path, capsys):
     (tmp_path / "soft.yaml").write_text(settings)
-    assert main([*words, f"config={tmp_path / 'soft.yaml'}", f"soft_steps={steps}"]) == 2
+    assert train([*words, f"config={tmp_path / 'soft.yaml'}", f"soft_steps={steps}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith(f"error: soft_steps={steps}: expected 0")
     assert told in said[-1]
@@ -86,5 +86,5 @@ def test_optimiser_steps_are_soft_and_not_batches(words, monkeypatch):
     )
     typed = ["soft_steps=1", "validation_batches=1", "trainer.max_steps=2", "trainer.accumulate_grad_batches=2"]
     replaced = [word.split("=")[0] for word in typed]
-    assert main([*(word for word in words if word.split("=")[0] not in replaced), *typed]) == 0
+    assert train([*(word for word in words if word.split("=")[0] not in replaced), *typed]) == 0
     assert soft[:8] == [True] * 4 + [False] * 4  # two students of each batch, then validation

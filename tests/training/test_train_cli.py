@@ -10,13 +10,11 @@ import sys
 import pytest
 import torch
 import yaml
+from support.commands import eval, export, train
 
-import learnkv.eval
-import learnkv.export
-from learnkv.io import load_policy
-from learnkv.size import sized
-from learnkv.train import main
-from learnkv.training.checkpoints import Checkpoints
+from learnkv.persistence.policies import load_policy
+from learnkv.persistence.size import sized
+from learnkv.training.callbacks.checkpoints import Checkpoints
 from learnkv.training.module import Distillation
 
 
@@ -63,7 +61,7 @@ def everything(folder, objective: str) -> list[str]:
 
 def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(words) == 0
+    assert train(words) == 0
     assert "step 4/4" in capsys.readouterr().err
     file = run / "checkpoints" / "last.ckpt"
     assert file.stat().st_size < 60_000
@@ -92,29 +90,29 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
     )
 
     before = (run / "policy" / "manifest.json").read_text()
-    assert main(words) == 0  # finished: nothing is done again
+    assert train(words) == 0  # finished: nothing is done again
     assert "finished before" in capsys.readouterr().err
     assert (run / "policy" / "manifest.json").read_text() == before
-    assert main([*words, "lr=0.1"]) == 2
+    assert train([*words, "lr=0.1"]) == 2
     assert "another lr" in capsys.readouterr().err
     stored = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(stored.replace("soft_steps: 0\n", ""))  # of before there was this key
-    assert main([*words, "soft_steps=1"]) == 2
+    assert train([*words, "soft_steps=1"]) == 2
     assert "another soft_steps" in capsys.readouterr().err
-    assert main(words) == 0
+    assert train(words) == 0
     assert "finished before" in capsys.readouterr().err
     (run / "config.yaml").unlink()
-    assert main(words) == 2
+    assert train(words) == 2
     assert "without its config.yaml" in capsys.readouterr().err
     (run / "config.yaml").write_text(stored)
 
     out = tmp_path / "out"
-    assert learnkv.export.main([f"ckpt={file}", f"out={out}"]) == 0
+    assert export([f"ckpt={file}", f"out={out}"]) == 0
     assert_same(weights(out), weights(run / "policy"))
     assert (out / "budgets.csv").read_text() == (run / "policy" / "budgets.csv").read_text()
 
     file.write_bytes(file.read_bytes()[:-2000])
-    assert main(words) == 2
+    assert train(words) == 2
     assert "cannot be continued" in capsys.readouterr().err
 
 
@@ -122,7 +120,7 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
 def test_a_resumed_run_equals_an_uninterrupted_one(words, objective, tmp_path, monkeypatch, capsys):
     words = [*words, *everything(tmp_path, objective), "trainer.accumulate_grad_batches=2", "save_every=1"]
     whole, cut = (f"output={tmp_path / name}" for name in ("whole", "cut"))
-    assert main([*words, whole]) == 0
+    assert train([*words, whole]) == 0
     step, seen = Distillation.training_step, []
 
     def until_it_breaks(self, batch, batch_idx):
@@ -132,9 +130,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, objective, tmp_path, m
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Distillation, "training_step", until_it_breaks)
-    assert main([*words, cut]) == 130
+    assert train([*words, cut]) == 130
     assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
-    assert main([*words, cut]) == 0
+    assert train([*words, cut]) == 0
     assert seen == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7]
     assert_same(weights(tmp_path / "cut/policy"), weights(tmp_path / "whole/policy"))
     tables = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "cut")]
@@ -143,7 +141,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, objective, tmp_path, m
 
 def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(words, folder, tmp_path):
     run = tmp_path / "run"
-    assert main([*words, "lora.rank=2", "lora.lr=0.02", "trainer.max_steps=3"]) == 0
+    assert train([*words, "lora.rank=2", "lora.lr=0.02", "trainer.max_steps=3"]) == 0
     file = run / "checkpoints" / "last.ckpt"
     names = torch.load(file, weights_only=True)["state_dict"].keys()
     assert {name.split(".")[0] for name in names} == {"policy", "model"}
@@ -152,16 +150,16 @@ def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(words, folder, 
     of_run, of_checkpoint = load_policy(run), load_policy(file)
     assert_same(dict(of_run.adapter.state), dict(of_checkpoint.adapter.state))
     assert all(held.abs().max() > 0 for held in of_run.adapter.state.values())
-    assert learnkv.export.main([f"ckpt={file}", f"out={tmp_path / 'out'}"]) == 0
+    assert export([f"ckpt={file}", f"out={tmp_path / 'out'}"]) == 0
     assert_same(dict(load_policy(tmp_path / "out").adapter.state), dict(of_run.adapter.state))
 
     typed = [f"model={folder}", "tasks=text", f"text={words[2].removeprefix('text=')}", "lengths=60", "samples=4"]
     typed += ["keep=0.3", f"output={tmp_path / 'eval'}"]
-    assert learnkv.eval.main([f"ckpt={run}", *typed]) == 0
+    assert eval([f"ckpt={run}", *typed]) == 0
     with_adapter = json.loads((tmp_path / "eval" / "results.json").read_text())["rows"]
     manifest = run / "policy" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"adapter": true', '"adapter": false'))
-    assert learnkv.eval.main([f"ckpt={run}", *typed]) == 0
+    assert eval([f"ckpt={run}", *typed]) == 0
     without = json.loads((tmp_path / "eval" / "results.json").read_text())["rows"]
     assert [row["policy"] for row in without] == [row["policy"] for row in with_adapter]
     assert without[0]["score"] == with_adapter[0]["score"]  # the full cache
@@ -174,11 +172,11 @@ def test_two_processes_equal_one_with_accumulation(words, objective, strategies,
     """A step at keep=1 reaches no parameter; with all objectives, processes read prompts and answer unequally often."""
     words = [*words, *everything(tmp_path, objective), "trainer.max_steps=3", "keep=0.3,0.1,1"]
     words += ["students=1"] if objective == "kl" else ["chunk_size=25", "checkpointing=true"]
-    assert main([*words, f"output={tmp_path / 'one'}", "trainer.accumulate_grad_batches=2"]) == 0
+    assert train([*words, f"output={tmp_path / 'one'}", "trainer.accumulate_grad_batches=2"]) == 0
     file = "checkpoints/last.ckpt"
     one = torch.load(tmp_path / "one" / file, weights_only=True)
     for strategy in strategies:
-        command = [sys.executable, "-m", "learnkv.train", *words, f"output={tmp_path / strategy}"]
+        command = [sys.executable, "-m", "learnkv", "train", *words, f"output={tmp_path / strategy}"]
         command += ["trainer.devices=2", f"trainer.strategy={strategy}"]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -189,7 +187,7 @@ def test_two_processes_equal_one_with_accumulation(words, objective, strategies,
     assert weights(tmp_path / "one/policy")["allocator.layer_budget.logits"].abs().max() > 0.05
     further = [*words, f"output={tmp_path / strategies[-1]}", "trainer.accumulate_grad_batches=2"]
     further = [*(word for word in further if not word.startswith("trainer.max_steps")), "trainer.max_steps=4"]
-    assert main(further) == 0  # what two processes began, one goes on with
+    assert train(further) == 0  # what two processes began, one goes on with
     assert torch.load(tmp_path / strategies[-1] / file, weights_only=True)["global_step"] == 4
 
 
@@ -226,7 +224,7 @@ def test_two_processes_equal_one_with_accumulation(words, objective, strategies,
 )
 def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):
     key = typed.split("=")[0]
-    assert main([*(word for word in words if not word.startswith(f"{key}=")), typed]) == 2
+    assert train([*(word for word in words if not word.startswith(f"{key}=")), typed]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert [line for line in said if not line.startswith("Loading weights")] == [said[-1]]
     assert said[-1].startswith("error: ")
@@ -234,7 +232,7 @@ def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):
 
 
 def test_no_arguments_is_one_line(capsys):
-    assert main([]) == 2
+    assert train([]) == 2
     assert "quickstart" in capsys.readouterr().err
 
 
@@ -242,7 +240,7 @@ def test_nan_is_one_line_and_exit_code_1(words, monkeypatch, capsys):
     monkeypatch.setattr(
         "learnkv.training.objectives.kl.forward_kl", lambda teacher, student, _: student[:, 0] * torch.nan
     )
-    assert main(words) == 1
+    assert train(words) == 1
     assert "not finite" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
@@ -259,7 +257,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(words, tmp_path, monkeypatch
         save(self, trainer)
 
     monkeypatch.setattr(Checkpoints, "_save", without_space)
-    assert main([*words, "save_every=1"]) == 1
+    assert train([*words, "save_every=1"]) == 1
     assert "no space left on disk" in capsys.readouterr().err.strip().splitlines()[-1]
     folder = tmp_path / "run" / "checkpoints"
     assert [file.name for file in folder.iterdir()] == ["last.ckpt"]
@@ -283,5 +281,5 @@ def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
     ],
 )
 def test_export_says_what_it_needs(typed, told, capsys):
-    assert learnkv.export.main(typed) == 2
+    assert export(typed) == 2
     assert told in capsys.readouterr().err

@@ -4,14 +4,15 @@ import csv
 
 import pytest
 import torch
+from support.commands import train
 
 from learnkv.allocators import LearnedAllocator, Uniform
-from learnkv.generation import continuation, prefill
-from learnkv.heuristic import heuristic_of
-from learnkv.models import load_model
-from learnkv.policy import Policy
+from learnkv.inference.generate import continuation
+from learnkv.inference.models import load_model
+from learnkv.inference.prefill import prefill
+from learnkv.policy.base_policy import base_policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers import LearnedScorer, SnapKV
-from learnkv.train import main
 from learnkv.training.losses import forward_kl
 from learnkv.training.validation import VALIDATION_KEEPS, measure
 
@@ -59,7 +60,7 @@ def test_the_deployed_sets_are_compared(reading):
     policy = learned(1.0)
     found = measure(policy, cache, KEEP, 0.5, divergence)
     with torch.no_grad():
-        ours, theirs = (one.compress(cache.fork(), keep=KEEP) for one in (policy, heuristic_of(policy)))
+        ours, theirs = (one.compress(cache.fork(), keep=KEEP) for one in (policy, base_policy(policy)))
         assert found.learned.item() == pytest.approx(divergence(ours.fork()).item(), rel=1e-4)
         assert found.heuristic.item() == pytest.approx(divergence(theirs.fork()).item(), rel=1e-4)
     shares = []
@@ -105,7 +106,7 @@ def test_marginal_values_are_the_gradient_of_the_count(reading):
 
 def test_a_run_logs_and_draws_them(words, tmp_path):
     run = tmp_path / "run"
-    assert main([*words, "trainer.max_steps=2"]) == 0
+    assert train([*words, "trainer.max_steps=2"]) == 0
     with (run / "metrics.csv").open() as table:
         last = list(csv.DictReader(table))[-1]
     for keep in VALIDATION_KEEPS:

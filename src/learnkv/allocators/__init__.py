@@ -1,7 +1,6 @@
 """Allocators: how is the budget split over layers and heads."""
 
 from learnkv.allocators.adakv import AdaKV
-from learnkv.allocators.base import Allocator
 from learnkv.allocators.cake import CAKE
 from learnkv.allocators.compresskv import CompressKV
 from learnkv.allocators.duo_attention import DuoAttention
@@ -11,10 +10,11 @@ from learnkv.allocators.headkv import HeadKV
 from learnkv.allocators.lava import LAVa
 from learnkv.allocators.layer_by_layer import LayerByLayer
 from learnkv.allocators.learned import LearnedAllocator
-from learnkv.allocators.learned_causal import LearnedCausalAllocator
+from learnkv.allocators.learned_sequential import LearnedSequentialAllocator
 from learnkv.allocators.lukv import LUKV
 from learnkv.allocators.pyramid import Pyramid
 from learnkv.allocators.uniform import Uniform
+from learnkv.core.allocator import Allocator
 
 __all__ = [
     "CAKE",
@@ -29,7 +29,7 @@ __all__ = [
     "LAVa",
     "LayerByLayer",
     "LearnedAllocator",
-    "LearnedCausalAllocator",
+    "LearnedSequentialAllocator",
     "Pyramid",
     "Uniform",
 ]

@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator
 from learnkv.allocators.uniform import Uniform
+from learnkv.core.allocator import Allocator
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 
 
 class AdaKV(Allocator):
@@ -47,8 +47,8 @@ class AdaKV(Allocator):
         self.normalize = normalize
         self.floor_of = floor_of
 
-    def features(self, seen: Observation) -> Tensor | None:
-        return self.base.features(seen)
+    def features(self, obs: Observation) -> Tensor | None:
+        return self.base.features(obs)
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         heads = scores.shape[2]

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator, entries_of, protected_of
+from learnkv.core.allocator import Allocator, entries_of, protected_of
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 
 
 class CAKE(Allocator):
@@ -47,11 +47,11 @@ class CAKE(Allocator):
         self.window, self.tau1, self.tau2 = window, tau1, tau2
         self.rounding, self.cascading = rounding, cascading
 
-    def features(self, seen: Observation) -> Tensor:
+    def features(self, obs: Observation) -> Tensor:
         """[B, H, 2]: entropy and variance of the attention that goes to a kv head."""
-        weights, _ = seen.window_attention(self.window)  # [B, H, G, W, S]
+        weights, _ = obs.window_attention(self.window)  # [B, H, G, W, S]
         # A prompt shorter than the window has no past, so padded queries never count here.
-        past = (seen.valid & ~seen.in_window(self.window))[:, :, None]  # [B, H, 1, S]
+        past = (obs.valid & ~obs.in_window(self.window))[:, :, None]  # [B, H, 1, S]
         entropy = -(weights * (weights + 1e-10).log()).sum(3)
         variance = weights.var(3) if weights.shape[3] > 1 else torch.zeros_like(entropy)
         return torch.stack([torch.where(past, one, 0.0).sum((2, 3)) for one in (entropy, variance)], -1)
@@ -79,8 +79,8 @@ class CAKE(Allocator):
         stages = range(1, len(preference) + 1) if self.cascading else [len(preference)]
         kept: list[int] = []
         for stage in stages:
-            seen = preference[:stage]
-            new = repaired((seen / seen.sum() * total).tolist(), total, entries)
+            obs = preference[:stage]
+            new = repaired((obs / obs.sum() * total).tolist(), total, entries)
             kept = [min(pair) for pair in zip(kept, new, strict=False)] + new[len(kept) :]
         return kept
 

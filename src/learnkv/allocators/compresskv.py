@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 from learnkv.formats import layers
 from learnkv.formats.files import locate
@@ -47,7 +47,7 @@ class CompressKV(Allocator):
         if len(self.errors) != count:
             raise UserError(
                 f"errors={self.source}: holds {len(self.errors)} layers, the model has {count}; "
-                "python -m learnkv.tables model=MODEL out=FOLDER makes the file of another model"
+                "learnkv calibrate model=MODEL out=FOLDER makes the file of another model"
             )
         budget = budget.double()
         if self.rounding == "original":

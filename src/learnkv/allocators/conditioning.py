@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from learnkv.observation import Observation
+from learnkv.core.observation import Observation
 from learnkv.ops.device import upload
 from learnkv.ops.window_scores import window_scores
 
@@ -16,7 +16,7 @@ _TOP = 0.05  # fraction of the entries that counts as the top of a head's attent
 _SINKS = 4
 
 
-def hats(keep: Tensor) -> Tensor:
+def interpolation_weights(keep: Tensor) -> Tensor:
     """Hat functions of log keep, [B, M] for keep [B]: non-negative, sum to 1, one of them is 1 at each of the knots."""
     knots = upload(KNOTS, keep.device, torch.float64).log()
     at = keep.double().clamp(KNOTS[0], KNOTS[-1]).log()
@@ -28,26 +28,26 @@ def hats(keep: Tensor) -> Tensor:
     )
 
 
-def attention_features(seen: Observation, window: int) -> Tensor:
+def attention_features(obs: Observation, window: int) -> Tensor:
     """How concentrated the attention of the last `window` prompt queries is, [B, H, 3] float32, each within [0, 1].
 
     Entropy over its maximum, mass of the top 5 % of the entries, mass of the first 4 entries.
     """
     attention = window_scores(
-        seen.queries[:, :, -window:],
-        seen.keys,
-        query_positions=seen.query_positions[:, -window:],
-        positions=seen.positions,
-        valid=seen.valid,
-        scaling=seen.scaling,
+        obs.queries[:, :, -window:],
+        obs.keys,
+        query_positions=obs.query_positions[:, -window:],
+        positions=obs.positions,
+        valid=obs.valid,
+        scaling=obs.scaling,
         kernel_size=1,
     )
     share = attention / attention.sum(-1, keepdim=True).clamp_min(1e-30)
-    entries = seen.valid.sum(-1)
+    entries = obs.valid.sum(-1)
     entropy = -torch.special.xlogy(share, share).sum(-1) / entries.clamp_min(2).log()
     mass = share.sort(dim=-1, descending=True).values.cumsum(-1)
     top = mass.gather(-1, ((entries * _TOP).ceil().long() - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    sinks = torch.where(seen.valid & (seen.positions < _SINKS), share, 0.0).sum(-1)
+    sinks = torch.where(obs.valid & (obs.positions < _SINKS), share, 0.0).sum(-1)
     return torch.stack([entropy, top, sinks], -1)
 
 

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator, check_table, entries_of
+from learnkv.core.allocator import Allocator, check_table, entries_of
 from learnkv.errors import UserError
 from learnkv.formats import duo
 from learnkv.formats.files import locate
 
-MAKE = "python -m learnkv.tables model=MODEL out=FOLDER makes the gates of another model"
+MAKE = "learnkv calibrate model=MODEL out=FOLDER makes the gates of another model"
 
 
 class DuoAttention(Allocator):

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 from learnkv.formats import layers
 
@@ -11,7 +11,7 @@ class FixedLayers(Allocator):
     """Every layer gets what a file says, its heads alike; the proportions count, `fit` spends the budget.
 
     Args:
-        budgets: JSON list of one number per layer, as `python -m learnkv.export format=layers` writes it.
+        budgets: JSON list of one number per layer, as `learnkv export format=layers` writes it.
     """
 
     static = True

@@ -5,12 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator, check_table, protected_of
+from learnkv.core.allocator import Allocator, check_table, protected_of
 from learnkv.errors import UserError
 from learnkv.formats import headkv
 from learnkv.formats.files import locate
 
-MAKE = "python -m learnkv.head_scores model=MODEL out=FILE makes the file of another model"
+MAKE = "learnkv calibrate model=MODEL out=FOLDER makes the file of another model"
 
 
 class HeadKV(Allocator):

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator, protected_of
+from learnkv.core.allocator import Allocator, protected_of
 
 
 class LAVa(Allocator):

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from learnkv.allocators.adakv import AdaKV
-from learnkv.allocators.base import Allocator, CausalAllocator
 from learnkv.allocators.uniform import Uniform
+from learnkv.core.allocator import Allocator, SequentialAllocator
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 
 
-class LayerByLayer(CausalAllocator):
+class LayerByLayer(SequentialAllocator):
     """One allocator says what a layer gets, before it is read, another how its heads share that, once it has been.
 
     AdaKV's heads within uniform layers, say, and never more than one layer of the prompt in full. `AdaKV` itself
@@ -31,8 +31,8 @@ class LayerByLayer(CausalAllocator):
             )
         self.window = self.heads.window
 
-    def features(self, seen: Observation) -> Tensor | None:
-        return self.heads.features(seen)
+    def features(self, obs: Observation) -> Tensor | None:
+        return self.heads.features(obs)
 
     def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
         return self.base.prior(scores, layers, budget)

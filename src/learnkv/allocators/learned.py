@@ -5,14 +5,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learnkv.allocators.base import Allocator, Start, entries_of, protected_of
-from learnkv.allocators.conditioning import KNOTS, Conditioner, attention_features, hats
+from learnkv.allocators.conditioning import KNOTS, Conditioner, attention_features, interpolation_weights
+from learnkv.core.allocator import Allocator, Baseline, entries_of, protected_of
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.allocate import allocate
-from learnkv.ops.fit import fit
 from learnkv.ops.normal_scores import normal_scores
-from learnkv.ops.ranked_counts import heights, ranked_counts
+from learnkv.ops.ranked_counts import margins, ranked_counts
+from learnkv.ops.round_to_budget import round_to_budget
 
 
 class HeadImportance(nn.Module):
@@ -32,7 +32,7 @@ class HeadImportance(nn.Module):
     def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor, layers: slice = slice(None)) -> Tensor:
         """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt; of some
         `layers`, whose features alone are given then."""
-        logits = torch.einsum("bm,mlh->lbh", hats(keep), self.logits[:, layers])
+        logits = torch.einsum("bm,mlh->lbh", interpolation_weights(keep), self.logits[:, layers])
         if self.conditioner is not None:
             assert features is not None
             batch, heads = features.shape[1:3]
@@ -57,7 +57,7 @@ class LayerBudget(nn.Module):
 
     def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor) -> Tensor:
         """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt."""
-        logits = torch.einsum("bm,ml->lb", hats(keep), self.logits)
+        logits = torch.einsum("bm,ml->lb", interpolation_weights(keep), self.logits)
         if self.conditioner is not None:
             assert features is not None
             logits = logits + self.conditioner(features.mean(2).transpose(0, 1), keep, entries).T
@@ -108,31 +108,31 @@ class LearnedAllocator(Allocator):
             raise UserError(f"window={window}: expected at least 1")
         if by == "shares" and not (heads or layers):
             raise UserError("heads=false layers=false: leaves nothing to learn, expected one of them or by=scores")
-        self.base, self.follows = base, by == "scores"
+        self.base, self.by_scores = base, by == "scores"
         self.shape = (num_layers, num_heads)
         self.head_importance = HeadImportance(num_layers, num_heads, conditioned) if heads else None
         self.layer_budget = LayerBudget(num_layers, conditioned) if layers else None
         self.conditioned = conditioned and (heads or layers)
-        self.static = base.static and not self.conditioned and not self.follows
+        self.static = base.static and not self.conditioned and not self.by_scores
         self.window = max(base.window, window if self.conditioned else 0)
         self._own_window = window
 
     @property
-    def ranks(self) -> bool:
-        return self.base.ranks or self.follows
+    def needs_scores(self) -> bool:
+        return self.base.needs_scores or self.by_scores
 
-    def features(self, seen: Observation) -> Tensor | None:
+    def features(self, obs: Observation) -> Tensor | None:
         """[B, H, 3 + F]: attention features, then the F features of the heuristic; None where neither wants any."""
-        theirs = self.base.features(seen)
+        theirs = self.base.features(obs)
         if not self.conditioned:
             return theirs
-        own = attention_features(seen, self._own_window)
+        own = attention_features(obs, self._own_window)
         return own if theirs is None else torch.cat([own, theirs], -1)
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         return self.split(scores, features, budget, None)
 
-    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Start | None) -> Tensor:
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Baseline | None) -> Tensor:
         layers, _, heads, _ = scores.shape
         if self.shape != (layers, heads):
             raise UserError(f"num_layers={self.shape[0]} num_heads={self.shape[1]}: the model has {layers} and {heads}")
@@ -143,11 +143,11 @@ class LearnedAllocator(Allocator):
         entries, protected = entries_of(scores), protected_of(scores)
         total = torch.round(budget.double() * (layers * heads)).long()
         begin = self.base(scores if start is None else start.scores, theirs, budget)
-        held = fit(begin, entries, total, protected)
+        held = round_to_budget(begin, entries, total, protected)
         parts = (self.head_importance, self.layer_budget)
         keep = budget.double() / entries
         moved = sum((one(own, keep, entries) for one in parts if one is not None), scores.new_zeros(layers, 1, heads))
-        if not self.follows:
+        if not self.by_scores:
             first, logits = (one.transpose(0, 1).flatten(1) for one in (held, moved.expand(held.shape)))  # [B, L*H]
             wanted = corrected(first, logits, total, entries, protected)
             return wanted.view(-1, layers, heads).transpose(0, 1)
@@ -155,7 +155,7 @@ class LearnedAllocator(Allocator):
             scores = prior = _normal(scores)
         else:
             prior = start.prior
-        return ranked_counts(heights(scores, prior, held) + moved.unsqueeze(-1), total)
+        return ranked_counts(margins(scores, prior, held) + moved.unsqueeze(-1), total)
 
 
 def _normal(scores: Tensor) -> Tensor:

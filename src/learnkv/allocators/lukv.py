@@ -5,11 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator, check_table, entries_of
+from learnkv.core.allocator import Allocator, check_table, entries_of
 from learnkv.formats import lukv
 from learnkv.formats.files import locate
 
-MAKE = "python -m learnkv.tables model=MODEL out=FOLDER makes the file of another model"
+MAKE = "learnkv calibrate model=MODEL out=FOLDER makes the file of another model"
 
 
 class LUKV(Allocator):

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 
 

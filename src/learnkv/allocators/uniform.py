@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator
+from learnkv.core.allocator import Allocator
 
 
 class Uniform(Allocator):

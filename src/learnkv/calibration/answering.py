@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkv.generation import prefill
-from learnkv.observation import Observation
+from learnkv.core.observation import Observation
+from learnkv.inference.prefill import prefill
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def answering(model: Any, before: Tensor, said: Tensor) -> Iterator[Observation]
         yield layer.observation()
 
 
-def attention(seen: Observation, valid: Tensor | None = None) -> Tensor:
+def attention(obs: Observation, valid: Tensor | None = None) -> Tensor:
     """Weights [H, G, A, S] of the answer's queries over everything, or over what is `valid` [1, H, S]."""
-    among = seen if valid is None else dataclasses.replace(seen, valid=valid & seen.valid)
-    return among.window_attention(seen.queries.shape[2])[0][0]
+    among = obs if valid is None else dataclasses.replace(obs, valid=valid & obs.valid)
+    return among.window_attention(obs.queries.shape[2])[0][0]

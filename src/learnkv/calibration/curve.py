@@ -9,8 +9,8 @@ from torch import Tensor
 from learnkv.calibration.answering import answering, attention
 from learnkv.calibration.trials import Trial
 from learnkv.formats.lukv import TARGETS
-from learnkv.generation import prefill
-from learnkv.policy import Policy
+from learnkv.inference.prefill import prefill
+from learnkv.policy.policy import Policy
 
 BINS = TARGETS + 1
 
@@ -31,7 +31,7 @@ def budget_curve(model: Any, trials: Iterable[Trial], policy: Policy) -> Tensor:
         order = order[:, 0].argsort(dim=-1, descending=True, stable=True)  # [L, H, S]
         before = torch.cat([trial.context, trial.question], 1)
         useful = torch.stack(
-            [attention(seen).mean((1, 2))[:, :context] for seen in answering(model, before, trial.answer)]
+            [attention(obs).mean((1, 2))[:, :context] for obs in answering(model, before, trial.answer)]
         )
         rising = torch.nn.functional.pad(useful.gather(-1, order.to(useful.device)).double().cumsum(-1), (1, 0))
         ends = (torch.arange(BINS + 1, device=useful.device) * context) / BINS

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from learnkv.calibration.trials import Trial
-from learnkv.generation import continuation, prefill
+from learnkv.inference.generate import continuation
+from learnkv.inference.prefill import prefill
 
 
 def head_gates(

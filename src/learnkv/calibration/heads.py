@@ -11,7 +11,8 @@ from torch import Tensor
 from learnkv.calibration.answering import answering, attention
 from learnkv.calibration.trials import Trial
 from learnkv.errors import RunError
-from learnkv.generation import generate, prefill
+from learnkv.inference.generate import generate
+from learnkv.inference.prefill import prefill
 from learnkv.ops import retrieval_heads
 
 Kind = Literal["reasoning", "copying", "semantic"]
@@ -42,7 +43,7 @@ def head_scores(
             continue
         prompt = torch.cat([trial.context, trial.question], 1)
         tokens = torch.cat([prompt, said], 1)[0]
-        layers = [attention(seen).flatten(0, 1).movedim(1, 0).cpu() for seen in answering(model, prompt, said)]
+        layers = [attention(obs).flatten(0, 1).movedim(1, 0).cpu() for obs in answering(model, prompt, said)]
         for kind, scores in found.items():
             scores.append(torch.stack([SCORES[kind](one, tokens, said[0], trial.needle) for one in layers]))
     if not all(found.values()):

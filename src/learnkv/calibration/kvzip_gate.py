@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from learnkv.formats.tensors import stack
-from learnkv.generation import prefill
-from learnkv.policy import Policy
+from learnkv.inference.prefill import prefill
+from learnkv.policy.policy import Policy
 from learnkv.scorers import KVzip
 from learnkv.scorers.gate import gate_scores, gate_start
 
@@ -38,11 +38,11 @@ def kvzip_gate(
             if at == len(inputs):
                 inputs.append([])
                 targets.append([])
-            seen = layer.observation()
-            assert seen.hidden is not None and kvzip.scorer is not None
-            inputs[at].append(seen.hidden[0].float())
-            targets[at].append(kvzip.scorer(seen)[0].clamp(0, 1))
-            group = seen.num_key_value_groups
+            obs = layer.observation()
+            assert obs.hidden is not None and kvzip.scorer is not None
+            inputs[at].append(obs.hidden[0].float())
+            targets[at].append(kvzip.scorer(obs)[0].clamp(0, 1))
+            group = obs.num_key_value_groups
     generator = torch.Generator().manual_seed(seed)
     return stack(
         [

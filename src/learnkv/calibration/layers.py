@@ -8,9 +8,9 @@ from torch import Tensor
 
 from learnkv.calibration.answering import answering, attention
 from learnkv.calibration.trials import Trial
-from learnkv.generation import prefill
-from learnkv.observation import Observation
-from learnkv.policy import Policy
+from learnkv.core.observation import Observation
+from learnkv.inference.prefill import prefill
+from learnkv.policy.policy import Policy
 
 
 @torch.no_grad()
@@ -25,19 +25,19 @@ def layer_errors(model: Any, trials: Iterable[Trial], policy: Policy, keep: floa
         small = policy.compress(prefill(model, trial.context.to(model.device), policies=[policy]), keep)
         errors = []
         before = torch.cat([trial.context, trial.question], 1)
-        for index, seen in zip(small.compressible, answering(model, before, trial.answer), strict=True):
-            kept = torch.ones_like(seen.valid)
+        for index, obs in zip(small.compressible, answering(model, before, trial.answer), strict=True):
+            kept = torch.ones_like(obs.valid)
             kept[..., : trial.context.shape[1]] = False
             for head in range(kept.shape[1]):
                 kept[0, head, small.kept_positions(index, 0, head)] = True
-            whole, less = _output(seen, None), _output(seen, kept)
+            whole, less = _output(obs, None), _output(obs, kept)
             errors.append(((less - whole).norm(dim=-1) / whole.norm(dim=-1)).sum().cpu())
         total = torch.stack(errors) if total is None else total + torch.stack(errors)
     assert total is not None
     return total.double() / total.double().sum()
 
 
-def _output(seen: Observation, valid: Tensor | None) -> Tensor:
+def _output(obs: Observation, valid: Tensor | None) -> Tensor:
     """[A, E] of the answer's queries."""
-    each = torch.einsum("hgas,hsd->ahgd", attention(seen, valid), seen.values[0].float()).flatten(1)
-    return each if seen.output_weight is None else each @ seen.output_weight.float().T
+    each = torch.einsum("hgas,hsd->ahgd", attention(obs, valid), obs.values[0].float()).flatten(1)
+    return each if obs.output_weight is None else each @ obs.output_weight.float().T

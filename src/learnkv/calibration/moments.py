@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkv.generation import prefill
-from learnkv.policy import Policy
+from learnkv.inference.prefill import prefill
+from learnkv.policy.policy import Policy
 from learnkv.scorers import ExpectedAttention
 from learnkv.scorers.query_moments import QueryMoments
 

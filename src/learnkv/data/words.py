@@ -54,8 +54,8 @@ OTHER_LANGUAGES: dict[str, tuple[str, str]] = {  # adjectives and nouns; what is
 def word_list(kind: Literal["adjective", "noun", "verb"], split: Split) -> tuple[str, ...]:
     """Lower-case wonderwords of 3 to 10 letters that belong to `split`, sorted."""
     lines = (files("wonderwords") / "assets" / f"{kind}list.txt").read_text(encoding="utf-8").split("\n")
-    fit = {line.strip() for line in lines if re.fullmatch(r"[a-z]{3,10}", line.strip())}
-    return tuple(sorted(word for word in fit if split_of(word) == split))
+    round_to_budget = {line.strip() for line in lines if re.fullmatch(r"[a-z]{3,10}", line.strip())}
+    return tuple(sorted(word for word in round_to_budget if split_of(word) == split))
 
 
 def key_word(rng: random.Random, split: Split, taken: set[str] | None = None) -> str:

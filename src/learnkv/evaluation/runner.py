@@ -9,16 +9,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
-from learnkv.generation import prefill
-from learnkv.heuristic import heuristic_of
-from learnkv.models import model_digest
-from learnkv.policy import Policy
+from learnkv.inference.models import model_digest
+from learnkv.inference.prefill import prefill
+from learnkv.policy.base_policy import base_policy
+from learnkv.policy.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def starting_points(policies: Mapping[str, Policy]) -> dict[str, str]:
     """For each policy with learned parts, the name of the heuristic below them, if that one is compared too."""
     found = {}
     for name, policy in policies.items():
-        plain = heuristic_of(policy).spec()
+        plain = base_policy(policy).spec()
         for other, heuristic in policies.items():
             if other != name and heuristic.spec() == plain:
                 found[name] = other
@@ -125,14 +125,17 @@ def _forget_recorded(cache: CompressedCache) -> None:
     """What scorers of other policies read is none of what this one holds; where it evicts, that is gone already."""
     for layer in cache.compressed_layers():
         if not layer.live:
-            layer.recorder.forget()
+            layer.capture.forget()
 
 
 def _held(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
     """What each row retains, and how often it was read for that; a batch's bytes belong to its rows in proportion to
     what they kept."""
     with_budgets = any(True for _ in policy.parameters())
-    again = [sum(cache.probed[one][at] for one in policy.recording.probes) for at in range(len(cache.prompt_lengths))]
+    again = [
+        sum(cache.extra_pass_tokens[one][at] for one in policy.capture_spec.extra_passes)
+        for at in range(len(cache.prompt_lengths))
+    ]
     rows, kept = _full(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
     for at, row in enumerate(rows):
         row["spent"], row["read"] = cache.spent[at], cache.read[at]

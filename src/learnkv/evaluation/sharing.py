@@ -5,10 +5,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from learnkv.allocators.base import Allocator, Start
-from learnkv.observation import Observation
-from learnkv.policy import Policy
-from learnkv.scorers.base import Judgement, Scorer
+from learnkv.core.allocator import Allocator, Baseline
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer, Scores
+from learnkv.policy.policy import Policy
 
 
 def for_one_prompt(policy: Policy) -> Policy:
@@ -31,20 +31,20 @@ class _Scores(Scorer):
         super().__init__()
         self.base = base
         self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
-        self.probes = base.probes
-        self.known: dict[int, Judgement] = {}
+        self.extra_passes = base.extra_passes
+        self.known: dict[int, Scores] = {}
         self.prepared: dict[int, tuple[Tensor, ...]] = {}
 
     def forward(self, seen: Observation) -> Tensor:
         return self.judge(seen).scores
 
-    def judge(self, seen: Observation) -> Judgement:
+    def judge(self, seen: Observation) -> Scores:
         layer, blind = seen.layer_idx, replace(seen, keep=None)  # one that reads `keep` after all fails, it cannot lie
         if self.reads_budget:
             if layer not in self.prepared:
                 self.prepared[layer] = self.base.prepare(blind)
             known = self.prepared[layer]
-            return Judgement(self.base.decide(seen, known)) if known else self.base.judge(seen)
+            return Scores(self.base.decide(seen, known)) if known else self.base.judge(seen)
         if layer not in self.known:
             self.known[layer] = self.base.judge(blind)
         return self.known[layer]
@@ -63,7 +63,7 @@ class _Features(Allocator):
     def __init__(self, base: Allocator) -> None:
         super().__init__()
         self.base = base
-        self.static, self.causal, self.window = base.static, base.causal, base.window
+        self.static, self.sequential, self.window = base.static, base.sequential, base.window
         self.known: dict[int, Tensor | None] = {}
 
     def features(self, seen: Observation) -> Tensor | None:
@@ -74,5 +74,5 @@ class _Features(Allocator):
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         return self.base(scores, features, budget)
 
-    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Start | None) -> Tensor:
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Baseline | None) -> Tensor:
         return self.base.split(scores, features, budget, start)

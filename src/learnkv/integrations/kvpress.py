@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from learnkv.attention import attach, detach, is_attached
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
-from learnkv.io import load_policy
-from learnkv.models import describe_model
-from learnkv.policy import Policy
-from learnkv.probing import run_probe
+from learnkv.inference.attention import attach, detach, is_attached
+from learnkv.inference.extra_passes import run_extra_pass
+from learnkv.inference.models import describe_model
+from learnkv.persistence.policies import load_policy
+from learnkv.policy.policy import Policy
 
 try:
     from kvpress import BasePress
@@ -72,7 +72,7 @@ class LearnKVPress(BasePress):
             policy = load_policy(policy, self.allow, describe_model(model))
         more = {
             "pages": policy.pages,
-            "every": policy.every,
+            "every": policy.evict_interval,
             "rerotate": policy.rerotate,
             "an adapter": policy.adapter,
         }
@@ -95,18 +95,18 @@ class LearnKVPress(BasePress):
         read = functools.partial(forward, input_ids=input_ids, attention_mask=attention_mask)
         if isinstance(theirs, CompressedCache) or (theirs is not None and theirs.get_seq_length() > 0):
             return read(**kwargs)
-        ours = CompressedCache(model.config, policy.recording)
+        ours = CompressedCache(model.config, policy.capture_spec)
         if ours.has_sliding_layers:
             raise UserError(f"{model.config.model_type}: a press does not support layers with a sliding window")
         attach(model)
         try:
             with torch.no_grad():
                 output = read(**{**kwargs, "past_key_values": ours, "use_cache": True})
-                for probe in policy.recording.probes:
+                for prompt_pass in policy.capture_spec.extra_passes:
                     if input_ids is None:
                         raise UserError("policy: reads the prompt again, expected input_ids")
                     there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                    run_probe(model, ours, probe, input_ids, there.bool())
+                    run_extra_pass(model, ours, prompt_pass, input_ids, there.bool())
                 small = policy.compress(ours.fork(), keep=round(1 - self.compression_ratio, 12))
         finally:
             detach(model)

@@ -8,7 +8,7 @@ from learnkv.ops.soft_topk import soft_topk
 _TIE = 1e-6  # below it, units of normal scores are not told apart
 
 
-def heights(scores: Tensor, prior: Tensor, held: Tensor) -> Tensor:
+def margins(scores: Tensor, prior: Tensor, held: Tensor) -> Tensor:
     """Scores measured from where each head's budget ended before anything was learned; finite ones only are moved.
 
     A head's level is the prior half-way between the last entry that it held and the next one. While `scores` still are

@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
 from learnkv.ops.page_bounds import GroupReduce, page_scores
 from learnkv.ops.select import select_slots
-from learnkv.pages.base import PageSelector
 
 
 class Quest(PageSelector):

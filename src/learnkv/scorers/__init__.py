@@ -1,6 +1,6 @@
 """Scorers: how important is each cache entry."""
 
-from learnkv.scorers.base import Scorer
+from learnkv.core.scorer import Scorer
 from learnkv.scorers.cake import CAKE
 from learnkv.scorers.chunked import Chunked
 from learnkv.scorers.compresskv import CompressKV

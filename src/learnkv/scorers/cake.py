@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.pool_apart import Pooling, pool_apart
-from learnkv.scorers.base import Scorer
 
 
 class CAKE(Scorer):
@@ -30,12 +30,12 @@ class CAKE(Scorer):
         self.pooling = pooling
         self.gamma = gamma
 
-    def forward(self, seen: Observation) -> Tensor:
-        weights, sees = seen.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
+    def forward(self, obs: Observation) -> Tensor:
+        weights, sees = obs.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
         sees = sees.unsqueeze(2)
         queries = sees.sum(3)  # [B, H, 1, S]
         mean = weights.sum(3) / queries.clamp(min=1)
         apart = (weights - mean.unsqueeze(3)).masked_fill(~sees, 0.0).square().sum(3)
         indicator = mean + self.gamma * apart / (queries - 1).clamp(min=1)  # [B, H, G, S]
-        inside, valid = seen.in_window(self.window).unsqueeze(2), seen.valid.unsqueeze(2)
+        inside, valid = obs.in_window(self.window).unsqueeze(2), obs.valid.unsqueeze(2)
         return pool_apart(indicator, inside, valid, self.kernel_size, self.pooling).mean(2)

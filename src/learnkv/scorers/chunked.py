@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
 
 
 class Chunked(Scorer):
@@ -34,9 +34,9 @@ class Chunked(Scorer):
         self.size = size
         self.reduce = reduce
 
-    def forward(self, seen: Observation) -> Tensor:
-        scores, valid = self.base(seen).float(), seen.valid
-        chunk = seen.positions.clamp(min=0) // self.size
+    def forward(self, obs: Observation) -> Tensor:
+        scores, valid = self.base(obs).float(), obs.valid
+        chunk = obs.positions.clamp(min=0) // self.size
         # Entries are in position order, so counting where the chunk changes numbers chunks by slots, however far apart.
         changes = torch.cat([torch.zeros_like(chunk[..., :1]), (chunk.diff(dim=-1) != 0).long()], -1)
         place = changes.cumsum(-1)

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.formats import headkv
 from learnkv.formats.files import locate
-from learnkv.observation import Observation
 from learnkv.ops.pool_apart import Pooling
 from learnkv.ops.window_scores import window_scores
-from learnkv.scorers.base import Scorer
 
 
 class CompressKV(Scorer):
@@ -44,24 +44,24 @@ class CompressKV(Scorer):
         self.order: Tensor  # [L, H*G], the best head first
         self.register_buffer("order", measured.argsort(dim=-1, descending=True, stable=True), persistent=False)
 
-    def forward(self, seen: Observation) -> Tensor:
-        if seen.layer_idx >= self.order.shape[0] or seen.queries.shape[1] != self.order.shape[1]:
+    def forward(self, obs: Observation) -> Tensor:
+        if obs.layer_idx >= self.order.shape[0] or obs.queries.shape[1] != self.order.shape[1]:
             raise UserError(
                 f"heads={self.source}: made for {self.order.shape[0]} layers of {self.order.shape[1]} query heads, the "
-                f"model has {seen.queries.shape[1]} in layer {seen.layer_idx}; python -m learnkv.head_scores "
+                f"model has {obs.queries.shape[1]} in layer {obs.layer_idx}; learnkv calibrate only=head_scores "
                 "kind=semantic model=MODEL out=FILE makes the file of another model"
             )
-        asked = self.order[seen.layer_idx, : self.first]
-        read = asked // seen.num_key_value_groups
+        asked = self.order[obs.layer_idx, : self.first]
+        read = asked // obs.num_key_value_groups
         scores = window_scores(
-            seen.queries[:, asked, -self.window :],
-            seen.keys[:, read],
-            query_positions=seen.query_positions[:, -self.window :],
-            positions=seen.positions[:, read],
-            valid=seen.valid[:, read],
-            scaling=seen.scaling,
+            obs.queries[:, asked, -self.window :],
+            obs.keys[:, read],
+            query_positions=obs.query_positions[:, -self.window :],
+            positions=obs.positions[:, read],
+            valid=obs.valid[:, read],
+            scaling=obs.scaling,
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             window_reduce="sum",
         )
-        return scores.mean(1, keepdim=True).expand(seen.valid.shape)
+        return scores.mean(1, keepdim=True).expand(obs.valid.shape)

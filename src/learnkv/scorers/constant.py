@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 
 
 class Constant(Scorer):
@@ -13,5 +13,5 @@ class Constant(Scorer):
     Ties are broken in favour of entries near the beginning of the prompt.
     """
 
-    def forward(self, seen: Observation) -> Tensor:
-        return torch.zeros(seen.valid.shape, device=seen.keys.device)
+    def forward(self, obs: Observation) -> Tensor:
+        return torch.zeros(obs.valid.shape, device=obs.keys.device)

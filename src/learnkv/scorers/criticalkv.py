@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.output_projection import projected_l1
-from learnkv.scorers.base import Scorer
 
 
 class CriticalKV(Scorer):
@@ -34,16 +34,16 @@ class CriticalKV(Scorer):
         self.floor = floor
         self.epsilon = epsilon
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.base(seen)
+    def forward(self, obs: Observation) -> Tensor:
+        return self.base(obs)
 
-    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+    def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         mean = budgets.double().mean(-1, keepdim=True)
         first = (budgets * self.first_stage).floor().maximum((self.floor * mean).floor()).unsqueeze(-1)  # [B, H, 1]
         place = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        weighed = (scores + self.epsilon) * self.contributions(seen)
+        weighed = (scores + self.epsilon) * self.contributions(obs)
         return torch.where(place < first, torch.finfo(torch.float32).max, weighed)
 
-    def contributions(self, seen: Observation) -> Tensor:
+    def contributions(self, obs: Observation) -> Tensor:
         """N_j [B, H, S]."""
-        return projected_l1(seen.values, seen.projection).mean(2)
+        return projected_l1(obs.values, obs.projection).mean(2)

@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.output_projection import projected_l1
 from learnkv.ops.pool_apart import pool_apart
-from learnkv.scorers.base import Scorer
 
 
 @dataclass(frozen=True)
@@ -71,42 +71,42 @@ class DefensiveKV(Scorer):
         self.mass = mass
         self.variant = variant
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.parts(seen).scores
+    def forward(self, obs: Observation) -> Tensor:
+        return self.parts(obs).scores
 
-    def decide(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
-        return self._parts(seen, prepared).scores
+    def decide(self, obs: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
+        return self._parts(obs, prepared).scores
 
-    def parts(self, seen: Observation) -> Parts:
+    def parts(self, obs: Observation) -> Parts:
         """The scores and the steps that lead to them."""
-        return self._parts(seen, self.prepare(seen))
+        return self._parts(obs, self.prepare(obs))
 
-    def prepare(self, seen: Observation) -> tuple[Tensor, ...]:
+    def prepare(self, obs: Observation) -> tuple[Tensor, ...]:
         """Average and defensive attention, factor, place of an entry by its average [B, H, S], bias [B], and [B, H] how
         many entries hold `mass`."""
-        weights, sees = seen.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
-        inside = seen.in_window(self.window)
-        past = seen.valid & ~inside
+        weights, sees = obs.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
+        inside = obs.in_window(self.window)
+        past = obs.valid & ~inside
         average = weights.mean(2).sum(2) / sees.sum(2).clamp(min=1)
-        defensive = self._defensive(weights, inside, seen.valid)
-        sizes = projected_l1(seen.values, seen.projection).mean(2).masked_fill(~seen.valid, 0.0)
+        defensive = self._defensive(weights, inside, obs.valid)
+        sizes = projected_l1(obs.values, obs.projection).mean(2).masked_fill(~obs.valid, 0.0)
         factor = sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
         bias = self._bias(average, past, inside)
         place = average.masked_fill(~past, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return average, defensive, factor, place, bias, self._first(average, past, bias)
 
-    def _parts(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Parts:
+    def _parts(self, obs: Observation, prepared: tuple[Tensor, ...]) -> Parts:
         average, defensive, factor, place, bias, first = prepared
-        inside = seen.in_window(self.window)
-        past = seen.valid & ~inside
-        count = self._count(first, past, seen)
+        inside = obs.in_window(self.window)
+        past = obs.valid & ~inside
+        count = self._count(first, past, obs)
         promoted = (place < count.unsqueeze(-1)) & past
         scores = defensive * factor
-        always = inside & (seen.positions >= (seen.length - (seen.kept * seen.length / 2).floor()).view(-1, 1, 1))
-        best = scores.masked_fill(~seen.valid, 0.0).amax((1, 2), keepdim=True)
+        always = inside & (obs.positions >= (obs.length - (obs.kept * obs.length / 2).floor()).view(-1, 1, 1))
+        best = scores.masked_fill(~obs.valid, 0.0).amax((1, 2), keepdim=True)
         if self.variant == "original":
             best, always = scores.masked_fill(~past, 0.0).amax().expand_as(best), inside
-        scores = torch.where((promoted | always) & seen.valid, best, scores)
+        scores = torch.where((promoted | always) & obs.valid, best, scores)
         return Parts(average, defensive, factor, bias, count, promoted, scores)
 
     def _defensive(self, weights: Tensor, inside: Tensor, valid: Tensor) -> Tensor:
@@ -136,11 +136,11 @@ class DefensiveKV(Scorer):
         reached = held >= (self.mass - bias).view(-1, 1, 1)
         return torch.where(reached.any(-1), reached.int().argmax(-1), 0)
 
-    def _count(self, first: Tensor, past: Tensor, seen: Observation) -> Tensor:
+    def _count(self, first: Tensor, past: Tensor, obs: Observation) -> Tensor:
         """[B, H] entries to promote: the `first` ones, as far as the budget has room for them."""
         entries = past.sum(-1)
-        read = (seen.length - seen.in_window(self.window)[:, 0].sum(-1)).clamp(min=0)  # [B] before the window
-        most = (read * seen.kept - self.window).trunc().long().unsqueeze(-1)
+        read = (obs.length - obs.in_window(self.window)[:, 0].sum(-1)).clamp(min=0)  # [B] before the window
+        most = (read * obs.kept - self.window).trunc().long().unsqueeze(-1)
         if self.variant == "original":
             return torch.where(most < 0, (entries + most).clamp(min=0), first.minimum(most))
         return first.minimum(most.clamp(min=0))

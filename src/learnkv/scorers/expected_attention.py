@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.formats.files import locate
-from learnkv.observation import Observation
 from learnkv.ops.rotary import rotate
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.query_moments import QueryMoments
 
 
@@ -58,44 +58,44 @@ class ExpectedAttention(Scorer):
         else:
             self.measured = tensors.read(locate(moments, "query_moments.safetensors"), tensors.MOMENTS)
 
-    def forward(self, seen: Observation) -> Tensor:
-        mean, covariance = self.future_queries(seen)
-        heads = seen.keys.shape[1]
-        keys = seen.keys.float().masked_fill(~seen.valid.unsqueeze(-1), 0.0)
-        logits = seen.scaling * torch.einsum("bhgd,bhsd->bhgs", mean.unflatten(1, (heads, -1)), keys)
+    def forward(self, obs: Observation) -> Tensor:
+        mean, covariance = self.future_queries(obs)
+        heads = obs.keys.shape[1]
+        keys = obs.keys.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
+        logits = obs.scaling * torch.einsum("bhgd,bhsd->bhgs", mean.unflatten(1, (heads, -1)), keys)
         if self.covariance:
             spread = covariance.unflatten(1, (heads, -1))
             for member in range(spread.shape[2]):  # a member at a time: [B, H, S, D] is as large as the keys
                 turned = keys @ spread[:, :, member]
-                logits[:, :, member] += seen.scaling**2 / 2 * (turned * keys).sum(-1)
-        among = (seen.valid & (seen.positions >= self.sinks)).unsqueeze(2)
+                logits[:, :, member] += obs.scaling**2 / 2 * (turned * keys).sum(-1)
+        among = (obs.valid & (obs.positions >= self.sinks)).unsqueeze(2)
         scores = logits.masked_fill(~among, -torch.inf).softmax(-1).masked_fill(~among, 0.0).mean(2)
         if self.value_norm:
-            scores = (scores + self.epsilon) * seen.values.float().masked_fill(~seen.valid.unsqueeze(-1), 0.0).norm(
+            scores = (scores + self.epsilon) * obs.values.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0).norm(
                 dim=-1
             )
         among = among.squeeze(2)
         return torch.where(among, scores, scores.masked_fill(~among, 0.0).amax((1, 2), keepdim=True) + 1)
 
-    def future_queries(self, seen: Observation) -> tuple[Tensor, Tensor]:
+    def future_queries(self, obs: Observation) -> tuple[Tensor, Tensor]:
         """Mean [B, H*G, D] and covariance [B, H*G, D, D] of queries at the positions that follow the prompt."""
-        mean, covariance = self._moments(seen)
-        if seen.rope is None:
+        mean, covariance = self._moments(obs)
+        if obs.rope is None:
             return mean, covariance
-        cos, sin = (part.mean(1).float()[:, None] for part in seen.rope.after(seen.length, self.future))  # [B, 1, R]
+        cos, sin = (part.mean(1).float()[:, None] for part in obs.rope.after(obs.length, self.future))  # [B, 1, R]
         turned = rotate(covariance, cos.unsqueeze(2), sin.unsqueeze(2)).transpose(2, 3)
         return rotate(mean, cos, sin), rotate(turned, cos.unsqueeze(2), sin.unsqueeze(2))
 
-    def _moments(self, seen: Observation) -> tuple[Tensor, Tensor]:
+    def _moments(self, obs: Observation) -> tuple[Tensor, Tensor]:
         if self.measured is None:
-            return QueryMoments(self.sinks).moments(seen)
+            return QueryMoments(self.sinks).moments(obs)
         layers, heads, dim = self.measured["mean"].shape
-        shape = (seen.queries.shape[1], seen.keys.shape[3])
-        if seen.layer_idx >= layers or (heads, dim) != shape:
+        shape = (obs.queries.shape[1], obs.keys.shape[3])
+        if obs.layer_idx >= layers or (heads, dim) != shape:
             raise UserError(
-                f"moments={self.source}: made for {layers} layers of {heads} heads of {dim}, layer {seen.layer_idx} of "
-                f"the model has {shape[0]} of {shape[1]}; python -m learnkv.tables model=MODEL out=FOLDER makes a file"
+                f"moments={self.source}: made for {layers} layers of {heads} heads of {dim}, layer {obs.layer_idx} of "
+                f"the model has {shape[0]} of {shape[1]}; learnkv calibrate model=MODEL out=FOLDER makes a file"
             )
-        mean, covariance = (self.measured[name][seen.layer_idx].to(seen.keys.device) for name in tensors.MOMENTS)
-        batch = len(seen.keys)
+        mean, covariance = (self.measured[name][obs.layer_idx].to(obs.keys.device) for name in tensors.MOMENTS)
+        batch = len(obs.keys)
         return mean.expand(batch, -1, -1), covariance.expand(batch, -1, -1, -1)

@@ -4,10 +4,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.formats.files import locate
-from learnkv.observation import Observation
 from learnkv.scorers.gate import gate_scores
 from learnkv.scorers.tokenwise import Tokenwise
 
@@ -35,22 +35,22 @@ class FastKVzip(Tokenwise):
     def identity(self) -> object:
         return (self.digest, self.bias)
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.of_tokens(seen).squeeze(-1)
+    def forward(self, obs: Observation) -> Tensor:
+        return self.of_tokens(obs).squeeze(-1)
 
-    def figures(self, seen: Observation) -> Tensor:
+    def figures(self, obs: Observation) -> Tensor:
         """The scores themselves, [B, H, S, 1]."""
-        assert seen.hidden is not None
+        assert obs.hidden is not None
         layers, heads, _, _ = self.weights["b"].shape
         made_for = (heads, self.weights["q_proj.weight"].shape[-1])
-        have = (seen.keys.shape[1], seen.hidden.shape[-1])
-        if seen.layer_idx >= layers or have != made_for:
+        have = (obs.keys.shape[1], obs.hidden.shape[-1])
+        if obs.layer_idx >= layers or have != made_for:
             raise UserError(
                 f"gate={self.source}: made for {layers} layers of {heads} kv heads and hidden size {made_for[1]}, "
-                f"layer {seen.layer_idx} of the model has {have[0]} and {have[1]}; "
-                "python -m learnkv.tables model=MODEL out=FOLDER makes its file"
+                f"layer {obs.layer_idx} of the model has {have[0]} and {have[1]}; "
+                "learnkv calibrate model=MODEL out=FOLDER makes its file"
             )
-        weights = {name: one[seen.layer_idx].to(seen.hidden.device) for name, one in self.weights.items()}
+        weights = {name: one[obs.layer_idx].to(obs.hidden.device) for name, one in self.weights.items()}
         if self.bias == "twice":
             weights["b"] = 2 * weights["b"]
-        return gate_scores(weights, seen.hidden.float()).unsqueeze(-1)
+        return gate_scores(weights, obs.hidden.float()).unsqueeze(-1)

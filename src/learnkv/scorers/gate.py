@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.residual import Residual
 
 
@@ -54,15 +54,15 @@ class GateScorer(Residual):
         self._names = tuple(first)
         self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if scaled else None
 
-    def correction(self, seen: Observation, prior: Tensor) -> Tensor:
-        return self.of_tokens(seen).squeeze(-1)
+    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
+        return self.of_tokens(obs).squeeze(-1)
 
-    def figures(self, seen: Observation) -> Tensor:
+    def figures(self, obs: Observation) -> Tensor:
         """The correction itself, [B, H, S, 1]."""
-        assert seen.hidden is not None
-        weights = {name: self.gate[name.replace(".", "_")][seen.layer_idx] for name in self._names}
-        made = gate_scores(weights, seen.hidden.float())
-        return (made if self.scale is None else self.scale[seen.layer_idx] * made).unsqueeze(-1)
+        assert obs.hidden is not None
+        weights = {name: self.gate[name.replace(".", "_")][obs.layer_idx] for name in self._names}
+        made = gate_scores(weights, obs.hidden.float())
+        return (made if self.scale is None else self.scale[obs.layer_idx] * made).unsqueeze(-1)
 
 
 def gate_start(

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.attention_columns import attention_columns
 from learnkv.ops.reduce_group import GroupReduce, reduce_group
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.received import ReceivedAttention
 
 _ALL = 2**31
@@ -47,23 +47,23 @@ class H2O(Scorer):
         else:
             self.window = _ALL
 
-    def forward(self, seen: Observation) -> Tensor:
-        received = self._acausal(seen) if self.window else seen.statistics[ReceivedAttention()].transpose(2, 3)
+    def forward(self, obs: Observation) -> Tensor:
+        received = self._acausal(obs) if self.window else obs.statistics[ReceivedAttention()].transpose(2, 3)
         scores = reduce_group(received, self.group_reduce)
-        latest = seen.positions >= (seen.length - self.recent).view(-1, 1, 1)
+        latest = obs.positions >= (obs.length - self.recent).view(-1, 1, 1)
         # Received attention is at most the number of queries in a head's sum; 1 + position keeps the latest in order.
-        above = scores.masked_fill(~seen.valid, 0.0).amax(-1, keepdim=True)
-        return torch.where(latest, above + 1 + seen.positions, scores)
+        above = scores.masked_fill(~obs.valid, 0.0).amax(-1, keepdim=True)
+        return torch.where(latest, above + 1 + obs.positions, scores)
 
-    def _acausal(self, seen: Observation) -> Tensor:
+    def _acausal(self, obs: Observation) -> Tensor:
         """Attention that entries receive from all queries, of which all but the last ones see every entry."""
-        at, last = seen.query_positions, seen.length.unsqueeze(-1)
+        at, last = obs.query_positions, obs.length.unsqueeze(-1)
         sees = torch.where((at >= 0) & (at < last - self.causal_window), last, at)
         return attention_columns(
-            seen.queries,
-            seen.keys,
+            obs.queries,
+            obs.keys,
             query_positions=sees,
-            positions=seen.positions,
-            valid=seen.valid,
-            scaling=seen.scaling,
+            positions=obs.positions,
+            valid=obs.valid,
+            scaling=obs.scaling,
         )

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.residual import Residual, unit
 
 Read = Literal["hidden", "keys", "values"]
@@ -66,23 +66,23 @@ class HiddenScorer(Residual):
         self.weight_out = nn.Parameter(torch.zeros(num_layers, first, num_heads))
         self.bias_out = nn.Parameter(torch.zeros(num_layers, 1, num_heads))
 
-    def correction(self, seen: Observation, prior: Tensor) -> Tensor:
-        return self.of_tokens(seen).squeeze(-1)
+    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
+        return self.of_tokens(obs).squeeze(-1)
 
-    def figures(self, seen: Observation) -> Tensor:
+    def figures(self, obs: Observation) -> Tensor:
         """The correction itself, [B, H, S, 1]."""
-        layer, read = seen.layer_idx, [self._read(seen, one) for one in self.reads]
+        layer, read = obs.layer_idx, [self._read(obs, one) for one in self.reads]
         inputs = torch.cat([unit(one) if self.normalized else one.float() for one in read], -1)
         if self.weight_in is not None:
             inputs = self.activation(inputs @ self.weight_in[layer] + self.bias[layer])
         return (inputs @ self.weight_out[layer] + self.bias_out[layer]).transpose(1, 2).unsqueeze(-1)
 
     @staticmethod
-    def _read(seen: Observation, what: Read) -> Tensor:
+    def _read(obs: Observation, what: Read) -> Tensor:
         """[B, S, …]"""
         if what == "hidden":
-            assert seen.hidden is not None
-            return seen.hidden
-        entries = seen.keys if what == "keys" else seen.values
+            assert obs.hidden is not None
+            return obs.hidden
+        entries = obs.keys if what == "keys" else obs.values
         # Where a head has evicted the token, the others must not read what was left behind.
-        return entries.masked_fill(~seen.valid.unsqueeze(-1), 0.0).transpose(1, 2).flatten(2)
+        return entries.masked_fill(~obs.valid.unsqueeze(-1), 0.0).transpose(1, 2).flatten(2)

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 
 
 class KeyDiff(Scorer):
@@ -14,7 +14,7 @@ class KeyDiff(Scorer):
     while the prompt is read; here, as in kvpress, the mean is over the whole prompt. Nothing is protected.
     """
 
-    def forward(self, seen: Observation) -> Tensor:
-        keys = seen.keys.float().masked_fill(~seen.valid.unsqueeze(-1), 0.0)
-        anchor = F.normalize(keys, dim=-1).sum(2, keepdim=True) / seen.valid.sum(-1).clamp(min=1)[..., None, None]
+    def forward(self, obs: Observation) -> Tensor:
+        keys = obs.keys.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
+        anchor = F.normalize(keys, dim=-1).sum(2, keepdim=True) / obs.valid.sum(-1).clamp(min=1)[..., None, None]
         return -F.cosine_similarity(keys, anchor, dim=-1)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 
 
 class Knorm(Scorer):
@@ -12,5 +12,5 @@ class Knorm(Scorer):
     The authors leave the first two layers whole and protect nothing; kvpress treats all layers alike, as here.
     """
 
-    def forward(self, seen: Observation) -> Tensor:
-        return -seen.keys.float().norm(dim=-1)
+    def forward(self, obs: Observation) -> Tensor:
+        return -obs.keys.float().norm(dim=-1)

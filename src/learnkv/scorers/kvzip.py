@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.formats import heads as head_table
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.repetition import Repetition
 
 _ABOVE_ALL = 1e6  # of scores that are attention, or attention times a ratio of norms
@@ -75,29 +75,29 @@ class KVzip(Scorer):
         )
         self.heads = None if heads is None else head_table.read(heads)
         if heads is None:
-            self.probes = frozenset({self.repetition})
+            self.extra_passes = frozenset({self.repetition})
 
-    def forward(self, seen: Observation) -> Tensor:
+    def forward(self, obs: Observation) -> Tensor:
         if self.heads is None:
-            scores = seen.statistics[self.repetition][..., 0]
+            scores = obs.statistics[self.repetition][..., 0]
             if self.log:
                 scores = scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
         else:
-            scores = self._of_head(seen).expand(seen.valid.shape)
+            scores = self._of_head(obs).expand(obs.valid.shape)
         if self.first == "prefix":
-            return scores.masked_fill(seen.positions < self.prefix, _ABOVE_ALL)
-        scores = scores.masked_fill(seen.positions < self.prefix, 0.0)
+            return scores.masked_fill(obs.positions < self.prefix, _ABOVE_ALL)
+        scores = scores.masked_fill(obs.positions < self.prefix, 0.0)
         if self.first == "sinks":
-            return scores.masked_fill(seen.positions < self.sinks, _ABOVE_ALL)
-        return scores.masked_fill(seen.positions < min(self.sinks, self.prefix), 1.0)
+            return scores.masked_fill(obs.positions < self.sinks, _ABOVE_ALL)
+        return scores.masked_fill(obs.positions < min(self.sinks, self.prefix), 1.0)
 
-    def _of_head(self, seen: Observation) -> Tensor:
+    def _of_head(self, obs: Observation) -> Tensor:
         """[1, H, 1]"""
         assert self.heads is not None
         layers, heads = self.heads.shape
-        if seen.layer_idx >= layers or seen.keys.shape[1] != heads:
+        if obs.layer_idx >= layers or obs.keys.shape[1] != heads:
             raise UserError(
-                f"heads: figures of {layers} layers of {heads} kv heads, the model has layer {seen.layer_idx} with "
-                f"{seen.keys.shape[1]}"
+                f"heads: figures of {layers} layers of {heads} kv heads, the model has layer {obs.layer_idx} with "
+                f"{obs.keys.shape[1]}"
             )
-        return self.heads[seen.layer_idx].float().to(seen.keys.device).view(1, -1, 1)
+        return self.heads[obs.layer_idx].float().to(obs.keys.device).view(1, -1, 1)

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.pool_apart import Pooling
 from learnkv.ops.window_scores import window_scores
-from learnkv.scorers.base import Scorer
 
 
 class LAVa(Scorer):
@@ -30,20 +30,20 @@ class LAVa(Scorer):
         self.kernel_size = kernel_size
         self.pooling = pooling
 
-    def forward(self, seen: Observation) -> Tensor:
+    def forward(self, obs: Observation) -> Tensor:
         attention = window_scores(
-            seen.queries[:, :, -self.window :],
-            seen.keys,
-            query_positions=seen.query_positions[:, -self.window :],
-            positions=seen.positions,
-            valid=seen.valid,
-            scaling=seen.scaling,
+            obs.queries[:, :, -self.window :],
+            obs.keys,
+            query_positions=obs.query_positions[:, -self.window :],
+            positions=obs.positions,
+            valid=obs.valid,
+            scaling=obs.scaling,
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             group_reduce="max",
             group_first=False,
         )
-        norms = seen.values.float().abs().sum(-1).masked_fill(~seen.valid, 0.0)  # [B, H, S]
-        past = seen.valid & ~seen.in_window(self.window)
+        norms = obs.values.float().abs().sum(-1).masked_fill(~obs.valid, 0.0)  # [B, H, S]
+        past = obs.valid & ~obs.in_window(self.window)
         counted = past | ~past.any(-1, keepdim=True)  # a prompt within the window has no past
         return attention * norms.masked_fill(~counted, 0.0).amax(-1, keepdim=True)

@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.window_scores import window_scores
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.random import Random
 from learnkv.scorers.residual import Residual, unit
 
@@ -80,8 +80,8 @@ class LearnedScorer(Residual):
     def refines(self) -> bool:
         return self.sampling_growth is not None
 
-    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
-        return scores + self.sampling_scales()[seen.layer_idx] * self._gumbel(seen) if self.refines else scores
+    def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        return scores + self.sampling_scales()[obs.layer_idx] * self._gumbel(obs) if self.refines else scores
 
     def sampling_scales(self) -> Tensor:
         """[L, H, 1] of the noise that decides with the scores of each head."""
@@ -89,46 +89,46 @@ class LearnedScorer(Residual):
             return torch.zeros(*self.shape, 1)
         return self.sampling * (_GROWTH * self.sampling_growth).clamp(-_MOST, _MOST).exp()
 
-    def correction(self, seen: Observation, prior: Tensor) -> Tensor:
-        layer = seen.layer_idx
+    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
+        layer = obs.layer_idx
         with torch.no_grad():
-            inputs = torch.cat([self._entries(seen), self._attention(seen), prior.unsqueeze(-1)], -1)
+            inputs = torch.cat([self._entries(obs), self._attention(obs), prior.unsqueeze(-1)], -1)
         if self.project is not None:
-            inputs = torch.cat([inputs, self.of_tokens(seen).expand(-1, inputs.shape[1], -1, -1)], -1)
+            inputs = torch.cat([inputs, self.of_tokens(obs).expand(-1, inputs.shape[1], -1, -1)], -1)
         hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
         correction: Tensor = (hidden @ self.weight_out[layer] + inputs @ self.weight_direct[layer]).squeeze(-1)
         return correction
 
-    def figures(self, seen: Observation) -> Tensor:
+    def figures(self, obs: Observation) -> Tensor:
         """Hidden states, projected, [B, 1, S, rank]; the same for all heads."""
-        assert seen.hidden is not None
+        assert obs.hidden is not None
         assert self.project is not None
-        return (unit(seen.hidden) @ self.project[seen.layer_idx]).unsqueeze(1)
+        return (unit(obs.hidden) @ self.project[obs.layer_idx]).unsqueeze(1)
 
-    def _gumbel(self, seen: Observation) -> Tensor:
+    def _gumbel(self, obs: Observation) -> Tensor:
         """[B, H, S], of the standard Gumbel distribution."""
-        uniform = self._noise(seen).clamp(_SMALLEST, 1 - _SMALLEST)
+        uniform = self._noise(obs).clamp(_SMALLEST, 1 - _SMALLEST)
         return -(-uniform.log()).log()
 
-    def _entries(self, seen: Observation) -> Tensor:
+    def _entries(self, obs: Observation) -> Tensor:
         """Keys and values, each of mean square 1, [B, H, S, 2D]."""
-        return torch.cat([unit(seen.keys), unit(seen.values)], -1)
+        return torch.cat([unit(obs.keys), unit(obs.values)], -1)
 
-    def _attention(self, seen: Observation) -> Tensor:
+    def _attention(self, obs: Observation) -> Tensor:
         """Log attention over an even spread's: mean and maximum over the query heads of a kv head, and both smoothed
         over neighbours as SnapKV does, [B, H, S, 4]."""
         of_query_heads = window_scores(
-            seen.queries[:, :, -self._own_window :],
-            seen.keys,
-            query_positions=seen.query_positions[:, -self._own_window :],
-            positions=seen.positions,
-            valid=seen.valid,
-            scaling=seen.scaling,
+            obs.queries[:, :, -self._own_window :],
+            obs.keys,
+            query_positions=obs.query_positions[:, -self._own_window :],
+            positions=obs.positions,
+            valid=obs.valid,
+            scaling=obs.scaling,
             kernel_size=1,
             group_reduce="none",
         )
         reduced = torch.stack([of_query_heads.mean(2), of_query_heads.amax(2)])
         smooth = nn.functional.avg_pool1d(reduced.flatten(0, 1), _NEIGHBOURS, 1, _NEIGHBOURS // 2).view_as(reduced)
-        entries = seen.valid.sum(-1, keepdim=True).unsqueeze(-1)
+        entries = obs.valid.sum(-1, keepdim=True).unsqueeze(-1)
         # Five decades below an even spread nothing is worth telling apart; /5 brings the range near to the others'.
         return (torch.cat([reduced, smooth]).movedim(0, -1) * entries).clamp_min(1e-5).log() / 5

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from learnkv.observation import Observation
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.ops.reduce_group import GroupReduce, reduce_group
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.received import ReceivedAttention
 
 
@@ -23,6 +23,6 @@ class ObservedAttention(Scorer):
         self.statistics = frozenset({ReceivedAttention()})
         self.group_reduce = group_reduce
 
-    def forward(self, seen: Observation) -> Tensor:
-        received = reduce_group(seen.statistics[ReceivedAttention()].transpose(2, 3), self.group_reduce)
-        return received / (seen.length.view(-1, 1, 1) - seen.positions).clamp(min=1)
+    def forward(self, obs: Observation) -> Tensor:
+        received = reduce_group(obs.statistics[ReceivedAttention()].transpose(2, 3), self.group_reduce)
+        return received / (obs.length.view(-1, 1, 1) - obs.positions).clamp(min=1)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 
 
 class PromptOrder(Scorer):
@@ -12,5 +12,5 @@ class PromptOrder(Scorer):
     No score of any kind decides; beside sinks and recent tokens the budget goes to the beginning of the prompt.
     """
 
-    def forward(self, seen: Observation) -> Tensor:
-        return -seen.positions.float()
+    def forward(self, obs: Observation) -> Tensor:
+        return -obs.positions.float()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learnkv.observation import Observation, Statistic
+from learnkv.core.observation import Observation, Statistic
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class QueryMoments(Statistic):
             mean = gathered[:, :, :1] + part * shift
         return torch.cat([mean, scatter], 2).unflatten(1, (chunk.keys.shape[1], -1))
 
-    def moments(self, seen: Observation) -> tuple[Tensor, Tensor]:
+    def moments(self, obs: Observation) -> tuple[Tensor, Tensor]:
         """Mean [B, H*G, D] and covariance [B, H*G, D, D], divided by the number of queries."""
-        gathered = seen.statistics[self].flatten(1, 2)
-        number = (seen.length - self.sinks).clamp(min=1).view(-1, 1, 1, 1)
+        gathered = obs.statistics[self].flatten(1, 2)
+        number = (obs.length - self.sinks).clamp(min=1).view(-1, 1, 1, 1)
         return gathered[:, :, 0], gathered[:, :, 1:] / number

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from learnkv.observation import Observation
-from learnkv.ops.mix import WORD, mix
-from learnkv.scorers.base import Scorer
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
+from learnkv.ops.hash_bits import WORD, hash_bits
 
 
 class Random(Scorer):
@@ -19,9 +19,9 @@ class Random(Scorer):
         super().__init__()
         self.seed = seed
 
-    def forward(self, seen: Observation) -> Tensor:
-        heads = torch.arange(seen.positions.shape[1], device=seen.positions.device).view(-1, 1)
-        word = mix(torch.full_like(heads, self.seed & WORD))
-        for key in (torch.full_like(heads, seen.layer_idx), heads, seen.positions.long() & WORD):
-            word = mix(word ^ key)
+    def forward(self, obs: Observation) -> Tensor:
+        heads = torch.arange(obs.positions.shape[1], device=obs.positions.device).view(-1, 1)
+        word = hash_bits(torch.full_like(heads, self.seed & WORD))
+        for key in (torch.full_like(heads, obs.layer_idx), heads, obs.positions.long() & WORD):
+            word = hash_bits(word ^ key)
         return (word >> 8).float() / 2**24

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from learnkv.observation import Observation, Statistic
+from learnkv.core.observation import Observation, Statistic
 from learnkv.ops.attention_columns import attention_columns
 
 

@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.observation import Observation, Pass, Probe
+from learnkv.core.observation import Observation, PassTokens, PromptPass
 from learnkv.ops.attention_columns import attention_columns
 from learnkv.ops.output_projection import projected_l2
 
 
 @dataclass(frozen=True)
-class Repetition(Probe):
+class Repetition(PromptPass):
     """Largest attention that an entry gets while its chunk of the prompt is repeated, [B, H, S, 1].
 
     The maximum is over the queries of the pass and the query heads of a kv head; 0 for entries that are not repeated.
@@ -45,7 +45,7 @@ class Repetition(Probe):
     def hidden(self) -> bool:  # type: ignore[override]
         return self.normalized
 
-    def passes(self, ids: Tensor, mask: Tensor) -> Iterator[Pass]:
+    def passes(self, ids: Tensor, mask: Tensor) -> Iterator[PassTokens]:
         rows = [row[one].tolist() for row, one in zip(ids, mask.bool(), strict=True)]
         for begin in range(self.prefix, max(map(len, rows)), self.chunk):
             end = begin + self.chunk
@@ -56,7 +56,7 @@ class Repetition(Probe):
             length, leading = (torch.tensor([len(one) for one in part], device=device) for part in (told, lead))
             there = slot < length.unsqueeze(-1)
             entries = torch.tensor([len(row) for row in rows], device=device)
-            yield Pass(
+            yield PassTokens(
                 ids=torch.tensor([one + [0] * (longest - len(one)) for one in told], device=device),
                 mask=there,
                 repeats=there & (slot >= leading.unsqueeze(-1)),
@@ -68,31 +68,31 @@ class Repetition(Probe):
         overlap = row[max(begin - self.overlap, self.prefix) : begin]
         return [*self.before, *overlap, *self.after]
 
-    def update(self, seen: Observation, told: Pass, gathered: Tensor | None) -> Tensor:
-        heads, prompt = seen.keys.shape[1], seen.keys.shape[2] - told.ids.shape[1]
-        slots, among = self._taking_part(seen.positions[:, 0], told, prompt)
+    def update(self, obs: Observation, told: PassTokens, gathered: Tensor | None) -> Tensor:
+        heads, prompt = obs.keys.shape[1], obs.keys.shape[2] - told.ids.shape[1]
+        slots, among = self._taking_part(obs.positions[:, 0], told, prompt)
         at = slots.unsqueeze(1).expand(-1, heads, -1)  # [B, H, J]
-        each = at.unsqueeze(-1).expand(*at.shape, seen.keys.shape[3])
-        positions = seen.positions.gather(2, at)
+        each = at.unsqueeze(-1).expand(*at.shape, obs.keys.shape[3])
+        positions = obs.positions.gather(2, at)
         asks = told.repeats if self.queries == "repeated" else told.mask
         columns = attention_columns(
-            seen.queries,
-            seen.keys.gather(2, each),
-            query_positions=seen.query_positions.masked_fill(~asks, -1),
+            obs.queries,
+            obs.keys.gather(2, each),
+            query_positions=obs.query_positions.masked_fill(~asks, -1),
             positions=positions,
             valid=among.unsqueeze(1).expand_as(positions),
-            scaling=seen.scaling,
+            scaling=obs.scaling,
             reduce="max",
-            query_weight=self._query_weight(seen),
+            query_weight=self._query_weight(obs),
         )  # [B, H, G, J]
         if self.normalized:
-            columns = columns * projected_l2(seen.values.gather(2, each), seen.projection)
+            columns = columns * projected_l2(obs.values.gather(2, each), obs.projection)
         asked = (positions >= told.begin[:, None, None]) & (positions < told.end[:, None, None])
-        found = seen.keys.new_zeros(seen.positions.shape, dtype=torch.float32)
+        found = obs.keys.new_zeros(obs.positions.shape, dtype=torch.float32)
         found = found.scatter(2, at, columns.amax(2).masked_fill(~asked, 0.0))[..., :prompt].unsqueeze(-1)
         return found if gathered is None else torch.maximum(found, gathered)
 
-    def _taking_part(self, positions: Tensor, told: Pass, prompt: int) -> tuple[Tensor, Tensor]:
+    def _taking_part(self, positions: Tensor, told: PassTokens, prompt: int) -> tuple[Tensor, Tensor]:
         """Slots [B, J] of the entries in the softmax, and which of them are (rows have different numbers of them)."""
         most = positions.shape[1]
         taking = positions >= 0
@@ -104,8 +104,8 @@ class Repetition(Probe):
         slots = taking.to(torch.int8).argsort(dim=-1, stable=True)[:, -most:]
         return slots, taking.gather(1, slots)
 
-    def _query_weight(self, seen: Observation) -> Tensor | None:
+    def _query_weight(self, obs: Observation) -> Tensor | None:
         if not self.normalized:
             return None
-        assert seen.hidden is not None
-        return 1 / seen.hidden.float().norm(dim=-1).clamp(min=1e-12)  # padding may be read as zeros
+        assert obs.hidden is not None
+        return 1 / obs.hidden.float().norm(dim=-1).clamp(min=1e-12)  # padding may be read as zeros

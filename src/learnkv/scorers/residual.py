@@ -5,10 +5,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer, Scores
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.normal_scores import normal_scores
-from learnkv.scorers.base import Judgement, Scorer
 from learnkv.scorers.tokenwise import Tokenwise
 
 
@@ -31,22 +31,22 @@ class Residual(Tokenwise):
         self.shape = (num_layers, num_heads)
 
     @abstractmethod
-    def correction(self, seen: Observation, prior: Tensor) -> Tensor:
+    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
         """[B, H, S], differentiable, from what is seen and the heuristic's normal scores [B, H, S]."""
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.judge(seen).scores
+    def forward(self, obs: Observation) -> Tensor:
+        return self.judge(obs).scores
 
-    def judge(self, seen: Observation) -> Judgement:
+    def judge(self, obs: Observation) -> Scores:
         layers, heads = self.shape
-        if seen.layer_idx >= layers or seen.keys.shape[1] != heads:
+        if obs.layer_idx >= layers or obs.keys.shape[1] != heads:
             raise UserError(
-                f"num_layers={layers} num_heads={heads}: the model has layer {seen.layer_idx} with {seen.keys.shape[1]}"
+                f"num_layers={layers} num_heads={heads}: the model has layer {obs.layer_idx} with {obs.keys.shape[1]}"
             )
         with torch.no_grad():
-            start = self.base(seen)
-            prior = normal_scores(start, seen.valid)
-        return Judgement(prior + self.correction(seen, prior), start, prior)
+            start = self.base(obs)
+            prior = normal_scores(start, obs.valid)
+        return Scores(prior + self.correction(obs, prior), start, prior)
 
 
 def unit(vectors: Tensor) -> Tensor:

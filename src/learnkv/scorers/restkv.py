@@ -5,13 +5,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.output_projection import isometries
 from learnkv.ops.pool_apart import pool_apart
 from learnkv.ops.reduce_group import GroupReduce, reduce_group
 from learnkv.ops.shifted_mean import shifted_mean
-from learnkv.scorers.base import Scorer
 
 _NARROWEST = 5
 _SURE = 1 - 1e-6  # the odds of an entry that has all attention are those of this
@@ -70,32 +70,32 @@ class ReSTKV(Scorer):
         self.project, self.relative, self.power = project, relative, power
         self.group_reduce = group_reduce
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.decide(seen, self.prepare(seen))
+    def forward(self, obs: Observation) -> Tensor:
+        return self.decide(obs, self.prepare(obs))
 
-    def prepare(self, seen: Observation) -> tuple[Tensor, ...]:
+    def prepare(self, obs: Observation) -> tuple[Tensor, ...]:
         """Scores of query heads before and after pooling, and how far attention moves up to each rank: [B, H, G, S]."""
-        weights, sees = seen.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
-        inside = seen.in_window(self.window)
-        past = seen.valid & ~inside
-        values = seen.values.float().masked_fill(~seen.valid.unsqueeze(-1), 0.0)
+        weights, sees = obs.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
+        inside = obs.in_window(self.window)
+        past = obs.valid & ~inside
+        values = obs.values.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
         heads, group = weights.shape[1:3]
-        small = isometries(seen.projection, heads * group).unflatten(0, (heads, group)) if self.project else None
+        small = isometries(obs.projection, heads * group).unflatten(0, (heads, group)) if self.project else None
         parts = []
         for member in range(group):  # values after projection are as large as the keys for each
             projected = values if small is None else torch.einsum("hmd,bhsd->bhsm", small[:, member], values)
             parts.append(self._moved(weights[:, :, member], sees, past, projected))
         figures = torch.stack(parts, 2)  # [B, H, G, S]
-        within, there = inside.unsqueeze(2), seen.valid.unsqueeze(2)
+        within, there = inside.unsqueeze(2), obs.valid.unsqueeze(2)
         pooled = pool_apart(figures, within, there, self.kernel_size, "max" if self.pooling == "max" else "avg")
-        return figures, pooled, self._moved_by_rank(weights, seen) if self.pooling == "adaptive" else pooled
+        return figures, pooled, self._moved_by_rank(weights, obs) if self.pooling == "adaptive" else pooled
 
-    def decide(self, seen: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
+    def decide(self, obs: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
         figures, pooled, moved = prepared
         if self.pooling == "adaptive":
-            inside = seen.in_window(self.window).unsqueeze(2)
-            width, shift = self._movement(moved, seen)
-            pooled = torch.where(inside, pooled, shifted_mean(figures, seen.valid.unsqueeze(2) & ~inside, width, shift))
+            inside = obs.in_window(self.window).unsqueeze(2)
+            width, shift = self._movement(moved, obs)
+            pooled = torch.where(inside, pooled, shifted_mean(figures, obs.valid.unsqueeze(2) & ~inside, width, shift))
         return reduce_group(pooled, self.group_reduce)
 
     def _moved(self, weights: Tensor, sees: Tensor, past: Tensor, values: Tensor) -> Tensor:
@@ -123,12 +123,12 @@ class ReSTKV(Scorer):
         share = torch.where(later == queries - 1, 1.0, self.alpha) * (1 - self.alpha) ** later
         return (figures.masked_fill(~sees, 0.0) * share).sum(2)
 
-    def _moved_by_rank(self, weights: Tensor, seen: Observation) -> Tensor:
+    def _moved_by_rank(self, weights: Tensor, obs: Observation) -> Tensor:
         """Distances [B, H, G, S] that entries up to a rank move from the window's first half to its second, in all."""
         count, slots = weights.shape[3:]
         pairs = torch.arange(count // 2, device=weights.device)
-        half = self._half(seen)
-        order = weights.masked_fill(~seen.valid[:, :, None, None], -1.0).argsort(dim=-1, descending=True, stable=True)
+        half = self._half(obs)
+        order = weights.masked_fill(~obs.valid[:, :, None, None], -1.0).argsort(dim=-1, descending=True, stable=True)
 
         def places(begin: Tensor) -> Tensor:
             """Slots by rank [B, H, G, P, S] for the queries `begin` [B, 1] and after."""
@@ -138,16 +138,16 @@ class ReSTKV(Scorer):
         apart = places(count - 2 * half) - places(count - half)  # padding comes first
         return (apart * (pairs < half)[:, None, None, :, None]).sum(3).cumsum(-1)
 
-    def _half(self, seen: Observation) -> Tensor:
+    def _half(self, obs: Observation) -> Tensor:
         """[B, 1] half the number of queries in the window."""
-        return (seen.query_positions[:, -self.window :] >= 0).sum(-1, keepdim=True) // 2
+        return (obs.query_positions[:, -self.window :] >= 0).sum(-1, keepdim=True) // 2
 
-    def _movement(self, moved: Tensor, seen: Observation) -> tuple[Tensor, Tensor]:
+    def _movement(self, moved: Tensor, obs: Observation) -> tuple[Tensor, Tensor]:
         """Number of neighbours and shift [B, H, G] that follow how far attention moves within the window."""
-        ranks = (seen.kept * seen.length).round().long() - self.window
+        ranks = (obs.kept * obs.length).round().long() - self.window
         ranks = ranks.clamp(min=1, max=moved.shape[-1])
         last = (ranks - 1).view(-1, 1, 1, 1).expand(*moved.shape[:3], 1)
-        number = (ranks.unsqueeze(-1) * self._half(seen)).clamp(min=1).view(-1, 1, 1)
+        number = (ranks.unsqueeze(-1) * self._half(obs)).clamp(min=1).view(-1, 1, 1)
         distance = moved.gather(3, last).squeeze(3).double() / number / self.scale
         width = (2 * distance.abs().floor() + 1).clamp(min=_NARROWEST)
         return width, torch.where(distance < 0, distance.floor() + 1, distance.floor())

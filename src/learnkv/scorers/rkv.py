@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.pool_apart import pool_apart
-from learnkv.scorers.base import Scorer
 
 _ROWS = 256
 
@@ -51,29 +51,29 @@ class RKV(Scorer):
         self.threshold = threshold
         self.keep_copy = keep_copy
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.mix * self._attention(seen) - (1 - self.mix) * self._redundancy(seen)
+    def forward(self, obs: Observation) -> Tensor:
+        return self.mix * self._attention(obs) - (1 - self.mix) * self._redundancy(obs)
 
-    def _attention(self, seen: Observation) -> Tensor:
+    def _attention(self, obs: Observation) -> Tensor:
         """[B, H, S]; the window's own entries have their part in a softmax over all that a query sees."""
-        grouped = seen.queries[:, :, -self.window :].float().unflatten(1, (seen.keys.shape[1], -1))
-        logits = torch.einsum("bhgwd,bhsd->bhgws", grouped, seen.keys.float()).amax(2) * seen.scaling
-        asks = seen.query_positions[:, -self.window :]  # [B, W]
-        sees = (seen.positions.unsqueeze(2) <= asks[:, None, :, None]) & seen.valid.unsqueeze(2)
+        grouped = obs.queries[:, :, -self.window :].float().unflatten(1, (obs.keys.shape[1], -1))
+        logits = torch.einsum("bhgwd,bhsd->bhgws", grouped, obs.keys.float()).amax(2) * obs.scaling
+        asks = obs.query_positions[:, -self.window :]  # [B, W]
+        sees = (obs.positions.unsqueeze(2) <= asks[:, None, :, None]) & obs.valid.unsqueeze(2)
         sees = sees & (asks >= 0)[:, None, :, None]
-        inside = seen.in_window(self.window)
+        inside = obs.in_window(self.window)
         weights = torch.where(
             inside.unsqueeze(2), _softmax(logits, sees), _softmax(logits, sees & ~inside.unsqueeze(2))
         )
         attention = weights.sum(2) / sees.sum(2).clamp(min=1)
-        return pool_apart(attention, inside, seen.valid, self.kernel_size, "max")
+        return pool_apart(attention, inside, obs.valid, self.kernel_size, "max")
 
-    def _redundancy(self, seen: Observation) -> Tensor:
+    def _redundancy(self, obs: Observation) -> Tensor:
         """Softmax over a head's entries of their mean cosine with the others, [B, H, S]."""
-        keys = seen.keys.float().masked_fill(~seen.valid.unsqueeze(-1), 0.0)
+        keys = obs.keys.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
         keys = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
         slot = torch.arange(keys.shape[2], device=keys.device)
-        first = seen.valid.int().argmax(-1, keepdim=True).unsqueeze(-1)  # [B, H, 1, 1]
+        first = obs.valid.int().argmax(-1, keepdim=True).unsqueeze(-1)  # [B, H, 1, 1]
         similar = torch.zeros_like(keys[..., 0])
         for begin in range(0, keys.shape[2], _ROWS):  # S x S at once would not fit for long prompts
             cosine = keys[:, :, begin : begin + _ROWS] @ keys.transpose(2, 3)
@@ -82,8 +82,8 @@ class RKV(Scorer):
             if self.keep_copy == "last":
                 spared = torch.where(cosine > self.threshold, slot, first).amax(-1, keepdim=True)
             similar = similar + cosine.scatter(-1, spared, 0.0).sum(2)
-        mean = similar / seen.valid.sum(-1, keepdim=True).clamp(min=1)
-        return _softmax(mean, seen.valid)
+        mean = similar / obs.valid.sum(-1, keepdim=True).clamp(min=1)
+        return _softmax(mean, obs.valid)
 
 
 def _softmax(logits: Tensor, among: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.pool_apart import Pooling
 from learnkv.ops.reduce_group import GroupReduce
 from learnkv.ops.window_scores import WindowReduce, window_scores
-from learnkv.scorers.base import Scorer
 
 
 class SnapKV(Scorer):
@@ -49,14 +49,14 @@ class SnapKV(Scorer):
         self.group_reduce = group_reduce
         self.group_first = group_first
 
-    def forward(self, seen: Observation) -> Tensor:
+    def forward(self, obs: Observation) -> Tensor:
         return window_scores(
-            seen.queries[:, :, -self.window :],
-            seen.keys,
-            query_positions=seen.query_positions[:, -self.window :],
-            positions=seen.positions,
-            valid=seen.valid,
-            scaling=seen.scaling,
+            obs.queries[:, :, -self.window :],
+            obs.keys,
+            query_positions=obs.query_positions[:, -self.window :],
+            positions=obs.positions,
+            valid=obs.valid,
+            scaling=obs.scaling,
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             window_reduce=self.window_reduce,

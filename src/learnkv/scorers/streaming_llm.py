@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
 
 ABOVE_ALL = 2.0**24  # float32 counts positions exactly up to here
 
@@ -25,6 +25,6 @@ class StreamingLLM(Scorer):
             raise UserError(f"sinks={sinks}: expected 0 or more")
         self.sinks = sinks
 
-    def forward(self, seen: Observation) -> Tensor:
-        position = seen.positions.float()
+    def forward(self, obs: Observation) -> Tensor:
+        position = obs.positions.float()
         return torch.where(position < self.sinks, ABOVE_ALL - position, position)

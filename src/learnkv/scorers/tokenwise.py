@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learnkv.core.observation import CaptureSpec, Observation, Statistic
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation, Recording, Statistic
-from learnkv.ops.mix import WORD, mix
-from learnkv.scorers.base import Scorer
+from learnkv.ops.hash_bits import WORD, hash_bits
 
 GRADIENT_TOKENS = 8192
 """Of a prompt, that predictors have gradients of if nothing else is said."""
@@ -32,7 +32,7 @@ class Tokenwise(Scorer):
     _of_hidden: bool | None = None
 
     @abstractmethod
-    def figures(self, seen: Observation) -> Tensor:
+    def figures(self, obs: Observation) -> Tensor:
         """[B, H, S, F] float32, or [B, 1, S, F] where all heads share them, from each token alone."""
 
     def _reads_tokens(self, hidden: bool) -> None:
@@ -61,33 +61,33 @@ class Tokenwise(Scorer):
         return any(one.requires_grad for one in self.parameters())
 
     @property
-    def own_recording(self) -> Recording:
+    def own_capture_spec(self) -> CaptureSpec:
         if not self._of_hidden:
-            return super().own_recording
+            return super().own_capture_spec
         read: list[Statistic] = [self._figures, self.sample] if self._trained else [self._figures]
-        return super().own_recording | Recording(statistics=frozenset(read))
+        return super().own_capture_spec | CaptureSpec(statistics=frozenset(read))
 
     @property
-    def own_later(self) -> frozenset[Statistic]:
-        return super().own_later if self._of_hidden is None else super().own_later | {self._figures}
+    def own_decode_capture(self) -> frozenset[Statistic]:
+        return super().own_decode_capture if self._of_hidden is None else super().own_decode_capture | {self._figures}
 
-    def of_tokens(self, seen: Observation) -> Tensor:
+    def of_tokens(self, obs: Observation) -> Tensor:
         """`figures` of all entries, as they were when the tokens were read."""
-        known = seen.statistics.get(self._figures)
-        if seen.aligned and (known is None or not self._of_hidden):
-            return self.figures(seen)
+        known = obs.statistics.get(self._figures)
+        if obs.aligned and (known is None or not self._of_hidden):
+            return self.figures(obs)
         if known is None:
             raise UserError(f"{type(self).__name__}: its weights have changed since the prompt was read; read it again")
-        if not (seen.aligned and torch.is_grad_enabled() and self._trained):
+        if not (obs.aligned and torch.is_grad_enabled() and self._trained):
             return known
-        hidden = seen.statistics.get(self.sample)
+        hidden = obs.statistics.get(self.sample)
         if hidden is None:
             raise UserError(
                 f"{type(self).__name__}: is trained, and was not when the prompt was read, or with another sample: "
                 "read it again"
             )
         slots = self.sample.slots(known.shape[2]).to(known.device)
-        made = self.figures(_tokens(seen, slots, hidden))
+        made = self.figures(_tokens(obs, slots, hidden))
         # Adds nothing but a gradient, which each token has as often as it must to make up for those that have none.
         gradient = (made - made.detach()) * (known.shape[2] / len(slots))
         return known.detach().index_add(2, slots, gradient.to(known.dtype))
@@ -163,10 +163,10 @@ def draw_sample(policy: nn.Module, tokens: int, seed: int) -> None:
             part.sample = HiddenSample(tokens, seed)
 
 
-def _tokens(seen: Observation, slots: Tensor | slice, hidden: Tensor | None) -> Observation:
+def _tokens(obs: Observation, slots: Tensor | slice, hidden: Tensor | None) -> Observation:
     """What is seen of the tokens in these slots [M], whose hidden states are [B, M, E]."""
-    entries = {name: getattr(seen, name)[:, :, slots] for name in ("keys", "values", "valid", "positions")}
-    return replace(seen, hidden=hidden, statistics={}, **entries)
+    entries = {name: getattr(obs, name)[:, :, slots] for name in ("keys", "values", "valid", "positions")}
+    return replace(obs, hidden=hidden, statistics={}, **entries)
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,5 +174,5 @@ def _drawn(tokens: int, seed: int, total: int) -> tuple[int, ...]:
     if total <= tokens:
         return tuple(range(total))
     # All lots differ, so that the lowest of more slots are among these or new.
-    lots = mix(mix(torch.tensor(seed & WORD, device="cpu")) ^ torch.arange(total, device="cpu"))
+    lots = hash_bits(hash_bits(torch.tensor(seed & WORD, device="cpu")) ^ torch.arange(total, device="cpu"))
     return tuple(lots.topk(tokens, largest=False).indices.sort().values.tolist())

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from learnkv.observation import Observation
-from learnkv.scorers.base import Scorer
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 
 
 class TOVA(Scorer):
@@ -16,6 +16,6 @@ class TOVA(Scorer):
 
     window = 1
 
-    def forward(self, seen: Observation) -> Tensor:
-        weights, _ = seen.window_attention(1)  # [B, H, G, 1, S]
-        return weights.mean((1, 2, 3)).unsqueeze(1).expand(seen.valid.shape)
+    def forward(self, obs: Observation) -> Tensor:
+        weights, _ = obs.window_attention(1)  # [B, H, G, 1, S]
+        return weights.mean((1, 2, 3)).unsqueeze(1).expand(obs.valid.shape)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from learnkv.core.observation import Observation
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.observation import Observation
 from learnkv.ops.normal_scores import normal_scores
-from learnkv.scorers.base import Scorer
 from learnkv.scorers.random import Random
 
 
@@ -38,10 +38,10 @@ class VaSE(Scorer):
         self.temperature = temperature
         self.noise = Random(seed)
 
-    def forward(self, seen: Observation) -> Tensor:
-        draw = self.noise(seen) + 2.0**-25  # in (0, 1): the generator gives multiples of 2^-24 from 0 on
-        scores = normal_scores(self.base(seen), seen.valid) - self.temperature * (-draw.log()).log()
-        sizes = seen.values.float().norm(dim=-1).masked_fill(~seen.valid, -1.0)
+    def forward(self, obs: Observation) -> Tensor:
+        draw = self.noise(obs) + 2.0**-25  # in (0, 1): the generator gives multiples of 2^-24 from 0 on
+        scores = normal_scores(self.base(obs), obs.valid) - self.temperature * (-draw.log()).log()
+        sizes = obs.values.float().norm(dim=-1).masked_fill(~obs.valid, -1.0)
         place = sizes.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        reserved = (self.large * seen.kept * seen.length).floor().view(-1, 1, 1)
+        reserved = (self.large * obs.kept * obs.length).floor().view(-1, 1, 1)
         return torch.where(place < reserved, scores + 1e3, scores)

@@ -7,11 +7,11 @@ from lightning.pytorch import Trainer
 
 from learnkv.data.retrieval import held_out_kinds
 from learnkv.errors import UserError
-from learnkv.policy import TEMPERATURE, Policy
+from learnkv.policy.policy import TEMPERATURE, Policy
 from learnkv.scorers.tokenwise import GRADIENT_TOKENS
-from learnkv.training.draws import Draw
 from learnkv.training.losses import Weighting
 from learnkv.training.objectives import Objective
+from learnkv.training.seeding import Draw
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class TrainConfig:
         weights: of tokens in it: `uniform`, or `context` for tokens that need the context to count more.
         temperature: of the soft top-k that gradients come from, at the first and at the last step.
         soft_steps: optimiser steps at the beginning in which students read through soft gates, which evict nothing, not
-            even later (`every`), instead of what is deployed: a warm start; as many as `trainer.max_steps` for the
-            ablation. Steps of an objective that reads no continuation count, too.
+            even later (`evict_interval`), instead of what is deployed: a warm start; as many as `trainer.max_steps` for
+            the ablation. Steps of an objective that reads no continuation count, too.
         exploration: scale of Gumbel noise on the scores of one student per batch, in temperatures; 0: none.
         batch_size: contexts read at once.
         lr: peak learning rate of networks.

@@ -11,26 +11,26 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from learnkv import adapters
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.plan import Plan
 from learnkv.errors import RunError, UserError
-from learnkv.generation import prefill
-from learnkv.io import GRID
-from learnkv.plan import Plan
-from learnkv.policy import TEMPERATURE, Policy
-from learnkv.probing import scores_of
+from learnkv.inference import lora as adapters
+from learnkv.inference.extra_passes import scores_of
+from learnkv.inference.prefill import prefill
+from learnkv.persistence.policies import GRID
+from learnkv.policy.policy import TEMPERATURE, Policy
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.scorers.tokenwise import GRADIENT_TOKENS, draw_sample
-from learnkv.training import draws
-from learnkv.training.answers import Answers
-from learnkv.training.continuing import read_on
-from learnkv.training.data import Batch
-from learnkv.training.draws import Draw
-from learnkv.training.exploration import explored
+from learnkv.training import seeding as seeding
+from learnkv.training.activation_checkpointing import recomputed
+from learnkv.training.continuation import read_on
+from learnkv.training.data.batches import Batch
+from learnkv.training.data.self_generated import Answers
+from learnkv.training.fsdp import in_step
+from learnkv.training.gumbel_noise import with_gumbel_noise
 from learnkv.training.losses import Weighting, context_weights, forward_kl
-from learnkv.training.objectives import Comparison, ForwardKL, Objective, Said
-from learnkv.training.recomputation import recomputed
-from learnkv.training.sharding import in_step
+from learnkv.training.objectives import Comparison, ForwardKL, Objective, Outputs
+from learnkv.training.seeding import Draw
 from learnkv.training.validation import VALIDATION_KEEPS, measure
 
 
@@ -129,17 +129,17 @@ class Distillation(L.LightningModule):
 
     def keeps(self, index: int) -> list[float]:
         """Kept fractions of the students of batch `index`."""
-        rng = draws.generator(self.seed, "keep", index)
+        rng = seeding.generator(self.seed, "keep", index)
         if self.draw == "sandwich":
             low, high = (min(self.keep), max(self.keep)) if self.keep else self.keep_range
             between = [
-                rng.choice(self.keep) if self.keep else draws.log_uniform(rng, low, high)
+                rng.choice(self.keep) if self.keep else seeding.log_uniform(rng, low, high)
                 for _ in range(self.students - 2)
             ]
             return [low, *between, high]
         if self.keep:
             return [rng.choice(self.keep) for _ in range(self.students)]
-        return draws.spread(rng, *self.keep_range, self.students)
+        return seeding.spread(rng, *self.keep_range, self.students)
 
     @property
     def width(self) -> float:
@@ -155,7 +155,7 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.asked
         imitated = [Policy(target) for target in objective.targets]
-        drawn = draws.generator(self.seed, "gradient", batch.number)
+        drawn = seeding.generator(self.seed, "gradient", batch.number)
         draw_sample(self.policy, self.gradient_tokens, drawn.getrandbits(32))
         with in_step(self.model):
             cache = self._read(batch, [self.policy, *imitated])
@@ -203,8 +203,8 @@ class Distillation(L.LightningModule):
         plan = self.policy.plan(cache, keep=keep)
         if not exploring or self.exploration == 0:
             return plan
-        noise = draws.generator(self.seed, "exploration", number).getrandbits(63)
-        return explored(plan, self.exploration * self.width, noise)
+        noise = seeding.generator(self.seed, "exploration", number).getrandbits(63)
+        return with_gumbel_noise(plan, self.exploration * self.width, noise)
 
     def _tokens(self, cache: CompressedCache, batch: Batch, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sample of each counted token and its weight."""
@@ -217,16 +217,16 @@ class Distillation(L.LightningModule):
             lost = forward_kl(teacher, self._logits(local, batch))
         return sample, context_weights(lost, sample, len(batch.prompts))
 
-    def _said(self, cache: CompressedCache, batch: Batch) -> Said:
+    def _said(self, cache: CompressedCache, batch: Batch) -> Outputs:
         """What an objective looks at of the counted tokens; `cache` is used up."""
         copies = len(batch.continuations) // len(batch.prompts)
-        if cache.renewal is None:  # nobody judges it again: what scorers read is not copied row by row
+        if cache.schedule is None:  # nobody judges it again: what scorers read is not copied row by row
             for layer in cache.compressed_layers():
-                layer.recorder.forget()
+                layer.capture.forget()
         if copies > 1:  # a row for every continuation
             cache.batch_repeat_interleave(copies)
         logits, hidden = read_on(self.model, batch.continuations, cache, batch.continuation_mask, self.asked.hidden)
-        return Said(logits[batch.counted], tuple(state[batch.counted] for state in hidden))
+        return Outputs(logits[batch.counted], tuple(state[batch.counted] for state in hidden))
 
     def _logits(self, cache: CompressedCache, batch: Batch) -> Tensor:
         """Logits [N, V] of the counted tokens; `cache` is used up."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from learnkv.config import nearest
 from learnkv.data.ruler import TASKS
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
@@ -10,6 +9,7 @@ from learnkv.evaluation.tasks import ruler, table, text
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.base import Family, Prompt
 from learnkv.evaluation.tasks.text import Text
+from learnkv.persistence.named_configs import nearest
 
 __all__ = ["Answers", "Family", "Prompt", "Text", "load"]
 

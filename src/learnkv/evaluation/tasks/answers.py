@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.sample import Sample
 from learnkv.evaluation.config import Setting
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
-from learnkv.generation import generate
-from learnkv.models import format_prompt
+from learnkv.inference.generate import generate
+from learnkv.inference.models import format_prompt
 
 ROUND = 8
 LOOP = 32

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.sample import Sample
 from learnkv.evaluation.config import Setting
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learnkv.cache import CompressedCache
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.text import text_windows
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.base import Family, Prompt
-from learnkv.generation import continuation
+from learnkv.inference.generate import continuation
 
 LONGEST_CONTINUATION = 128
 

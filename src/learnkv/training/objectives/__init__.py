@@ -1,6 +1,6 @@
 """What training minimises; `objective.class_path` in a YAML names one of these, or one of your own."""
 
-from learnkv.training.objectives.base import Comparison, Objective, Said
+from learnkv.training.objectives.base import Comparison, Objective, Outputs
 from learnkv.training.objectives.budgets import BudgetRegression
 from learnkv.training.objectives.hidden import HiddenMSE
 from learnkv.training.objectives.kl import ForwardKL, ReverseKL
@@ -14,8 +14,8 @@ __all__ = [
     "ForwardKL",
     "HiddenMSE",
     "Objective",
+    "Outputs",
     "ReverseKL",
-    "Said",
     "ScoreRegression",
     "Stages",
     "WeightedSum",

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from learnkv.component import Component
-from learnkv.plan import Plan
-from learnkv.scorers.base import Scorer
+from learnkv.core.component import Component
+from learnkv.core.plan import Plan
+from learnkv.core.scorer import Scorer
 from learnkv.training.losses import sample_means
 
 
 @dataclass(frozen=True)
-class Said:
+class Outputs:
     """What the model computed at the N counted tokens of a batch's continuations."""
 
     logits: Tensor
@@ -37,11 +37,11 @@ class Comparison:
     """[N] number of the prompt that each counted token belongs to."""
     weights: Tensor | None = None
     """[N] how much each counted token counts; None: all alike."""
-    both: tuple[Said, Said] | None = None
+    both: tuple[Outputs, Outputs] | None = None
     """Teacher and student; None for an objective that does not `read`."""
 
     @property
-    def said(self) -> tuple[Said, Said]:
+    def said(self) -> tuple[Outputs, Outputs]:
         """Teacher and student."""
         assert self.both is not None
         return self.both

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from learnkv.allocators.flat import Flat
-from learnkv.scorers.base import Scorer
+from learnkv.core.scorer import Scorer
 from learnkv.training.objectives.base import Comparison, Objective
 
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.normal_scores import normal_scores
-from learnkv.scorers.base import Scorer
 from learnkv.training.objectives.base import Comparison, Objective
 
 _LEAST = 1e-6

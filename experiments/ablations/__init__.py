@@ -1,0 +1,1 @@
+"""Methods with one thing changed, and why they score as they do."""

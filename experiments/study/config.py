@@ -1,0 +1,147 @@
+"""What a study consists of: the keys of `python -m experiments.study`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from learnkv.errors import UserError
+from learnkv.evaluation.config import EvalConfig, Setting
+
+Stage = Literal["train", "measure", "write"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Prompts per task and length.
+
+    Args:
+        judged: of the policy that is judged and of the best other methods.
+        ablations: of its variants.
+        baselines: of every other method.
+        elsewhere: at other lengths, templates, haystacks and keys.
+        text: windows of held-out text.
+    """
+
+    judged: int = 200
+    ablations: int = 50
+    baselines: int = 20
+    elsewhere: int = 25
+    text: int = 60
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Train a policy and its variants, compare them with all other methods, write what came of it.
+
+    Every training and every comparison continues where an earlier run of the same command ended.
+
+    Args:
+        learned: training YAML (a path, or a name in configs/train) of the policy that is judged.
+        ablations: training YAMLs of its parts; the table names them `learned-…`, as their files.
+        objectives: training YAMLs of other objectives.
+        single: training YAMLs with one kept fraction each.
+        unseen: training YAML of a policy that never saw a retrieval task.
+        held_out: training YAMLs with `hold_out`; each is judged on the tasks of the families that it never saw.
+        shorter: training YAML of a policy trained on shorter prompts, compared at the longer ones.
+        baselines: the other methods: names in configs/policies, or paths.
+        trained: those of them whose weights were trained; bars are set by the rest, and these named beside them.
+        training: more words for every training, such as trainer.max_steps=100.
+        training_text: files of text to train on, none of the held-out; docstrings of the standard library if not given.
+        records: folders of earlier comparisons whose samples are used wherever they apply.
+        model: hub id, folder, or `reference`.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda, cuda:N or mps.
+        keep: fractions of the prompt's entries to keep.
+        tasks: RULER's task names; none for a model that has not learned them.
+        setting: query_agnostic reads the question after compression, query_aware before it.
+        length: prompt length in tokens.
+        longer: other lengths.
+        text: held-out text; docstrings of packages of the standard library if not given.
+        haystack: another text to hide needles in; those docstrings if not given.
+        samples: how many prompts.
+        batch_size: prompts read at once.
+        bar: score of the full cache below which a task does not count.
+        best: how many of the other methods are measured as often as the policy that is judged.
+        stages: train, measure, write, or some of them.
+        output: folder of trainings and samples.
+        out: folder for study.md, study.json and pictures; study.md links to a study_findings.md there, written by hand.
+        commit: that the study was run at; the one checked out here if not given.
+        seed: of the prompts.
+    """
+
+    learned: str = "learned"
+    ablations: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
+    unseen: str | None = None
+    held_out: tuple[str, ...] = ()
+    shorter: str | None = None
+    baselines: tuple[str, ...] = ("snapkv",)
+    trained: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
+    training_text: tuple[str, ...] = ()
+    records: tuple[str, ...] = ()
+    model: str = "reference"
+    dtype: str = "auto"
+    device: str = "auto"
+    keep: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05, 0.02)
+    tasks: tuple[str, ...] = ("niah", "vt")
+    setting: tuple[Setting, ...] = ("query_agnostic", "query_aware")
+    length: int = 1024
+    longer: tuple[int, ...] = (2048,)
+    text: str | None = None
+    haystack: str | None = None
+    samples: Samples = field(default_factory=Samples)
+    batch_size: int = 60
+    bar: float = 80.0
+    best: int = 5
+    stages: tuple[Stage, ...] = ("train", "measure", "write")
+    output: str = "runs/study"
+    out: str = "docs/results"
+    commit: str | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for key, count in vars(self.samples).items():
+            if count < 1:
+                raise UserError(f"samples.{key}={count}: expected at least 1")
+        if self.best < 1 or not self.baselines:
+            raise UserError(f"best={self.best} baselines={','.join(self.baselines)}: expected at least one method")
+        for name in self.trained:
+            if name not in map(name_of, self.baselines):
+                raise UserError(f"trained={name}: expected one of baselines={','.join(self.baselines)}")
+        names = list(map(name_of, self.variants))
+        for name in names:
+            if not name.startswith("learned") or names.count(name) > 1:
+                raise UserError(f"{name}: expected training YAMLs of different names that begin with `learned`")
+
+    @property
+    def variants(self) -> list[str]:
+        """Every training YAML, the one that is judged first."""
+        others = [one for one in (self.unseen, self.shorter) if one is not None]
+        return [self.learned, *self.ablations, *self.objectives, *self.single, *others, *self.held_out]
+
+    @property
+    def folder(self) -> Path:
+        """Where trainings and samples are."""
+        return Path(self.output).expanduser()
+
+    def comparison(self, **changes: object) -> EvalConfig:
+        """The keys of one comparison."""
+        keys: dict[str, object] = {
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "keep": self.keep,
+            "tasks": self.tasks,
+            "lengths": (self.length,),
+            "setting": self.setting,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+        return EvalConfig(**{**keys, **changes})  # type: ignore[arg-type]
+
+
+def name_of(variant: str) -> str:
+    """What a variant is called in tables: its file's name."""
+    return Path(variant).name.removesuffix(".yaml")

@@ -1,0 +1,156 @@
+"""The comparisons of a study, each with a folder of samples that it continues."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.study import conditioning
+from experiments.study.config import StudyConfig, name_of
+from experiments.study.scores import Scores, best_of
+from experiments.study.variants import trained
+from learnkv.data.haystack import held_out_docstrings
+from learnkv.data.ruler import NEEDLES
+from learnkv.errors import UserError
+from learnkv.evaluation import runner, tasks
+from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.results import Record
+from learnkv.evaluation.run import load_policies
+from learnkv.evaluation.store import Store, replacing
+from learnkv.evaluation.tasks.ruler import tasks_named
+from learnkv.inference.attention import attach
+from learnkv.inference.models import load_model
+from learnkv.policy.policy import Policy
+
+MAIN, TEXT, SHUFFLED = "main", "text", "shuffled"
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "haystack": {},
+    "memo": {"template": "memo"},
+    "german": {"keys": "german"},
+    "greek": {"keys": "greek"},
+}
+"""Comparisons on needles that are not those of the main one, by name, and what is different."""
+
+
+def differing(name: str, tasks: Iterable[str]) -> tuple[str, ...]:
+    """Those of RULER's tasks in which a comparison of `ELSEWHERE` differs from the main one."""
+    needles = {task: NEEDLES[task] for task in tasks if task in NEEDLES}
+    if name == "haystack":
+        return tuple(task for task, needle in needles.items() if needle.haystack == "essay")
+    return tuple(task for task, needle in needles.items() if name == "memo" or needle.key_kind == "words")
+
+
+class Comparisons:
+    """Measures what is missing, one model and its policies for all comparisons.
+
+    `variants` are the learned policies, and those other methods that they start from.
+    """
+
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        self.model, self.tokenizer = load_model(config.model, None, config.dtype, config.device)
+        attach(self.model)
+        self.context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        folders = trained(config)
+        self.learned = self._load(str(folder) for folder in folders.values())
+        self.baselines = self._load(config.baselines)
+        self.judged = name_of(config.learned)
+        for earlier in config.records:
+            if not (Path(earlier) / "samples.jsonl").is_file():
+                raise UserError(f"records={earlier}: expected a folder of eval.py, found no samples in it")
+        self.earlier = [record for earlier in config.records for record in samples(Path(earlier))]
+        below = runner.starting_points({**self.learned, **self.baselines})
+        starts = {
+            below[name]: self.baselines[below[name]] for name in self.learned if below.get(name) in self.baselines
+        }
+        self.variants = {**starts, **self.learned}
+
+    def run(self) -> None:
+        """Every comparison, the ones that others build on first."""
+        config, count = self.config, self.config.samples
+        if config.tasks:
+            self._measure(MAIN, self.baselines, config.comparison(samples=count.baselines))
+            self._measure(MAIN, self.variants, config.comparison(samples=count.ablations))
+            chosen = {self.judged: self.learned[self.judged], **{name: self.baselines[name] for name in self.best()}}
+            self._measure(MAIN, chosen, config.comparison(samples=count.judged))
+            self._elsewhere(chosen)
+            self._conditioning()
+        source = config.text or str(self._held_out("text.jsonl"))
+        keys = config.comparison(tasks=("text",), text=source, samples=count.text, setting=("query_agnostic",))
+        self._measure(TEXT, {**self.baselines, **self.learned}, keys)
+
+    def best(self) -> list[str]:
+        """The other methods that are measured as often as the policy that is judged."""
+        records = samples(self.config.folder / MAIN)
+        of_setting = [
+            Scores((one for one in records if one["setting"] == setting), self.config.bar)
+            for setting in self.config.setting
+        ]
+        return best_of(of_setting, self.config.best)
+
+    def _elsewhere(self, chosen: Mapping[str, Policy]) -> None:
+        config = self.config
+        extra = {name_of(one): self.learned[name_of(one)] for one in (config.unseen,) if one is not None}
+        policies = {**chosen, **extra}
+        about: dict[str, Any] = {"samples": config.samples.elsewhere, "setting": ("query_agnostic",)}
+        for name, different in ELSEWHERE.items():
+            if name == "haystack":
+                different = {"haystack": config.haystack or str(self._held_out("haystack.txt"))}
+            if of := differing(name, tasks_named(config.tasks, ())):
+                self._measure(name, policies, config.comparison(**about, **different, tasks=of))
+        shorter = {name_of(one): self.learned[name_of(one)] for one in (config.shorter,) if one is not None}
+        for length in config.longer:
+            keys = config.comparison(**about, lengths=(length,))
+            self._measure(f"length-{length}", {**policies, **shorter}, keys)
+
+    def _conditioning(self) -> None:
+        """The policies whose budgets depend on the prompt, with features of one prompt of each task in turn."""
+        config = self.config
+        agnostic: dict[str, Any] = {"setting": ("query_agnostic",)}
+        asked = {name: self.learned[name] for name in map(name_of, (config.learned, *config.ablations))}
+        own = {name: policy for name, policy in asked.items() if conditioning.conditioned(policy)}
+        if not own:
+            return
+        self.earlier += samples(config.folder / MAIN)  # the full cache's
+        families = tasks.load(config.comparison(samples=2, **agnostic), self.tokenizer, self.context)
+        prompts = [prompt for family in families for prompt in family.prompts]
+        each = [family.prompts[0] for family in families]
+        strange = {
+            f"{name}-shuffled": conditioning.shuffled(policy, conditioning.features_of(self.model, policy, each))
+            for name, policy in own.items()
+        }
+        self._measure(SHUFFLED, strange, config.comparison(samples=config.samples.ablations, **agnostic))
+        found = {name: conditioning.changes(self.model, policy, prompts, config.keep) for name, policy in own.items()}
+        with replacing(config.folder / SHUFFLED / "changed.json") as part:
+            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    def _measure(self, name: str, policies: Mapping[str, Policy], keys: EvalConfig) -> None:
+        folder = self.config.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        families = tasks.load(keys, self.tokenizer, self.context)
+        jobs = runner.jobs_of(self.model, policies, keys.budgets)
+        store = Store(folder / "samples.jsonl")
+        wanted = {job.fingerprint(prompt) for family in families for prompt in family.prompts for job in jobs}
+        taken = [one for one in self.earlier if one["fingerprint"] in wanted and one["fingerprint"] not in store]
+        if taken:
+            store.add([dict(one) for one in {one["fingerprint"]: one for one in taken}.values()])
+        missing = sum(one not in store for one in wanted)
+        print(f"{name}: {len(wanted):,} samples, {len(taken):,} taken over, {missing:,} to measure", file=sys.stderr)
+        runner.run(self.model, families, jobs, store, keys.batch_size)
+
+    def _load(self, paths: Iterable[str]) -> dict[str, Policy]:
+        return load_policies(self.config.comparison(ckpt=tuple(paths), tasks=("text",)), self.model)
+
+    def _held_out(self, file: str) -> Path:
+        """Text of every Python that nothing is trained on, as a file."""
+        path, texts = self.config.folder / file, held_out_docstrings()
+        lines = [json.dumps({"text": text}) for text in texts] if path.suffix == ".jsonl" else texts
+        with replacing(path) as part:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+
+def samples(folder: Path) -> list[Record]:
+    """Every finished sample of a comparison."""
+    return list(Store(folder / "samples.jsonl").records.values())

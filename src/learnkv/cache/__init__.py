@@ -1,0 +1,1 @@
+"""A compressed cache: storage, layers, eviction."""

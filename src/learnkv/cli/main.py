@@ -1,0 +1,69 @@
+"""The console command: `learnkv train | eval | calibrate | memory | export [key=value …]`."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from learnkv.cli.parser import report_error, run_main
+from learnkv.persistence.named_configs import nearest
+
+
+class Command(NamedTuple):
+    """A subcommand: the function it calls, and where its named configs are."""
+
+    module: str
+    function: str
+    configs: str
+    """Folder below `configs/` that `config=NAME` is looked up in."""
+    extra: str
+    """What to install for it: `pip install 'learnkv[EXTRA]'`; empty: nothing more."""
+    about: str
+    default: tuple[str, ...] = ()
+    """Words that stand for an empty command line."""
+
+
+COMMANDS = {
+    "train": Command("learnkv.training.run", "train", "train", "train", "train a policy for a frozen model"),
+    "eval": Command("learnkv.evaluation.run", "evaluate", "eval", "eval", "compare policies on one model"),
+    "calibrate": Command(
+        "learnkv.calibration.run", "calibrate", "calibrate", "", "measure the tables that methods read", ("out=",)
+    ),
+    "memory": Command(
+        "learnkv.training.memory.predict", "report", "train", "train", "predict the peak memory of a training run"
+    ),
+    "export": Command("learnkv.cli.export", "export", "export", "", "export a policy or its budgets", ("ckpt=",)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that the first word names; gives the exit code.
+
+    Args:
+        argv: words of the command line without the program's name; None: those of this process.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] in (["-h"], ["--help"]):
+        print(_usage())
+        return 0
+    if not words:
+        return report_error(f"no command: expected one of {', '.join(COMMANDS)}", 2)
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        return report_error(f"{name}: expected one of {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}", 2)
+    command = COMMANDS[name]
+    try:
+        function = getattr(import_module(command.module), command.function)
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing == "learnkv" or not command.extra:
+            raise
+        install = f"pip install 'learnkv[{command.extra}]'"
+        return report_error(f"learnkv {name} needs {missing}, which is not installed: {install}", 2)
+    return run_main(function, rest or command.default, command.configs, name)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: learnkv COMMAND [config=NAME] [key=value …]", "", *lines, "", "learnkv COMMAND --help"])

@@ -1,0 +1,1 @@
+"""The abstract bases, and what passes between them."""

@@ -1,0 +1,37 @@
+"""The description of a LoRA adapter that was trained beside a policy."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+PREFIX = "learnkv"
+"""Names of our adapters begin with it; others that a model has are left alone."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter (arXiv 2106.09685) that was trained beside a policy.
+
+    Args:
+        rank: of the correction of every matrix.
+        alpha: the correction is multiplied by alpha / rank.
+        targets: names of the linear modules that are corrected.
+        state: weights by peft's names; empty for the one that is being trained, whose weights the model holds.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What the model calls it: told by its weights, so that it is loaded once."""
+        if not self.state:
+            return PREFIX
+        digest = hashlib.sha256(repr((self.rank, self.alpha, self.targets)).encode())
+        for key in sorted(self.state):
+            digest.update(key.encode() + self.state[key].float().cpu().numpy().tobytes())
+        return f"{PREFIX}_{digest.hexdigest()[:16]}"

@@ -1,0 +1,1 @@
+"""Attaching a model, reading prompts, generating."""

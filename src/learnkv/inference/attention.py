@@ -1,0 +1,141 @@
+"""One attention function, registered once: full attention until a cache layer is sealed, then what it retains."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.layer import CompressedLayer
+from learnkv.errors import UserError
+from learnkv.inference.lora import follow_cache
+
+NAME = "learnkv"
+_STATE = "_learnkv_detach"
+
+
+def compressed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cache_layer: CompressedLayer | None = None,
+    evict_if_due: Callable[[], None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface; returns [B, T, H*G, D] and no weights.
+
+    Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. Features that would be lost
+    (logit soft-capping, attention sinks as weights, a sliding window that has been exceeded) are refused.
+    `evict_if_due` is called after the last layer of a cache that may have to evict again.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
+    if cache_layer is None or not cache_layer.sealed:
+        output = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        if cache_layer is not None:
+            _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
+            cache_layer.capture.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+            cache_layer.observe(query, attention_mask)
+        return output
+    _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    output = cache_layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous()
+    if evict_if_due is not None:
+        evict_if_due()
+    return output, None
+
+
+def _refuse_exceeded_window(module: nn.Module, layer: CompressedLayer, window: int | None) -> None:
+    if window is not None and layer.get_seq_length() > window:
+        raise UserError(
+            f"{type(module).__name__} attends to a sliding window of {window} tokens, {layer.get_seq_length()} were "
+            "read: shorten the prompt or load the model with sliding_window=None"
+        )
+
+
+def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Forward pre-hook: pass the cache's layer to the attention function. It holds no state."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, CompressedCache) or module.layer_idx not in cache.compressible:
+        return None
+    layer = cache.layers[module.layer_idx]
+    layer.expects_attention = True
+    if not layer.sealed:
+        weight = getattr(module.o_proj, "weight", None)
+        # Quantised layers have a packed weight, or a method of that name; offloaded ones none at this moment; one that
+        # FSDP has gathered is gone when a plan is made.
+        lent = getattr(module.o_proj, "_is_fsdp_managed_module", False)
+        usable = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta and not lent
+        layer.capture.output_weight = weight if usable else None
+        if (rotation := kwargs.get("position_embeddings")) is not None:
+            layer.capture.rotations += (rotation,)
+    if layer.capture.capture_spec.reads_hidden and (layer.live or not layer.sealed):
+        layer.capture.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.sealed)
+    kwargs = {**kwargs, "cache_layer": layer}
+    schedule = cache.schedule
+    if schedule is not None and not schedule.student and module.layer_idx == cache.compressible[-1]:
+        kwargs["evict_if_due"] = cache.evict_if_due
+    return args, kwargs
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `model` compute through learnkv's attention; with ordinary caches its outputs do not change.
+
+    Raises:
+        UserError: for an attention that cannot be expressed (soft-capping, sinks as weights), for compiled models and
+            for models whose layers do not follow transformers' attention interface; each is named.
+    """
+    if hasattr(model, _STATE):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"attach: expected a transformers model, got {type(model).__name__} (compile it after attach)")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise UserError(f"{config.model_type}: attention logit soft-capping is not supported by learnkv")
+    layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
+    if any(hasattr(module, "sinks") for module in layers):
+        raise UserError(f"{config.model_type}: attention sinks as weights (s_aux) are not supported by learnkv")
+    if len(layers) != config.num_hidden_layers:
+        raise UserError(
+            f"{config.model_type}: found {len(layers)} attention layers of {config.num_hidden_layers}; learnkv "
+            "supports decoder-only models that attend in every layer"
+        )
+    before = config._attn_implementation
+    if before not in ("sdpa", NAME):
+        warnings.warn(
+            f"attention implementation {before!r} is replaced by sdpa while learnkv is attached", stacklevel=2
+        )
+    AttentionInterface.register(NAME, compressed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    handles = [module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in layers]
+    handles.append(model.register_forward_pre_hook(follow_cache, with_kwargs=True))
+    setattr(model, _STATE, (before, handles))
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `attach`."""
+    if hasattr(model, _STATE):
+        before, handles = getattr(model, _STATE)
+        for handle in handles:
+            handle.remove()
+        model.set_attn_implementation(before)
+        delattr(model, _STATE)
+    return model
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `attach` was called."""
+    return hasattr(model, _STATE)

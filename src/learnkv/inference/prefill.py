@@ -1,0 +1,116 @@
+"""Reading a prompt once with full attention."""
+
+import functools
+import operator
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.observation import CaptureSpec
+from learnkv.core.scorer import Scorer
+from learnkv.errors import UserError
+from learnkv.inference.attention import attach
+from learnkv.inference.extra_passes import run_extra_pass, scores_of
+from learnkv.policy.budget import check_budget
+from learnkv.policy.layerwise import compress_when_read
+from learnkv.policy.policy import Policy
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    window: int = 64,
+    policies: Iterable[Policy] = (),
+    policy: Policy | None = None,
+    keep: float | None = None,
+    budget: float | None = None,
+) -> CompressedCache:
+    """Read prompts with full attention and return a cache that holds all of them, or what `policy` keeps.
+
+    Args:
+        model: a causal language model; `attach` is called if it was not.
+        input_ids: [B, S] left-padded.
+        attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
+        chunk_size: tokens read at once, at least 1; None: all. Chunks may end anywhere.
+        window: last queries to record for scorers, at least.
+        policies: those that will compress forks of the cache; what they read beside keys and values is recorded,
+            extra passes over the prompt are made for those that ask for them.
+        policy: compress to `keep` or `budget`; with a static or causal allocator every layer is evicted as soon as it
+            has read the end of the prompt. Read at once, a prompt is never held in full by more than one layer.
+
+    Raises:
+        UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
+    """
+    lengths = _check_prompt(model, input_ids, attention_mask)
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size={chunk_size}: expected at least 1 token")
+    attach(model)
+    if policy is not None:
+        check_budget(keep, budget)
+        policies = [*policies, policy]
+    capture_spec = functools.reduce(operator.or_, (one.capture_spec for one in policies), CaptureSpec(window))
+    cache = CompressedCache(model.config, capture_spec)
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    cache.set_prompt(lengths)
+    slots = input_ids.shape[1]
+    positions = torch.arange(slots, device=input_ids.device).expand_as(input_ids)
+    if mask is not None:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    step = chunk_size or slots
+    one_shot = policy if policy is not None and policy.reads_once and keep != 1 else None
+    for begin in range(0, slots, step):
+        end = min(begin + step, slots)
+        if one_shot is not None and end == slots:
+            compress_when_read(one_shot, cache, keep, budget)
+        model(
+            input_ids=input_ids[:, begin:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=positions[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    read = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    for prompt_pass in capture_spec.extra_passes:
+        run_extra_pass(model, cache, prompt_pass, input_ids, read)
+    cache.seal()
+    return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget)
+
+
+def score_prompt(
+    model: PreTrainedModel, scorer: Scorer, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """What a scorer gives every entry of prompts, [L, B, H, S] float32, -inf at padding: a teacher's signal, too.
+
+    Args:
+        input_ids, attention_mask: as for `prefill`.
+    """
+    return scores_of(prefill(model, input_ids, attention_mask, window=0, policies=[Policy(scorer)]), scorer)
+
+
+def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:
+    if input_ids.ndim != 2 or input_ids.numel() == 0:
+        raise UserError(f"input_ids of shape {list(input_ids.shape)}: expected [batch, tokens] with at least one token")
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = [input_ids.shape[1]] * input_ids.shape[0]
+    if mask is not None:
+        if mask.shape != input_ids.shape:
+            raise UserError(
+                f"attention_mask of shape {list(mask.shape)}: expected {list(input_ids.shape)}, the shape of input_ids"
+            )
+        valid = mask.bool()
+        if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+            raise UserError("attention_mask: expected left padding, found padding after a token")
+        lengths = valid.sum(-1).tolist()
+    if 0 in lengths:
+        raise UserError(f"prompt {lengths.index(0)} is empty: expected at least one token")
+    if context is not None and max(lengths) > context:
+        raise UserError(f"prompt of {max(lengths)} tokens: the model's context is {context}")
+    return lengths

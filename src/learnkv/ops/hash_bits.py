@@ -1,0 +1,13 @@
+"""Hashes of numbers."""
+
+from torch import Tensor
+
+WORD = 0xFFFFFFFF  # hashing is done in 32-bit words held in int64, which torch has on every device
+
+
+def hash_bits(word: Tensor) -> Tensor:
+    """A bijection of 32-bit words after which every bit depends on every other (Wellons' lowbias32)."""
+    word = (word + 0x9E3779B9) & WORD
+    word = ((word ^ (word >> 16)) * 0x7FEB352D) & WORD
+    word = ((word ^ (word >> 15)) * 0x846CA68B) & WORD
+    return word ^ (word >> 16)

@@ -1,0 +1,1 @@
+"""Policies: planning, online and layerwise eviction."""

@@ -1,1 +1,0 @@
-"""The bundled reference model: a small Llama that retrieves, and the recipe that trained it."""

@@ -1,0 +1,1 @@
+"""Checkpoints, progress, logs and pictures of a run."""

@@ -1,0 +1,116 @@
+"""A trained policy's budgets in the formats of other methods; the export of a checkpoint is in the training tests."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.commands import export
+
+from learnkv import Policy, save_policy
+from learnkv.allocators import LUKV, DuoAttention, FixedLayers, HeadKV, LearnedAllocator, Uniform
+from learnkv.errors import UserError
+from learnkv.formats import budgets, duo, headkv, layers, lukv
+from learnkv.persistence.policies import SHIPPED
+from learnkv.scorers import SnapKV
+
+KNOWN = budgets.read(SHIPPED / "budgets.csv")
+
+
+def exported(tmp_path, kind: str, *words: str) -> str:
+    out = tmp_path / "deep" / kind
+    assert export(["--ckpt", "reference", "--out", str(out), "--format", kind, *words]) == 0
+    return str(out)
+
+
+def wanted(allocator, keep: float) -> torch.Tensor:
+    """[L, H] of 1000 entries."""
+    return allocator(torch.zeros(6, 1, 4, 1000), None, torch.tensor([1000 * keep], dtype=torch.float64))[:, 0]
+
+
+def test_head_scores_are_the_kept_fractions(tmp_path):
+    file = exported(tmp_path, "headkv", "keep=0.1", "group=2")
+    assert headkv.mean_scores(headkv.read(file)).shape == (6, 8)
+    got = wanted(HeadKV(file, beta=1), 0.1)
+    torch.testing.assert_close(got, 1000 * torch.tensor(KNOWN[0.1]).double(), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_the_command_says_whether_budgets_depend_on_the_prompt(conditioned, tmp_path, capsys):
+    policy = Policy(SnapKV(), LearnedAllocator(Uniform(), 6, 4, conditioned=conditioned))
+    about = {"id": "someone/model", "config_hash": "0", "shapes": {"layers": 6, "heads": 4, "head_dim": 32}}
+    folder = save_policy(policy, tmp_path / "policy", model=about, budgets=KNOWN if conditioned else None)
+    told = "mean over the validation prompts" if conditioned else "the same for every prompt"
+    for kind in ("headkv", "lukv", "duo", "layers"):
+        assert export([f"ckpt={folder}", f"out={tmp_path / kind}", f"format={kind}"]) == 0
+        assert told in capsys.readouterr().err
+    assert duo.read(tmp_path / "duo").config["static"] is not conditioned
+    assert json.loads((folder / "manifest.json").read_text())["budgets"].startswith("mean" if conditioned else "static")
+
+
+def test_gates_rank_heads_by_their_kept_fractions(tmp_path):
+    file = exported(tmp_path, "duo", "keep=0.2")
+    pattern = duo.read(file)
+    assert pattern.gates.max() == 1
+    assert (pattern.sink, pattern.recent) == (4, 8)
+    full = ~DuoAttention(file, sparsity=0.75).streaming()
+    best = torch.tensor(KNOWN[0.2]).flatten().topk(6).indices
+    assert set(full.flatten().nonzero().flatten().tolist()) == set(best.tolist())
+
+
+def test_a_curve_evicts_what_the_target_says(tmp_path):
+    file = exported(tmp_path, "lukv")
+    curve = lukv.read(file)
+    assert curve.shape == (99, 6, 4)
+    torch.testing.assert_close(
+        curve.double().mean((1, 2)), torch.arange(1.0, 100.0, dtype=torch.float64) / 100, rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(wanted(LUKV(file), 0.4), 1000 * torch.tensor(KNOWN[0.4]).double(), rtol=0, atol=0.02)
+
+
+def test_layer_budgets_are_means_over_heads(tmp_path):
+    file = exported(tmp_path, "layers", "keep=0.05")
+    assert layers.read(file).tolist() == pytest.approx(np.mean(KNOWN[0.05], axis=1), abs=1e-6)
+    assert wanted(FixedLayers(file), 0.3).mean() == pytest.approx(300)
+
+
+def test_budgets_between_those_known_are_linear():
+    table = {0.2: [[0.1, 0.3]], 0.4: [[0.2, 0.6]]}
+    for keep, expected in (
+        (0.1, (0.05, 0.15)),
+        (0.3, (0.15, 0.45)),
+        (0.7, (0.6, 0.8)),
+        (1.0, (1, 1)),
+        (0.2, (0.1, 0.3)),
+    ):
+        assert budgets.at(table, keep)[0].tolist() == pytest.approx(expected)
+
+
+def test_a_budget_table_comes_back(tmp_path):
+    file = tmp_path / "budgets.csv"
+    file.write_text(budgets.text(KNOWN))
+    assert budgets.read(file) == KNOWN
+    assert file.read_text() == (SHIPPED / "budgets.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "layer,head,keep_0.1\n0,x,0.5\n", "layer,head\n0,0\n", "layer,head,keep_0.1\n0,1,0.5\n"]
+)
+def test_another_table_is_told(text, tmp_path):
+    (tmp_path / "budgets.csv").write_text(text)
+    with pytest.raises(UserError, match=r"budgets.csv: expected"):
+        budgets.read(tmp_path / "budgets.csv")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["ckpt=snapkv", "format=lukv"], "ckpt=snapkv: expected a trained policy"),
+        (["ckpt=reference", "format=npz"], "format=npz: expected one of"),
+        (["ckpt=reference", "format=duo", "keep=0"], "keep=0 group=1: expected 0 < keep <= 1"),
+        (["ckpt=reference"], "expected a checkpoint (.ckpt)"),
+    ],
+)
+def test_what_cannot_be_exported_is_told(typed, told, tmp_path, capsys):
+    assert export([*typed, f"out={tmp_path}/out"]) == 2
+    assert told in capsys.readouterr().err

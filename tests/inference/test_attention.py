@@ -1,0 +1,239 @@
+"""An attached model computes what it did before, and what cannot be expressed is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from support.models import FAMILIES, assert_logits_close, attached, build, padded, plain, tokens
+from torch import nn
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
+
+from learnkv import CompressedCache, attach, continuation, detach, generate, load_policy, prefill
+from learnkv.errors import UserError
+from learnkv.inference.attention import is_attached
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def logits(model, cache=None):
+    """Logits of a left-padded prompt, of a token after it, and of three more."""
+    ids, mask = padded([tokens(1, length)[0] for length in (33, 20)])
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    out = []
+    for part in (ids[:, :29], ids[:, 29:30], ids[:, 30:]):
+        seen = cache.get_seq_length() + part.shape[1]
+        out.append(model(input_ids=part, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.compat
+@every_family
+def test_an_attached_model_is_the_untouched_one_with_an_ordinary_cache(family):
+    before = logits(plain(family))
+    assert torch.equal(logits(attached(family)), before)
+    cut, whole = tokens(2, 40)[:, :-1], tokens(2, 40)
+    assert torch.equal(attached(family)(input_ids=whole).logits, plain(family)(input_ids=whole).logits)
+    assert torch.equal(
+        attached(family)(input_ids=cut, use_cache=False).logits, plain(family)(input_ids=cut, use_cache=False).logits
+    )
+
+
+@pytest.mark.compat
+@every_family
+def test_an_attached_model_generates_what_the_untouched_one_does(family):
+    ids, mask = padded([tokens(1, length)[0] for length in (21, 12)])
+    for settings in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
+        ours, theirs = (
+            model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, **settings)
+            for model in (attached(family), plain(family))
+        )
+        assert torch.equal(ours, theirs)
+
+
+class Rounded(QuantizedLayer):
+    """A quantised layer of transformers without the package that would do the rounding."""
+
+    def __init__(self):
+        super().__init__(q_group_size=8, residual_length=4)
+
+    def _quantize(self, tensor, axis):
+        return (tensor * 8).round().to(torch.int8)
+
+    def _dequantize(self, q_tensor):
+        return q_tensor.to(torch.float32) / 8
+
+
+def quantised():
+    return Cache(layers=[Rounded() for _ in range(3)])
+
+
+def test_quantised_and_static_caches_are_ordinary_ones():
+    ours, theirs = (logits(model, quantised()) for model in (attached("llama"), plain("llama")))
+    assert torch.equal(ours, theirs)
+    assert (theirs - logits(plain("llama"))).abs().max() > 1e-2  # it did round
+    ours, theirs = (
+        logits(model, StaticCache(config=model.config, max_cache_len=40))
+        for model in (attached("llama"), plain("llama"))
+    )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("other", [DynamicCache, quantised, lambda: None])
+def test_other_caches_are_not_continued(other):
+    for call in (continuation, lambda *given: generate(*given, max_new_tokens=2)):
+        with pytest.raises(UserError, match=r"expected a CompressedCache, .* got (DynamicCache|Cache|NoneType)$"):
+            call(attached("llama"), tokens(1, 3), other())
+
+
+@pytest.mark.compat
+def test_detach_restores_the_model():
+    model = build("llama")
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    attributes = set(vars(model))
+    assert attach(attach(model)) is model
+    assert is_attached(model)
+    assert model.config._attn_implementation == "learnkv"
+    cache = prefill(model, tokens(1, 20))
+    assert detach(detach(model)) is model
+    assert not is_attached(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert set(vars(model)) == attributes
+    assert torch.equal(logits(model), logits(plain("llama")))
+    for stranger in (cache, CompressedCache(model.config)):
+        with pytest.raises(UserError, match=r"with the model that learnkv\.attach was called on"):
+            model(input_ids=tokens(1, 2), past_key_values=stranger)
+
+
+def test_a_copy_is_attached_and_detached_for_itself():
+    model = attach(build("llama"))
+    twin = detach(copy.deepcopy(model))
+    ids = tokens(1, 30)
+    assert torch.equal(logits(twin), logits(plain("llama")))
+    assert is_attached(model)
+    cache = load_policy("snapkv").compress(prefill(model, ids), keep=0.5)
+    assert continuation(model, ids, cache).isfinite().all()
+
+
+def test_another_attention_is_switched_with_a_notice_and_switched_back():
+    model = build("llama", attn="eager")
+    with pytest.warns(UserWarning, match="'eager' is replaced by sdpa"):
+        attach(model)
+    assert torch.equal(logits(model), logits(plain("llama")))
+    assert detach(model).config._attn_implementation == "eager"
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("family", "word"), [("gemma2", "gemma2: attention logit soft-capping"), ("gpt-oss", r"gpt_oss: .* \(s_aux\)")]
+)
+def test_families_that_cannot_be_expressed_are_refused_by_name(family, word):
+    model = build(family, attn="eager")
+    with pytest.raises(UserError, match=word):
+        attach(model)
+    assert model.config._attn_implementation == "eager"
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_gemma2_works_without_its_capping():
+    models = [build("gemma2", attn="eager", attn_logit_softcapping=None) for _ in range(2)]
+    with pytest.warns(UserWarning, match="replaced by sdpa"):
+        attach(models[0])
+    ids = tokens(2, 40)
+    told = models[1](input_ids=ids, past_key_values=DynamicCache(config=models[1].config)).logits
+    cache = prefill(models[0], ids[:, :33], chunk_size=10)
+    assert cache.compressible == [1]
+    assert_logits_close(continuation(models[0], ids[:, 33:], cache), told[:, 33:])
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux"])
+def test_arguments_of_attention_are_refused_by_name(argument):
+    model = attach(build("llama"))
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, argument: 1.0}), with_kwargs=True
+    )
+    with pytest.raises(UserError, match=f"LlamaAttention uses {argument}"):
+        prefill(model, tokens(1, 5))
+
+
+@pytest.mark.compat
+def test_a_sliding_window_is_refused_once_it_is_exceeded():
+    model = attach(build("mistral", sliding_window=20))
+    said = continuation(model, tokens(1, 5), cache := prefill(model, tokens(1, 15)))
+    assert torch.equal(
+        said, continuation(attached("mistral"), tokens(1, 5), prefill(attached("mistral"), tokens(1, 15)))
+    )
+    with pytest.raises(UserError, match=r"MistralAttention attends to a sliding window of 20 tokens, 21 were read"):
+        continuation(model, tokens(1, 1), cache)
+    with pytest.raises(UserError, match="sliding window of 20 tokens, 21 were read"):
+        prefill(model, tokens(1, 21))
+
+
+def test_models_of_another_kind_are_refused():
+    with pytest.raises(UserError, match="expected a transformers model, got Linear"):
+        attach(nn.Linear(2, 2))
+    odd = build("llama")
+    del odd.model.layers[1].self_attn.o_proj
+    with pytest.raises(UserError, match="llama: found 2 attention layers of 3"):
+        attach(odd)
+
+
+def test_compiled_models():
+    small = {"num_hidden_layers": 1}
+    model, ids = build("llama", **small), tokens(1, 24)
+    with pytest.raises(UserError, match=r"got OptimizedModule \(compile it after attach\)"):
+        attach(torch.compile(model, backend="eager"))
+    policy, said = load_policy("snapkv"), []
+    for one in (attach(build("llama", **small)), torch.compile(attach(model), backend="eager")):
+        cache = policy.compress(prefill(one, ids), keep=0.5)
+        said.append(torch.cat([continuation(one, part, cache) for part in tokens(1, 4).split(2, 1)], 1))
+    assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("second", ["cpu", "disk"])
+def test_weights_placed_by_a_device_map(second, tmp_path):
+    plain("llama").save_pretrained(tmp_path)
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places |= {"model.layers.0": "cpu", "model.layers.1": second, "model.layers.2": "cpu"}
+    model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
+    whole = prefill(model, tokens(1, 30))
+    assert (whole.layers[1].observation().output_weight is None) == (second == "disk")
+    cache = load_policy("snapkv").compress(whole, keep=0.5)
+    other = load_policy("snapkv").compress(prefill(attached("llama"), tokens(1, 30)), keep=0.5)
+    assert torch.equal(continuation(model, tokens(1, 4), cache), continuation(attached("llama"), tokens(1, 4), other))
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with a packed weight, as quantised models have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.abs().amax() / 127
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, hidden):
+        return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
+
+
+def test_quantised_weights():
+    models = [build("llama"), build("llama")]
+    for model in models:
+        for layer in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name)))
+    attach(models[0])
+    assert torch.equal(logits(models[0]), logits(models[1]))
+    assert not torch.equal(logits(models[1]), logits(plain("llama")))
+    cache = prefill(models[0], tokens(1, 30))
+    assert cache.layers[0].observation().output_weight is None
+    assert cache.layers[0].observation().keys.dtype == torch.float32
+    small = load_policy("adakv").compress(cache.fork(), keep=0.5)
+    assert continuation(models[0], tokens(1, 4), small).isfinite().all()

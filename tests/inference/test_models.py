@@ -1,0 +1,168 @@
+"""Loading models: what is found, what is refused in one line, and how prompts are written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
+
+from learnkv.errors import UserError
+from learnkv.inference import models as models_module
+from learnkv.inference.models import (
+    config_hash,
+    describe_model,
+    format_prompt,
+    load_model,
+    model_digest,
+    torch_device,
+    torch_dtype,
+)
+
+WORDS = ["<s>", "</s>", "<unk>", "red", "blue", "which", "it", "is", ":", "user", "reply", "\n"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}user: {{ m['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}reply: {% endif %}"
+)
+
+
+def tokenizer_of(begins: bool = True, template: str | None = None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
+
+
+def config_of(**changes) -> LlamaConfig:
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    return LlamaConfig(**{**sizes, "num_key_value_heads": 2, "vocab_size": len(WORDS), **changes})
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(config_of()).to(torch.float16).save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(stored, tmp_path):
+    return shutil.copytree(stored, tmp_path / "broken")
+
+
+def complaint(call):
+    with pytest.raises(UserError) as caught:
+        call()
+    assert len(str(caught.value)) < 300
+    return str(caught.value)
+
+
+def test_a_folder_gives_a_frozen_model_and_a_left_padding_tokenizer(stored):
+    model, tokenizer = load_model(str(stored))
+    plain = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
+    ids = torch.tensor([[0, 3, 4, 5]])
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert (model.dtype, model.training, model.config._attn_implementation) == (torch.float32, False, "sdpa")
+    assert not any(p.requires_grad for p in model.parameters())
+    batch = tokenizer(["red", "red blue"], padding=True)
+    assert batch["attention_mask"] == [[0, 1, 1], [1, 1, 1]]
+
+
+def test_dtype_and_attention_are_chosen(stored):
+    model, _ = load_model(str(stored), dtype="bfloat16", attn="eager")
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert torch_dtype("auto", torch.device("cuda")) == "auto"
+    assert torch_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "./missing", "/missing", "", "~/nothing/here"])
+def test_a_missing_folder_is_named_and_the_network_left_alone(name, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("a local name reached for the network"))
+    assert complaint(lambda: load_model(name)).startswith(f"model={name}: expected `reference`, a model's folder")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    assert f"{tmp_path} has no config.json" in complaint(lambda: load_model(str(tmp_path)))
+
+
+def test_corrupt_weights(broken):
+    (broken / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert f"model={broken}: its weights are corrupt" in complaint(lambda: load_model(str(broken)))
+    (broken / "model.safetensors").unlink()
+    assert complaint(lambda: load_model(str(broken))).startswith(f"model={broken}: ")
+
+
+def test_cut_off_weights(broken):
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert f"model={broken}: its weights are corrupt" in complaint(lambda: load_model(str(broken)))
+
+
+def test_missing_weights_are_not_drawn_at_random(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    assert "weights are not in its files, first model.layers.2." in complaint(lambda: load_model(str(broken)))
+
+
+def test_weights_of_other_sizes(broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
+    assert complaint(lambda: load_model(str(broken))).startswith(f"model={broken}: ")
+
+
+def test_not_a_causal_language_model(broken):
+    T5Config().save_pretrained(broken)
+    assert complaint(lambda: load_model(str(broken))).endswith("expected a causal language model, got a T5Config")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_unknown_devices(device):
+    assert complaint(lambda: torch_device(device)).startswith(f"device={device}: ")
+
+
+def test_unknown_dtype():
+    line = complaint(lambda: torch_dtype("fp16", torch.device("cpu")))
+    assert line == "dtype=fp16: expected auto, float32, bfloat16, float16"
+
+
+def test_config_hash_sees_sizes_only(stored):
+    here = config_hash(LlamaForCausalLM(config_of()))
+    assert config_hash(load_model(str(stored), dtype="bfloat16")[0]) == here
+    for changes in ({"num_key_value_heads": 4}, {"num_hidden_layers": 1}, {"vocab_size": 14}, {"head_dim": 8}):
+        assert config_hash(LlamaForCausalLM(config_of(**changes))) != here
+
+
+def test_a_model_is_described_by_name_hash_and_shapes(stored, monkeypatch):
+    model, _ = load_model(str(stored))
+    shapes = {"layers": 2, "heads": 2, "head_dim": 4, "hidden_size": 16, "groups": 2}
+    assert describe_model(model) == {"id": str(stored), "config_hash": config_hash(model), "shapes": shapes}
+    monkeypatch.setattr(models_module, "REFERENCE", stored)
+    assert describe_model(load_model("reference")[0])["id"] == "reference"
+
+
+def test_samples_of_a_model_stay_known_when_its_description_grows(stored, monkeypatch):
+    model, _ = load_model(str(stored))
+    digest, described = model_digest(model), describe_model(model)
+    more = {**described, "shapes": {**described["shapes"], "another": 3}}
+    monkeypatch.setattr(models_module, "describe_model", lambda model: more)
+    assert model_digest(model) == digest
+    more["shapes"] = {**more["shapes"], "layers": 9}
+    assert model_digest(model) != digest
+
+
+@pytest.mark.parametrize(("begins", "context"), [(True, "<s>red"), (False, "red")])
+def test_without_a_template_the_context_begins_as_the_tokenizer_would_begin_it(begins, context):
+    tokenizer = tokenizer_of(begins)
+    assert format_prompt(tokenizer, "red", " which", " it is") == (context, " which", " it is")
+    assert tokenizer(context, add_special_tokens=False).input_ids == tokenizer("red").input_ids
+
+
+def test_a_chat_template_goes_around_both_and_stays_separable():
+    parts = format_prompt(tokenizer_of(template=TEMPLATE), " red", "\nwhich", " it is")
+    assert parts == ("<s>user: red", "\nwhich\nreply: ", " it is")

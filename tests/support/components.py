@@ -1,0 +1,77 @@
+"""Every scorer and every allocator of the package, built for a model of any shape."""
+
+from collections.abc import Callable
+
+import learnkv.allocators
+import learnkv.scorers
+from learnkv.allocators import Allocator, LearnedAllocator, LearnedSequentialAllocator, Pyramid
+from learnkv.core.component import Component
+from learnkv.scorers import GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
+from support.observations import randomised, subclasses
+from support.tables import made_up
+
+SCORERS = subclasses(learnkv.scorers, Scorer)
+ALLOCATORS = subclasses(learnkv.allocators, Allocator)
+
+TABLES = {
+    learnkv.scorers.CompressKV: "heads",
+    learnkv.scorers.FastKVzip: "gate",
+    learnkv.allocators.HeadKV: "scores",
+    learnkv.allocators.LUKV: "curve",
+    learnkv.allocators.DuoAttention: "gates",
+    learnkv.allocators.CompressKV: "errors",
+    learnkv.allocators.FixedLayers: "budgets",
+}
+"""The argument that names a table, of those that read one."""
+
+WRAPPERS = {
+    learnkv.scorers.CriticalKV: lambda: learnkv.scorers.CriticalKV(SnapKV(window=8)),
+    learnkv.scorers.VaSE: lambda: learnkv.scorers.VaSE(SnapKV(window=8)),
+    learnkv.scorers.Chunked: lambda: learnkv.scorers.Chunked(SnapKV(window=8)),
+}
+"""Those that correct another's scores."""
+
+LEARNED: dict[type, Callable[[int, int, int, int, int], Component]] = {
+    LearnedScorer: lambda layers, heads, group, dim, hidden: LearnedScorer(
+        SnapKV(window=8), layers, heads, dim, rank=3, hidden_size=hidden
+    ),
+    HiddenScorer: lambda layers, heads, group, dim, hidden: HiddenScorer(
+        SnapKV(window=8), layers, heads, dim, hidden, reads=["hidden", "keys", "values"]
+    ),
+    GateScorer: lambda layers, heads, group, dim, hidden: GateScorer(
+        SnapKV(window=8), layers, heads, hidden, num_groups=group
+    ),
+    LearnedAllocator: lambda layers, heads, group, dim, hidden: LearnedAllocator(
+        Pyramid(), layers, heads, conditioned=True, window=8
+    ),
+    LearnedSequentialAllocator: lambda layers, heads, group, dim, hidden: LearnedSequentialAllocator(
+        Pyramid(), layers, heads, window=8
+    ),
+}
+
+KNOWS_ITS_HEAD = {
+    learnkv.scorers.Random,
+    LearnedScorer,
+    HiddenScorer,
+    GateScorer,
+    learnkv.scorers.CompressKV,
+    learnkv.scorers.VaSE,
+    learnkv.scorers.FastKVzip,
+    LearnedAllocator,
+    LearnedSequentialAllocator,
+    learnkv.allocators.HeadKV,
+    learnkv.allocators.LUKV,
+    learnkv.allocators.DuoAttention,
+}
+"""Those of which a head's number is an input."""
+
+
+def build(cls: type[Component], layers: int, heads: int, group: int, dim: int, hidden: int = 32) -> Component:
+    """One with its defaults, whatever was learned drawn at random and tables made up."""
+    if cls in TABLES:
+        return cls(made_up(TABLES[cls], layers, heads, group, dim, hidden))
+    if cls in WRAPPERS:
+        return WRAPPERS[cls]()
+    if cls in LEARNED:
+        return randomised(LEARNED[cls](layers, heads, group, dim, hidden))
+    return cls()

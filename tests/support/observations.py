@@ -1,0 +1,96 @@
+"""Made-up observations and the classes that every contract test walks through."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from learnkv.core.observation import Observation, PromptPass, Statistic
+from learnkv.ops.rotary import Rotary
+
+
+def observe(
+    lengths: list[int],
+    *,
+    window: int = 8,
+    heads: int = 2,
+    group: int = 3,
+    dim: int = 16,
+    layer_idx: int = 1,
+    seed: int = 0,
+    statistics: Iterable[Statistic] = (),
+    extra_passes: Iterable[PromptPass] = (),
+) -> Observation:
+    """A batch of left-padded rows with these lengths; whatever is padding is NaN. A row depends on its length and seed.
+
+    `rope` of the result is the identity: tests that care bring their own. `statistics` are gathered from all queries,
+    `extra_passes` have found the norms of the keys.
+    """
+    slots = max(lengths)
+    shapes = {"queries": (heads * group, dim), "keys": (heads, dim), "values": (heads, dim), "hidden": (1, 2 * dim)}
+    rows: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    for length in lengths:
+        generator = torch.Generator().manual_seed(1000 * seed + length)
+        for name, (width, depth) in shapes.items():
+            row = torch.full((width, slots, depth), torch.nan)
+            row[:, slots - length :] = torch.randn(width, length, depth, generator=generator)
+            rows[name].append(row)
+    made = {name: torch.stack(row) for name, row in rows.items()}
+    positions = torch.arange(slots) - slots + torch.tensor(lengths).unsqueeze(-1)
+    window = min(window, slots)
+    whole = Observation(
+        layer_idx=layer_idx,
+        queries=made["queries"],
+        query_positions=positions,
+        keys=made["keys"],
+        values=made["values"],
+        scaling=dim**-0.5,
+        valid=(positions >= 0).unsqueeze(1).expand(-1, heads, -1),
+        positions=positions.unsqueeze(1).expand(-1, heads, -1),
+        output_weight=torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
+        hidden=made["hidden"][:, 0],
+        keep=torch.full((len(lengths),), 0.25, dtype=torch.float64),
+        rope=Rotary(((torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),)),
+    )
+    norms = whole.keys.norm(dim=-1, keepdim=True).nan_to_num()
+    return dataclasses.replace(
+        whole,
+        queries=whole.queries[:, :, slots - window :],
+        query_positions=positions[:, slots - window :],
+        statistics={one: one.update(whole, None) for one in statistics} | dict.fromkeys(extra_passes, norms),
+    )
+
+
+def permuted(seen: Observation, order: list[int]) -> Observation:
+    """The same layer with its kv heads in another order, their query heads with them."""
+    queries = seen.queries.unflatten(1, (seen.keys.shape[1], -1))[:, order].flatten(1, 2)
+    heads = {name: getattr(seen, name)[:, order] for name in ("keys", "values", "valid", "positions")}
+    assert seen.output_weight is not None
+    weight = seen.output_weight.unflatten(1, (len(order), -1))[:, order].flatten(1)
+    statistics = {which: held[:, order] for which, held in seen.statistics.items()}
+    return dataclasses.replace(seen, queries=queries, output_weight=weight, statistics=statistics, **heads)
+
+
+def subclasses(package: ModuleType, base: type) -> list[type]:
+    """Concrete subclasses of `base` in all files of `package`, by name."""
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    found, todo = set(), [base]
+    while todo:
+        children = [c for c in todo.pop().__subclasses__() if c.__module__.startswith(package.__name__)]
+        found.update(child for child in children if not inspect.isabstract(child))
+        todo += children
+    return sorted(found, key=lambda child: child.__name__)
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """The module with every parameter drawn at random, so that nothing learned is at its start."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,68 @@
+"""Tables for models of any shape: what the policies that read a file need in a test."""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+
+from learnkv.formats import duo, headkv, layers, lukv, tensors
+from learnkv.persistence.named_configs import CONFIGS
+from learnkv.persistence.policies import build_policy
+from learnkv.policy.policy import Policy
+
+FOLDER = tempfile.TemporaryDirectory()
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _curve(path: Path, count: int, heads: int) -> Path:
+    evicted = torch.arange(1, 100).view(-1, 1, 1) / 100
+    return lukv.write(path, evicted ** (0.5 + _draw(count, heads)))
+
+
+def _moments(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
+    root = _draw(count, heads * group, dim, dim) - 0.5
+    return tensors.write(path, {"mean": _draw(count, heads * group, dim), "covariance": root @ root.mT})
+
+
+def _gate(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
+    sizes = {"L": count, "Q": heads * group * 4, "K": heads * 4, "E": hidden, "F": 4, "H": heads, "S": 3, "G": group}
+    shapes = {name: [sizes.get(letter, 1) for letter in letters] for name, letters in tensors.KVZIP_GATE.items()}
+    return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
+
+
+MAKE: dict[str, Callable[..., Path]] = {
+    "scores": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
+    "heads": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
+    "curve": lambda path, count, heads, group, *_: _curve(path, count, heads),
+    "gates": lambda path, count, heads, group, *_: duo.write(path, _draw(count, heads), 2, 9),
+    "errors": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
+    "moments": _moments,
+    "gate": _gate,
+    "budgets": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
+}
+"""The argument that names a table -> what writes one for `count` layers of `heads` kv heads of `group` query heads of
+`dim` channels, and hidden states of `hidden`."""
+
+
+@functools.cache
+def made_up(argument: str, count: int, heads: int, group: int, dim: int = 16, hidden: int = 32) -> str:
+    """Path of a table that fits."""
+    shape = (count, heads, group, dim, hidden)
+    return str(MAKE[argument](Path(FOLDER.name) / "-".join(map(str, (argument, *shape))), *shape))
+
+
+@functools.cache
+def policy_of(name: str, *shape: int) -> Policy:
+    """The policy of a YAML; tables of the reference model give way to some for this shape."""
+    spec = yaml.safe_load((CONFIGS / "policies" / f"{name}.yaml").read_text(encoding="utf-8"))
+    for part in (spec.get("scorer"), spec.get("allocator")):
+        for argument, value in ((part or {}).get("init_args") or {}).items():
+            if value == "reference":
+                part["init_args"][argument] = made_up(argument, *shape)
+    return build_policy(spec, where=name)
