@@ -99,7 +99,7 @@ def test_reading_in_chunks_is_reading_at_once(family, chunk_size):
     model, prompts = attached(family), [tokens(1, length, seed=3)[0] for length in (67, 20)]
     whole, parts = (read(model, *padded(prompts), chunk_size=size) for size in (None, chunk_size))
     for one, other in zip(whole.compressed_layers(), parts.compressed_layers(), strict=True):
-        torch.testing.assert_close(one.keys[:, :, -20:], other.keys[:, :, -20:], rtol=0, atol=1e-4)
+        torch.testing.assert_close(one.prompt.keys[:, :, -20:], other.prompt.keys[:, :, -20:], rtol=0, atol=1e-4)
         torch.testing.assert_close(
             one.capture.queries[..., -20:, :], other.capture.queries[..., -20:, :], rtol=0, atol=1e-4
         )

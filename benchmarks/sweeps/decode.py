@@ -13,6 +13,7 @@ from benchmarks.peers import sdpa, varlen
 from benchmarks.results import Clock, Part
 from benchmarks.shapes import LLAMA_8B, QWEN_05B, QWEN_7B, Shape
 from benchmarks.timing import Call, input_sets, race
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 
 TAIL, CAPACITY = 16, 64
@@ -135,7 +136,7 @@ class Inputs:
     values: Tensor
     tail_keys: Tensor
     tail_values: Tensor
-    start: Tensor
+    offset: Tensor
     length: Tensor
     tail_length: Tensor
 
@@ -168,20 +169,9 @@ class Inputs:
 
     def ours(self) -> Callable[[], Tensor]:
         """The op as the decode loop calls it within a graph: a tail of fixed capacity, lengths on the device."""
-        return lambda: decode_attention(
-            self.query,
-            self.keys,
-            self.values,
-            self.start,
-            self.length,
-            max(self.lengths),
-            self.tail_keys,
-            self.tail_values,
-            None,
-            self.scaling,
-            self.tail_length,
-            impl="triton",
-        )[0].flatten()
+        kept = Ragged(self.keys, self.values, self.offset, self.length, max(self.lengths))
+        tail = Tail(self.tail_keys, self.tail_values, used=self.tail_length)
+        return lambda: decode_attention(self.query, kept, tail, self.scaling, impl="triton")[0].flatten()
 
     def _joined(self, pool: Tensor, tail: Tensor) -> Tensor:
         """[N + rows * TAIL, D]: every row followed by its tail."""

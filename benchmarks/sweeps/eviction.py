@@ -7,6 +7,7 @@ from benchmarks import limits
 from benchmarks.results import Clock, Part
 from benchmarks.shapes import LLAMA_8B, QWEN_7B, Shape
 from benchmarks.timing import Timing, input_sets, race
+from learnkv.ops.arguments import Ragged
 from learnkv.ops.gather_kv import gather_kv
 from learnkv.ops.select import select
 from learnkv.ops.window_scores import window_scores
@@ -118,7 +119,7 @@ def compaction(
     work = limits.gather_kv(rows * kept, dim)
     sets = min(input_sets(work.bytes, dry_run), 64)  # each set holds the whole prompt
     length = torch.full((rows,), kept, device=device)
-    start = length.cumsum(0) - length
+    offset = length.cumsum(0) - length
     ours, theirs = [], []
     for _ in range(sets):
         keys, values = (torch.randn(rows, slots, dim, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -126,7 +127,7 @@ def compaction(
         pools = [torch.full((rows * kept, dim), torch.nan, device=device, dtype=torch.bfloat16) for _ in range(2)]
 
         def gather(keys=keys, values=values, index=index, pools=pools) -> None:  # type: ignore[no-untyped-def]
-            gather_kv(keys, values, index, 0, start, length, *pools, impl="triton")
+            gather_kv(keys, values, index, 0, Ragged(*pools, offset, length, kept), impl="triton")
 
         def copy(keys=keys, values=values, index=index, pools=pools) -> None:  # type: ignore[no-untyped-def]
             torch.index_select(keys.view(-1, dim), 0, index, out=pools[0])

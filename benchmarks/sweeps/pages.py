@@ -8,6 +8,7 @@ from benchmarks.limits import Work
 from benchmarks.results import Clock, Part
 from benchmarks.shapes import LLAMA_8B, Shape
 from benchmarks.timing import Call, input_sets, race
+from learnkv.ops.arguments import Pages, Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.page_bounds import empty_bounds, page_bounds, page_scores
 from learnkv.ops.select import select_slots
@@ -61,12 +62,13 @@ class Inputs:
         def numbers(*size: int) -> Tensor:
             return torch.randn(*size, device=device, dtype=torch.bfloat16)
 
-        self.prompt, self.scaling, self.most = prompt, dim**-0.5, read // PAGE
+        self.scaling, self.most = dim**-0.5, read // PAGE
         self.keys, self.values = numbers(rows * prompt, dim), numbers(rows * prompt, dim)
         self.query = numbers(batch, shape.heads, 1, dim)
         self.tails = [numbers(batch, shape.kv_heads, 1, dim) for _ in range(2)]
-        self.start = torch.arange(rows, device=device) * prompt
-        self.length = torch.full((rows,), prompt, device=device)
+        offset = torch.arange(rows, device=device) * prompt
+        length = torch.full((rows,), prompt, device=device)
+        self.kept = Ragged(self.keys, self.values, offset, length, prompt)
         self.none = torch.zeros(rows, dtype=torch.int64, device=device)
         self.bounds = empty_bounds(self.keys, rows, 2, prompt // PAGE, dim)
         self.pages = torch.full((rows,), prompt // PAGE, device=device)
@@ -75,7 +77,7 @@ class Inputs:
 
     def enclose(self) -> None:
         """Bounds of all pages; those of the prompt do not change by being taken again."""
-        page_bounds(self.keys, self.start, self.length, self.prompt, self.none, self.bounds, PAGE, impl="triton")
+        page_bounds(self.kept, self.none, self.bounds, PAGE, impl="triton")
 
     def enclose_in_torch(self) -> list[Tensor]:
         """The same by two reductions."""
@@ -88,9 +90,8 @@ class Inputs:
 
     def attend(self, pages: Tensor | None) -> Tensor:
         """Output of a step that reads these pages; None: everything."""
-        tables = (self.start, self.length, self.prompt)
-        given = (self.query, self.keys, self.values, *tables, *self.tails, None, self.scaling, None)
-        return decode_attention(*given, pages, PAGE if pages is not None else 0, impl="triton")[0]
+        listed = None if pages is None else Pages(pages, PAGE)
+        return decode_attention(self.query, self.kept, Tail(*self.tails), self.scaling, listed, impl="triton")[0]
 
     def step(self) -> Tensor:
         """Score, list the best pages, read them."""

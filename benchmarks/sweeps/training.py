@@ -17,6 +17,7 @@ from benchmarks import limits
 from benchmarks.results import Clock, Part
 from benchmarks.shapes import LLAMA_8B, Shape
 from benchmarks.timing import Call, race
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.gather_kv import gather_kv
@@ -90,23 +91,22 @@ class Inputs:
 
     def forward(self) -> Call:
         """Every entry in the forward."""
-        held = (self.query, self.keys, self.values, self.gates, *self.tails, None, self.scaling)
-        return torch.no_grad()(lambda: gated_attention(*held, impl="triton"))
+        given = (self.query, self.keys, self.values, self.gates, Tail(*self.tails), self.scaling)
+        return torch.no_grad()(lambda: gated_attention(*given, impl="triton"))
 
     def backward(self) -> Call:
         """The deployed set in the forward; its backward, which gives every entry of the prompt a gradient."""
         rows, dim, device = self.shape.kv_heads, self.shape.dim, self.query.device
         kept = math.ceil(KEEP * self.prompt)
         length = torch.full((rows,), kept, device=device)
-        start = length.cumsum(0) - length
+        offset = length.cumsum(0) - length
         index = select(self.gates.view(rows, -1), length, rows * kept)
         pools = [self.keys.new_empty(rows * kept, dim) for _ in range(2)]
-        gather_kv(self.keys[0], self.values[0], index, 0, start, length, *pools)
-        output, lse = decode_attention(
-            self.query, *pools, start, length, kept, *self.tails, None, self.scaling, impl="triton"
-        )
-        told = (self.grad, self.query, output, lse, self.keys, self.values, *pools, start, length, *self.tails)
-        return torch.no_grad()(lambda: mask_gradient(*told, None, self.scaling, impl="triton"))
+        segment, tail = Ragged(*pools, offset, length, kept), Tail(*self.tails)
+        gather_kv(self.keys[0], self.values[0], index, 0, segment)
+        output, lse = decode_attention(self.query, segment, tail, self.scaling, impl="triton")
+        given = (self.grad, self.query, output, lse, self.keys, self.values, segment, tail, self.scaling)
+        return torch.no_grad()(lambda: mask_gradient(*given, impl="triton"))
 
     def _whole(self, grouped: bool) -> list[Tensor]:
         """Keys, values [1, H, S + T, D] and the bias [1, H, S + T]; repeated for every query head unless `grouped`."""

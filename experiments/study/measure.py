@@ -20,7 +20,7 @@ from learnkv.evaluation.run import load_policies
 from learnkv.evaluation.store import Store, replacing
 from learnkv.evaluation.tasks.ruler import tasks_named
 from learnkv.inference.attention import attach
-from learnkv.inference.models import load_model
+from learnkv.inference.models import context_length, load_model
 from learnkv.policy.policy import Policy
 
 MAIN, TEXT, SHUFFLED = "main", "text", "shuffled"
@@ -51,7 +51,7 @@ class Comparisons:
         self.config = config
         self.model, self.tokenizer = load_model(config.model, None, config.dtype, config.device)
         attach(self.model)
-        self.context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.context = context_length(self.model)
         folders = trained(config)
         self.learned = self._load(str(folder) for folder in folders.values())
         self.baselines = self._load(config.baselines)

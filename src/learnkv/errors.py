@@ -1,4 +1,4 @@
-"""What a user is told in one line."""
+"""Errors that end a program with one line for the user."""
 
 
 class UserError(ValueError):
@@ -10,4 +10,4 @@ class RunError(RuntimeError):
 
 
 class Preempted(RunError):
-    """A run that was asked to end (SIGTERM) and can be continued: one line; exit code 143."""
+    """A run that was ended by SIGTERM and can be resumed: one line; exit code 143."""

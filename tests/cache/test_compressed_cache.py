@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from learnkv import CompressedCache, Policy, attach, continuation, prefill
 from learnkv.allocators import Allocator
+from learnkv.cache.states import Prompt
 from learnkv.cache.storage import TAIL_CHUNK
 from learnkv.errors import UserError
 from learnkv.scorers import Knorm
@@ -81,7 +82,7 @@ def test_the_bytes_are_what_a_walk_over_live_tensors_finds(family, one_shot):
         cache = prefill(model, ids, mask, policy=policy, keep=0.2)
     else:
         parent = prefill(model, ids, mask)
-        prompt = weakref.ref(parent.compressed_layers()[0].keys)
+        prompt = weakref.ref(parent.compressed_layers()[0].prompt.keys)
         cache = policy.compress(parent.fork(), keep=0.2)
         assert prompt() is not None
         del parent
@@ -205,7 +206,7 @@ def test_reading_with_a_policy_is_reading_and_compressing(name, chunk_size):
     whole: list[int] = []
 
     def count(module, args, kwargs, output):
-        whole.append(sum(layer.keys is not None for layer in kwargs["past_key_values"].layers))
+        whole.append(sum(isinstance(layer.state, Prompt) for layer in kwargs["past_key_values"].layers))
 
     hooks = [layer.self_attn.register_forward_hook(count, with_kwargs=True) for layer in model.model.layers]
     at_once = prefill(model, ids, mask, chunk_size=chunk_size, policy=policy, keep=0.25)
@@ -260,8 +261,9 @@ def test_what_is_kept_are_prompt_positions_with_their_own_keys(family):
                 assert (chosen.diff() > 0).all()
                 assert chosen[-1] == length - 1
                 entries = small.layers[at].segment
-                start, count = (int(table[row * heads_of(model) + head]) for table in (entries.start, entries.length))
+                start, count = (int(table[row * heads_of(model) + head]) for table in (entries.offset, entries.length))
                 assert count == len(chosen)
-                for pool, source in ((entries.keys, whole.layers[at].keys), (entries.values, whole.layers[at].values)):
+                prompt = whole.layers[at].prompt
+                for pool, source in ((entries.keys, prompt.keys), (entries.values, prompt.values)):
                     expected = source[row, head, 40 - length :][chosen]
                     assert torch.equal(pool[start : start + count], expected)

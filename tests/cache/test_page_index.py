@@ -25,16 +25,16 @@ def steps(monkeypatch) -> list[dict]:
     """Arguments of all attention to pages from now on."""
     seen: list[dict] = []
 
-    def record(query, keys, values, start, length, longest, tail_keys, tail_values, mask, *args, **how):
-        if "pages" in how:
-            told = {"keys": keys, "start": start, "length": length, "tail": tail_keys, "mask": mask}
-            told["pages"] = how["pages"]
+    def record(query, kept, tail, scaling, pages=None):
+        if pages is not None:
+            told = {"keys": kept.keys, "offset": kept.offset, "length": kept.length, "tail": tail.keys}
+            told |= {"mask": tail.mask, "pages": pages.numbers}
             seen.append(
-                {name: None if held is None else held.clone() for name, held in told.items()} | {"query": query}
+                {name: None if value is None else value.clone() for name, value in told.items()} | {"query": query}
             )
-        return decode_attention(query, keys, values, start, length, longest, tail_keys, tail_values, mask, *args, **how)
+        return decode_attention(query, kept, tail, scaling, pages)
 
-    monkeypatch.setattr("learnkv.cache.layer.decode_attention", record)
+    monkeypatch.setattr("learnkv.cache.states.decode_attention", record)
     return seen
 
 
@@ -42,9 +42,9 @@ def expected(step: dict, tokens: list[int]) -> list[list[int]]:
     """Pages of every kv head, from all keys that are there, by the rule of the kernels."""
     found = []
     query, tail = step["query"], step["tail"]
-    for row in range(len(step["start"])):
+    for row in range(len(step["offset"])):
         b, h = divmod(row, tail.shape[1])
-        begin = int(step["start"][row])
+        begin = int(step["offset"][row])
         seen = slice(None) if step["mask"] is None else step["mask"][b, 0, 0]
         keys = torch.cat([step["keys"][begin : begin + int(step["length"][row])], tail[b, h][seen]])
         parts = keys.split(PAGE)
@@ -116,7 +116,7 @@ def test_a_batch_is_every_row_alone(family):
 
 
 def bounds_nbytes(cache) -> int:
-    return sum(layer.reading.bounds.nbytes + layer.reading.tokens.nbytes for layer in cache.compressed_layers())
+    return sum(layer.page_index.bounds.nbytes + layer.page_index.tokens.nbytes for layer in cache.compressed_layers())
 
 
 def test_nothing_is_freed_and_the_bounds_are_counted():
@@ -134,7 +134,7 @@ def test_nothing_is_freed_and_the_bounds_are_counted():
 def test_layers_that_read_everything_count_as_such():
     cache = quest(dense_layers=2).compress(prefill(attached("llama"), tokens(1, 100)), keep=0.2)
     assert cache.read == pytest.approx([(2 + 0.2) / 3])
-    assert [layer.reading is None for layer in cache.compressed_layers()] == [True, True, False]
+    assert [layer.page_index is None for layer in cache.compressed_layers()] == [True, True, False]
 
 
 def test_forks_do_not_know_each_other():
@@ -246,7 +246,7 @@ def test_a_step_reads_the_bytes_of_its_pages(steps):
 
 
 def held(cache) -> list[Tensor]:
-    return [layer.reading.bounds for layer in cache.compressed_layers()]
+    return [layer.page_index.bounds for layer in cache.compressed_layers()]
 
 
 def test_bounds_are_not_copied_from_step_to_step():

@@ -41,11 +41,11 @@ def test_keys_stand_side_by_side(rerotate, one_shot):
         for row, length in enumerate(lengths):
             for head in range(2):
                 kept = after.kept_positions(row, head)
-                count, begin = len(kept), int(after.segment.start[2 * row + head])
+                count, begin = len(kept), int(after.segment.offset[2 * row + head])
                 first = 0 if rerotate == "start" else length - count
                 target = torch.arange(first, first + count)
                 assert after.segment.rotated[begin : begin + count].tolist() == target.tolist()
-                held = before.keys[row, head, 60 - length :][kept]
+                held = before.prompt.keys[row, head, 60 - length :][kept]
                 ours = after.segment.keys[begin : begin + count].double()
                 torch.testing.assert_close(ours, turned(model, held, target - kept), rtol=0, atol=2e-5)
 
@@ -56,7 +56,7 @@ def test_a_prompt_whose_end_is_kept_looks_shorter():
     cache = prefill(model, ids, policy=Policy(StreamingLLM(sinks=0), sinks=0, rerotate="start"), keep=0.4)
     short = prefill(model, ids[:, 30:])
     ours = cache.compressed_layers()[0].segment.keys.view(2, 20, -1)[:2]
-    torch.testing.assert_close(ours, short.compressed_layers()[0].keys[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, short.compressed_layers()[0].prompt.keys[0], rtol=0, atol=2e-5)
 
 
 def test_distances_stay_within_the_budget_while_tokens_are_added():
@@ -74,7 +74,7 @@ def test_distances_stay_within_the_budget_while_tokens_are_added():
     assert layer.segment.rotated.view(-1, 10).tolist() == [list(range(50, 60))] * (layer.segment.rotated.numel() // 10)
     shift = torch.tensor([50, 50] + 8 * [0])  # in the first layer keys do not depend on what was attended to
     for row in range(4):
-        begin, other = int(layer.segment.start[row]), int(straight.segment.start[row])
+        begin, other = int(layer.segment.offset[row]), int(straight.segment.offset[row])
         ours, theirs = layer.segment.keys[begin : begin + 10], straight.segment.keys[other : other + 10]
         torch.testing.assert_close(ours.double(), turned(model, theirs, shift), rtol=0, atol=5e-5)
     assert generate(model, tokens(2, 1), cache, max_new_tokens=6).shape == (2, 6)

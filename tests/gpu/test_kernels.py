@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.shapes import LLAMA_8B, QWEN_05B, QWEN_7B, Shape
 from benchmarks.sweeps import pages
 from benchmarks.sweeps.decode import Case, Inputs, row_lengths
+from learnkv.ops.arguments import Pages, Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gather_kv import gather_kv
 from learnkv.ops.page_bounds import page_scores
@@ -59,9 +60,9 @@ def test_several_new_tokens_see_each_other_causally():
 
     def attend(exact: bool) -> tuple[Tensor, Tensor]:
         given = [x.double() if exact else x for x in (query, inputs.keys, inputs.values, *tails)]
-        tables = (inputs.start, inputs.length, max(lengths))
+        kept = Ragged(*given[1:3], inputs.offset, inputs.length, max(lengths))
         impl = "reference" if exact else "triton"
-        return decode_attention(*given[:3], *tables, *given[3:], None, inputs.scaling, impl=impl)
+        return decode_attention(given[0], kept, Tail(*given[3:]), inputs.scaling, impl=impl)
 
     with poisoned():
         output, lse = attend(exact=False)
@@ -115,10 +116,10 @@ def test_gather(dim: int):
     rows, slots = 64, 8192
     keys, values = (torch.randn(rows, slots, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     length = torch.randint(0, 2000, (rows,), device=DEVICE)
-    total, start = int(length.sum()), length.cumsum(0) - length
+    total, offset = int(length.sum()), length.cumsum(0) - length
     index = select(torch.rand(rows, slots, device=DEVICE), length, total, impl="triton")
     pools = [torch.full((total, dim), torch.nan, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
-    gather_kv(keys, values, index, 0, start, length, *pools, impl="triton")
+    gather_kv(keys, values, index, 0, Ragged(*pools, offset, length, slots), impl="triton")
     for held, pool in ((keys, pools[0]), (values, pools[1])):
         assert torch.equal(pool, held.view(-1, dim)[index])
 
@@ -137,9 +138,9 @@ def test_reading_pages(batch: int, prompt: int):
     query = inputs.query[:, :, 0].double()
     assert relative(scores, page_scores(query, inputs.bounds.double(), inputs.pages, "max")) < TOLERANCE[torch.float32]
     assert torch.equal(listed, select_slots(scores, inputs.budget, inputs.most, impl="reference"))
-    exact = [x.double() for x in (inputs.query, inputs.keys, inputs.values, *inputs.tails)]
-    tables = (inputs.start, inputs.length, prompt)
+    kept = inputs.kept._replace(keys=inputs.keys.double(), values=inputs.values.double())
+    tail = Tail(*(part.double() for part in inputs.tails))
     truth, _ = decode_attention(
-        *exact[:3], *tables, *exact[3:], None, inputs.scaling, None, listed, pages.PAGE, impl="reference"
+        inputs.query.double(), kept, tail, inputs.scaling, Pages(listed, pages.PAGE), impl="reference"
     )
     assert relative(got, truth) < TOLERANCE[torch.bfloat16]

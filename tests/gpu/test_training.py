@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.shapes import LLAMA_8B
 from learnkv import Policy, attach, continuation, prefill
 from learnkv.allocators import AdaKV, LearnedAllocator
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.mask_gradient import mask_gradient
@@ -39,20 +40,20 @@ def test_the_gradient_of_a_mask(dtype):
     heads, copies = LLAMA_8B.kv_heads, 2
     keys, values = (numbers(1, heads, SLOTS, dtype=dtype) for _ in range(2))
     tails = [numbers(copies, heads, NEW, dtype=dtype) for _ in range(2)]
-    query, grad = (numbers(copies, LLAMA_8B.heads, NEW, dtype=dtype) for _ in range(2))
+    asks, grad = (numbers(copies, LLAMA_8B.heads, NEW, dtype=dtype) for _ in range(2))
     length = torch.linspace(0, 600, heads, device=DEVICE).long()
-    start = length.cumsum(0) - length
+    offset = length.cumsum(0) - length
     at = torch.cat([torch.arange(int(n), device=DEVICE) * 3 + row * SLOTS for row, n in enumerate(length)])
     pools = [held.view(-1, LLAMA_8B.dim)[at] for held in (keys, values)]
-    tables = [table.repeat(copies) for table in (start, length)]
+    tables = [table.repeat(copies) for table in (offset, length)]
     scaling = LLAMA_8B.dim**-0.5
 
     def both(exact: bool) -> tuple[Tensor, ...]:
-        given = [x.double() if exact else x for x in (query, *pools, *tails, grad, keys, values)]
-        asked, kept, tail = given[0], given[1:3], given[3:5]
+        given = [x.double() if exact else x for x in (asks, *pools, *tails, grad, keys, values)]
+        query, kept, tail = given[0], Ragged(*given[1:3], *tables, 600), Tail(*given[3:5])
         impl = "reference" if exact else "triton"
-        output, lse = decode_attention(asked, *kept, *tables, 600, *tail, None, scaling, impl=impl)
-        return mask_gradient(given[5], asked, output, lse, *given[6:], *kept, *tables, *tail, None, scaling, impl=impl)
+        output, lse = decode_attention(query, kept, tail, scaling, impl=impl)
+        return mask_gradient(given[5], query, output, lse, *given[6:], kept, tail, scaling, impl=impl)
 
     with poisoned():
         got = both(exact=False)
@@ -71,7 +72,9 @@ def test_soft_gates(dtype):
 
     def attend(exact: bool) -> Tensor:
         given = [x.double() if exact else x for x in (query, *held, gates, *tails)]
-        return gated_attention(*given, None, LLAMA_8B.dim**-0.5, impl="reference" if exact else "triton")
+        return gated_attention(
+            *given[:4], Tail(*given[4:]), LLAMA_8B.dim**-0.5, impl="reference" if exact else "triton"
+        )
 
     with torch.no_grad(), poisoned():
         got = attend(exact=False)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from learnkv import CompressedCache, attach, continuation, generate, prefill
-from learnkv.inference.decode_loop import WARM_UP, Steps
+from learnkv.inference.decode_loop import WARM_UP, DecodeLoop
 
 DRAWN = {"do_sample": True, "temperature": 1.4, "top_k": 20, "top_p": 0.9, "seed": 5}
 WAYS = pytest.mark.parametrize("way", [{}, DRAWN], ids=["greedy", "drawn"])
@@ -21,9 +21,9 @@ def without_gradients():
 
 
 @pytest.fixture
-def captured(monkeypatch) -> list[Steps]:
+def captured(monkeypatch) -> list[DecodeLoop]:
     """The steps that a graph would hold, one entry for each capture; replaying computes them anew."""
-    held: list[Steps] = []
+    held: list[DecodeLoop] = []
 
     def capture(step, device, generator):
         held.append(step.__self__)
@@ -203,15 +203,17 @@ class Trace(TorchDispatchMode):
 def test_a_static_step_repeats_itself_and_leaves_the_host_alone(way, family, lengths, captured, monkeypatch):
     """The same operations on the same places, whatever is said: what a graph of one step relies on."""
     traces, states, cache = [], [], compressed(50, 33, family=family)
-    step = Steps._step
+    step = DecodeLoop._step
 
-    def traced(self: Steps) -> None:
+    def traced(self: DecodeLoop) -> None:
         with Trace() as trace:
             step(self)
         traces.append(trace.seen)
-        states.append([(tail.length, layer.prompt) for tail, layer in zip(cache.tails(), cache.layers, strict=True)])
+        states.append(
+            [(tail.length, layer.prompt_slots) for tail, layer in zip(cache.tails(), cache.layers, strict=True)]
+        )
 
-    monkeypatch.setattr(Steps, "_step", traced)
+    monkeypatch.setattr(DecodeLoop, "_step", traced)
     # A kernel knows no rows that are too short for a call of their own.
     monkeypatch.setattr("learnkv.ops.decode_attention.reference._WORTH_A_CALL", 0)
     questions = padded([tokens(1, length, seed=6)[0] for length in lengths], "right")

@@ -35,7 +35,7 @@ def disturbed(model, seed: int = 0) -> Adapter:
         adapters.add(model, NEW)
     for at, weight in enumerate(adapters.weights(model, NEW).values()):
         weight.data.normal_(generator=torch.Generator().manual_seed(100 * seed + at))
-    return adapters.held(model, NEW)
+    return adapters.current_weights(model, NEW)
 
 
 def policy(adapter: Adapter | None = None) -> Policy:
@@ -52,8 +52,8 @@ def test_only_what_is_read_after_compression_feels_an_adapter(model):
     mine = disturbed(model)
     again = prefill(model, PROMPT)
     for one, other in zip(whole.compressed_layers(), again.compressed_layers(), strict=True):
-        assert torch.equal(one.keys, other.keys)
-        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.prompt.keys, other.prompt.keys)
+        assert torch.equal(one.prompt.values, other.prompt.values)
     held = policy(mine).compress(again.fork(), keep=0.3)
     one_shot = prefill(model, PROMPT, policy=policy(mine), keep=0.3)
     bare = policy().compress(again.fork(), keep=0.3)

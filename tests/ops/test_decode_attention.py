@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention, reference
 
 
-def in_loops(query, keys, values, start, length, tail_keys, tail_values, sees, scaling):
+def in_loops(query, keys, values, offset, length, tail_keys, tail_values, sees, scaling):
     """Output [B, H*G, T, D] and log-sum-exp, one query at a time; `sees` [B, T, M]."""
     batch, query_heads, new, dim = query.shape
     heads = tail_keys.shape[1]
@@ -20,7 +21,7 @@ def in_loops(query, keys, values, start, length, tail_keys, tail_values, sees, s
         for h in range(query_heads):
             head = h // (query_heads // heads)
             row = b * heads + head
-            own = slice(int(start[row]), int(start[row]) + int(length[row]))
+            own = slice(int(offset[row]), int(offset[row]) + int(length[row]))
             for t in range(new):
                 k = torch.cat([keys[own], tail_keys[b, head][sees[b, t]]]).double()
                 v = torch.cat([values[own], tail_values[b, head][sees[b, t]]]).double()
@@ -37,31 +38,31 @@ def problem(lengths, batch, heads, group, new, before, dim=8, seed=0, gap=3):
     def noise(*shape):
         return torch.randn(*shape, generator=generator)
 
-    start, at = [], gap
+    offset, at = [], gap
     for length in lengths:
-        start.append(at)
+        offset.append(at)
         at += length + gap
     pools = torch.full((2, at, dim), torch.nan)
-    for begin, length in zip(start, lengths, strict=True):
+    for begin, length in zip(offset, lengths, strict=True):
         pools[:, begin : begin + length] = noise(2, length, dim)
     tail = noise(2, batch, heads, before + new, dim)
     query = noise(batch, heads * group, new, dim) * 2
-    return query, *pools, torch.tensor(start), torch.tensor(lengths), *tail
+    return query, *pools, torch.tensor(offset), torch.tensor(lengths), *tail
 
 
 def causal(batch, new, tail):
     return torch.ones(batch, new, tail, dtype=torch.bool).tril(tail - new)
 
 
-def check(query, keys, values, start, length, tail_keys, tail_values, mask=None, longest=None):
+def check(query, keys, values, offset, length, tail_keys, tail_values, mask=None, longest=None):
     batch, _, new, dim = query.shape
     sees = causal(batch, new, tail_keys.shape[2]) if mask is None else mask[:, 0]
     longest = int(length.max()) if longest is None else longest
-    scaling = 1.3 * dim**-0.5
-    told = in_loops(query, keys, values, start, length, tail_keys, tail_values, sees, scaling)
+    scaling, kept = 1.3 * dim**-0.5, Ragged(keys, values, offset, length, longest)
+    told = in_loops(query, keys, values, offset, length, tail_keys, tail_values, sees, scaling)
     for worth_a_call in (0, 40, 4096):  # every row a view; some copied together; all of them, small as they are
         with patch.object(reference, "_WORTH_A_CALL", worth_a_call):
-            ours = decode_attention(query, keys, values, start, length, longest, tail_keys, tail_values, mask, scaling)
+            ours = decode_attention(query, kept, Tail(tail_keys, tail_values, mask), scaling)
         for one, other in zip(ours, told, strict=True):
             torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=2e-6)
 
@@ -97,9 +98,9 @@ def test_all_rows_empty():
 
 
 def test_rows_may_share_entries():
-    query, keys, values, start, length, *tail = problem([7, 4, 9, 6], batch=2, heads=2, group=2, new=2, before=1)
+    query, keys, values, offset, length, *tail = problem([7, 4, 9, 6], batch=2, heads=2, group=2, new=2, before=1)
     alias = torch.tensor([2, 1, 2, 0])
-    check(query, keys, values, start[alias], length[alias], *tail)
+    check(query, keys, values, offset[alias], length[alias], *tail)
 
 
 def test_padding_in_the_tail_is_not_seen():
@@ -108,19 +109,22 @@ def test_padding_in_the_tail_is_not_seen():
     mask[0, :, 1] = False
     mask[1, :, 5:] = False
     check(*case, mask=mask.unsqueeze(1))
-    blind = decode_attention(*case[:5], 9, *case[5:], mask.unsqueeze(1), 0.3)[0]
+    blind = decode_attention(case[0], Ragged(*case[1:5], 9), Tail(*case[5:], mask.unsqueeze(1)), 0.3)[0]
     for tail in case[5:]:
         tail[0, :, 1] = 1e4
         tail[1, :, 5:] = 1e4
-    assert torch.equal(decode_attention(*case[:5], 9, *case[5:], mask.unsqueeze(1), 0.3)[0], blind)
+    assert torch.equal(
+        decode_attention(case[0], Ragged(*case[1:5], 9), Tail(*case[5:], mask.unsqueeze(1)), 0.3)[0], blind
+    )
 
 
 def test_a_query_that_sees_nothing_gets_zero():
     case = problem([0, 3], batch=2, heads=1, group=2, new=1, before=2)
-    output, lse = decode_attention(*case[:5], 3, *case[5:], torch.zeros(2, 1, 1, 3, dtype=torch.bool), 0.3)
+    nothing = torch.zeros(2, 1, 1, 3, dtype=torch.bool)
+    output, lse = decode_attention(case[0], Ragged(*case[1:5], 3), Tail(*case[5:], nothing), 0.3)
     assert (output[0] == 0).all()
     assert (lse[0] == -math.inf).all()
-    check(*case, mask=torch.zeros(2, 1, 1, 3, dtype=torch.bool))
+    check(*case, mask=nothing)
 
 
 def test_large_scores_do_not_overflow():
@@ -131,7 +135,7 @@ def test_large_scores_do_not_overflow():
 def test_half_precision_is_as_good_as_its_inputs():
     case = problem([30, 5, 11, 0], batch=2, heads=2, group=2, new=3, before=2)
     half = [one.bfloat16() if one.is_floating_point() else one for one in case]
-    ours, lse = decode_attention(*half[:5], 30, *half[5:], None, 0.35)
+    ours, lse = decode_attention(half[0], Ragged(*half[1:5], 30), Tail(*half[5:]), 0.35)
     whole = [one.float() if one.is_floating_point() else one for one in half]
     told = in_loops(*whole, causal(2, 3, 5), 0.35)
     assert ours.dtype == torch.bfloat16

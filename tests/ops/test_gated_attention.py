@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 
@@ -60,9 +61,7 @@ def ours(made, mask):
         made["keys"],
         made["values"],
         made["gates"],
-        made["tail_keys"],
-        made["tail_values"],
-        mask,
+        Tail(made["tail_keys"], made["tail_values"], mask),
         SCALING,
     )
 
@@ -99,17 +98,11 @@ def test_gates_of_zero_and_one_are_eviction(group, copies):
         for name in ("keys", "values")
     )
     length = rows.sum(-1).flatten()
-    start = length.cumsum(0) - length
+    offset = length.cumsum(0) - length
     deployed, _ = decode_attention(
         made["query"],
-        pool_keys,
-        pool_values,
-        start,
-        length,
-        int(length.max()),
-        made["tail_keys"],
-        made["tail_values"],
-        mask,
+        Ragged(pool_keys, pool_values, offset, length, int(length.max())),
+        Tail(made["tail_keys"], made["tail_values"], mask),
         SCALING,
     )
     torch.testing.assert_close(ours(made, mask), deployed, rtol=1e-5, atol=2e-6)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learnkv.ops.arguments import Ragged
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 
 
@@ -24,20 +25,21 @@ def test_each_row_is_written_to_its_own_segment_and_nothing_else(problem, stride
     chosen = [torch.randperm(slots, generator=generator)[:count].sort().values for count in counts]
     index = torch.cat([row * slots + slot for row, slot in enumerate(chosen)])
     length = torch.tensor(counts).view(layers, rows)
-    start = (length.flatten().cumsum(0) - length.flatten()).view(layers, rows)
+    offset = (length.flatten().cumsum(0) - length.flatten()).view(layers, rows)
     keys, values = torch.randn(2, layers, rows, slots, 3, generator=generator)
     if strided:
         keys = keys.transpose(2, 3).contiguous().transpose(2, 3)
     pools = torch.full((2, len(index), 3), torch.nan)
     for layer in range(layers):
         left = pools.clone()
-        before, after = int(start[layer, 0]), int(start[layer, -1] + length[layer, -1])
-        gather_kv(keys[layer], values[layer], index, layer * rows, start[layer], length[layer], *pools)
+        before, after = int(offset[layer, 0]), int(offset[layer, -1] + length[layer, -1])
+        out = Ragged(*pools, offset[layer], length[layer], slots)
+        gather_kv(keys[layer], values[layer], index, layer * rows, out)
         for pool, old in zip(pools, left, strict=True):
             assert torch.equal(pool[:before], old[:before])
             assert pool[after:].isnan().all()
     for row, slot in enumerate(chosen):
-        at = slice(int(start.flatten()[row]), int(start.flatten()[row]) + counts[row])
+        at = slice(int(offset.flatten()[row]), int(offset.flatten()[row]) + counts[row])
         assert torch.equal(pools[0, at], keys.flatten(0, 1)[row][slot])
         assert torch.equal(pools[1, at], values.flatten(0, 1)[row][slot])
 
@@ -58,16 +60,16 @@ def test_rerotated_keys_are_those_of_the_new_positions(channels, align):
 
     chosen = [torch.tensor(kept).long() for kept in ([3, 9, 10, 39], [], [7], list(range(3, 40, 5)))]
     length = torch.tensor([len(kept) for kept in chosen])
-    start = length.cumsum(0) - length
+    offset = length.cumsum(0) - length
     index = torch.cat([row * slots + kept for row, kept in enumerate(chosen)])
     last = slots - padding
     first = torch.zeros(4, dtype=torch.long) if align == "first" else last - length
     keys = rotated(plain, torch.arange(slots) - padding)
     pools = torch.full((2, len(index), dim), torch.nan, dtype=torch.float64)
     how = Rerotation((index % slots - padding).to(torch.int32), first, frequencies)
-    gather_kv(keys, values, index, 0, start, length, *pools, how)
+    gather_kv(keys, values, index, 0, Ragged(*pools, offset, length, slots), how)
     for row, kept in enumerate(chosen):
-        at = slice(int(start[row]), int(start[row]) + len(kept))
+        at = slice(int(offset[row]), int(offset[row]) + len(kept))
         wanted = rotated(plain[row, kept], int(first[row]) + torch.arange(len(kept)))
         torch.testing.assert_close(pools[0, at], wanted, rtol=0, atol=1e-12)
         assert torch.equal(pools[1, at], values[row, kept])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.arguments import call
 from support.continuations import SEGMENT, Case, double, without
 
 from learnkv.ops.decode_attention import decode_attention
@@ -22,7 +23,7 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 def gradients(function, given, direction):
     leaves = {name: given[name].detach().clone().requires_grad_() for name in DIFFERENTIABLE}
-    output = function(**(given | leaves))
+    output = call(function, given | leaves)
     output.backward(direction)
     return output.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
@@ -45,10 +46,9 @@ def test_the_gradients_are_those_of_gated_attention(case):
 @every_case
 def test_the_output_is_that_of_deployment(case):
     given = case.inputs()
-    deployed = without(given, "gates", "keys", "values", "kept_keys", "kept_values")
-    output, _ = decode_attention(keys=given["kept_keys"], values=given["kept_values"], **deployed)
+    output, _ = call(decode_attention, without(given, "gates", "keys", "values"))
     given["gates"] = torch.rand(given["gates"].shape)  # which are not read
-    assert torch.equal(relaxed_attention(**given), output)
+    assert torch.equal(call(relaxed_attention, given), output)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -58,7 +58,7 @@ def test_gradients_of_the_continuation_are_differences_of_the_output(masked):
 
     def attend(query, tail_keys, tail_values):
         changed = {"query": query, "tail_keys": tail_keys, "tail_values": tail_values}
-        return relaxed_attention(**(given | changed))
+        return call(relaxed_attention, given | changed)
 
     assert torch.autograd.gradcheck(attend, leaves)
 
@@ -69,7 +69,7 @@ def test_gradients_of_soft_gates_are_differences_of_the_output():
     leaves = [given[name].requires_grad_() for name in DIFFERENTIABLE]
 
     def attend(*held):
-        return gated_attention(**(given | dict(zip(DIFFERENTIABLE, held, strict=True))))
+        return call(gated_attention, given | dict(zip(DIFFERENTIABLE, held, strict=True)))
 
     assert torch.autograd.gradcheck(attend, leaves)
 

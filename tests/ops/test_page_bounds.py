@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernels import DEVICE, ROUNDING, assert_within, draw, poisoned
 
+from learnkv.ops.arguments import Ragged
 from learnkv.ops.page_bounds import empty_bounds, page_bounds, page_scores
 
 IMPLS = ["reference", "triton"]
@@ -40,14 +41,14 @@ def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(lengths, lat
     rows = [draw(count + sum(later), dim, seed=row, dtype=dtype) for row, count in enumerate(lengths)]
     pages = -(-(max(lengths) + sum(later)) // page_size) + 1
     length = torch.tensor(lengths)
-    start = length.cumsum(0) - length + 2 * torch.arange(1, len(rows) + 1)
+    offset = length.cumsum(0) - length + 2 * torch.arange(1, len(rows) + 1)
     pool = torch.full((sum(lengths) + 2 * len(rows) + 2, dim), torch.nan, dtype=dtype, device=DEVICE)
-    for at, count, keys in zip(start.tolist(), lengths, rows, strict=True):
+    for at, count, keys in zip(offset.tolist(), lengths, rows, strict=True):
         pool[at : at + count] = keys[:count]
     for impl in IMPLS:
         bounds = empty_bounds(rows[0], len(rows), 2, pages, dim)
-        table = [one.to(DEVICE) for one in (start, length)]
-        page_bounds(pool, *table, max(lengths), torch.zeros_like(table[1]), bounds, page_size, impl=impl)
+        table = [one.to(DEVICE) for one in (offset, length)]
+        page_bounds(Ragged(pool, pool, *table, max(lengths)), torch.zeros_like(table[1]), bounds, page_size, impl=impl)
         first = length.clone()
         for count in later:
             apart = 2 if holes else 1
@@ -57,7 +58,8 @@ def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(lengths, lat
                 buffer[row, ::apart] = keys[first[row] : first[row] + count]
             places = (torch.arange(len(rows), device=DEVICE) * count * apart, torch.full_like(table[1], count))
             how = {"slots": slots if holes else None, "impl": impl}
-            page_bounds(buffer.view(-1, dim), *places, count, first.to(DEVICE), bounds, page_size, **how)
+            entries = Ragged(buffer.view(-1, dim), buffer.view(-1, dim), *places, count)
+            page_bounds(entries, first.to(DEVICE), bounds, page_size, **how)
             first += count
         assert torch.equal(bounds, in_loops(rows, page_size, pages))
 
@@ -66,8 +68,8 @@ def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(lengths, lat
 def test_entries_that_begin_within_a_page_touch_one_page_more(impl):
     keys = draw(35, 32, seed=0)
     bounds, one = empty_bounds(keys, 1, 2, 9, 32), torch.ones(1, dtype=torch.long, device=DEVICE)
-    page_bounds(keys, 0 * one, 3 * one, 3, 0 * one, bounds, 4, impl=impl)
-    page_bounds(keys, 3 * one, 32 * one, 32, 3 * one, bounds, 4, impl=impl)
+    page_bounds(Ragged(keys, keys, 0 * one, 3 * one, 3), 0 * one, bounds, 4, impl=impl)
+    page_bounds(Ragged(keys, keys, 3 * one, 32 * one, 32), 3 * one, bounds, 4, impl=impl)
     assert torch.equal(bounds, in_loops([keys], 4, 9))
 
 

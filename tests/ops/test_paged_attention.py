@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arguments import call
 from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
 
 from learnkv.ops.decode_attention import decode_attention
@@ -13,9 +14,9 @@ def problem(lengths, heads, group, dim, tail, page_size, dtype=torch.float32, pe
     """Inputs of one token per row; what no row owns is NaN, and so are `spare` slots behind the tail."""
     batch, generator = len(lengths) // heads, torch.Generator().manual_seed(sum(lengths))
     length = torch.tensor(lengths)
-    start = length.cumsum(0) - length + 3 * torch.arange(1, len(lengths) + 1)
+    offset = length.cumsum(0) - length + 3 * torch.arange(1, len(lengths) + 1)
     pools = torch.full((2, sum(lengths) + 3 * len(lengths) + 3, dim), torch.nan, dtype=dtype, device=DEVICE)
-    for at, count in zip(start.tolist(), lengths, strict=True):
+    for at, count in zip(offset.tolist(), lengths, strict=True):
         pools[:, at : at + count] = draw(2, count, dim, seed=at, dtype=dtype)
     tails = torch.full((2, batch, heads, tail + spare, dim), torch.nan, dtype=dtype, device=DEVICE)
     tails[:, :, :, :tail] = draw(2, batch, heads, tail, dim, seed=1, dtype=dtype)
@@ -31,16 +32,16 @@ def problem(lengths, heads, group, dim, tail, page_size, dtype=torch.float32, pe
         listed[: len(some)] = some  # of some rows nothing is read
     return {
         "query": draw(batch, heads * group, 1, dim, seed=2, dtype=dtype),
-        "keys": pools[0],
-        "values": pools[1],
-        "start": start.to(DEVICE),
+        "kept_keys": pools[0],
+        "kept_values": pools[1],
+        "offset": offset.to(DEVICE),
         "length": length.to(DEVICE),
         "longest": max(lengths),
         "tail_keys": tails[0],
         "tail_values": tails[1],
         "tail_mask": seen[:, None, None].to(DEVICE) if padded else None,
         "scaling": 1.5 * dim**-0.5,
-        "tail_length": torch.tensor([tail], device=DEVICE) if spare else None,
+        "tail_used": torch.tensor([tail], device=DEVICE) if spare else None,
         "pages": pages.to(DEVICE),
         "page_size": page_size,
     }
@@ -51,17 +52,17 @@ def in_loops(given):
     query, pages, page_size = given["query"].double(), given["pages"].cpu(), given["page_size"]
     batch, query_heads, _, _ = query.shape
     heads = given["tail_keys"].shape[1]
-    used = given["tail_keys"].shape[2] if given["tail_length"] is None else int(given["tail_length"])
+    used = given["tail_keys"].shape[2] if given["tail_used"] is None else int(given["tail_used"])
     output, sizes = torch.zeros_like(query), torch.zeros_like(query)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float64, device=DEVICE)
     for b in range(batch):
         for h in range(query_heads):
             head = h // (query_heads // heads)
-            at = int(given["start"][b * heads + head])
+            at = int(given["offset"][b * heads + head])
             own = slice(at, at + int(given["length"][b * heads + head]))
             seen = slice(used) if given["tail_mask"] is None else given["tail_mask"][b, 0, 0, :used]
-            k = torch.cat([given["keys"][own], given["tail_keys"][b, head, :used][seen]]).double()
-            v = torch.cat([given["values"][own], given["tail_values"][b, head, :used][seen]]).double()
+            k = torch.cat([given["kept_keys"][own], given["tail_keys"][b, head, :used][seen]]).double()
+            v = torch.cat([given["kept_values"][own], given["tail_values"][b, head, :used][seen]]).double()
             row = (b * query_heads + h) * len(pages) // (batch * query_heads)
             listed = [page for page in pages[row].tolist() if page >= 0]
             read = [i for page in listed for i in range(page * page_size, (page + 1) * page_size) if i < len(k)]
@@ -75,10 +76,10 @@ def in_loops(given):
 
 def check(given, impl):
     with poisoned():
-        output, lse = decode_attention(**given, impl=impl)
+        output, lse = call(decode_attention, given, impl=impl)
     truth, log_mass, sizes = in_loops(given)
     unit, dtype = ROUNDING[torch.float32], given["query"].dtype
-    keys = torch.cat([given[name].nan_to_num().flatten(0, -2) for name in ("keys", "tail_keys")]).double()
+    keys = torch.cat([given[name].nan_to_num().flatten(0, -2) for name in ("kept_keys", "tail_keys")]).double()
     largest = given["scaling"] * float(given["query"].double().norm(dim=-1).max() * keys.norm(dim=-1).max())
     score_error = 4 * unit * largest
     sums = (given["pages"].shape[1] * given["page_size"]) ** 0.5 * unit + 16 * unit
@@ -162,5 +163,5 @@ def test_all_pages_are_everything():
     given = problem([37, 0, 201, 64], 2, 2, 32, 9, 16)
     given["pages"] = torch.arange(14, dtype=torch.int32, device=DEVICE).repeat(4, 1)
     whole = {name: held for name, held in given.items() if not name.startswith("page")}
-    for ours, theirs in zip(decode_attention(**given), decode_attention(**whole), strict=True):
+    for ours, theirs in zip(call(decode_attention, given), call(decode_attention, whole), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

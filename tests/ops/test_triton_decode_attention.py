@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.arguments import call
 from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     masked: bool = False
     capacity: int | None = None
-    """Slots of the tail that are handed over, where tail_length says how many are in use."""
+    """Slots of the tail that are handed over, where tail_used says how many are in use."""
     shared: bool = False
     """All batch rows read the segments of the first."""
 
@@ -33,13 +34,13 @@ class Case:
         rows = len(self.lengths)
         batch = rows // self.heads
         length = torch.tensor(self.lengths)
-        start = length.cumsum(0) - length + SPARE * torch.arange(1, rows + 1)
+        offset = length.cumsum(0) - length + SPARE * torch.arange(1, rows + 1)
         if self.shared:
-            start, length = (table[: self.heads].repeat(batch) for table in (start, length))
+            offset, length = (table[: self.heads].repeat(batch) for table in (offset, length))
         pools, tails = [], []
         for seed in (1, 2):
             pool = torch.full((sum(self.lengths) + SPARE * (rows + 1), self.dim), torch.nan, dtype=self.dtype)
-            for row, (at, count) in enumerate(zip(start.tolist(), length.tolist(), strict=True)):
+            for row, (at, count) in enumerate(zip(offset.tolist(), length.tolist(), strict=True)):
                 # Later keys are longer, so that the running maximum keeps moving.
                 size = torch.linspace(0.5, 1.5, count).unsqueeze(-1)
                 pool[at : at + count] = draw(count, self.dim, seed=10 * row + seed).cpu() * size
@@ -57,32 +58,32 @@ class Case:
             mask[0, 0, 0] = False  # this query sees its segment alone, and nothing at all where that is empty
         return {
             "query": query,
-            "keys": pools[0],
-            "values": pools[1],
-            "start": start.to(DEVICE),
+            "kept_keys": pools[0],
+            "kept_values": pools[1],
+            "offset": offset.to(DEVICE),
             "length": length.to(DEVICE),
             "longest": int(length.max()),
             "tail_keys": tails[0],
             "tail_values": tails[1],
             "tail_mask": mask,
             "scaling": 1.5 * self.dim**-0.5,
-            "tail_length": None if self.capacity is None else torch.tensor([self.tail], device=DEVICE),
+            "tail_used": None if self.capacity is None else torch.tensor([self.tail], device=DEVICE),
         }
 
 
 def check(case: Case) -> None:
     given = case.inputs()
     with poisoned():
-        output, lse = decode_attention(**given, impl="triton")
+        output, lse = call(decode_attention, given, impl="triton")
     exact = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()}
-    truth, log_mass = decode_attention(**exact, impl="reference")
-    sizes = {name: exact[name].nan_to_num().abs() for name in ("values", "tail_values")}
-    weighed, _ = decode_attention(**(exact | sizes), impl="reference")
+    truth, log_mass = call(decode_attention, exact, impl="reference")
+    sizes = {name: exact[name].nan_to_num().abs() for name in ("kept_values", "tail_values")}
+    weighed, _ = call(decode_attention, exact | sizes, impl="reference")
 
     # The partial sums of a score grow no faster than the product of the norms; a few roundings of that size, the scale,
     # and the argument of exp2. Then exp2 and sums over all entries.
     unit = ROUNDING[torch.float32]
-    keys = torch.cat([exact[name].nan_to_num().flatten(0, -2) for name in ("keys", "tail_keys")])
+    keys = torch.cat([exact[name].nan_to_num().flatten(0, -2) for name in ("kept_keys", "tail_keys")])
     largest = exact["scaling"] * float(exact["query"].norm(dim=-1).max() * keys.norm(dim=-1).max())
     score_error = 4 * unit * largest
     sums = ((exact["longest"] + case.tail) ** 0.5 + 16) * unit
@@ -129,8 +130,8 @@ def test_more_parts_than_are_merged_at_once(monkeypatch):
 
 def test_segments_without_a_single_entry_and_an_empty_pool():
     given = Case([0, 0], group=2, dim=32).inputs()
-    given |= {name: given[name][:0] for name in ("keys", "values")}
-    output, lse = decode_attention(**given, impl="triton")
+    given |= {name: given[name][:0] for name in ("kept_keys", "kept_values")}
+    output, lse = call(decode_attention, given, impl="triton")
     seen = given["tail_values"]
     weight = (given["query"] @ given["tail_keys"].repeat_interleave(2, 1).transpose(-1, -2)) * given["scaling"]
     torch.testing.assert_close(lse, weight.logsumexp(-1))
@@ -139,7 +140,7 @@ def test_segments_without_a_single_entry_and_an_empty_pool():
 
 def test_every_run_gives_the_same_bits():
     given = Case([500, 3, 64, 129], group=4, dim=64, dtype=torch.bfloat16).inputs()
-    first, again = (decode_attention(**given, impl="triton") for _ in range(2))
+    first, again = (call(decode_attention, given, impl="triton") for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
@@ -158,7 +159,7 @@ def test_the_longest_row_decides_nothing(lengths, monkeypatch):
         return dot(*args)
 
     monkeypatch.setattr(interpreter_builder, "create_dot", count)
-    decode_attention(**Case(lengths, dim=32).inputs(), impl="triton")
+    call(decode_attention, Case(lengths, dim=32).inputs(), impl="triton")
     total = sum(-(-count // 64) for count in lengths) + len(lengths)
     share = -(-total // 4)
     assert len(blocks) == 4
@@ -171,13 +172,13 @@ def test_one_graph_serves_a_whole_generation():
     """Lengths and the tail's length change between replays; pointers and the grid do not."""
     case = Case([300, 40, 0, 65], group=4, dim=128, tail=60, capacity=64, dtype=torch.bfloat16)
     given = case.inputs()
-    decode_attention(**given, impl="triton")
+    call(decode_attention, given, impl="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output, lse = decode_attention(**given, impl="triton")
+        output, lse = call(decode_attention, given, impl="triton")
     for used, shorter in ((1, 0), (37, 3), (60, 40)):
-        given["tail_length"].fill_(used)
+        given["tail_used"].fill_(used)
         given["length"].sub_(shorter).clamp_(min=0)
         graph.replay()
-        eager = decode_attention(**given, impl="triton")
+        eager = call(decode_attention, given, impl="triton")
         assert torch.equal(output, eager[0]) and torch.equal(lse, eager[1])

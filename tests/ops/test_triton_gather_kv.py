@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw
 
+from learnkv.ops.arguments import Ragged
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.select import select
 
@@ -26,7 +27,7 @@ def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
     length = torch.randint(0, slots + 1, (layers, heads), generator=generator)
     length[torch.rand(layers, heads, generator=generator) < 0.2] = 0
     total = int(length.sum())
-    start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
+    offset = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
     scores = torch.rand(rows, slots, generator=generator)
     index = select(scores, length.flatten(), total, impl="reference")
     held = [draw(heads, slots, dim, seed=seed + at, dtype=dtype) for at in range(2 * layers)]
@@ -38,10 +39,9 @@ def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
     }
     for layer in range(layers):
         for impl, (keys, values) in pools.items():
-            table = (start[layer].to(DEVICE), length[layer].to(DEVICE))
-            gather_kv(
-                *held[2 * layer : 2 * layer + 2], index.to(DEVICE), layer * heads, *table, keys, values, impl=impl
-            )
+            table = (offset[layer].to(DEVICE), length[layer].to(DEVICE))
+            out = Ragged(keys, values, *table, slots)
+            gather_kv(*held[2 * layer : 2 * layer + 2], index.to(DEVICE), layer * heads, out, impl=impl)
         assert torch.equal(pools["triton"].nan_to_num(nan=7e7), pools["reference"].nan_to_num(nan=7e7))
     assert not pools["triton"].isnan().any()
 
@@ -52,7 +52,7 @@ def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
 def test_rerotated_keys_within_the_error_budget(dim, half, dtype):
     """Rows of one layer of a pool that two share, one of them empty; positions up to 100000."""
     slots, length = 300, torch.tensor([[120, 0, 77], [3, 300, 1]])
-    start = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
+    offset = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
     index = select(draw(6, slots, seed=0).cpu(), length.flatten(), int(length.sum()), impl="reference").to(DEVICE)
     keys, values = (draw(3, slots, dim, seed=seed, dtype=dtype) for seed in (1, 2))
     positions = (100_000 - 300 * (slots - index % slots)).to(torch.int32)
@@ -61,8 +61,8 @@ def test_rerotated_keys_within_the_error_budget(dim, half, dtype):
 
     def run(impl, dtype):
         pools = torch.full((2, len(index), dim), torch.nan, dtype=dtype, device=DEVICE)
-        table = (start[1].to(DEVICE), length[1].to(DEVICE))
-        gather_kv(keys.to(dtype), values.to(dtype), index, 3, *table, *pools, how, impl=impl)
+        table = (offset[1].to(DEVICE), length[1].to(DEVICE))
+        gather_kv(keys.to(dtype), values.to(dtype), index, 3, Ragged(*pools, *table, slots), how, impl=impl)
         return pools[:, 197:]
 
     (got, copied), (truth, wanted) = run("triton", dtype), run("reference", torch.float64)
@@ -80,9 +80,9 @@ def test_offsets_beyond_32_bits():
     held = torch.arange(17 * slots, device=DEVICE).remainder(251).bfloat16().view(17, slots, 1).expand(-1, -1, dim)
     held = held.contiguous()
     index = torch.tensor([16 * slots + 5, 17 * slots - 1], device=DEVICE)
-    start = torch.zeros(17, dtype=torch.int64, device=DEVICE)
-    length = torch.zeros_like(start)
+    offset = torch.zeros(17, dtype=torch.int64, device=DEVICE)
+    length = torch.zeros_like(offset)
     length[-1] = 2
     pool = torch.full((2, 2, dim), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    gather_kv(held, held, index, 0, start, length, *pool, impl="triton")
+    gather_kv(held, held, index, 0, Ragged(*pool, offset, length, 2), impl="triton")
     assert torch.equal(pool, (index % 251).bfloat16().view(1, 2, 1).expand(2, 2, dim))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.arguments import call
 from support.continuations import SEGMENT, Case, double, without
 from support.kernels import ROUNDING, STORED, assert_within, draw, poisoned
 from torch import Tensor
@@ -19,14 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # the interpre
 
 
 def as_called(case: Case, gated: bool = False) -> dict:
-    """What `mask_gradient` takes: inputs, the exact forward's results as the kernel would have stored them."""
+    """Arguments of `mask_gradient`: inputs, and the exact forward's results as the kernel would have stored them."""
     given = case.inputs()
     gates = draw(given["kept_keys"].shape[0], seed=9).sigmoid().mul(1.2).clamp(max=1) if gated else None
-    exact = double(without(given, "gates", "keys", "values", "kept_keys", "kept_values"))
+    exact = double(without(given, "gates", "keys", "values"))
     pools = {name: given[name].double().nan_to_num() for name in ("kept_keys", "kept_values")}
-    output, lse = decode_attention(keys=pools["kept_keys"], values=pools["kept_values"], **exact)
+    output, lse = call(decode_attention, exact | pools)
     results = {"grad": case.direction(), "output": output.to(case.dtype), "lse": lse.float(), "kept_gates": gates}
-    return without(given, "gates", "longest") | results
+    return without(given, "gates") | results
 
 
 def norm(held: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def budgets(given: dict, case: Case) -> list[Tensor]:
 
     # Along one axis, and with nothing to cancel, the gradients are sums of the sizes of their terms.
     along = {name: norm(given[name]) for name in ("grad", "values", "kept_values", "tail_values")}
-    mask, _, _, tail = mask_gradient(**(exact | along | {"output": -norm(given["output"])}), impl="reference")
+    mask, _, _, tail = call(mask_gradient, exact | along | {"output": -norm(given["output"])}, impl="reference")
     tail, pull = tail[..., :1], read["values"] + size["output"]
     query = exact["grad"].norm(dim=-1, keepdim=True) * pull * read["keys"] * given["scaling"]
     return [
@@ -73,8 +74,8 @@ def budgets(given: dict, case: Case) -> list[Tensor]:
 def check(case: Case, gated: bool = False) -> None:
     given = as_called(case, gated)
     with poisoned():
-        found = mask_gradient(**given, impl="triton")
-    truth = mask_gradient(**double(given), impl="reference")
+        found = call(mask_gradient, given, impl="triton")
+    truth = call(mask_gradient, double(given), impl="reference")
     assert found[0].dtype == torch.float32 and {one.dtype for one in found[1:]} == {case.dtype}
     for got, told, budget in zip(found, truth, budgets(given, case), strict=True):
         stored = UNIT if got.dtype == torch.float32 else STORED[case.dtype]
@@ -108,13 +109,13 @@ def test_gates_of_what_was_read():
 def test_a_pool_without_entries():
     given = as_called(Case([0, 0], slots=20))
     given |= {name: given[name][:0] for name in ("kept_keys", "kept_values")}
-    for got, told in zip(*(mask_gradient(**given, impl=impl) for impl in ("triton", "reference")), strict=True):
+    for got, told in zip(*(call(mask_gradient, given, impl=impl) for impl in ("triton", "reference")), strict=True):
         torch.testing.assert_close(got, told, rtol=1e-4, atol=1e-5)
 
 
 def test_every_run_gives_the_same_bits():
     given = as_called(Case([50, 3], copies=2, dtype=torch.bfloat16))
-    first, again = (mask_gradient(**given, impl="triton") for _ in range(2))
+    first, again = (call(mask_gradient, given, impl="triton") for _ in range(2))
     assert all(map(torch.equal, first, again))
 
 
@@ -140,7 +141,7 @@ def test_gated_attention(case, soft):
             for name in ("query", "gates", "tail_keys", "tail_values")
         }
         with poisoned():
-            output = gated_attention(**(inputs | leaves), impl=impl)
+            output = call(gated_attention, inputs | leaves, impl=impl)
             output.backward(case.direction().to(output.dtype))
         results.append([output.detach(), *(leaf.grad for leaf in leaves.values())])
     for got, told in zip(*results, strict=True):
@@ -155,7 +156,7 @@ def test_a_forward_and_its_backward_run_on_the_kernels():
     for impl in ("reference", "triton"):
         given = case.inputs()
         leaves = [given[name].requires_grad_() for name in ("query", "gates", "tail_keys", "tail_values")]
-        output = relaxed_attention(**given, impl=impl)
+        output = call(relaxed_attention, given, impl=impl)
         output.backward(case.direction())
         results.append([output.detach(), *(leaf.grad for leaf in leaves)])
     for got, told in zip(*results, strict=True):
@@ -166,4 +167,4 @@ def test_the_kernels_have_no_gradient_of_the_prompt():
     given = without(Case([9, 30]).inputs(), *SEGMENT)
     given["keys"].requires_grad_()
     with pytest.raises(UserError, match="impl='triton': gated_attention computes no gradients"):
-        gated_attention(**given, impl="triton")
+        call(gated_attention, given, impl="triton")

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import learnkv.pages
+from learnkv.ops.arguments import Ragged
 from learnkv.ops.page_bounds import empty_bounds, page_bounds
 from learnkv.pages import PageSelector, Quest
 
@@ -23,7 +24,7 @@ def problem(selector: PageSelector, entries: list[int], tokens: list[int], spare
     keys = torch.randn(max(entries) + 1, DIM, generator=generator)
     bounds = empty_bounds(keys, batch * HEADS, 2, pages, DIM)
     nowhere = torch.zeros(batch * HEADS, dtype=torch.long)
-    page_bounds(keys, nowhere, length, max(entries), nowhere, bounds, selector.page_size)
+    page_bounds(Ragged(keys, keys, nowhere, length, max(entries)), nowhere, bounds, selector.page_size)
     query = torch.randn(1, HEADS * GROUP, DIM, generator=generator).expand(batch, -1, -1)
     most = min(selector.most(max(tokens)), pages)
     return query, bounds.unflatten(0, (batch, HEADS)), length.view(batch, HEADS), torch.tensor(tokens), most

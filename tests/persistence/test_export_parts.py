@@ -59,7 +59,7 @@ def adapter(model) -> Adapter:
     adapters.add(model, new)
     for at, weight in enumerate(adapters.weights(model, new).values()):
         weight.data.normal_(generator=torch.Generator().manual_seed(at))
-    held = adapters.held(model, new)
+    held = adapters.current_weights(model, new)
     adapters._remove(model, new.name)
     return held
 

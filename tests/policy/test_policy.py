@@ -20,6 +20,7 @@ from torch import Tensor
 from learnkv import CompressedCache, Policy, continuation, load_policy, prefill
 from learnkv.allocators import LearnedAllocator, LearnedSequentialAllocator, Uniform
 from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.states import Relaxed
 from learnkv.core.observation import Observation
 from learnkv.errors import UserError
 from learnkv.ops.gated_attention import gated_attention
@@ -130,13 +131,13 @@ def test_the_gradient_reaches_every_learned_parameter(name):
 
 def gated(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """What `attend` computes, by reading all of the prompt with gates of zero and one."""
-    assert layer.gates is not None and layer.tail is not None
-    hard = torch.zeros_like(layer.gates)
-    for prompt, positions in enumerate(layer.slot_positions()):
+    assert isinstance(layer.state, Relaxed) and layer.tail is not None
+    hard = torch.zeros_like(layer.state.gates)
+    for prompt, positions in enumerate(layer.prompt.slot_positions()):
         for head in range(layer.heads):
-            hard[prompt, head] = torch.isin(positions, layer.kept_positions(prompt * layer.copies, head)).float()
-    straight = hard + layer.gates - layer.gates.detach()
-    return gated_attention(query, *layer.whole_prompt(), straight, layer.tail.keys, layer.tail.values, mask, scaling)
+            hard[prompt, head] = torch.isin(positions, layer.kept_positions(prompt * layer.state.copies, head)).float()
+    straight = hard + layer.state.gates - layer.state.gates.detach()
+    return gated_attention(query, layer.prompt.keys, layer.prompt.values, straight, layer.tail.arguments(mask), scaling)
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -1,7 +1,7 @@
-"""Compile what the ops would launch, without a GPU: `python ahead_of_time.py 90 [word …]`, a JSON line per kernel.
+"""Compile the kernels of the ops without a GPU: `python ahead_of_time.py 90 [word …]`, a JSON line per kernel.
 
-The ops run on meta tensors, which hold no data: whatever would wait for the device raises. Every launch is turned
-into a compilation for the compute capability that is asked for.
+The ops run on meta tensors, which have no data: a host sync raises. Every launch becomes a compilation for the given
+compute capability.
 """
 
 import json
@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from learnkv.ops.arguments import Pages, Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.gather_kv import Rerotation, gather_kv
@@ -31,7 +32,7 @@ HALF = torch.bfloat16
 
 
 class NoDevice:
-    """What triton asks of a driver before it compiles."""
+    """The part of a triton driver that compilation needs."""
 
     def __init__(self, capability: int) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -56,19 +57,14 @@ def decode(
     batch, heads = 8, 8
     table = meta(batch * heads, dtype=torch.int64)
     tail = meta(batch, heads, 64, dim, dtype=dtype)[:, :, :37]
+    pools = [meta(100_000, dim, dtype=dtype) for _ in range(2)]
+    mask, used = (meta(batch, 1, new, 37, dtype=torch.bool), meta(1, dtype=torch.int32)) if graphed else (None, None)
     decode_attention(
         meta(batch, heads * group, new, dim, dtype=dtype),
-        *(meta(100_000, dim, dtype=dtype) for _ in range(2)),
-        table,
-        table,
-        2000,
-        tail,
-        tail,
-        meta(batch, 1, new, 37, dtype=torch.bool) if graphed else None,
+        Ragged(*pools, table, table, longest=2000),
+        Tail(tail, tail, mask, used),
         dim**-0.5,
-        meta(1, dtype=torch.int32) if graphed else None,
-        meta(lists, 128, dtype=torch.int32) if lists else None,
-        16 if lists else 0,
+        Pages(meta(lists, 128, dtype=torch.int32), 16) if lists else None,
         impl="triton",
     )
 
@@ -76,8 +72,9 @@ def decode(
 def paged(dim: int, group: int) -> None:
     rows, count, table = 64, 2048, meta(64, dtype=torch.int64)
     bounds = meta(rows, 2, count, dim)
-    page_bounds(meta(100_000, dim), table, table, 32768, table, bounds, 16, impl="triton")
-    page_bounds(meta(100_000, dim), table, table, 4, table, bounds, 16, meta(rows, 4, dtype=torch.int64), impl="triton")
+    entries = Ragged(meta(100_000, dim), meta(100_000, dim), table, table, longest=32768)
+    page_bounds(entries, table, bounds, 16, impl="triton")
+    page_bounds(entries._replace(longest=4), table, bounds, 16, meta(rows, 4, dtype=torch.int64), impl="triton")
     scores = page_scores(meta(8, 8 * group, dim), bounds, table, "max", impl="triton")
     select_slots(scores, meta(rows, dtype=torch.int32), 128, impl="triton")
 
@@ -103,9 +100,10 @@ def chosen() -> None:
 
 def gathered(dim: int, rotated: bool = False) -> None:
     table = meta(8, dtype=torch.int64)
-    held, pool = (meta(8, 32768, dim) for _ in range(2)), (meta(100_000, dim) for _ in range(2))
+    whole, pool = (meta(8, 32768, dim) for _ in range(2)), (meta(100_000, dim) for _ in range(2))
     how = Rerotation(meta(100_000, dtype=torch.int32), table, meta(dim // 2, dtype=torch.float32)) if rotated else None
-    gather_kv(*held, meta(100_000, dtype=torch.int64), 16, table, table, *pool, how, impl="triton")
+    out = Ragged(*pool, table, table, longest=32768)
+    gather_kv(*whole, meta(100_000, dtype=torch.int64), 16, out, how, impl="triton")
 
 
 def continued(dim: int, group: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,13 +122,8 @@ def gradient(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF, gat
         meta(8, 8 * group, new, dtype=torch.float32),
         keys,
         keys,
-        pool,
-        pool,
-        table,
-        table,
-        tail,
-        tail,
-        meta(8, 1, new, new, dtype=torch.bool) if gated else None,
+        Ragged(pool, pool, table, table, longest=4000),
+        Tail(tail, tail, meta(8, 1, new, new, dtype=torch.bool) if gated else None),
         dim**-0.5,
         meta(30_000, dtype=torch.float32) if gated else None,
         impl="triton",
@@ -140,7 +133,7 @@ def gradient(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF, gat
 def gated(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF) -> None:
     query, keys, tail = continued(dim, group, new, dtype)
     gates, mask = meta(2, 8, 4000, dtype=torch.float32), meta(8, 1, new, new, dtype=torch.bool)
-    gated_attention(query, keys, keys, gates, tail, tail, mask, dim**-0.5, impl="triton")
+    gated_attention(query, keys, keys, gates, Tail(tail, tail, mask), dim**-0.5, impl="triton")
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -175,10 +168,10 @@ CASES: dict[str, Callable[[], None]] = {
 def resources(ptx: str, binary: Path) -> dict[str, int]:
     """Registers, bytes of stack (spilled registers: the kernels have no arrays) and wide accesses of a kernel."""
     command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(binary)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
-        "registers": int(re.findall(r"REG:(\d+)", said)[0]),
-        "spilled": int(re.findall(r"STACK:(\d+)", said)[0]),
+        "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
+        "spilled": int(re.findall(r"STACK:(\d+)", usage)[0]),
         "wide_copies": len(re.findall(r"cp\.async\.cg\.shared\.global .*0x10", ptx)),
         "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v2\.b64", ptx)),
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
@@ -203,14 +196,14 @@ def main(capability: int, *only: str) -> None:
             for name, kernel in compiled:
                 binary = Path(folder) / "kernel.cubin"
                 binary.write_bytes(kernel.asm["cubin"])
-                found = resources(kernel.asm["ptx"], binary)
+                used = resources(kernel.asm["ptx"], binary)
                 row = {
                     "case": case,
                     "kernel": name,
                     "shared": kernel.metadata.shared,
                     "warps": kernel.metadata.num_warps,
                 }
-                print(json.dumps(row | found), flush=True)
+                print(json.dumps(row | used), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Continuations of prompts of which a part was kept, as the ops of training get them."""
+"""Continuations of prompts with kept and evicted entries, as arguments of the ops of training."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ class Case:
         return len(self.lengths) // self.heads
 
     def inputs(self, dtype: torch.dtype | None = None) -> dict:
-        """What `relaxed_attention` takes; `gates` are 1 for what was kept and 0 for the rest."""
+        """Arguments of `relaxed_attention`; `gates` are 1 for kept entries and 0 for the rest."""
         dtype, batch, rows = dtype or self.dtype, self.batch, self.batch * self.copies
         # Keys grow longer, so that the largest score keeps moving; some evicted ones would dominate.
         size = torch.linspace(0.5, 1.5, self.slots, device=DEVICE).to(dtype).unsqueeze(-1)
@@ -38,33 +38,33 @@ class Case:
         keys = keys * size
         order = draw(batch * self.heads, self.slots, seed=3).argsort(-1)
         length = torch.tensor(self.lengths)
-        start = length.cumsum(0) - length + SPARE * torch.arange(1, len(self.lengths) + 1)
+        offset = length.cumsum(0) - length + SPARE * torch.arange(1, len(self.lengths) + 1)
         pools = torch.full((2, int(length.sum()) + SPARE * (len(self.lengths) + 1), self.dim), torch.nan, device=DEVICE)
         pools = pools.to(dtype)
         gates = torch.zeros(
             batch * self.heads, self.slots, device=DEVICE, dtype=torch.promote_types(dtype, torch.float32)
         )
-        for row, (at, count) in enumerate(zip(start.tolist(), self.lengths, strict=True)):
+        for row, (begin, count) in enumerate(zip(offset.tolist(), self.lengths, strict=True)):
             kept = order[row, :count].sort().values
             gates[row, kept] = 1
             if count < self.slots:
                 keys.view(-1, self.slots, self.dim)[row, order[row, -1]] *= 6
-            for pool, held in zip(pools, (keys, values), strict=True):
-                pool[at : at + count] = held.view(-1, self.slots, self.dim)[row, kept]
+            for pool, whole in zip(pools, (keys, values), strict=True):
+                pool[begin : begin + count] = whole.view(-1, self.slots, self.dim)[row, kept]
         mask = None
         if self.masked:
             mask = torch.ones(rows, 1, self.new, self.tail, dtype=torch.bool).tril(self.tail - self.new)
             mask &= draw(rows, 1, 1, self.tail, seed=4).cpu() > -0.7
-            mask[0, 0, 0] = False  # this query sees its segment alone, and nothing at all where that is empty
+            mask[0, 0, 0] = False  # this query attends to its segment alone, and to nothing where that is empty
             mask = mask.to(DEVICE)
         tables = (
             table.view(batch, 1, self.heads).expand(batch, self.copies, self.heads).flatten().to(DEVICE)
-            for table in (start, length)
+            for table in (offset, length)
         )
         tails = (draw(rows, self.heads, self.tail, self.dim, seed=seed, dtype=dtype) for seed in (5, 6))
         # A transposed view, as models make them.
         query = draw(rows, self.new, self.heads * self.group, self.dim, seed=7, dtype=dtype).transpose(1, 2)
-        names = ("start", "length", "tail_keys", "tail_values")
+        names = ("offset", "length", "tail_keys", "tail_values")
         return {
             "query": query,
             "keys": keys,
@@ -84,15 +84,15 @@ class Case:
         return draw(*shape, seed=8, dtype=dtype or self.dtype).transpose(1, 2)
 
 
-SEGMENT = ("kept_keys", "kept_values", "start", "length", "longest")
+SEGMENT = ("kept_keys", "kept_values", "offset", "length", "longest")
 
 
 def without(given: dict, *names: str) -> dict:
-    return {name: held for name, held in given.items() if name not in names}
+    return {name: value for name, value in given.items() if name not in names}
 
 
 def double(given: dict) -> dict:
     return {
-        name: held.double() if isinstance(held, Tensor) and held.is_floating_point() else held
-        for name, held in given.items()
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in given.items()
     }

@@ -1,4 +1,4 @@
-"""What the tests of kernels share: the device, rounding, and memory that is NaN until it is written."""
+"""Helpers of the tests of kernels: the device, rounding, and memory that is NaN until it is written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Largest relative error of rounding to nearest."""
 
 STORED = ROUNDING | ({} if DEVICE.type == "cuda" else {torch.bfloat16: 2.0**-7})
-"""The same of a stored result: the interpreter cuts off instead of rounding."""
+"""The same of a stored result: the interpreter truncates instead of rounding."""
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within the block, tensors that are allocated and not written are full of NaN or, of integers, of the largest."""
+    """Within the block, allocated tensors are full of NaN, or of the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory

@@ -11,6 +11,7 @@ from torch import Tensor
 from learnkv import CompressedCache, Policy, continuation, prefill
 from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.states import Relaxed
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.scorers import H2O, LearnedScorer, SnapKV
 from learnkv.training.continuation import read_on
@@ -72,15 +73,15 @@ def test_a_student_keeps_and_says_what_is_deployed(name):
 
 def straight(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """What `attend` computes, by reading all entries that could be kept with gates of zero and one."""
-    assert layer.gates is not None and layer.tail is not None
-    if layer.live:
+    assert isinstance(layer.state, Relaxed) and layer.tail is not None
+    if layer.decode_capture is not None:
         layer.capture.hold_back(query)
-    hard = torch.zeros_like(layer.gates)
-    for row, positions in enumerate(layer.entry_positions()):
+    hard = torch.zeros_like(layer.state.gates)
+    for row, positions in enumerate(layer.prompt.entry_positions()):
         for head in range(layer.heads):
-            hard[row, head] = torch.isin(positions[head], layer.kept_positions(row * layer.copies, head)).float()
-    gates = hard + layer.gates - layer.gates.detach()
-    return gated_attention(query, *layer.whole_prompt(), gates, layer.tail.keys, layer.tail.values, mask, scaling)
+            hard[row, head] = torch.isin(positions[head], layer.kept_positions(row * layer.state.copies, head)).float()
+    gates = hard + layer.state.gates - layer.state.gates.detach()
+    return gated_attention(query, layer.prompt.keys, layer.prompt.values, gates, layer.tail.arguments(mask), scaling)
 
 
 @pytest.mark.parametrize("name", NAMES)

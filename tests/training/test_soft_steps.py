@@ -42,7 +42,7 @@ def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(mod
     policy, one, keep = moved(), batch(1), 0.2
     cache = prefill(model, one.prompts, one.prompt_mask, policies=[policy])
     student = policy.relax(cache, keep=keep, soft=True)
-    mass = sum(layer.gates.sum((1, 2)) for layer in student.compressed_layers()) / (2 * 2)
+    mass = sum(layer.state.gates.sum((1, 2)) for layer in student.compressed_layers()) / (2 * 2)
     share = (mass / torch.tensor(cache.lengths)).detach()
     assert share.tolist() == pytest.approx(student.spent, rel=1e-2)
 

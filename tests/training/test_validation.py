@@ -95,7 +95,7 @@ def test_marginal_values_are_the_gradient_of_the_count(reading):
     policy = learned(1.0)
     found = measure(policy, cache, KEEP, 0.5, divergence).marginal
     student = policy.relax(cache, keep=KEEP, temperature=0.5)
-    gates = [layer.gates for layer in student.compressed_layers()]
+    gates = [layer.state.gates for layer in student.compressed_layers()]
     wanted = []
     for gradient, gate in zip(torch.autograd.grad(divergence(student), gates), gates, strict=True):
         slope = gate * (1 - gate)

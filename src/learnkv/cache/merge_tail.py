@@ -1,46 +1,48 @@
-"""What is retained and the tail, made a prompt again that a policy can judge."""
+"""Kept entries and the tail, merged into a prompt that a policy can score again."""
 
 import torch
 from torch import Tensor
 
 from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.states import Prompt
+from learnkv.ops.tail_slots import padding_first
 
 
-def merge_tail(layer: CompressedLayer, longest: int, said: Tensor) -> None:
-    """Put a layer back into the state in which it had just read what it holds; the tail is empty then.
+def merge_tail(layer: CompressedLayer, longest: int, positions: Tensor) -> None:
+    """Make kept entries and tail a prompt again, as if the layer had just read them; the tail is empty then.
 
-    A student's tail takes part as what was read, without the gradient of its keys and values.
+    In training the tail's keys and values take part without their gradients.
 
-    Entries of a head stand at the end of its slots, in position order and without gaps: what is next to an entry is
-    what scorers pool it with.
+    Entries of a head lie at the end of its slots, in position order and without gaps: scorers pool neighbouring slots.
 
     Args:
-        longest: the most entries that a head retains.
-        said: [B, M] position of each slot of the tail, negative where it is padding.
+        longest: the most entries that a head keeps.
+        positions: [B, M] position of each slot of the tail, negative for padding.
     """
-    held, tail, shape = layer.segment, layer.tail, (layer.batch, layer.heads, longest)
-    assert held is not None
-    assert tail is not None
-    at, there = held.padded(longest)
-    retained = held.positions[at].masked_fill(~there, -1).view(shape).long()
-    positions = torch.cat([retained, said.unsqueeze(1).expand(-1, layer.heads, -1)], 2)
-    keys = torch.cat([held.keys[at].view(*shape, -1), tail.keys.detach()], 2)
-    values = torch.cat([held.values[at].view(*shape, -1), tail.values.detach()], 2)
-    rotated = positions
-    if held.rotated is not None:
-        rotated = torch.cat([held.rotated[at].view(shape).long(), positions[..., longest:]], 2)
-    layer.capture.statistics = {one: pool[at].view(*shape, -1) for one, pool in held.statistics.items()}
-    layer.capture.resume(said, layer.at, keys, values, positions)
-    order = (positions >= 0).to(torch.int8).argsort(dim=-1, stable=True)
-    layer.keys, layer.values, layer.positions = _moved(keys, order), _moved(values, order), positions.gather(2, order)
-    layer.capture.statistics = {one: _moved(stat, order) for one, stat in layer.capture.statistics.items()}
-    layer.rotated = None if held.rotated is None else rotated.gather(2, order)
-    layer.segment = layer.gates = layer.valid = None
-    layer.copies = 1
+    segment, tail, state = layer.segment, layer.tail, layer.state
+    assert segment is not None and tail is not None and state is not None
+    shape = (layer.batch, layer.heads, longest)
+    index, valid = segment.padded(longest)
+    of_kept = segment.positions[index].masked_fill(~valid, -1).view(shape).long()
+    positions_of_all = torch.cat([of_kept, positions.unsqueeze(1).expand(-1, layer.heads, -1)], 2)
+    keys = torch.cat([segment.keys[index].view(*shape, -1), tail.keys.detach()], 2)
+    values = torch.cat([segment.values[index].view(*shape, -1), tail.values.detach()], 2)
+    capture = layer.capture
+    capture.statistics = {name: pool[index].view(*shape, -1) for name, pool in segment.statistics.items()}
+    capture.resume(positions, layer.layer_idx, keys, values, positions_of_all)
+    order = padding_first(positions_of_all >= 0)
+    capture.statistics = {name: _moved(statistic, order) for name, statistic in capture.statistics.items()}
+    rotated = None
+    if segment.rotated is not None:
+        of_kept = segment.rotated[index].view(shape).long()
+        rotated = torch.cat([of_kept, positions_of_all[..., longest:]], 2).gather(2, order)
+    layer.state = Prompt(
+        _moved(keys, order), _moved(values, order), None, positions_of_all.gather(2, order), rotated, state.page_index
+    )
     layer.merged_tokens += tail.length
     tail.crop(0)
 
 
-def _moved(held: Tensor, order: Tensor) -> Tensor:
+def _moved(tensor: Tensor, order: Tensor) -> Tensor:
     """Entries [B, H, S, D] in another order [B, H, S]."""
-    return held.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, held.shape[-1]))
+    return tensor.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[-1]))

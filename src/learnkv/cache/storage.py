@@ -1,4 +1,4 @@
-"""Storage of a compressed prompt (one pool, ragged rows) and of what is said after it (tails)."""
+"""Storage: kept entries of a prompt (one pool, ragged rows) and the decode buffer of what follows it."""
 
 import copy
 import functools
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from learnkv.core.observation import Statistic
+from learnkv.ops.arguments import Ragged, Tail
 
 TAIL_CHUNK = 64
 
@@ -23,14 +24,14 @@ class Segment:
     """[N, D]."""
     positions: Tensor
     """[N] int32 prompt position of every entry."""
-    start: Tensor
+    offset: Tensor
     """[B*H] int64."""
     length: Tensor
     """[B*H] int64."""
     longest: int
     """Upper bound of `length`, known on the host."""
     statistics: Mapping[Statistic, Tensor] = field(default_factory=dict)
-    """[N, F] of every entry, what is still gathered."""
+    """[N, F] of every entry, for scorers that evict again while tokens are added."""
     rotated: Tensor | None = None
     """[N] int32 position that every key is rotated to; None: its prompt position."""
 
@@ -39,38 +40,39 @@ class Segment:
         """A view of a prompt [B, H, S, D], left-padded, whose slots have `positions` [B, S], -1 for padding."""
         batch, heads, slots, dim = keys.shape
         padding = (positions < 0).sum(-1)
-        start = torch.arange(batch * heads, device=keys.device) * slots + padding.repeat_interleave(heads)
-        each = positions.to(torch.int32).unsqueeze(1).expand(batch, heads, slots).reshape(-1)
+        offset = torch.arange(batch * heads, device=keys.device) * slots + padding.repeat_interleave(heads)
+        of_entry = positions.to(torch.int32).unsqueeze(1).expand(batch, heads, slots).reshape(-1)
         length = (slots - padding).repeat_interleave(heads)
-        return cls(keys.view(-1, dim), values.view(-1, dim), each, start, length, slots)
+        return cls(keys.view(-1, dim), values.view(-1, dim), of_entry, offset, length, slots)
 
     @functools.cached_property
-    def spans(self) -> list[tuple[int, int]] | None:
-        """(start, length) of every row, read once; None on a device that the host would have to wait for."""
-        if self.start.device.type != "cpu":
-            return None
-        return list(zip(self.start.tolist(), self.length.tolist(), strict=True))
+    def ragged(self) -> Ragged:
+        """The rows as ops take them; on a CPU with the host's copy of both tables, read once."""
+        spans = None
+        if self.offset.device.type == "cpu":
+            spans = list(zip(self.offset.tolist(), self.length.tolist(), strict=True))
+        return Ragged(self.keys, self.values, self.offset, self.length, self.longest, spans)
 
     def rows(self, batch: Tensor, heads: int) -> "Segment":
         """The segment of batch rows `batch` [B'], sharing the pool."""
-        start = self.start.view(-1, heads)[batch.to(self.start.device)].flatten()
-        length = self.length.view(-1, heads)[batch.to(self.start.device)].flatten()
-        return replace(self, start=start, length=length)
+        batch = batch.to(self.offset.device)
+        offset, length = (table.view(-1, heads)[batch].flatten() for table in (self.offset, self.length))
+        return replace(self, offset=offset, length=length)
 
     def padded(self, slots: int) -> tuple[Tensor, Tensor]:
-        """Index into the pool [B*H, slots] of every row's entries, at the end of its slots, and where there is one."""
-        entry = torch.arange(slots, device=self.start.device) - (slots - self.length).unsqueeze(-1)
-        there = entry >= 0
-        return (self.start.unsqueeze(-1) + entry).masked_fill(~there, 0), there
+        """Index into the pool [B*H, slots] of every row's entries, at the end of its slots, and which are entries."""
+        entry = torch.arange(slots, device=self.offset.device) - (slots - self.length).unsqueeze(-1)
+        valid = entry >= 0
+        return (self.offset.unsqueeze(-1) + entry).masked_fill(~valid, 0), valid
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions [length] of one row (host sync)."""
-        start = int(self.start[row])
-        return self.positions[start : start + int(self.length[row])]
+        offset = int(self.offset[row])
+        return self.positions[offset : offset + int(self.length[row])]
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is held."""
-        always = [self.keys, self.values, self.positions, self.start, self.length, *self.statistics.values()]
+        """All tensors of the segment."""
+        always = [self.keys, self.values, self.positions, self.offset, self.length, *self.statistics.values()]
         return always if self.rotated is None else [*always, self.rotated]
 
 
@@ -78,20 +80,20 @@ class DecodeBuffer:
     """Keys and values read after compression: buffers [B, H, capacity, D] that grow by chunks.
 
     Without gradients new entries are written in place; with gradients the buffers are extended functionally, because
-    what was saved for a backward pass must not change. A fork shares the buffers until either tail grows.
+    what was saved for a backward pass must not change. A fork shares the buffers until either grows.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, length: int, writable: bool = False) -> None:
         self._keys, self._values, self.length, self._writable = keys, values, length, writable
-        self.seen: Tensor | None = None
-        """[B, length] slots that the newest token saw; None: all."""
+        self.visible: Tensor | None = None
+        """[B, length] slots that the newest token attended to; None: all."""
         self.cursor: Tensor | None = None
-        """[2] on the device: slots in use and the slot that the next token goes to, while a graph may replay a step;
-        keys and values are then the whole buffers."""
+        """[2] on the device: slots in use and the slot of the next token, while a CUDA graph may replay a step; keys
+        and values are then the whole buffers."""
 
     @classmethod
     def empty_like(cls, keys: Tensor, values: Tensor) -> "DecodeBuffer":
-        """A tail without capacity for entries shaped like [B, H, T, D]."""
+        """A buffer without capacity for entries shaped like [B, H, T, D]."""
         return cls(keys[:, :, :0].detach().clone(), values[:, :, :0].detach().clone(), 0)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -112,7 +114,7 @@ class DecodeBuffer:
         self.length = end
 
     def reserve(self, slots: int) -> int:
-        """Make room for so many more slots, so that adding them allocates nothing; returns the capacity."""
+        """Allocate `slots` more slots, so that appending them allocates nothing; returns the capacity."""
         end = self.length + slots
         if end <= self.capacity and self._writable:
             return self.capacity
@@ -131,11 +133,6 @@ class DecodeBuffer:
         return self._keys.shape[2]
 
     @property
-    def used(self) -> Tensor | None:
-        """[1] slots in use, where a graph counts them on the device."""
-        return None if self.cursor is None else self.cursor[:1]
-
-    @property
     def keys(self) -> Tensor:
         """[B, H, length, D]."""
         return self._keys if self.cursor is not None else self._keys[:, :, : self.length]
@@ -145,28 +142,34 @@ class DecodeBuffer:
         """[B, H, length, D]."""
         return self._values if self.cursor is not None else self._values[:, :, : self.length]
 
-    @property
-    def pool(self) -> tuple[Tensor, int]:
-        """Keys [B*H*capacity, D], and how far apart the rows begin."""
-        return self._keys.reshape(-1, self._keys.shape[-1]), self.capacity
+    def arguments(self, mask: Tensor | None) -> Tail:
+        """The buffers as ops take them; `mask` [B, 1, T, M]."""
+        return Tail(self.keys, self.values, mask, None if self.cursor is None else self.cursor[:1])
+
+    def ragged(self, begin: int) -> Ragged:
+        """Slots from `begin` on as rows of a pool."""
+        keys, values = (part.reshape(-1, part.shape[-1]) for part in (self._keys, self._values))
+        rows, new = self._keys.shape[0] * self._keys.shape[1], self.length - begin
+        offset = torch.arange(rows, device=keys.device) * self.capacity + begin
+        return Ragged(keys, values, offset, torch.full_like(offset, new), new)
 
     def fork(self) -> "DecodeBuffer":
-        """An independent tail."""
+        """An independent buffer."""
         self._writable = False
         return copy.copy(self)
 
     def rows(self, batch: Tensor) -> "DecodeBuffer":
-        """A tail of batch rows `batch` [B']."""
-        at = batch.to(self._keys.device)
-        chosen = DecodeBuffer(self._keys[at], self._values[at], self.length, writable=not torch.is_grad_enabled())
-        chosen.seen = None if self.seen is None else self.seen[at]
+        """The buffer of batch rows `batch` [B']."""
+        batch = batch.to(self._keys.device)
+        chosen = DecodeBuffer(self._keys[batch], self._values[batch], self.length, writable=not torch.is_grad_enabled())
+        chosen.visible = None if self.visible is None else self.visible[batch]
         return chosen
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` entries."""
+        """Drop all but the first `length` entries."""
         self.length = length
-        self.seen = None if self.seen is None else self.seen[:, :length]
+        self.visible = None if self.visible is None else self.visible[:, :length]
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is held, allocated capacity included."""
+        """Both buffers, allocated capacity included."""
         return [self._keys, self._values]

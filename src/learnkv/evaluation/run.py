@@ -15,7 +15,7 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import FULL, Record, rows_of
 from learnkv.evaluation.store import Store, replacing
 from learnkv.inference.attention import attach
-from learnkv.inference.models import describe_model, load_model
+from learnkv.inference.models import context_length, describe_model, load_model
 from learnkv.persistence.policies import describe_policy_file, load_policy
 from learnkv.policy.policy import Policy
 
@@ -30,8 +30,7 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
     model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
     attach(model)
     policies = load_policies(config, model)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    families = tasks.load(config, tokenizer, context)
+    families = tasks.load(config, tokenizer, context_length(model))
     output = Path(config.output).expanduser()
     try:
         output.mkdir(parents=True, exist_ok=True)

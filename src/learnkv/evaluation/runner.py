@@ -124,7 +124,7 @@ def _full(cache: CompressedCache) -> list[dict[str, Any]]:
 def _forget_recorded(cache: CompressedCache) -> None:
     """What scorers of other policies read is none of what this one holds; where it evicts, that is gone already."""
     for layer in cache.compressed_layers():
-        if not layer.live:
+        if layer.decode_capture is None:
             layer.capture.forget()
 
 

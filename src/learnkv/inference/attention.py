@@ -1,4 +1,4 @@
-"""One attention function, registered once: full attention until a cache layer is sealed, then what it retains."""
+"""The attention function of attached models: full attention while a prompt is read, then attention to kept entries."""
 
 import warnings
 from collections.abc import Callable
@@ -32,24 +32,26 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface; returns [B, T, H*G, D] and no weights.
 
-    Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. Features that would be lost
-    (logit soft-capping, attention sinks as weights, a sliding window that has been exceeded) are refused.
-    `evict_if_due` is called after the last layer of a cache that may have to evict again.
+    Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. `evict_if_due` is called after
+    the last layer of a cache with online eviction.
+
+    Raises:
+        UserError: for logit soft-capping, attention sinks as weights and an exceeded sliding window.
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
+    if cache_layer is not None:
+        _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:
         output = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         if cache_layer is not None:
-            _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
-            cache_layer.capture.scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
+            cache_layer.capture.scaling = scale
             cache_layer.observe(query, attention_mask)
         return output
-    _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     output = cache_layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous()
     if evict_if_due is not None:
         evict_if_due()
@@ -64,23 +66,18 @@ def _refuse_exceeded_window(module: nn.Module, layer: CompressedLayer, window: i
         )
 
 
-def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Forward pre-hook: pass the cache's layer to the attention function. It holds no state."""
+def _pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Forward pre-hook without state: pass the cache's layer to the attention function, and inputs to its capture."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, CompressedCache) or module.layer_idx not in cache.compressible:
         return None
     layer = cache.layers[module.layer_idx]
     layer.expects_attention = True
     if not layer.sealed:
-        weight = getattr(module.o_proj, "weight", None)
-        # Quantised layers have a packed weight, or a method of that name; offloaded ones none at this moment; one that
-        # FSDP has gathered is gone when a plan is made.
-        lent = getattr(module.o_proj, "_is_fsdp_managed_module", False)
-        usable = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta and not lent
-        layer.capture.output_weight = weight if usable else None
+        layer.capture.output_weight = _output_weight(module)
         if (rotation := kwargs.get("position_embeddings")) is not None:
             layer.capture.rotations += (rotation,)
-    if layer.capture.capture_spec.reads_hidden and (layer.live or not layer.sealed):
+    if layer.capture.capture_spec.reads_hidden and (layer.decode_capture is not None or not layer.sealed):
         layer.capture.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.sealed)
     kwargs = {**kwargs, "cache_layer": layer}
     schedule = cache.schedule
@@ -89,8 +86,20 @@ def _hand_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, kwargs
 
 
+def _output_weight(module: nn.Module) -> Tensor | None:
+    """Weight of the output projection, where it can be read when a policy plans.
+
+    Quantised layers have a packed weight, or a method of that name; offloaded ones have none at this moment; one that
+    FSDP has gathered is freed before a policy plans.
+    """
+    weight: object = getattr(module.o_proj, "weight", None)
+    if not isinstance(weight, Tensor) or getattr(module.o_proj, "_is_fsdp_managed_module", False):
+        return None
+    return weight if weight.is_floating_point() and not weight.is_meta else None
+
+
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Let `model` compute through learnkv's attention; with ordinary caches its outputs do not change.
+    """Switch `model` to learnkv's attention; with ordinary caches its outputs do not change.
 
     Raises:
         UserError: for an attention that cannot be expressed (soft-capping, sinks as weights), for compiled models and
@@ -119,7 +128,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     AttentionInterface.register(NAME, compressed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    handles = [module.register_forward_pre_hook(_hand_over, with_kwargs=True) for module in layers]
+    handles = [module.register_forward_pre_hook(_pass_cache_layer, with_kwargs=True) for module in layers]
     handles.append(model.register_forward_pre_hook(follow_cache, with_kwargs=True))
     setattr(model, _STATE, (before, handles))
     return model

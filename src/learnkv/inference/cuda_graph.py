@@ -16,16 +16,16 @@ _MOVING_ROPE = {"dynamic", "longrope"}
 
 
 def refusal(model: nn.Module, cache: CompressedCache, slots: int) -> str | None:
-    """Why the decode step of `model` runs without a graph; None where it is captured.
+    """Why the decode step of `model` cannot be captured; None where it can.
 
-    A graph repeats what was launched once, at the same addresses. So everything has to lie on one CUDA device, and
-    nothing may be decided on the host: not by routing to experts, not by a RoPE that follows the length, not by sliding
-    windows of a hybrid model, not by references in place of kernels.
+    A CUDA graph repeats its launches at the same addresses. So all tensors have to lie on one CUDA device, and the host
+    may decide nothing: no routing to experts, no RoPE that depends on the length, no sliding windows of a hybrid model,
+    no references in place of kernels.
 
     Args:
         slots: tail slots that will be in use at the end.
     """
-    devices = {held.device for held in model.parameters()}
+    devices = {parameter.device for parameter in model.parameters()}
     config: Any = getattr(model, "config", None)
     config = config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)
@@ -37,15 +37,15 @@ def refusal(model: nn.Module, cache: CompressedCache, slots: int) -> str | None:
         return "sliding layers of a hybrid model"
     if cache.schedule is not None:
         return "the policy evicts while tokens are added"
-    if window is not None and max(layer.prompt for layer in cache.compressed_layers()) + slots > window:
+    if window is not None and max(layer.prompt_slots for layer in cache.compressed_layers()) + slots > window:
         return f"the sliding window of {window} tokens may be exceeded"
-    if any(layer.gates is not None for layer in cache.compressed_layers()):
+    if any(layer.relaxed for layer in cache.compressed_layers()):
         return "the cache is gated, for training"
     if any(getattr(config, name, None) for name in _EXPERTS):
         return "a mixture of experts routes tokens on the host"
     if _MOVING_ROPE & set(_rope_types(getattr(config, "rope_parameters", None))):
         return "RoPE changes with the length"
-    if any(layer.reading is not None for layer in cache.compressed_layers()):
+    if any(layer.page_index is not None for layer in cache.compressed_layers()):
         return "pages are chosen as the tail grows"
     if prefers_reference():
         return "references compute in place of kernels"
@@ -53,17 +53,17 @@ def refusal(model: nn.Module, cache: CompressedCache, slots: int) -> str | None:
 
 
 def _rope_types(parameters: Any) -> list[str]:
-    """Every rope_type of a config, whose parameters may be nested by layer type."""
+    """All rope types of a config, whose parameters may be nested by layer type."""
     if not isinstance(parameters, dict):
         return []
-    return [parameters.get("rope_type", "")] + [name for one in parameters.values() for name in _rope_types(one)]
+    return [parameters.get("rope_type", "")] + [name for nested in parameters.values() for name in _rope_types(nested)]
 
 
 def capture(step: Callable[[], None], device: torch.device, generator: torch.Generator | None) -> Replay:
-    """Record one `step`, which is not computed, and return what computes it again and again.
+    """Capture `step` without running it, and return the function that replays it.
 
     Raises:
-        RunError: where the step does something that a graph cannot repeat.
+        RunError: for an operation that a graph cannot repeat.
     """
     try:
         graph = torch.cuda.CUDAGraph()

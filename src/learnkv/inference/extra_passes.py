@@ -1,4 +1,4 @@
-"""Scores of prompts that have been read, and the extra passes over them that scorers ask for."""
+"""Extra passes of a model over a complete prompt, for scorers that need them."""
 
 import functools
 
@@ -11,56 +11,60 @@ from learnkv.cache.layer import CompressedLayer
 from learnkv.core.observation import CaptureSpec, PassTokens, PromptPass
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
+from learnkv.inference.models import context_length
 
 
 @torch.no_grad()
 def run_extra_pass(
     model: PreTrainedModel, cache: CompressedCache, prompt_pass: PromptPass, ids: Tensor, mask: Tensor
 ) -> None:
-    """Read what `probe` asks for after prompts [B, S] that `cache` holds complete; it keeps the figures, nothing else.
+    """Read the tokens of `prompt_pass` after complete prompts [B, S]; the cache keeps its statistic only.
 
     Raises:
         UserError: for a prompt and a pass that are longer than the model's context.
     """
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    spent = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
-    for told in prompt_pass.passes(ids, mask):
-        longest = int((mask.sum(-1) + told.mask.sum(-1)).max())
-        if context is not None and longest > context:
-            raise UserError(
-                f"a pass of {told.ids.shape[1]} tokens after the prompt makes {longest}, the model's context is "
-                f"{context}: repeat fewer tokens per pass (chunk)"
-            )
+    read = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
+    for tokens in prompt_pass.passes(ids, mask):
+        _check_context(model, tokens, mask)
         fork = cache.fork()
-        for layer, home in zip(fork.compressed_layers(), cache.compressed_layers(), strict=True):
-            layer.listen(
-                CaptureSpec(told.ids.shape[1], prompt_pass.hidden),
-                functools.partial(_note, prompt_pass, told, layer, home),
-            )
-        there = torch.cat([mask, told.mask], 1)
+        for layer, source in zip(fork.compressed_layers(), cache.compressed_layers(), strict=True):
+            spec = CaptureSpec(tokens.ids.shape[1], prompt_pass.hidden)
+            layer.listen(spec, functools.partial(_update_statistic, prompt_pass, tokens, layer, source))
+        both = torch.cat([mask, tokens.mask], 1)
         model(
-            input_ids=told.ids,
-            attention_mask=None if bool(there.all()) else there,
-            position_ids=(there.cumsum(-1) - 1).clamp_min(0)[:, mask.shape[1] :],
+            input_ids=tokens.ids,
+            attention_mask=None if bool(both.all()) else both,
+            position_ids=(both.cumsum(-1) - 1).clamp_min(0)[:, mask.shape[1] :],
             past_key_values=fork,
             use_cache=True,
             logits_to_keep=1,
         )
-        spent += told.mask.sum(-1)
-    cache.extra_pass_tokens = {**cache.extra_pass_tokens, prompt_pass: spent.tolist()}
+        read += tokens.mask.sum(-1)
+    cache.extra_pass_tokens = {**cache.extra_pass_tokens, prompt_pass: read.tolist()}
 
 
-def _note(prompt_pass: PromptPass, told: PassTokens, layer: CompressedLayer, home: CompressedLayer) -> None:
-    """Let the probe see what the layer saw; then the layer, which no one reads again, lets go of it."""
-    known = home.capture.statistics
-    figure = prompt_pass.update(layer.observation(), told, known.get(prompt_pass))
-    home.capture.statistics = {**known, prompt_pass: figure}
-    layer.keys = layer.values = None
-    layer.capture.forget()
+def _check_context(model: PreTrainedModel, tokens: PassTokens, mask: Tensor) -> None:
+    context = context_length(model)
+    longest = int((mask.sum(-1) + tokens.mask.sum(-1)).max())
+    if context is not None and longest > context:
+        raise UserError(
+            f"a pass of {tokens.ids.shape[1]} tokens after the prompt makes {longest}, the model's context is "
+            f"{context}: repeat fewer tokens per pass (chunk)"
+        )
+
+
+def _update_statistic(
+    prompt_pass: PromptPass, tokens: PassTokens, layer: CompressedLayer, source: CompressedLayer
+) -> None:
+    """Update the statistic of `source` from a layer of its fork, which is not read again and frees its prompt."""
+    statistics = source.capture.statistics
+    updated = prompt_pass.update(layer.observation(), tokens, statistics.get(prompt_pass))
+    source.capture.statistics = {**statistics, prompt_pass: updated}
+    layer.release()
 
 
 @torch.no_grad()
 def scores_of(cache: CompressedCache, scorer: Scorer) -> Tensor:
     """Scores [L, B, H, S] of a complete prompt that was read for a policy with this scorer, -inf at padding."""
-    seen = [layer.observation() for layer in cache.compressed_layers()]
-    return torch.stack([scorer(one).masked_fill(~one.valid, float("-inf")) for one in seen])
+    observations = [layer.observation() for layer in cache.compressed_layers()]
+    return torch.stack([scorer(obs).masked_fill(~obs.valid, float("-inf")) for obs in observations])

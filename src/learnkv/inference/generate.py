@@ -1,4 +1,4 @@
-"""Reading a prompt once, continuing from what is retained of it, and generating."""
+"""Continuing from the kept entries of a prompt: logits of given tokens, and generation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
-from learnkv.inference.decode_loop import steps_for
+from learnkv.inference.decode_loop import decode_loop_for
 from learnkv.inference.sampling import Sampling, beam_search, check_context, check_settings
+from learnkv.inference.token_ids import check_ids, check_mask, left_padded, right_padded
 
 
 def continuation(
@@ -31,7 +32,7 @@ def continuation(
 def continuation_states(
     model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """As `continuation`: the logits [B, T, V], and hidden states [B, T, E] after every layer, the last normalised."""
+    """Logits [B, T, V] as of `continuation`, and hidden states [B, T, E] after every layer, the last normalised."""
     return _continue(model, input_ids, cache, attention_mask, hidden=True)
 
 
@@ -39,20 +40,19 @@ def _continue(
     model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache, mask: Tensor | None, hidden: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     ids, mask, padded = _with_pending(*_check_continuation(input_ids, mask, cache), cache)
-    said = _read(model, ids, mask, padded, cache, hidden=hidden)
+    outputs = _read(model, ids, mask, padded, cache, hidden=hidden)
     begin = ids.shape[1] - input_ids.shape[1]
-    return said.logits[:, begin:], [state[:, begin:] for state in said.hidden_states[1:]] if hidden else []
+    states = outputs.hidden_states[1:] if hidden else ()
+    return outputs.logits[:, begin:], [state[:, begin:] for state in states]
 
 
 def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor, bool]:
-    """Tokens [B, T], which of them count [B, T], and whether any does not."""
+    """Ids [B, T], which of them are tokens [B, T], and whether any is padding."""
     if not isinstance(cache, CompressedCache):
         raise UserError(f"expected a CompressedCache, as prefill returns it, got {type(cache).__name__}")
     cache.seal()
-    if ids.ndim != 2 or ids.numel() == 0:
-        raise UserError(f"input_ids of shape {list(ids.shape)}: expected [batch, tokens] with at least one token")
-    if mask is not None and mask.shape != ids.shape:
-        raise UserError(f"attention_mask of shape {list(mask.shape)}: expected {list(ids.shape)}, as input_ids")
+    check_ids(ids)
+    check_mask(ids, mask)
     if ids.shape[0] != len(cache.prompt_lengths):
         raise UserError(
             f"{ids.shape[0]} rows continue {len(cache.prompt_lengths)} prompts: repeat the cache's rows first"
@@ -63,10 +63,11 @@ def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache
 
 
 def _with_pending(ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCache) -> tuple[Tensor, Tensor, bool]:
-    """Put what was said in the turn before and the model has not read yet in front."""
+    """Put tokens of the last turn that the model has not read in front."""
     if cache.pending is not None:
-        unread, said = cache.pending
-        ids, mask, padded = torch.cat([unread, ids], 1), torch.cat([said, mask], 1), padded or not bool(said.all())
+        unread, is_token = cache.pending
+        ids, mask = torch.cat([unread, ids], 1), torch.cat([is_token, mask], 1)
+        padded = padded or not bool(is_token.all())
         cache.pending = None
     return ids, mask, padded
 
@@ -74,45 +75,46 @@ def _with_pending(ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCach
 def _read(
     model: PreTrainedModel,
     ids: Tensor,
-    new: Tensor,
+    mask: Tensor,
     padded: bool,
     cache: CompressedCache,
-    last: int = 0,
+    logits_to_keep: int = 0,
     hidden: bool = False,
 ) -> Any:
-    """The model's output, with logits [B, T, V] of tokens [B, T], of which those count that are `new` [B, T].
+    """The model's output for ids [B, T], which are tokens where `mask` [B, T].
 
-    Logits of the `last` tokens only, 0: of all; hidden states if asked for.
+    Args:
+        logits_to_keep: logits of so many last slots only; 0: of all.
+        hidden: hidden states, too.
     """
     attach(model)
-    positions = cache.next_positions().to(ids.device).unsqueeze(-1) + (new.cumsum(-1) - 1).clamp_min(0)
+    positions = cache.next_positions().to(ids.device).unsqueeze(-1) + (mask.cumsum(-1) - 1).clamp_min(0)
     check_context(model, cache, positions, ids.shape[1])
-    tail = cache.extend_tail_mask(new, padded)
+    tail = cache.extend_tail_mask(mask, padded)
     return model(
         input_ids=ids,
-        attention_mask=_forward_mask(cache, tail, ids.shape[1]),
+        attention_mask=_attention_mask(cache, tail, ids.shape[1]),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=last,
+        logits_to_keep=logits_to_keep,
         output_hidden_states=hidden,
     )
 
 
-def _forward_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | None:
-    """What the model is told of padding: nothing where the tail has none, else a mask of the tail only."""
+def _attention_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | None:
+    """Mask [B, 1, T, M] of the tail, None without padding; of prompt and tail [B, S + M] in a hybrid model."""
     if cache.has_sliding_layers:
-        seen = torch.cat([cache.prompt_mask.to(tail.device), tail], 1)
-        cache.refuse_gaps(seen)
-        return seen
+        mask = torch.cat([cache.prompt_mask.to(tail.device), tail], 1)
+        cache.refuse_gaps(mask)
+        return mask
     if not cache.tail_padded:
         return None
     tail = tail[:, cache.continuation_length - cache.tail_length :]
     slot = torch.arange(tail.shape[1], device=tail.device)
-    causal = slot <= slot[tail.shape[1] - new :].unsqueeze(-1)
-    # A padded query sees itself, so that its softmax is over something.
-    itself = slot == slot[tail.shape[1] - new :].unsqueeze(-1)
-    return ((causal & tail.unsqueeze(1)) | itself).unsqueeze(1)
+    query_slot = slot[tail.shape[1] - new :].unsqueeze(-1)
+    # A padded query attends to itself, so that its softmax is over something.
+    return (((slot <= query_slot) & tail.unsqueeze(1)) | (slot == query_slot)).unsqueeze(1)
 
 
 @torch.no_grad()
@@ -136,57 +138,67 @@ def generate(
 ) -> Tensor:
     """Continue every prompt with `input_ids` and generate up to `max_new_tokens` tokens: [B, new].
 
-    The cache remembers what was said, so that a further call is the next turn of a conversation. Tokens are the same as
-    those of transformers' own `generate()`; steps wait for nothing between the looks, every 16 steps, whether all rows
-    have ended. What was read beyond the end is forgotten. A cache that cannot forget, one with sliding layers or one
-    that evicts again while tokens are added, is looked at every step.
+    The cache keeps the generated tokens, so that a further call is the next turn of a conversation. Tokens are those of
+    transformers' own `generate()`. There is a host sync every 16 steps, to check whether all rows have ended; tokens
+    read after that are dropped. A cache with sliding layers or online eviction cannot be cropped and is checked every
+    step.
 
     Args:
         input_ids: [B, T] the question, left- or right-padded where lengths differ.
         attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
         do_sample, temperature, top_k, top_p: sampling; greedy otherwise. `seed` makes it repeatable.
         num_beams: beam search over as many beams, by transformers' own search; not with sampling or `stop`.
-        eos_token_id: ends a row; None: what the model's generation config says. Rows that ended are padded.
-        stop: called with the new tokens [B, new] after every step, True [B] ends a row. An answer on the host is acted
-            on at once, one on a device is not waited for: no more of a sync than `stop` itself makes.
-        graph: capture the step as a CUDA graph; None: where `cuda_graph.refusal` has nothing against it.
+        eos_token_id: ends a row; None: that of the model's generation config. Rows that ended are padded.
+        stop: called with the new tokens [B, new] after every step, True [B] ends a row. A result on the host takes
+            effect at once; one on a device costs no host sync.
+        graph: capture the step as a CUDA graph; None: wherever `cuda_graph.refusal` allows.
 
     Raises:
-        RunError: NaN in the model's output, looked for in the first, every 16th and the last step.
+        RunError: NaN in the model's output, checked in the first, every 16th and the last step.
     """
     check_settings(max_new_tokens, do_sample, num_beams, stop)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seeded=do_sample and seed is not None)
-    settings = model.generation_config
-    eos = eos_token_id if eos_token_id is not None else settings.eos_token_id
-    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    pad = pad_token_id if pad_token_id is not None else settings.pad_token_id
-    pad = pad if pad is not None else (ends[0] if ends else 0)
+    ends, pad = _special_tokens(model, eos_token_id, pad_token_id)
     ids, mask, padded = _check_continuation(input_ids, attention_mask, cache)
     if padded and not bool(mask.any(-1).all()):
         raise UserError("empty question: expected at least one token in every row")
     ids, mask, padded = _with_pending(ids, mask, padded, cache)
     if num_beams > 1:
         attach(model)
-        found = beam_search(model, *_packed(ids, mask, "left"), cache, max_new_tokens, num_beams, list(ends), pad)
-        over = _ended(found, ends).cumsum(-1) - _ended(found, ends).long() > 0
-        cache.pending = (torch.cat([ids, found], 1), torch.cat([mask, ~over], 1))
-        return found.masked_fill(over, pad)  # transformers takes another id for a pad_token_id of 0
+        return _beams(model, ids, mask, cache, max_new_tokens, num_beams, ends, pad)
     if padded:
-        ids, mask = _packed(ids, mask, "right")
-    logits = _read(model, ids, mask, padded, cache, last=0 if padded else 1).logits
+        ids, mask = right_padded(ids, mask)
+    logits = _read(model, ids, mask, padded, cache, logits_to_keep=0 if padded else 1).logits
     if padded:
         logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))
-    return steps_for(model, cache, max_new_tokens, sampling, ends, pad, graph).turn(
-        cache, logits[:, -1], max_new_tokens, stop, seed
-    )
+    loop = decode_loop_for(model, cache, max_new_tokens, sampling, ends, pad, graph)
+    return loop.run(cache, logits[:, -1], max_new_tokens, stop, seed)
 
 
-def _ended(ids: Tensor, ends: tuple[int, ...]) -> Tensor:
-    """Where an end of a row stands."""
-    return torch.isin(ids, torch.tensor(ends, device=ids.device, dtype=ids.dtype))
+def _special_tokens(
+    model: PreTrainedModel, eos_token_id: int | list[int] | None, pad_token_id: int | None
+) -> tuple[tuple[int, ...], int]:
+    """Ids that end a row, and the padding id, from the arguments or the model's generation config."""
+    config = model.generation_config
+    eos = eos_token_id if eos_token_id is not None else config.eos_token_id
+    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    pad = pad_token_id if pad_token_id is not None else config.pad_token_id
+    return ends, pad if pad is not None else (ends[0] if ends else 0)
 
 
-def _packed(ids: Tensor, mask: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """The same rows with all their padding on one side."""
-    order = (mask if side == "left" else ~mask).to(torch.int8).argsort(dim=-1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
+def _beams(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: CompressedCache,
+    max_new_tokens: int,
+    num_beams: int,
+    ends: tuple[int, ...],
+    pad: int,
+) -> Tensor:
+    """Beam search from questions [B, T]: [B, new]. The cache gets question and result as pending tokens."""
+    result = beam_search(model, *left_padded(ids, mask), cache, max_new_tokens, num_beams, list(ends), pad)
+    is_end = torch.isin(result, torch.tensor(ends, device=result.device, dtype=result.dtype))
+    after_end = is_end.cumsum(-1) - is_end.long() > 0
+    cache.pending = (torch.cat([ids, result], 1), torch.cat([mask, ~after_end], 1))
+    return result.masked_fill(after_end, pad)  # transformers takes another id for a pad_token_id of 0

@@ -1,4 +1,4 @@
-"""LoRA adapters that act on tokens read from what a policy retained; prompts and full caches are read without them."""
+"""LoRA adapters for tokens that are read from a compressed cache; prompts and full caches are read without them."""
 
 import json
 import warnings
@@ -14,12 +14,12 @@ from learnkv.core.adapter import PREFIX, Adapter
 from learnkv.errors import UserError
 
 FOLDER = "adapter"
-"""Of an exported policy; peft reads it, too."""
-_OUTSIDE = "base_model.model."  # what peft puts before the names of weights on disk
+"""Folder of the adapter in an exported policy; peft reads it, too."""
+_PEFT_PREFIX = "base_model.model."  # of the names of weights on disk
 
 
 def follow_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a model: of our adapters the one acts that the cache names, and is loaded if it is new."""
+    """Forward pre-hook of a model: activate the cache's adapter and no other of learnkv's; load it if it is new."""
     wanted: Adapter | None = getattr(kwargs.get("past_key_values"), "adapter", None)
     if wanted is not None:
         load(model, wanted)
@@ -28,7 +28,7 @@ def follow_cache(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def add(model: Any, adapter: Adapter) -> None:
-    """Give the model a new adapter, which changes nothing yet. Its weights are float32 whatever the model's are.
+    """Add a new adapter, which changes no output yet, to the model. Its weights are float32 whatever the model's are.
 
     Raises:
         UserError: for targets that the model does not have.
@@ -50,7 +50,7 @@ def add(model: Any, adapter: Adapter) -> None:
 
 
 def load(model: Any, adapter: Adapter) -> None:
-    """Give the model an adapter with its weights, frozen; nothing where it has it.
+    """Add an adapter with its weights, frozen; does nothing where the model has it.
 
     Raises:
         UserError: for an adapter of another model.
@@ -60,13 +60,15 @@ def load(model: Any, adapter: Adapter) -> None:
     if not adapter.state:
         raise UserError("the policy is trained beside an adapter that this model does not have")
     add(model, adapter)
-    own = weights(model, adapter)
-    want, have = ({key: tuple(held.shape) for key, held in one.items()} for one in (own, adapter.state))
-    if want != have:
+    parameters = weights(model, adapter)
+    expected, got = (
+        {key: tuple(tensor.shape) for key, tensor in state.items()} for state in (parameters, adapter.state)
+    )
+    if expected != got:
         _remove(model, adapter.name)
-        key = next(key for key in sorted({*want, *have}) if want.get(key) != have.get(key))
-        raise UserError(f"adapter: {key} has the shape {have.get(key)}, the model asks for {want.get(key)}")
-    for key, weight in own.items():
+        key = next(key for key in sorted({*expected, *got}) if expected.get(key) != got.get(key))
+        raise UserError(f"adapter: {key} has the shape {got.get(key)}, the model expects {expected.get(key)}")
+    for key, weight in parameters.items():
         weight.data.copy_(adapter.state[key])
         weight.requires_grad_(False)
 
@@ -74,18 +76,20 @@ def load(model: Any, adapter: Adapter) -> None:
 def weights(model: nn.Module, adapter: Adapter) -> dict[str, nn.Parameter]:
     """The adapter's parameters in the model, by peft's names."""
     return {
-        _outside(name, adapter.name): weight for name, weight in model.named_parameters() if f".{adapter.name}." in name
+        _peft_name(name, adapter.name): weight
+        for name, weight in model.named_parameters()
+        if f".{adapter.name}." in name
     }
 
 
-def held(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter with the weights that the model has for it now."""
+def current_weights(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter with its present weights in the model."""
     state = {key: weight.detach().cpu().clone() for key, weight in weights(model, adapter).items()}
     return Adapter(adapter.rank, adapter.alpha, adapter.targets, state)
 
 
-def ours(name: str) -> bool:
-    """Whether a name in a state dict is that of a weight of an adapter of ours."""
+def is_adapter_weight(name: str) -> bool:
+    """Whether a name in a state dict is that of a weight of one of learnkv's adapters."""
     return f".{PREFIX}" in name
 
 
@@ -94,23 +98,25 @@ def in_training(name: str) -> bool:
     return f".{PREFIX}." in name
 
 
-def from_checkpoint(told: Mapping[str, Any], state: Mapping[str, Tensor]) -> Adapter:
+def from_checkpoint(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Adapter:
     """The adapter of a checkpoint whose state dict has the model's weights below `model.`."""
-    found = {_outside(name.removeprefix("model."), PREFIX): one for name, one in state.items() if in_training(name)}
-    return Adapter(int(told["rank"]), float(told["alpha"]), tuple(told["targets"]), found)
+    weights = {
+        _peft_name(name.removeprefix("model."), PREFIX): weight for name, weight in state.items() if in_training(name)
+    }
+    return Adapter(int(description["rank"]), float(description["alpha"]), tuple(description["targets"]), weights)
 
 
-def told(adapter: Adapter) -> dict[str, Any]:
+def description(adapter: Adapter) -> dict[str, Any]:
     """All but the weights, as plain values."""
     return {"rank": adapter.rank, "alpha": adapter.alpha, "targets": list(adapter.targets)}
 
 
 def write(adapter: Adapter, folder: Path) -> None:
-    """An adapter as peft stores it: `adapter_config.json` and `adapter_model.safetensors`."""
+    """Store an adapter as peft does: `adapter_config.json` and `adapter_model.safetensors`."""
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: one.contiguous() for key, one in adapter.state.items()}, folder / "adapter_model.safetensors")
+    save_file({key: weight.contiguous() for key, weight in adapter.state.items()}, folder / "adapter_model.safetensors")
     LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -122,7 +128,7 @@ def write(adapter: Adapter, folder: Path) -> None:
 
 
 def read(folder: Path) -> Adapter:
-    """What `write` wrote. Raises UserError for what is missing or is no such adapter."""
+    """Read what `write` stored. Raises UserError for missing or other files."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         rank, alpha, targets = int(config["r"]), float(config["lora_alpha"]), _names(config["target_modules"])
@@ -135,20 +141,20 @@ def _names(targets: Sequence[str] | str) -> tuple[str, ...]:
     return (targets,) if isinstance(targets, str) else tuple(sorted(targets))
 
 
-def _outside(name: str, adapter: str) -> str:
-    return _OUTSIDE + name.replace(f".{adapter}.", ".")
+def _peft_name(name: str, adapter: str) -> str:
+    return _PEFT_PREFIX + name.replace(f".{adapter}.", ".")
 
 
 def _activate(model: nn.Module, name: str | None) -> None:
-    """Let `name` act and no other adapter of ours; what trains stays what it is, which peft would change."""
+    """Activate `name` and no other of learnkv's adapters; `requires_grad`, which peft would change, stays as it is."""
     for layer in _adapted(model):
-        active = [one for one in layer.active_adapters if not one.startswith(PREFIX)]
+        active = [other for other in layer.active_adapters if not other.startswith(PREFIX)]
         active += [] if name is None else [name]
         if active != list(layer.active_adapters):
-            trains = [(weight, weight.requires_grad) for weight in layer.parameters()]
+            trained = [(weight, weight.requires_grad) for weight in layer.parameters()]
             layer.set_adapter(active)
-            for weight, did in trains:
-                weight.requires_grad_(did)
+            for weight, requires_grad in trained:
+                weight.requires_grad_(requires_grad)
 
 
 def _remove(model: Any, name: str) -> None:

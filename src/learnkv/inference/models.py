@@ -1,4 +1,4 @@
-"""Loading a language model with its tokenizer, and writing prompts the way the model expects them."""
+"""Loading a language model with its tokenizer, descriptions of a model, and the format of its prompts."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.errors import UserError
-from learnkv.inference import lora as adapters
+from learnkv.inference import lora
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "model"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -35,11 +35,11 @@ def load_model(
     device: str = "auto",
     attn: str = "sdpa",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen causal language model in evaluation mode and its tokenizer (left padding).
+    """Load a frozen causal language model in evaluation mode and its tokenizer (left padding).
 
     Args:
-        model: `reference` (the model in this package), a local folder, or a hub id. Local names never touch the
-            network, and code that comes with a model is never run.
+        model: `reference` (the model in this package), a local folder, or a hub id. Local names need no network, and
+            code that comes with a model is never run.
         revision: of a hub id: branch, tag or commit.
         dtype: float32, bfloat16, float16, or auto: as stored, but float32 on a CPU.
         device: cpu, cuda, cuda:N, mps, or auto: the first GPU if there is one.
@@ -48,7 +48,7 @@ def load_model(
     Raises:
         UserError: one line for a missing folder, missing or corrupt files, missing weights, not a causal LM.
     """
-    where = torch_device(device)
+    target = torch_device(device)
     folder = local_folder(model)
     source = str(folder) if folder else model
     options = {"revision": revision, "local_files_only": folder is not None, "trust_remote_code": False}
@@ -56,7 +56,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         lm, report = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=torch_dtype(dtype, where),
+            dtype=torch_dtype(dtype, target),
             attn_implementation=attn,
             output_loading_info=True,
             **options,
@@ -69,11 +69,11 @@ def load_model(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return lm.to(where).eval().requires_grad_(False), tokenizer
+    return lm.to(target).eval().requires_grad_(False), tokenizer
 
 
 def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16") -> PreTrainedModel:
-    """The model as `load_model` gives it, but on the meta device: shapes without weights, of which none is read."""
+    """The model of `load_model` on the meta device: shapes without weights."""
     folder = local_folder(model)
     source = str(folder) if folder else model
     try:
@@ -86,7 +86,7 @@ def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16"
 
 
 def local_folder(model: str) -> Path | None:
-    """The folder that `model=` means, None for a hub id; UserError for a folder that is not there."""
+    """The folder of `model=`, None for a hub id; UserError for a folder that does not exist."""
     folder = REFERENCE if model == "reference" else Path(model).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -97,20 +97,20 @@ def local_folder(model: str) -> Path | None:
 
 
 def torch_device(device: str) -> torch.device:
-    """The device that `device=` means."""
+    """The device of `device=`."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except RuntimeError:
         raise UserError(f"device={device}: expected auto, cpu, cuda, cuda:N or mps") from None
-    if found.type == "cuda" and not (found.index or 0) < torch.cuda.device_count():
+    if parsed.type == "cuda" and not (parsed.index or 0) < torch.cuda.device_count():
         raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return found
+    return parsed
 
 
 def torch_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """The number format that `dtype=` means on `device`, "auto" for the stored one."""
+    """The number format of `dtype=` on `device`, "auto" for the stored one."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
@@ -119,7 +119,7 @@ def torch_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def _reason(error: Exception, folder: Path | None) -> str:
-    """The first sentence of what transformers has to say, in our words where its own mislead."""
+    """The first sentence of an error of transformers, or a clearer one."""
     text = str(error).strip()
     if "Unrecognized configuration class" in text:
         return f"expected a causal language model, got a {text.split('class ')[-1].split()[0].split('.')[-1][:-2]}"
@@ -127,6 +127,12 @@ def _reason(error: Exception, folder: Path | None) -> str:
         return f"its weights are corrupt ({text})"
     first = text.split("\n")[0]
     return first if folder else f"no such folder, and loading it from the hub failed: {first}"
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model can attend to; None where its config sets no limit."""
+    context: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return context
 
 
 def config_hash(model: PreTrainedModel) -> str:
@@ -137,11 +143,13 @@ def config_hash(model: PreTrainedModel) -> str:
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """What a policy's manifest says of its model: id, config hash, and the sizes that a policy needs."""
+    """The model as a policy's manifest has it: id, config hash, and the sizes that a policy needs."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    sliding = kinds.count("sliding_attention") if len(set(kinds)) > 1 else 0  # those of a hybrid model stay as they are
+    sliding = (
+        kinds.count("sliding_attention") if len(set(kinds)) > 1 else 0
+    )  # layers of a hybrid model that are not compressed
     name = model.config._name_or_path
     return {
         "id": "reference" if name == str(REFERENCE) else name,
@@ -157,13 +165,13 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Of what a model computes, without reading all of its weights: description, number format, some of each matrix."""
+    """SHA-256 of a model without reading all of its weights: description, number format, 16 numbers per matrix."""
     described = describe_model(model)
-    # The config's hash covers the other sizes: a description that grows must not make earlier samples unknown.
+    # The config hash covers the other sizes; new keys of a description must not change the digest.
     described["shapes"] = {key: described["shapes"][key] for key in ("layers", "heads", "head_dim")}
     about = json.dumps([described, str(model.dtype)], sort_keys=True)
     digest = hashlib.sha256(about.encode())
-    for weight in (held for name, held in model.named_parameters() if not adapters.ours(name)):
+    for weight in (weight for name, weight in model.named_parameters() if not lora.is_adapter_weight(name)):
         digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

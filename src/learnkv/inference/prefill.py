@@ -14,6 +14,8 @@ from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
 from learnkv.inference.extra_passes import run_extra_pass, scores_of
+from learnkv.inference.models import context_length
+from learnkv.inference.token_ids import check_ids, check_mask
 from learnkv.policy.budget import check_budget
 from learnkv.policy.layerwise import compress_when_read
 from learnkv.policy.policy import Policy
@@ -32,18 +34,18 @@ def prefill(
     keep: float | None = None,
     budget: float | None = None,
 ) -> CompressedCache:
-    """Read prompts with full attention and return a cache that holds all of them, or what `policy` keeps.
+    """Read prompts with full attention and return a cache of all entries, or of those that `policy` keeps.
 
     Args:
         model: a causal language model; `attach` is called if it was not.
         input_ids: [B, S] left-padded.
         attention_mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
         chunk_size: tokens read at once, at least 1; None: all. Chunks may end anywhere.
-        window: last queries to record for scorers, at least.
-        policies: those that will compress forks of the cache; what they read beside keys and values is recorded,
-            extra passes over the prompt are made for those that ask for them.
-        policy: compress to `keep` or `budget`; with a static or causal allocator every layer is evicted as soon as it
-            has read the end of the prompt. Read at once, a prompt is never held in full by more than one layer.
+        window: last queries to capture for scorers, at least.
+        policies: policies that will compress forks of the cache. What they need beside keys and values is captured, and
+            their extra passes over the prompt are run.
+        policy: compress to `keep` or `budget`. With a static or sequential allocator every layer is evicted as soon as
+            it has read the end of the prompt; without chunks, only one layer at a time holds all of its entries.
 
     Raises:
         UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
@@ -55,28 +57,18 @@ def prefill(
     if policy is not None:
         check_budget(keep, budget)
         policies = [*policies, policy]
-    capture_spec = functools.reduce(operator.or_, (one.capture_spec for one in policies), CaptureSpec(window))
+    capture_spec = functools.reduce(operator.or_, (each.capture_spec for each in policies), CaptureSpec(window))
     cache = CompressedCache(model.config, capture_spec)
-    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     cache.set_prompt(lengths)
-    slots = input_ids.shape[1]
-    positions = torch.arange(slots, device=input_ids.device).expand_as(input_ids)
-    if mask is not None:
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    step = chunk_size or slots
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     one_shot = policy if policy is not None and policy.reads_once and keep != 1 else None
+    slots = input_ids.shape[1]
+    step = chunk_size or slots
     for begin in range(0, slots, step):
         end = min(begin + step, slots)
         if one_shot is not None and end == slots:
             compress_when_read(one_shot, cache, keep, budget)
-        model(
-            input_ids=input_ids[:, begin:end],
-            attention_mask=None if mask is None else mask[:, :end],
-            position_ids=positions[:, begin:end],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        _read_chunk(model, cache, input_ids, mask, slice(begin, end))
     read = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     for prompt_pass in capture_spec.extra_passes:
         run_extra_pass(model, cache, prompt_pass, input_ids, read)
@@ -87,7 +79,7 @@ def prefill(
 def score_prompt(
     model: PreTrainedModel, scorer: Scorer, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """What a scorer gives every entry of prompts, [L, B, H, S] float32, -inf at padding: a teacher's signal, too.
+    """Scores of all entries of prompts, [L, B, H, S] float32, -inf at padding; also a teacher's signal.
 
     Args:
         input_ids, attention_mask: as for `prefill`.
@@ -95,22 +87,37 @@ def score_prompt(
     return scores_of(prefill(model, input_ids, attention_mask, window=0, policies=[Policy(scorer)]), scorer)
 
 
+def _read_chunk(
+    model: PreTrainedModel, cache: CompressedCache, input_ids: Tensor, mask: Tensor | None, chunk: slice
+) -> None:
+    """Read the slots `chunk` of prompts [B, S]; `mask` [B, S], None: no padding."""
+    if mask is None:
+        positions = torch.arange(chunk.start, chunk.stop, device=input_ids.device).expand(len(input_ids), -1)
+    else:
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, chunk]
+    model(
+        input_ids=input_ids[:, chunk],
+        attention_mask=None if mask is None else mask[:, : chunk.stop],
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+
+
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:
-    if input_ids.ndim != 2 or input_ids.numel() == 0:
-        raise UserError(f"input_ids of shape {list(input_ids.shape)}: expected [batch, tokens] with at least one token")
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    """Tokens of every prompt."""
+    check_ids(input_ids)
+    check_mask(input_ids, mask)
     lengths = [input_ids.shape[1]] * input_ids.shape[0]
     if mask is not None:
-        if mask.shape != input_ids.shape:
-            raise UserError(
-                f"attention_mask of shape {list(mask.shape)}: expected {list(input_ids.shape)}, the shape of input_ids"
-            )
         valid = mask.bool()
         if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
             raise UserError("attention_mask: expected left padding, found padding after a token")
         lengths = valid.sum(-1).tolist()
     if 0 in lengths:
         raise UserError(f"prompt {lengths.index(0)} is empty: expected at least one token")
+    context = context_length(model)
     if context is not None and max(lengths) > context:
         raise UserError(f"prompt of {max(lengths)} tokens: the model's context is {context}")
     return lengths

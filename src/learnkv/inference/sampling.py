@@ -1,4 +1,4 @@
-"""How the next tokens are chosen: greedily, drawn, or by beam search."""
+"""Choice of the next tokens: greedy, sampled, or by beam search."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,18 +9,19 @@ from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError, UserError
+from learnkv.inference.models import context_length
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: greedily, or among the `top_k` likeliest that make up `top_p`."""
+    """Greedy choice, or sampling among the `top_k` most likely tokens that make up `top_p`."""
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seeded: bool = False
-    """Whether a generator of its own draws, rather than the device's."""
+    """Whether to sample with a generator of the loop instead of the device's."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
@@ -41,14 +42,14 @@ def check_settings(
 
 
 def check_context(model: PreTrainedModel, cache: CompressedCache, positions: Tensor, slots: int) -> None:
-    """Raise UserError where `positions` [B, T] lie behind the model's context.
+    """Raise UserError where `positions` [B, T] exceed the model's context.
 
     Args:
-        slots: read or about to be read, and not counted by the cache yet.
+        slots: slots that the cache does not count yet.
     """
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model)
     reached = max(cache.prompt_lengths) + cache.continuation_length + slots
-    # The bound counts padding; only where it is exceeded is the true number worth a host sync.
+    # The bound counts padding; the true number costs a host sync.
     if context is not None and reached > context and (reached := int(positions.max()) + 1) > context:
         raise UserError(f"{reached} tokens with the continuation: the model's context is {context}")
 
@@ -59,17 +60,17 @@ def check_numbers(logits: Tensor, step: int) -> None:
         raise RunError(f"the model's output is NaN after {step} new tokens")
 
 
-def next_token(logits: Tensor, how: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """The next token [B] from logits [B, V], and the largest logit [B], which is NaN where any is; no host sync."""
-    if not how.do_sample:
+    if not sampling.do_sample:
         largest, token = logits.max(-1)
         return token, largest
-    logits, order = (logits.float() / how.temperature).sort(dim=-1, descending=True)  # NaN comes first
-    if how.top_k:
-        logits[:, how.top_k :].fill_(-torch.inf)
+    logits, order = (logits.float() / sampling.temperature).sort(dim=-1, descending=True)  # NaN comes first
+    if sampling.top_k:
+        logits[:, sampling.top_k :].fill_(-torch.inf)
     probabilities = logits.softmax(-1)
-    outside = probabilities.cumsum(-1) - probabilities >= how.top_p
-    # What torch.multinomial computes after it has looked at the probabilities, which a graph must not do.
+    outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
+    # As torch.multinomial, which also checks the probabilities on the host; a CUDA graph cannot.
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
     drawn = (probabilities.masked_fill(outside, 0) / noise).argmax(-1, keepdim=True)
     return order.gather(1, drawn)[:, 0], logits[:, 0]
@@ -85,18 +86,18 @@ def beam_search(
     eos: list[int],
     pad: int,
 ) -> Tensor:
-    """transformers' beam search from left-padded questions [B, T]: [B, new]. The cache is left as it was."""
+    """transformers' beam search from left-padded questions [B, T]: [B, new]. The cache does not change."""
     beams = cache.fork()
-    heard = cache.fork().extend_tail_mask(mask, padded=True)
+    tail_mask = cache.fork().extend_tail_mask(mask, padded=True)
     beams.batch_repeat_interleave(num_beams)
 
-    def checked(said: Tensor, scores: Tensor) -> Tensor:
-        check_numbers(scores, said.shape[1] - ids.shape[1])
+    def checked(all_ids: Tensor, scores: Tensor) -> Tensor:
+        check_numbers(scores, all_ids.shape[1] - ids.shape[1])
         return scores
 
     output = model.generate(
         input_ids=ids,
-        attention_mask=torch.cat([cache.prompt_mask.to(heard.device), heard], 1).long(),
+        attention_mask=torch.cat([cache.prompt_mask.to(tail_mask.device), tail_mask], 1).long(),
         past_key_values=beams,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,

@@ -111,7 +111,7 @@ class LearnKVPress(BasePress):
         finally:
             detach(model)
         for layer, module in zip(ours.compressed_layers(), reader.layers, strict=True):
-            evicted = layer.entry_positions() >= 0
+            evicted = layer.prompt.entry_positions() >= 0
             for row, heads in enumerate(evicted):
                 padding = heads.shape[-1] - int(heads[0].sum())
                 for head, one in enumerate(heads):

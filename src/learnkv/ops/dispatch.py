@@ -33,7 +33,7 @@ def prefers_reference() -> bool:
     return _auto.get() == "reference"
 
 
-def meant(impl: Impl) -> Impl:
+def resolve(impl: Impl) -> Impl:
     """What `impl` stands for here; a backward pass may run where the block that it was called in is not known."""
     return _auto.get() if impl == "auto" else impl
 
@@ -47,8 +47,8 @@ def implementation(op: str, impl: Impl, available: tuple[str, ...], *tensors: Te
         UserError: for an explicit choice that cannot be met; it never falls back.
     """
     differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
-    if meant(impl) in available:
-        impl = meant(impl)
+    if resolve(impl) in available:
+        impl = resolve(impl)
     if impl == "auto":
         prefer_triton = "triton" in available and tensors[0].is_cuda and not differentiable
         impl = "triton" if prefer_triton else "reference"

@@ -1,4 +1,4 @@
-"""Attention to what was kept of a prompt, with a gradient for the mask of everything that was not."""
+"""Attention to the kept entries of a prompt, with a gradient for the mask of every entry."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
-from learnkv.ops.dispatch import Impl, meant
+from learnkv.ops.dispatch import Impl, resolve
 from learnkv.ops.mask_gradient import mask_gradient
 
 
@@ -16,14 +17,8 @@ def relaxed_attention(
     keys: Tensor,
     values: Tensor,
     gates: Tensor,
-    kept_keys: Tensor,
-    kept_values: Tensor,
-    start: Tensor,
-    length: Tensor,
-    longest: int,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_mask: Tensor | None,
+    kept: Ragged,
+    tail: Tail,
     scaling: float,
     *,
     impl: Impl = "auto",
@@ -36,23 +31,15 @@ def relaxed_attention(
         query: [B*C, H*G, T, D]: C continuations of each of the B prompts, continuations of one prompt adjacent.
         keys, values: [B, H, S, D] of the prompts, which get no gradient.
         gates: [B, H, S].
-        kept_keys, kept_values, start, length, longest: pool [N, D] and tables [B*C*H] of what was kept.
-        tail_keys, tail_values: [B*C, H, M, D], the last T are the new tokens.
-        tail_mask: [B*C, 1, T, M] True where a new token sees a tail slot; None: causal, nothing padded.
+        kept: B*C*H rows of kept entries.
+        tail: [B*C, H, M, D], all M slots in use.
         scaling: factor on query-key products.
 
     Returns:
         [B*C, H*G, T, D].
     """
     output: Tensor = _RelaxedAttention.apply(
-        query,
-        gates,
-        tail_keys,
-        tail_values,
-        (keys, values, kept_keys, kept_values, start, length, tail_mask),
-        longest,
-        scaling,
-        meant(impl),
+        query, gates, tail.keys, tail.values, (keys, values, kept, tail.mask), scaling, resolve(impl)
     )
     return output
 
@@ -65,39 +52,24 @@ class _RelaxedAttention(torch.autograd.Function):
         gates: Tensor,
         tail_keys: Tensor,
         tail_values: Tensor,
-        held: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
-        longest: int,
+        constants: tuple[Tensor, Tensor, Ragged, Tensor | None],
         scaling: float,
         impl: Impl,
     ) -> Tensor:
-        _, _, kept_keys, kept_values, start, length, tail_mask = held
-        output, lse = decode_attention(
-            query, kept_keys, kept_values, start, length, longest, tail_keys, tail_values, tail_mask, scaling, impl=impl
-        )
-        ctx.save_for_backward(query, tail_keys, tail_values, output, lse, *held)
+        keys, values, kept, mask = constants
+        output, lse = decode_attention(query, kept, Tail(tail_keys, tail_values, mask), scaling, impl=impl)
+        ctx.save_for_backward(query, output, lse, keys, values, tail_keys, tail_values, mask, *kept[:4])
+        ctx.longest, ctx.spans = kept.longest, kept.spans
         ctx.scaling, ctx.impl, ctx.gate_type = scaling, impl, gates.dtype
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, tail_keys, tail_values, output, lse, *held = ctx.saved_tensors
-        keys, values, kept_keys, kept_values, start, length, tail_mask = held
+        query, output, lse, keys, values, tail_keys, tail_values, mask, *pool = ctx.saved_tensors
+        kept = Ragged(pool[0], pool[1], pool[2], pool[3], ctx.longest, ctx.spans)
+        tail = Tail(tail_keys, tail_values, mask)
         gates, query_gradient, *tails = mask_gradient(
-            grads[0],
-            query,
-            output,
-            lse,
-            keys,
-            values,
-            kept_keys,
-            kept_values,
-            start,
-            length,
-            tail_keys,
-            tail_values,
-            tail_mask,
-            ctx.scaling,
-            impl=ctx.impl,
+            grads[0], query, output, lse, keys, values, kept, tail, ctx.scaling, impl=ctx.impl
         )
-        return query_gradient, gates.to(ctx.gate_type), *tails, None, None, None, None
+        return query_gradient, gates.to(ctx.gate_type), *tails, None, None, None

@@ -4,13 +4,23 @@ import torch
 from torch import Tensor
 
 
-def tail_slots(seen: Tensor, tail_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Slots [B, M] in the order of the tokens that they hold, padding last, and the number of tokens [B].
+def padding_first(valid: Tensor) -> Tensor:
+    """Order [..., S] of slots with padding (False in `valid`) first and all others in their order."""
+    return valid.to(torch.int8).argsort(dim=-1, stable=True)
+
+
+def padding_last(valid: Tensor) -> Tensor:
+    """Order [..., S] of slots with padding (False in `valid`) last and all others in their order."""
+    return padding_first(~valid)
+
+
+def tail_slots(mask: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Slots [B, M] in the order of their tokens, padding last, and the number of tokens [B].
 
     Args:
-        seen: [B, M] True where a slot is a token.
-        tail_length: [1] slots in use; None: all.
+        mask: [B, M] True where a slot is a token.
+        used: [1] slots in use; None: all.
     """
-    if tail_length is not None:
-        seen = seen & (torch.arange(seen.shape[1], device=seen.device) < tail_length)
-    return (~seen).to(torch.int8).argsort(dim=-1, stable=True), seen.sum(-1)
+    if used is not None:
+        mask = mask & (torch.arange(mask.shape[1], device=mask.device) < used)
+    return padding_last(mask), mask.sum(-1)

@@ -126,7 +126,7 @@ def _reopen(cache: CompressedCache, at: int, longest: int, said: Tensor) -> None
 
 def _join_tail(cache: CompressedCache) -> tuple[Tensor, list[int]]:
     """Count the tail among what budgets speak of; returns its positions [B, M], -1 for padding, and its tokens."""
-    cache.tail_mask = said = cache.said()
+    cache.tail_mask = said = cache.is_token()
     base = upload(cache.prompt_lengths, said.device).unsqueeze(-1)
     begin = said.shape[1] - cache.tail_length
     positions = torch.where(said, base + said.cumsum(-1) - 1, -1)[:, begin:]

@@ -188,8 +188,7 @@ class Policy(Component):
         layer = cache.compressed_layers()[at]
         heads = layer.heads * len(cache.compressible)
         keep = [kept / (n * heads) for kept, n in zip(total, cache.lengths, strict=True)]
-        aligned = layer.positions is None
-        return replace(layer.observation(), keep=upload(keep, layer.device, torch.float64), aligned=aligned)
+        return replace(layer.observation(), keep=upload(keep, layer.device, torch.float64))
 
     @staticmethod
     def refine(scorer: Scorer, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:

@@ -289,7 +289,7 @@ class Distillation(L.LightningModule):
         checkpoint["state_dict"] = {
             name: value for name, value in state.items() if name.startswith("policy.") or adapters.in_training(name)
         }
-        beside = None if self.policy.adapter is None else adapters.told(self.policy.adapter)
+        beside = None if self.policy.adapter is None else adapters.description(self.policy.adapter)
         found = {"budgets": self.budgets, "marginal": self.marginal}
         checkpoint["learnkv"] = {**self.description, **found, "adapter": beside}
 

@@ -19,7 +19,7 @@ from learnkv.core.adapter import Adapter
 from learnkv.errors import Preempted, UserError
 from learnkv.inference import lora as adapters
 from learnkv.inference.attention import attach
-from learnkv.inference.models import describe_model, load_model
+from learnkv.inference.models import context_length, describe_model, load_model
 from learnkv.persistence.policies import FORMAT_VERSION, build_policy, save_policy
 from learnkv.persistence.size import parameter_share, sized
 from learnkv.training.callbacks import pictures
@@ -58,8 +58,7 @@ def train(config: TrainConfig, resolved: str) -> None:
     if (lora := config.lora) is not None:
         adapter = Adapter(lora.rank, lora.alpha, lora.targets)
         adapters.add(model, adapter)
-    text = model.config.get_text_config(decoder=True)
-    data = Data(config, tokenizer, getattr(text, "max_position_embeddings", None))
+    data = Data(config, tokenizer, context_length(model))
     assert config.policy is not None
     description = describe_model(model)
     if trained_for not in (None, description):
@@ -218,7 +217,7 @@ def _finish(trainer: L.Trainer, module: Distillation, model: Mapping[str, Any], 
     if not trainer.is_global_zero:
         return
     if module.policy.adapter is not None:
-        module.policy.adapter = adapters.held(module.model, module.policy.adapter)
+        module.policy.adapter = adapters.current_weights(module.model, module.policy.adapter)
     folder = save_policy(
         module.policy,
         output / "policy",

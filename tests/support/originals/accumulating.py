@@ -44,7 +44,7 @@ def check_h2o_decode(case: Case) -> None:
         """Kept positions [H, C], among which there are no ties, and their sums."""
         for head, (theirs, sums) in enumerate(zip(kept, score, strict=True)):
             assert cache.kept_positions(0, 0, head).tolist() == theirs.tolist()
-            begin = int(layer.segment.start[head])
+            begin = int(layer.segment.offset[head])
             held = layer.segment.statistics[ReceivedAttention()][begin : begin + len(theirs), 0]
             assert_scores(held.numpy(), sums)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from learnkv.cache.page_index import Reading
+from learnkv.cache.page_index import PageIndex
 from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.page_bounds import page_scores
@@ -23,12 +23,13 @@ def check_quest(case: Case) -> None:
     positions = torch.arange(total - 1).repeat(heads)
     segment = Segment(*pools, positions, torch.arange(heads) * (total - 1), length, total - 1)
     tail = DecodeBuffer(k[:, :, -1:], v[:, :, -1:], 1)
-    reading = Reading(quest.pages, [params["token_budget"]], segment)
+    index = PageIndex(quest.pages, [params["token_budget"]], segment)
     query = q[:, :, -1:]
-    pages = reading.choose(query, segment, tail, None)["pages"]
+    chosen = index.choose(query, segment, tail, None)
+    pages = chosen.numbers
 
     held = -(-total // size)
-    bounds = reading.bounds[:, :, :held]
+    bounds = index.bounds[:, :, :held]
     for at, output in enumerate(("page_min", "page_max")):
         if output in case:
             assert np.array_equal(bounds[:, at].numpy(), case[output])
@@ -45,10 +46,7 @@ def check_quest(case: Case) -> None:
     if "token_mask_count" in case:
         there = (pages.unsqueeze(-1) * size + torch.arange(size) < total) & (pages >= 0).unsqueeze(-1)
         assert there.sum((1, 2)).tolist() == case["token_mask_count"].tolist()
-    tables = (segment.start, length, total - 1)
-    output, _ = decode_attention(
-        query, *pools, *tables, tail.keys, tail.values, None, dim**-0.5, pages=pages, page_size=size
-    )
+    output, _ = decode_attention(query, segment.ragged, tail.arguments(None), dim**-0.5, chosen)
     assert_scores(output[0, :, 0].numpy(), case["attn_out"])
 
 

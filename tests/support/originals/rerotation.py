@@ -48,7 +48,7 @@ def check_rerotation(case: Case) -> None:
     for row in range(batch):
         for head in range(heads):
             assert cache.kept_positions(0, row, head).tolist() == kept[row, head].tolist()
-            begin = int(layer.segment.start[row * heads + head])
+            begin = int(layer.segment.offset[row * heads + head])
             ours = layer.segment.keys[begin : begin + kept.shape[2]]
             assert_scores(ours.numpy(), keys[row, head], atol=2e-5)
 

@@ -1,8 +1,8 @@
-"""Ragged decode attention in plain PyTorch: rows are read where they lie, softmax in float32.
+"""Ragged decode attention in plain PyTorch: rows are read in place, softmax in float32.
 
-Rows of one length that lie at equal distances are one strided view of the pool, any other row is a view of its own. So
-the bytes read are the bytes kept, however unequal the heads are. Only rows so short that a call costs more than their
-bytes are copied together.
+Rows of one length at equal distances are one strided view of the pool, any other row is a view of its own. So the bytes
+read are the bytes kept, however unequal the heads are. Only rows so short that a call costs more than their bytes are
+copied together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from learnkv.ops.arguments import Pages, Ragged, Tail
 from learnkv.ops.device import upload
 from learnkv.ops.tail_slots import tail_slots
 
@@ -18,150 +19,139 @@ _WORTH_A_CALL = 8192
 
 
 def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    start: Tensor,
-    length: Tensor,
-    longest: int,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_mask: Tensor | None,
-    scaling: float,
-    tail_length: Tensor | None,
-    pages: Tensor | None,
-    page_size: int,
-    spans: Sequence[tuple[int, int]] | None,
+    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None
 ) -> tuple[Tensor, Tensor]:
     if pages is not None:
-        pools, tails = (keys, values), (tail_keys, tail_values)
-        return _read_pages(query, pools, start, length, tails, tail_mask, scaling, tail_length, pages, page_size)
+        return _paged_attention(query, kept, tail, scaling, pages)
     batch, query_heads, new, dim = query.shape
-    heads, tail = tail_keys.shape[1], tail_keys.shape[2]
-    group = query_heads // heads
-    exact = torch.promote_types(query.dtype, torch.float32)  # float64 inputs give the truth that kernels are judged by
-    packed = query.reshape(batch * heads, group * new, dim)
-    nothing = packed.new_zeros(())
+    rows = batch * tail.keys.shape[1]
+    # In float64, float64 inputs give the truth that kernels are compared with.
+    exact = torch.promote_types(query.dtype, torch.float32)
+    packed = query.reshape(rows, -1, dim)
+    past, past_lse = _segment_attention(packed, kept, scaling, exact)
+    logits = _products(packed, tail.keys.reshape(rows, -1, dim), scaling, exact)
+    logits, tail_values = _masked(logits, tail, new)
+    lse = torch.logaddexp(past_lse, logits.logsumexp(-1, keepdim=True))
+    floor = lse.masked_fill(lse == float("-inf"), 0)
+    weight = (logits - floor).exp().to(query.dtype)
+    output = past * (past_lse - floor).exp() + weight @ tail_values.reshape(rows, -1, dim)
+    return output.to(query.dtype).view(query.shape), lse.view(batch, query_heads, new)
 
-    def products(asking: Tensor, asked: Tensor) -> Tensor:
-        return torch.baddbmm(nothing, asking, asked.transpose(1, 2), beta=0, alpha=scaling).to(exact)
 
-    spans = spans if spans is not None else list(zip(start.tolist(), length.tolist(), strict=True))
-    assert all(count <= longest for _, count in spans)
+def _products(query: Tensor, keys: Tensor, scaling: float, exact: torch.dtype) -> Tensor:
+    return torch.baddbmm(query.new_zeros(()), query, keys.transpose(1, 2), beta=0, alpha=scaling).to(exact)
+
+
+def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention [R, G*T, D] of packed queries to the segments alone, and its log-sum-exp [R, G*T, 1]."""
+    spans, device, dim = kept.host_spans(), packed.device, packed.shape[-1]
+    assert all(length <= kept.longest for _, length in spans)
     views = list(row_views(spans))
     tiny = [view for view in views if 0 < view[1] * view[4] * dim < _WORTH_A_CALL]
     short = [row for first, rows, *_ in tiny for row in range(first, first + rows)] if len(tiny) > 2 else []
     order: list[int] = []
     outputs, sums = [], []
-    for first, rows, at, apart, count in views:
+    for first, rows, *view in views:
         if first in short:
             continue
-        kept_keys, kept_values = (strided(pool, rows, at, apart, count) for pool in (keys, values))
-        logits = products(packed[first : first + rows], kept_keys)
+        keys, values = (strided(pool, rows, *view) for pool in (kept.keys, kept.values))
+        logits = _products(packed[first : first + rows], keys, scaling, exact)
         sums.append(logits.logsumexp(-1, keepdim=True))
-        outputs.append(logits.softmax(-1).to(query.dtype) @ kept_values)
+        outputs.append(logits.softmax(-1).to(packed.dtype) @ values)
         order += range(first, first + rows)
     if short:
-        place, absent = _places([spans[row] for row in short], query.device)
-        kept_keys, kept_values = (
-            pool.index_select(0, place.flatten()).view(*place.shape, dim) for pool in (keys, values)
+        entry, absent = _padded_rows([spans[row] for row in short], device)
+        keys, values = (
+            pool.index_select(0, entry.flatten()).view(*entry.shape, dim) for pool in (kept.keys, kept.values)
         )
-        asking = packed if len(short) == len(spans) else packed[upload(short, query.device)]
-        logits = products(asking, kept_keys).masked_fill(absent.unsqueeze(1), float("-inf"))
+        queries = packed if len(short) == len(spans) else packed[upload(short, device)]
+        logits = _products(queries, keys, scaling, exact).masked_fill(absent.unsqueeze(1), float("-inf"))
         sums.append(logits.logsumexp(-1, keepdim=True))
-        outputs.append(logits.softmax(-1).to(query.dtype) @ kept_values)
+        outputs.append(logits.softmax(-1).to(packed.dtype) @ values)
         order += short
-    past, past_lse = torch.cat(outputs), torch.cat(sums)
-    if order != sorted(order):
-        back = sorted(range(len(order)), key=order.__getitem__)
-        past, past_lse = (part[upload(back, query.device)] for part in (past, past_lse))
+    output, lse = torch.cat(outputs), torch.cat(sums)
+    if order == sorted(order):
+        return output, lse
+    inverse = [place for _, place in sorted(zip(order, range(len(order)), strict=True))]
+    back = upload(inverse, device)
+    return output[back], lse[back]
 
-    recent = products(packed, tail_keys.reshape(batch * heads, tail, dim))
-    if new > 1 or tail_mask is not None or tail_length is not None:
-        seen = tail_mask if tail_mask is not None else causal_tail(new, tail, query.device, tail_length)
-        if tail_length is not None:
-            unused = torch.arange(tail, device=query.device) >= tail_length
-            # What was never written may be NaN, and 0 * NaN is NaN.
-            seen, tail_values = seen & ~unused, tail_values.masked_fill(unused.unsqueeze(-1), 0)
-        hidden = ~seen.unsqueeze(2)
-        recent = recent.view(batch, heads, group, new, tail).masked_fill(hidden, float("-inf")).view_as(recent)
-    lse = torch.logaddexp(past_lse, recent.logsumexp(-1, keepdim=True))
-    floor = lse.masked_fill(lse == float("-inf"), 0)
-    weight = (recent - floor).exp().to(query.dtype)
-    output = past * (past_lse - floor).exp() + weight @ tail_values.reshape(batch * heads, tail, dim)
-    return output.to(query.dtype).view(query.shape), lse.view(batch, query_heads, new)
+
+def _masked(logits: Tensor, tail: Tail, new: int) -> tuple[Tensor, Tensor]:
+    """Logits [R, G*T, M] of the tail, -inf where a token does not attend to a slot, and the values to be weighted."""
+    batch, heads, slots, _ = tail.keys.shape
+    if new == 1 and tail.mask is None and tail.used is None:
+        return logits, tail.values
+    mask, values = tail.mask, tail.values
+    if mask is None:
+        mask = causal_tail(new, slots, logits.device, tail.used)
+    if tail.used is not None:
+        unused = torch.arange(slots, device=logits.device) >= tail.used
+        # Slots that were never written may be NaN, and 0 * NaN is NaN.
+        mask, values = mask & ~unused, values.masked_fill(unused.unsqueeze(-1), 0)
+    grouped = logits.view(batch, heads, -1, new, slots)
+    return grouped.masked_fill(~mask.unsqueeze(2), float("-inf")).view_as(logits), values
 
 
 def row_views(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int, int]]:
-    """First row, number of rows, where it starts, from row to row, and length of every group that is one view."""
+    """Groups of rows that are one strided view: first row, rows, offset, distance from row to row, length."""
     first = 0
     while first < len(spans):
-        at, count = spans[first]
-        apart = max(spans[first + 1][0] - at, 0) if first + 1 < len(spans) else 0
+        offset, length = spans[first]
+        distance = max(spans[first + 1][0] - offset, 0) if first + 1 < len(spans) else 0
         rows = 1
-        while first + rows < len(spans) and spans[first + rows] == (at + rows * apart, count):
+        while first + rows < len(spans) and spans[first + rows] == (offset + rows * distance, length):
             rows += 1
-        yield first, rows, at, apart, count
+        yield first, rows, offset, distance, length
         first += rows
 
 
-def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Entries of the pool [R, longest] of rows padded to the longest, with their last entry, and where they are."""
-    start, length = (upload(column, device).unsqueeze(-1) for column in zip(*spans, strict=True))
+def _padded_rows(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Entries of the pool [R, longest] of rows padded with their last entry, and which of them are padding."""
+    offset, length = (upload(column, device).unsqueeze(-1) for column in zip(*spans, strict=True))
     slot = torch.arange(max(count for _, count in spans), device=device)
-    return start + torch.minimum(slot, length - 1), slot >= length
+    return offset + torch.minimum(slot, length - 1), slot >= length
 
 
-def strided(pool: Tensor, rows: int, at: int, apart: int, count: int) -> Tensor:
-    """[rows, count, D] of the pool [N, D], not copied."""
+def strided(pool: Tensor, rows: int, offset: int, distance: int, length: int) -> Tensor:
+    """[rows, length, D] of the pool [N, D], not copied."""
     entry, channel = pool.stride()
     return pool.as_strided(
-        (rows, count, pool.shape[1]), (apart * entry, entry, channel), pool.storage_offset() + at * entry
+        (rows, length, pool.shape[1]), (distance * entry, entry, channel), pool.storage_offset() + offset * entry
     )
 
 
-def _read_pages(
-    query: Tensor,
-    pools: tuple[Tensor, Tensor],
-    start: Tensor,
-    length: Tensor,
-    tails: tuple[Tensor, Tensor],
-    tail_mask: Tensor | None,
-    scaling: float,
-    tail_length: Tensor | None,
-    pages: Tensor,
-    page_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Attention of one token to the entries of the pages, each list [B*P] read by G or, of its own, one query head."""
-    batch, heads, tail, dim = tails[0].shape
+def _paged_attention(query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages) -> tuple[Tensor, Tensor]:
+    """Attention of one token to the entries of the pages; each list is read by G query heads or by one."""
+    batch, heads, slots, dim = tail.keys.shape
     exact = torch.promote_types(query.dtype, torch.float32)
-    lists = pages.shape[0]
+    lists = pages.numbers.shape[0]
     row = torch.arange(lists, device=query.device) // (lists // (batch * heads))  # kv row of every list
-    seen = query.new_ones(1, tail, dtype=torch.bool) if tail_mask is None else tail_mask[:, 0, 0]
-    order, said = tail_slots(seen.expand(batch, tail), tail_length)
+    mask = query.new_ones(1, slots, dtype=torch.bool) if tail.mask is None else tail.mask[:, 0, 0]
+    order, count = tail_slots(mask.expand(batch, slots), tail.used)
 
-    entry = (pages.unsqueeze(-1) * page_size + torch.arange(page_size, device=query.device)).flatten(1).long()
-    kept = length[row].unsqueeze(-1)
-    there = (entry >= 0) & (entry < kept + said[row // heads].unsqueeze(-1))
-    recent = entry >= kept
-    slot = order[row // heads].gather(1, (entry - kept).clamp(0, tail - 1)) + row.unsqueeze(-1) * tail
-    place = (start[row].unsqueeze(-1) + entry).clamp(0, max(len(pools[0]) - 1, 0))
+    entry = (pages.numbers.unsqueeze(-1) * pages.size + torch.arange(pages.size, device=query.device)).flatten(1).long()
+    length = kept.length[row].unsqueeze(-1)
+    valid = (entry >= 0) & (entry < length + count[row // heads].unsqueeze(-1))
+    in_tail = (entry >= length).unsqueeze(-1)
+    slot = order[row // heads].gather(1, (entry - length).clamp(0, slots - 1)) + row.unsqueeze(-1) * slots
+    source = (kept.offset[row].unsqueeze(-1) + entry).clamp(0, max(len(kept.keys) - 1, 0))
 
     def read(pool: Tensor, tail_part: Tensor) -> Tensor:
         new = tail_part.reshape(-1, dim)[slot]
-        return torch.where(recent.unsqueeze(-1), new, pool[place]) if len(pool) else new
+        return torch.where(in_tail, new, pool[source]) if len(pool) else new
 
-    keys, values = (read(*both) for both in zip(pools, tails, strict=True))
+    keys, values = read(kept.keys, tail.keys), read(kept.values, tail.values)
     logits = (query.view(lists, -1, dim) @ keys.transpose(-1, -2)).to(exact) * scaling
-    logits = logits.masked_fill(~there.unsqueeze(1), float("-inf"))
+    logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
     lse = logits.logsumexp(-1, keepdim=True)
     weight = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp().to(query.dtype)
-    output = weight @ values.masked_fill(~there.unsqueeze(-1), 0)
+    output = weight @ values.masked_fill(~valid.unsqueeze(-1), 0)
     return output.view(query.shape), lse.view(query.shape[:3])
 
 
-def causal_tail(new: int, tail: int, device: torch.device, tail_length: Tensor | None = None) -> Tensor:
-    """[1, 1, new, tail] True where the i-th of the last `new` slots in use may look."""
-    slot = torch.arange(tail, device=device)
-    asking = torch.arange(new, device=device) - new + (tail if tail_length is None else tail_length)
-    return (slot <= asking.unsqueeze(-1)).view(1, 1, new, tail)
+def causal_tail(new: int, slots: int, device: torch.device, used: Tensor | None = None) -> Tensor:
+    """[1, 1, new, slots] True where the i-th of the last `new` slots in use may attend."""
+    slot = torch.arange(slots, device=device)
+    own = torch.arange(new, device=device) - new + (slots if used is None else used)
+    return (slot <= own.unsqueeze(-1)).view(1, 1, new, slots)

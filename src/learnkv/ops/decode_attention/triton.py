@@ -1,18 +1,17 @@
 """Ragged split-KV decode attention: equal shares of all blocks of all rows, partial results merged in a fixed order.
 
 Every program takes a contiguous stretch of the blocks of all rows, segments and tails alike, so that the longest row
-decides nothing; where pages are read, a row's blocks are those of its list. All query heads of a kv head are one tile.
-Which program owns what is worked out on the device from `length`: no host sync, and a CUDA graph stays valid while
+does not decide the run time; where pages are read, a row's blocks are those of its list. All query heads of a kv head
+are one tile. Programs compute their share on the device from `length`: no host sync, and a CUDA graph stays valid while
 lengths change.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from learnkv.ops.arguments import Pages, Ragged, Tail
 from learnkv.ops.device import processors
 from learnkv.ops.tail_slots import tail_slots
 
@@ -21,37 +20,25 @@ _PROGRAMS_PER_PROCESSOR = 2  # two of them fit into shared memory, and one wave 
 
 
 def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    start: Tensor,
-    length: Tensor,
-    longest: int,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_mask: Tensor | None,
-    scaling: float,
-    tail_length: Tensor | None,
-    pages: Tensor | None,
-    page_size: int,
-    spans: Sequence[tuple[int, int]] | None,
+    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None
 ) -> tuple[Tensor, Tensor]:
     batch, query_heads, new, dim = query.shape
-    tail = tail_keys.shape[2]
-    heads = tail_keys.shape[1] if pages is None else pages.shape[0] // batch  # of which each is one row of work
+    tail_keys, tail_values, _, used = tail
+    slots = tail_keys.shape[2]
+    heads = tail_keys.shape[1] if pages is None else pages.numbers.shape[0] // batch  # of which each is one row of work
     rows, packed = batch * heads, query_heads // heads * new
-    assert tail > 0, "the tail ends with the new tokens"
-    assert keys.is_contiguous() and values.is_contiguous() and start.is_contiguous() and length.is_contiguous()
+    assert slots > 0, "the tail ends with the new tokens"
+    assert all(part.is_contiguous() for part in kept[:4])
     query = query if query.stride(-1) == 1 else query.contiguous()
-    # Tokens must follow each other as in the pool; where they do not, somebody hands over a foreign tail.
+    # Tokens must follow each other as in the pool; a decode buffer has that layout, other tails are copied.
     if tail_keys.stride() != tail_values.stride() or tail_keys.stride()[2:] != (dim, 1):
         tail_keys, tail_values = tail_keys.contiguous(), tail_values.contiguous()
-    mask = None if tail_mask is None else tail_mask.expand(batch, 1, new, tail)
-    order = said = None
+    mask = None if tail.mask is None else tail.mask.expand(batch, 1, new, slots)
+    order = count = None
     if pages is not None:
-        assert pages.is_contiguous()
+        assert pages.numbers.is_contiguous()
         if mask is not None:
-            (order, said), mask = tail_slots(mask[:, 0, 0], tail_length), None
+            (order, count), mask = tail_slots(mask[:, 0, 0], used), None
 
     shape = _tiles(packed, dim, query.element_size())
     tiles = triton.cdiv(packed, shape["BLOCK_M"])
@@ -61,28 +48,29 @@ def decode_attention(
     # Of a program's rows only the first and the last can be shared with others.
     partial = torch.empty(programs * 2, packed, dim, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs * 2, packed, dtype=torch.float32, device=query.device)
-    table = {"ROWS": triton.next_power_of_2(rows), "HAS_LENGTH": tail_length is not None, "PAGE": page_size}
-    listed = 0 if pages is None else pages.shape[1]
+    table = {
+        "ROWS": triton.next_power_of_2(rows),
+        "HAS_LENGTH": used is not None,
+        "PAGE": 0 if pages is None else pages.size,
+    }
+    listed = 0 if pages is None else pages.numbers.shape[1]
     _attend[(programs, tiles)](
         query,
-        keys,
-        values,
-        start,
-        length,
+        *kept[:4],
         tail_keys,
         tail_values,
         mask,
-        tail_length,
-        pages,
+        used,
+        None if pages is None else pages.numbers,
         order,
-        said,
+        count,
         output,
         lse,
         partial,
         partial_lse,
         scaling * _LOG2E,
         rows,
-        tail,
+        slots,
         listed,
         new,
         packed,
@@ -101,15 +89,15 @@ def decode_attention(
     if programs == 1:
         return output, lse
     _merge[(rows, packed)](
-        length,
-        tail_length,
+        kept.length,
+        used,
         output,
         lse,
         partial,
         partial_lse,
         programs,
         rows,
-        tail,
+        slots,
         listed,
         packed,
         DIM=dim,
@@ -164,7 +152,7 @@ def _attend(
     query,
     keys,
     values,
-    start,
+    offset,
     length,
     tail_keys,
     tail_values,
@@ -172,7 +160,7 @@ def _attend(
     tail_length,
     pages,
     order,
-    said,
+    valid_count,
     output,
     lse,
     partial,
@@ -203,9 +191,9 @@ def _attend(
     total = tl.sum(blocks)
     share = tl.cdiv(total, tl.num_programs(0))
     program = tl.program_id(0)
-    at = program * share
-    stop = tl.minimum(at + share, total)
-    row = tl.sum((tl.cumsum(blocks) <= at).to(tl.int32))
+    current = program * share
+    stop = tl.minimum(current + share, total)
+    row = tl.sum((tl.cumsum(blocks) <= current).to(tl.int32))
     first = tl.sum(tl.where(tl.arange(0, ROWS) < row, blocks, 0))  # block at which the row begins
 
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)  # query head and token, as the output has them
@@ -215,18 +203,18 @@ def _attend(
     inside = (m < packed)[:, None] & (d < DIM)[None, :]
     tile = n[:, None] * DIM + d[None, :]
 
-    while at < stop:
+    while current < stop:
         batch, head = row // HEADS, row % HEADS
-        held = row // SHARE  # row of the pool, which query heads with lists of their own share
-        kept = tl.load(length + held).to(tl.int32)
+        pool_row = row // SHARE  # row of the pool, which query heads with lists of their own share
+        kept = tl.load(length + pool_row).to(tl.int32)
         kept_blocks = tl.cdiv(kept, BLOCK_N)
         count = kept_blocks + tl.cdiv(used, BLOCK_N)
         entries = kept + used
         if PAGE:
             count = tl.cdiv(listed * PAGE, BLOCK_N)
             if HAS_SLOTS:
-                entries = kept + tl.load(said + batch).to(tl.int32)
-        segment = tl.load(start + held).to(tl.int64) * DIM
+                entries = kept + tl.load(valid_count + batch).to(tl.int32)
+        segment = tl.load(offset + pool_row).to(tl.int64) * DIM
         recent = batch.to(tl.int64) * tail_stride[0] + (head // SHARE).to(tl.int64) * tail_stride[1]
         query_row = query + batch.to(tl.int64) * query_stride[0] + head * (packed // new) * query_stride[1]
         source = (m // new * query_stride[1] + token * query_stride[2])[:, None] + d[None, :]
@@ -237,46 +225,46 @@ def _attend(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for block in range(at - first, tl.minimum(stop - first, count)):
+        for block in range(current - first, tl.minimum(stop - first, count)):
             if PAGE:
                 item = block * BLOCK_N + n
                 page = tl.load(pages + row.to(tl.int64) * listed + item // PAGE, item < listed * PAGE, other=-1)
                 slot = page.to(tl.int32) * PAGE + item % PAGE
-                there = (slot >= 0) & (slot < entries)
+                valid = (slot >= 0) & (slot < entries)
                 in_tail = slot >= kept
                 place = slot
                 if HAS_SLOTS:
                     into = order + batch.to(tl.int64) * tail + slot - kept
-                    place = tl.where(in_tail, tl.load(into, there & in_tail, other=0).to(tl.int32) + kept, slot)
-                offset = tl.where(in_tail, recent + (place - kept) * DIM, segment + place.to(tl.int64) * DIM)
-                from_keys = (tl.where(in_tail, tail_keys, keys) + offset)[:, None]
-                from_values = (tl.where(in_tail, tail_values, values) + offset)[:, None]
+                    place = tl.where(in_tail, tl.load(into, valid & in_tail, other=0).to(tl.int32) + kept, slot)
+                shift = tl.where(in_tail, recent + (place - kept) * DIM, segment + place.to(tl.int64) * DIM)
+                from_keys = (tl.where(in_tail, tail_keys, keys) + shift)[:, None]
+                from_values = (tl.where(in_tail, tail_values, values) + shift)[:, None]
                 within = d[None, :]
             else:
                 # One loop for segment and tail: a pipeline of loads that does not run dry between them.
                 in_tail = block >= kept_blocks
                 begin = tl.where(in_tail, block - kept_blocks, block) * BLOCK_N
                 slot = begin + n
-                there = slot < tl.where(in_tail, used, kept)
-                offset = tl.where(in_tail, recent, segment) + begin * DIM
-                from_keys = tl.where(in_tail, tail_keys, keys) + offset
-                from_values = tl.where(in_tail, tail_values, values) + offset
+                valid = slot < tl.where(in_tail, used, kept)
+                shift = tl.where(in_tail, recent, segment) + begin * DIM
+                from_keys = tl.where(in_tail, tail_keys, keys) + shift
+                from_values = tl.where(in_tail, tail_values, values) + shift
                 within = tile
-            present = there[:, None] & (d < DIM)[None, :]
+            present = valid[:, None] & (d < DIM)[None, :]
             k = tl.load(from_keys + within, present, 0, eviction_policy="evict_first")
             v = tl.load(from_values + within, present, 0, eviction_policy="evict_first")
             if UPCAST:
                 k, v = k.to(tl.float32), v.to(tl.float32)
-            seen = there[None, :]
+            attended = valid[None, :]
             if PAGE == 0:
-                seen = seen & (~in_tail | (slot[None, :] <= used - new + token[:, None]))
+                attended = attended & (~in_tail | (slot[None, :] <= used - new + token[:, None]))
             if HAS_MASK:
-                told = in_tail & there[None, :] & (m < packed)[:, None]
-                asked = tail_mask + batch.to(tl.int64) * mask_stride[0]
-                asked += (token * mask_stride[2])[:, None] + (slot * mask_stride[3])[None, :]
-                seen = there[None, :] & (~in_tail | tl.load(asked, told, other=0))
+                in_mask = in_tail & valid[None, :] & (m < packed)[:, None]
+                mask_row = tail_mask + batch.to(tl.int64) * mask_stride[0]
+                mask_row += (token * mask_stride[2])[:, None] + (slot * mask_stride[3])[None, :]
+                attended = valid[None, :] & (~in_tail | tl.load(mask_row, in_mask, other=0))
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where(attended, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp2(scores - base[:, None])
@@ -297,7 +285,7 @@ def _attend(
             tl.store(partial + target * DIM + where, acc, inside)
             tl.store(partial_lse + target + m, log_mass, m < packed)
         first += count
-        at = first
+        current = first
         row += 1
 
 
@@ -338,16 +326,16 @@ def _merge(
     acc = tl.zeros([BLOCK_D], tl.float32)
     for begin in range(head, tail_end + 1, PARTS):
         part = begin + tl.arange(0, PARTS)
-        there = part <= tail_end
+        valid = part <= tail_end
         source = (part * 2 + (part == head).to(tl.int32)).to(tl.int64) * packed + m
-        log_mass = tl.load(partial_lse + source, there, other=float("-inf"))
-        held = tl.load(partial + source[:, None] * DIM + d[None, :], there[:, None] & (d < DIM)[None, :], other=0)
+        log_mass = tl.load(partial_lse + source, valid, other=float("-inf"))
+        part_acc = tl.load(partial + source[:, None] * DIM + d[None, :], valid[:, None] & (d < DIM)[None, :], other=0)
         higher = tl.maximum(top, tl.max(log_mass))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(log_mass - base)
         shrink = tl.exp2(top - base)
         mass = mass * shrink + tl.sum(weight)
-        acc = acc * shrink + tl.sum(weight[:, None] * held, 0)
+        acc = acc * shrink + tl.sum(weight[:, None] * part_acc, 0)
         top = higher
     acc = acc / tl.where(mass == 0, 1.0, mass)
     log_mass = tl.where(mass == 0, float("-inf"), top + tl.log2(tl.where(mass == 0, 1.0, mass)))

@@ -1,7 +1,8 @@
-"""Attention to softly gated entries, for training: every entry in the forward as much as its gate lets it."""
+"""Attention to softly gated entries, for training: every entry counts in the forward pass as much as its gate."""
 
 from torch import Tensor
 
+from learnkv.ops.arguments import Tail
 from learnkv.ops.dispatch import Impl, implementation
 
 
@@ -10,9 +11,7 @@ def gated_attention(
     keys: Tensor,
     values: Tensor,
     gates: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_mask: Tensor | None,
+    tail: Tail,
     scaling: float,
     *,
     impl: Impl = "auto",
@@ -20,21 +19,20 @@ def gated_attention(
     """Attention whose softmax weight of prompt entry j is multiplied by gate m_j before normalisation.
 
     With gates of 0 and 1 the output is that of attention to the kept entries alone, and the gradients are those of
-    `relaxed_attention`, which does not have to read what it does not keep. The gradient reaches the gate of every
+    `relaxed_attention`, which does not read evicted entries in the forward pass. The gradient reaches the gate of every
     entry; there exp(s_j - max over i of (s_i + log m_i)) is bounded by e^4.
 
     Args:
         query: [B*C, H*G, T, D]: C continuations of each of the B prompts, continuations of one prompt adjacent.
-        keys, values: [B, H, S, D] of the prompt; only the reference has their gradients.
+        keys, values: [B, H, S, D] of the prompt; only the reference computes their gradients.
         gates: [B, H, S] in [0, 1], 0 where there is no entry.
-        tail_keys, tail_values: [B*C, H, M, D], the last T are the new tokens.
-        tail_mask: [B*C, 1, T, M] True where a new token sees a tail slot; None: causal, nothing padded.
+        tail: [B*C, H, M, D], all M slots in use.
         scaling: factor on query-key products.
 
     Returns:
         [B*C, H*G, T, D].
     """
     output: Tensor = implementation("gated_attention", impl, ("reference", "triton"), keys, values).gated_attention(
-        query, keys, values, gates, tail_keys, tail_values, tail_mask, scaling
+        query, keys, values, gates, tail, scaling
     )
     return output

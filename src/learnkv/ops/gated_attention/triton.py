@@ -1,4 +1,4 @@
-"""Gated attention: one more number per entry in the forward, and the backward of attention to a part of the prompt."""
+"""Gated attention: the forward reads one more number per entry, the backward is that of attention to kept entries."""
 
 from typing import Any
 
@@ -8,23 +8,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.mask_gradient import mask_gradient
 
 _LOG2E = 1.4426950408889634
 
 
-def gated_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    gates: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_mask: Tensor | None,
-    scaling: float,
-) -> Tensor:
+def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor, tail: Tail, scaling: float) -> Tensor:
     output: Tensor = _GatedAttention.apply(
-        query, gates, tail_keys, tail_values, keys.contiguous(), values.contiguous(), tail_mask, scaling
+        query, gates, tail.keys, tail.values, keys.contiguous(), values.contiguous(), tail.mask, scaling
     )
     return output
 
@@ -42,7 +34,7 @@ class _GatedAttention(torch.autograd.Function):
         tail_mask: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        output, lse = _forward(query, gates, tail_keys, tail_values, keys, values, tail_mask, scaling)
+        output, lse = _forward(query, keys, values, gates, Tail(tail_keys, tail_values, tail_mask), scaling)
         ctx.save_for_backward(query, gates, tail_keys, tail_values, keys, values, tail_mask, output, lse)
         ctx.scaling = scaling
         return output
@@ -54,7 +46,8 @@ class _GatedAttention(torch.autograd.Function):
         batch, heads, slots, dim = keys.shape
         # All of the prompt was read: its pool is the prompt itself.
         prompt = torch.arange(query.shape[0], device=keys.device).unsqueeze(-1) // (query.shape[0] // batch)
-        start = ((prompt * heads + torch.arange(heads, device=keys.device)) * slots).flatten()
+        offset = ((prompt * heads + torch.arange(heads, device=keys.device)) * slots).flatten()
+        whole = Ragged(keys.view(-1, dim), values.view(-1, dim), offset, torch.full_like(offset, slots), slots)
         mask, query_gradient, *tails = mask_gradient(
             grads[0],
             query,
@@ -62,13 +55,8 @@ class _GatedAttention(torch.autograd.Function):
             lse,
             keys,
             values,
-            keys.view(-1, dim),
-            values.view(-1, dim),
-            start,
-            torch.full_like(start, slots),
-            tail_keys,
-            tail_values,
-            tail_mask,
+            whole,
+            Tail(tail_keys, tail_values, tail_mask),
             ctx.scaling,
             gates.contiguous().view(-1),
             impl="triton",
@@ -77,23 +65,17 @@ class _GatedAttention(torch.autograd.Function):
 
 
 def _forward(
-    query: Tensor,
-    gates: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    tail_mask: Tensor | None,
-    scaling: float,
+    query: Tensor, keys: Tensor, values: Tensor, gates: Tensor, tail: Tail, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Output [B*C, H*G, T, D] and log-sum-exp [B*C, H*G, T]."""
     rows, query_heads, new, dim = query.shape
     batch, heads, slots, _ = keys.shape
-    tail, packed = tail_keys.shape[2], query_heads // heads * new
+    tail_keys, tail_values, tail_mask, _ = tail
+    tail_slots, packed = tail_keys.shape[2], query_heads // heads * new
     query = query if query.stride(-1) == 1 else query.contiguous()
     if tail_keys.stride() != tail_values.stride() or tail_keys.stride()[2:] != (dim, 1):
         tail_keys, tail_values = tail_keys.contiguous(), tail_values.contiguous()
-    mask = None if tail_mask is None else tail_mask.expand(rows, 1, new, tail)
+    mask = None if tail_mask is None else tail_mask.expand(rows, 1, new, tail_slots)
     block_d = max(triton.next_power_of_2(dim), 16)
     most, block_n = (32, 16) if query.element_size() == 4 else (64, 32) if block_d > 128 else (128, 64)
     block_m = min(max(triton.next_power_of_2(packed), 16), most)
@@ -112,7 +94,7 @@ def _forward(
         scaling * _LOG2E,
         slots,
         rows // batch,
-        tail,
+        tail_slots,
         new,
         packed,
         (query.stride(), tail_keys.stride(), None if mask is None else mask.stride()),
@@ -178,10 +160,10 @@ def _attend_gated(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     token = m % new
-    asks = m < packed
-    inside = asks[:, None] & (d < DIM)[None, :]
-    asked = batch * strides[0][0] + head * (packed // new) * strides[0][1]
-    place = asked + (m // new * strides[0][1] + token * strides[0][2])[:, None] + d[None, :]
+    is_query = m < packed
+    inside = is_query[:, None] & (d < DIM)[None, :]
+    query_row = batch * strides[0][0] + head * (packed // new) * strides[0][1]
+    place = query_row + (m // new * strides[0][1] + token * strides[0][2])[:, None] + d[None, :]
     q = tl.load(query + place, inside, other=0)
     if UPCAST:
         q = q.to(tl.float32)
@@ -191,27 +173,27 @@ def _attend_gated(
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for begin in range(0, slots, BLOCK_N):
-        there = begin + n < slots
-        bias = tl.log2(tl.load(gates + first + begin + n, there, other=0).to(tl.float32))[None, :]
+        valid = begin + n < slots
+        bias = tl.log2(tl.load(gates + first + begin + n, valid, other=0).to(tl.float32))[None, :]
         source = (first + begin) * DIM + n[:, None] * DIM + d[None, :]
-        present = there[:, None] & (d < DIM)[None, :]
+        present = valid[:, None] & (d < DIM)[None, :]
         top, mass, acc = _softmax_step(q, keys, values, source, present, bias, top, mass, acc, scale, UPCAST)
     recent = batch * strides[1][0] + head * strides[1][1]
     for begin in range(0, tail, BLOCK_N):
         slot = begin + n
-        there = slot < tail
-        seen = slot[None, :] <= tail - new + token[:, None]
+        valid = slot < tail
+        attended = slot[None, :] <= tail - new + token[:, None]
         if HAS_MASK:
-            told = (
+            mask_entry = (
                 tail_mask + batch * strides[2][0] + (token * strides[2][2])[:, None] + (slot * strides[2][3])[None, :]
             )
-            seen = tl.load(told, there[None, :] & asks[:, None], other=0)
-        bias = tl.where(seen & there[None, :], 0.0, float("-inf"))
+            attended = tl.load(mask_entry, valid[None, :] & is_query[:, None], other=0)
+        bias = tl.where(attended & valid[None, :], 0.0, float("-inf"))
         source = recent + slot[:, None] * DIM + d[None, :]
-        present = there[:, None] & (d < DIM)[None, :]
+        present = valid[:, None] & (d < DIM)[None, :]
         top, mass, acc = _softmax_step(q, tail_keys, tail_values, source, present, bias, top, mass, acc, scale, UPCAST)
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
     log_mass = tl.where(mass == 0, float("-inf"), top + tl.log2(tl.where(mass == 0, 1.0, mass)))
-    at = row.to(tl.int64) * packed + m
-    tl.store(output + at[:, None] * DIM + d[None, :], acc.to(output.dtype.element_ty), inside)
-    tl.store(lse + at, log_mass / 1.4426950408889634, asks)
+    target = row.to(tl.int64) * packed + m
+    tl.store(output + target[:, None] * DIM + d[None, :], acc.to(output.dtype.element_ty), inside)
+    tl.store(lse + target, log_mass / 1.4426950408889634, is_query)

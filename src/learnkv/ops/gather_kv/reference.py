@@ -1,9 +1,9 @@
-"""Compaction by one indexed copy."""
-
-from collections.abc import Sequence
+"""Copies kept entries by one indexed copy."""
 
 import torch
 from torch import Tensor
+
+from learnkv.ops.arguments import Ragged
 
 
 def gather_kv(
@@ -11,26 +11,26 @@ def gather_kv(
     values: Tensor,
     index: Tensor,
     first_row: int,
-    start: Tensor,
-    length: Tensor,
-    out_keys: Tensor,
-    out_values: Tensor,
+    out: Ragged,
     rerotation: tuple[Tensor, Tensor, Tensor] | None,
-    spans: Sequence[tuple[int, int]] | None,
 ) -> None:
     rows, slots, dim = keys.shape
-    begin, end = (spans[0][0], sum(spans[-1])) if spans is not None else (int(start[0]), int(start[-1] + length[-1]))
+    offset, length = out.offset, out.length
+    if out.spans is not None:
+        begin, end = out.spans[0][0], sum(out.spans[-1])
+    else:
+        begin, end = int(offset[0]), int(offset[-1] + length[-1])
     local = index[begin:end] - first_row * slots
-    torch.index_select(keys.reshape(rows * slots, dim), 0, local, out=out_keys[begin:end])
-    torch.index_select(values.reshape(rows * slots, dim), 0, local, out=out_values[begin:end])
+    torch.index_select(keys.reshape(rows * slots, dim), 0, local, out=out.keys[begin:end])
+    torch.index_select(values.reshape(rows * slots, dim), 0, local, out=out.values[begin:end])
     if rerotation is None:
         return
     positions, first, frequencies = rerotation
     row = local // slots
-    rank = torch.arange(begin, end, device=keys.device) - start[row]
+    rank = torch.arange(begin, end, device=keys.device) - offset[row]
     exact = torch.promote_types(keys.dtype, torch.float32)
     angle = (first[row] + rank - positions[begin:end]).unsqueeze(-1) * frequencies.to(exact)
-    held, half = out_keys[begin:end], len(frequencies)
-    one, other = held[:, :half].to(exact), held[:, half : 2 * half].to(exact)
+    written, half = out.keys[begin:end], len(frequencies)
+    left, right = written[:, :half].to(exact), written[:, half : 2 * half].to(exact)
     cos, sin = angle.cos(), angle.sin()
-    held[:, : 2 * half] = torch.cat([one * cos - other * sin, other * cos + one * sin], 1)
+    written[:, : 2 * half] = torch.cat([left * cos - right * sin, right * cos + left * sin], 1)

@@ -1,6 +1,6 @@
-"""Three kernels without atomics: by query over what was read, by entry over all queries, by tail slot over its queries.
+"""Three kernels without atomics: one per query, one per entry of the prompt, one per slot of the tail.
 
-The first also finds every query's largest score, which bounds what the second makes of evicted entries.
+The first also computes every query's largest score, which bounds the second's weights of evicted entries.
 """
 
 import torch
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.mask_gradient import OVERFLOW_CLIP
 
 _LOG2E = 1.4426950408889634
@@ -20,29 +21,23 @@ def mask_gradient(
     lse: Tensor,
     keys: Tensor,
     values: Tensor,
-    kept_keys: Tensor,
-    kept_values: Tensor,
-    start: Tensor,
-    length: Tensor,
-    tail_keys: Tensor,
-    tail_values: Tensor,
-    tail_mask: Tensor | None,
+    kept: Ragged,
+    tail: Tail,
     scaling: float,
     kept_gates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, query_heads, new, dim = query.shape
     batch, heads, slots, _ = keys.shape
-    tail, packed = tail_keys.shape[2], query_heads // heads * new
-    assert (
-        kept_keys.is_contiguous() and kept_values.is_contiguous() and start.is_contiguous() and length.is_contiguous()
-    )
+    tail_keys, tail_values, tail_mask, _ = tail
+    tail_slots, packed = tail_keys.shape[2], query_heads // heads * new
+    assert all(part.is_contiguous() for part in kept[:4])
     assert kept_gates is None or kept_gates.is_contiguous()
     grad, query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, query, keys, values))
     output, lse = output.contiguous(), lse.contiguous()
-    # Tokens must follow each other as in the pool; where they do not, somebody hands over a foreign tail.
+    # Tokens must follow each other as in the pool; a decode buffer has that layout, other tails are copied.
     if tail_keys.stride() != tail_values.stride() or tail_keys.stride()[2:] != (dim, 1):
         tail_keys, tail_values = tail_keys.contiguous(), tail_values.contiguous()
-    mask = None if tail_mask is None else tail_mask.expand(rows, 1, new, tail)
+    mask = None if tail_mask is None else tail_mask.expand(rows, 1, new, tail_slots)
 
     by_query, by_entry, by_slot = (_tiles(packed, dim, query.element_size(), outputs) for outputs in (1, 0, 2))
     shared = {
@@ -51,22 +46,22 @@ def mask_gradient(
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
         "UPCAST": query.device.type == "cpu",
     }
-    asked = (grad, query)
+    queries = (grad, query)
     recent = (tail_keys, tail_values, mask)
-    sizes = (scaling * _LOG2E, tail, new, packed)
+    sizes = (scaling * _LOG2E, tail_slots, new, packed)
     strides = (grad.stride(), query.stride(), tail_keys.stride(), None if mask is None else mask.stride())
     query_gradient = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     ceiling, delta = (torch.empty(lse.shape, dtype=torch.float32, device=query.device) for _ in range(2))
     grid = (triton.cdiv(packed, by_query["BLOCK_M"]), rows * heads)
     _query_gradient[grid](
-        *asked,
+        *queries,
         output,
         lse,
-        kept_keys,
-        kept_values,
+        kept.keys,
+        kept.values,
         kept_gates,
-        start,
-        length,
+        kept.offset,
+        kept.length,
         *recent,
         query_gradient,
         ceiling,
@@ -82,7 +77,7 @@ def mask_gradient(
     )
     gradient = torch.empty(batch, heads, slots, dtype=torch.float32, device=query.device)
     _entry_gradient[(triton.cdiv(slots, by_entry["BLOCK_N"]), batch * heads)](
-        *asked,
+        *queries,
         lse,
         ceiling,
         delta,
@@ -99,8 +94,8 @@ def mask_gradient(
         **by_entry,
     )
     tail_gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (tail_keys, tail_values)]
-    _slot_gradient[(triton.cdiv(tail, by_slot["BLOCK_N"]), rows * heads)](
-        *asked,
+    _slot_gradient[(triton.cdiv(tail_slots, by_slot["BLOCK_N"]), rows * heads)](
+        *queries,
         lse,
         delta,
         *recent,
@@ -135,17 +130,17 @@ def _queries(
     d = tl.arange(0, BLOCK_D)
     place = batch * stride[0] + head * (packed // new) * stride[1]
     source = tensor + place + (m // new * stride[1] + m % new * stride[2])[:, None] + d[None, :]
-    held = tl.load(source, (m < packed)[:, None] & (d < DIM)[None, :], other=0)
+    queries = tl.load(source, (m < packed)[:, None] & (d < DIM)[None, :], other=0)
     if UPCAST:
-        held = held.to(tl.float32)
-    return held
+        queries = queries.to(tl.float32)
+    return queries
 
 
 @triton.jit
-def _log_mass(lse, at, there):
-    """Base-2 log-sum-exp of queries, and infinity for those that see nothing and have no weights."""
-    held = tl.load(lse + at, there, other=float("inf")) * 1.4426950408889634
-    return tl.where(held == float("-inf"), float("inf"), held)
+def _log_mass(lse, index, valid):
+    """Base-2 log-sum-exp of queries, and infinity for those that attend to nothing and have no weights."""
+    log_mass = tl.load(lse + index, valid, other=float("inf")) * 1.4426950408889634
+    return tl.where(log_mass == float("-inf"), float("inf"), log_mass)
 
 
 @triton.jit(do_not_specialize=["tail", "new", "packed"])
@@ -157,7 +152,7 @@ def _query_gradient(
     keys,
     values,
     gates,
-    start,
+    offset,
     length,
     tail_keys,
     tail_values,
@@ -188,19 +183,19 @@ def _query_gradient(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     token = m % new
-    asks = m < packed
-    at = row.to(tl.int64) * packed + m
-    where = at[:, None] * DIM + d[None, :]
-    inside = asks[:, None] & (d < DIM)[None, :]
+    is_query = m < packed
+    index = row.to(tl.int64) * packed + m
+    where = index[:, None] * DIM + d[None, :]
+    inside = is_query[:, None] & (d < DIM)[None, :]
     g = _queries(grad, batch, head, m, new, packed, strides[0], DIM, BLOCK_D, UPCAST)
     q = _queries(query, batch, head, m, new, packed, strides[1], DIM, BLOCK_D, UPCAST)
     o = tl.load(output + where, inside, other=0)
     back = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    log_mass = _log_mass(lse, at, asks)
+    log_mass = _log_mass(lse, index, is_query)
 
     kept = tl.load(length + row).to(tl.int32)
     kept_blocks = tl.cdiv(kept, BLOCK_N)
-    first = tl.load(start + row).to(tl.int64)
+    first = tl.load(offset + row).to(tl.int64)
     recent = batch * strides[2][0] + head * strides[2][1]
     tile = n[:, None] * DIM + d[None, :]
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -209,31 +204,33 @@ def _query_gradient(
         in_tail = block >= kept_blocks
         begin = tl.where(in_tail, block - kept_blocks, block) * BLOCK_N
         slot = begin + n
-        there = slot < tl.where(in_tail, tail, kept)
-        present = there[:, None] & (d < DIM)[None, :]
-        offset = tl.where(in_tail, recent, first * DIM) + begin * DIM
-        k = tl.load(tl.where(in_tail, tail_keys, keys) + offset + tile, present, 0)
-        v = tl.load(tl.where(in_tail, tail_values, values) + offset + tile, present, 0)
+        valid = slot < tl.where(in_tail, tail, kept)
+        present = valid[:, None] & (d < DIM)[None, :]
+        shift = tl.where(in_tail, recent, first * DIM) + begin * DIM
+        k = tl.load(tl.where(in_tail, tail_keys, keys) + shift + tile, present, 0)
+        v = tl.load(tl.where(in_tail, tail_values, values) + shift + tile, present, 0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
-        seen = there[None, :] & (~in_tail | (slot[None, :] <= tail - new + token[:, None]))
+        attended = valid[None, :] & (~in_tail | (slot[None, :] <= tail - new + token[:, None]))
         if HAS_MASK:
-            asked = (
+            mask_entry = (
                 tail_mask + batch * strides[3][0] + (token * strides[3][2])[:, None] + (slot * strides[3][3])[None, :]
             )
-            seen = there[None, :] & (~in_tail | tl.load(asked, in_tail & there[None, :] & asks[:, None], other=0))
+            attended = valid[None, :] & (
+                ~in_tail | tl.load(mask_entry, in_tail & valid[None, :] & is_query[:, None], other=0)
+            )
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if GATED:
-            gate = tl.load(gates + first + slot, there & ~in_tail, other=1).to(tl.float32)
+            gate = tl.load(gates + first + slot, valid & ~in_tail, other=1).to(tl.float32)
             scores += tl.log2(gate)[None, :]
-        scores = tl.where(seen, scores, float("-inf"))
+        scores = tl.where(attended, scores, float("-inf"))
         top = tl.maximum(top, tl.max(scores, 1))
         weight = tl.exp2(scores - log_mass[:, None])
         slope = weight * (tl.dot(g, tl.trans(v), input_precision="ieee") - back[:, None])
         acc = tl.dot(slope.to(k.dtype), k, acc, input_precision="ieee")
     tl.store(query_gradient + where, (acc * scaling).to(query_gradient.dtype.element_ty), inside)
-    tl.store(ceiling + at, top + clip, asks)
-    tl.store(delta + at, back, asks)
+    tl.store(ceiling + index, top + clip, is_query)
+    tl.store(delta + index, back, is_query)
 
 
 @triton.jit(do_not_specialize=["slots", "copies", "new", "packed"])
@@ -264,8 +261,8 @@ def _entry_gradient(
     batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
     slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    there = slot < slots
-    present = there[:, None] & (d < DIM)[None, :]
+    valid = slot < slots
+    present = valid[:, None] & (d < DIM)[None, :]
     source = slot.to(tl.int64)[:, None]
     k = tl.load(keys + batch * strides[2][0] + head * strides[2][1] + source * strides[2][2] + d[None, :], present, 0)
     v = tl.load(values + batch * strides[3][0] + head * strides[3][1] + source * strides[3][2] + d[None, :], present, 0)
@@ -275,18 +272,18 @@ def _entry_gradient(
     acc = tl.zeros([BLOCK_N], tl.float32)
     for step in range(0, copies * tiles):
         m = step % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        asks = m < packed
-        asking = batch * copies + step // tiles
-        g = _queries(grad, asking, head, m, new, packed, strides[0], DIM, BLOCK_D, UPCAST)
-        q = _queries(query, asking, head, m, new, packed, strides[1], DIM, BLOCK_D, UPCAST)
-        at = (asking * HEADS + head) * packed + m
-        log_mass = _log_mass(lse, at, asks)
-        highest = tl.load(ceiling + at, asks, other=0)
-        back = tl.load(delta + at, asks, other=0)
+        is_query = m < packed
+        query_row = batch * copies + step // tiles
+        g = _queries(grad, query_row, head, m, new, packed, strides[0], DIM, BLOCK_D, UPCAST)
+        q = _queries(query, query_row, head, m, new, packed, strides[1], DIM, BLOCK_D, UPCAST)
+        index = (query_row * HEADS + head) * packed + m
+        log_mass = _log_mass(lse, index, is_query)
+        highest = tl.load(ceiling + index, is_query, other=0)
+        back = tl.load(delta + index, is_query, other=0)
         scores = tl.minimum(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, highest[None, :])
         weight = tl.exp2(scores - log_mass[None, :])
         acc += tl.sum(weight * (tl.dot(v, tl.trans(g), input_precision="ieee") - back[None, :]), 1)
-    tl.store(gradient + row.to(tl.int64) * slots + slot, acc, there)
+    tl.store(gradient + row.to(tl.int64) * slots + slot, acc, valid)
 
 
 @triton.jit(do_not_specialize=["tail", "new", "packed"])
@@ -319,8 +316,8 @@ def _slot_gradient(
     batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
     slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    there = slot < tail
-    present = there[:, None] & (d < DIM)[None, :]
+    valid = slot < tail
+    present = valid[:, None] & (d < DIM)[None, :]
     source = batch * strides[2][0] + head * strides[2][1] + slot[:, None] * DIM + d[None, :]
     k = tl.load(tail_keys + source, present, other=0)
     v = tl.load(tail_values + source, present, other=0)
@@ -330,21 +327,21 @@ def _slot_gradient(
     values_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for step in range(0, tl.cdiv(packed, BLOCK_M)):
         m = step * BLOCK_M + tl.arange(0, BLOCK_M)
-        asks = m < packed
+        is_query = m < packed
         token = m % new
         g = _queries(grad, batch, head, m, new, packed, strides[0], DIM, BLOCK_D, UPCAST)
         q = _queries(query, batch, head, m, new, packed, strides[1], DIM, BLOCK_D, UPCAST)
-        at = row.to(tl.int64) * packed + m
-        log_mass = _log_mass(lse, at, asks)
-        back = tl.load(delta + at, asks, other=0)
-        seen = there[:, None] & (slot[:, None] <= tail - new + token[None, :])
+        index = row.to(tl.int64) * packed + m
+        log_mass = _log_mass(lse, index, is_query)
+        back = tl.load(delta + index, is_query, other=0)
+        attended = valid[:, None] & (slot[:, None] <= tail - new + token[None, :])
         if HAS_MASK:
-            asked = (
+            mask_entry = (
                 tail_mask + batch * strides[3][0] + (slot * strides[3][3])[:, None] + (token * strides[3][2])[None, :]
             )
-            seen = tl.load(asked, there[:, None] & asks[None, :], other=0)
+            attended = tl.load(mask_entry, valid[:, None] & is_query[None, :], other=0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-        weight = tl.exp2(tl.where(seen, scores, float("-inf")) - log_mass[None, :])
+        weight = tl.exp2(tl.where(attended, scores, float("-inf")) - log_mass[None, :])
         slope = weight * (tl.dot(v, tl.trans(g), input_precision="ieee") - back[None, :])
         values_acc = tl.dot(weight.to(g.dtype), g, values_acc, input_precision="ieee")
         keys_acc = tl.dot(slope.to(q.dtype), q, keys_acc, input_precision="ieee")

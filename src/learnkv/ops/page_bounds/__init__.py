@@ -1,4 +1,4 @@
-"""Pages of cache entries: channel-wise bounds of their keys, and how large a query's product with one of them can be.
+"""Pages of cache entries: channel-wise bounds of their keys, and upper bounds of query-key products.
 
 Page p of a row holds its entries p * page_size … (p + 1) * page_size - 1, those of the segment first, then the tail's.
 """
@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learnkv.ops.arguments import Ragged
 from learnkv.ops.dispatch import Impl, implementation
 
 GroupReduce = Literal["none", "mean", "max", "sum"]
@@ -22,10 +23,7 @@ def empty_bounds(like: Tensor, *shape: int) -> Tensor:
 
 
 def page_bounds(
-    keys: Tensor,
-    start: Tensor,
-    length: Tensor,
-    longest: int,
+    entries: Ragged,
     first: Tensor,
     bounds: Tensor,
     page_size: int,
@@ -33,19 +31,17 @@ def page_bounds(
     *,
     impl: Impl = "auto",
 ) -> None:
-    """Let the bounds of pages enclose further keys, in place.
+    """Extend the bounds of pages to further keys, in place.
 
     Args:
-        keys: [N, D] pool; row r brings `keys[start[r] : start[r] + length[r]]`.
-        start, length: [R].
-        longest: upper bound of `length`, known on the host.
-        first: [R] number among the entries of its row that the first of these keys has.
+        entries: R rows, of which the keys are read.
+        first: [R] number of the first of these keys among the entries of its row.
         bounds: [R, 2, P, D], lower and upper; see `empty_bounds`.
         page_size: entries of a page.
-        slots: [R, T] where in the pool, from `start[r]` on, the entries lie; None: they follow each other.
+        slots: [R, T] places of the entries in the pool, counted from the row's offset; None: they follow each other.
     """
-    implementation("page_bounds", impl, ("reference", "triton"), keys).page_bounds(
-        keys, start, length, longest, first, bounds, page_size, slots
+    implementation("page_bounds", impl, ("reference", "triton"), entries.keys).page_bounds(
+        entries, first, bounds, page_size, slots
     )
 
 

@@ -5,26 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from learnkv.ops.arguments import Ragged
+
 _PAGES = 8  # of one program: fewer, and a thread would load less than 16 bytes at once
 
 
-def page_bounds(
-    keys: Tensor,
-    start: Tensor,
-    length: Tensor,
-    longest: int,
-    first: Tensor,
-    bounds: Tensor,
-    page_size: int,
-    slots: Tensor | None,
-) -> None:
+def page_bounds(entries: Ragged, first: Tensor, bounds: Tensor, page_size: int, slots: Tensor | None) -> None:
     rows, _, pages, dim = bounds.shape
-    assert keys.is_contiguous() and bounds.is_contiguous()
-    touched = min(triton.cdiv(longest, page_size) + 1, pages)  # one more, where the first entry is within a page
+    assert entries.keys.is_contiguous() and bounds.is_contiguous()
+    touched = min(
+        triton.cdiv(entries.longest, page_size) + 1, pages
+    )  # one more, where the first entry is within a page
     _enclose[(rows, triton.cdiv(touched, _PAGES))](
-        keys,
-        start,
-        length,
+        entries.keys,
+        entries.offset,
+        entries.length,
         first,
         bounds,
         slots,
@@ -65,7 +60,7 @@ def page_scores(query: Tensor, bounds: Tensor, pages: Tensor, group_reduce: str)
 @triton.jit
 def _enclose(
     keys,
-    start,
+    offset,
     length,
     first,
     bounds,
@@ -86,17 +81,17 @@ def _enclose(
     target = bounds + ((row * 2 * pages + page) * DIM)[:, None] + d[None, :]
     low = tl.load(target, inside, other=0).to(tl.float32)
     high = tl.load(target + pages * DIM, inside, other=0).to(tl.float32)
-    pool = keys + tl.load(start + row).to(tl.int64) * DIM
-    for at in range(PAGE):
-        entry = page * PAGE + at - begin
-        there = (entry >= 0) & (entry < count)
+    pool = keys + tl.load(offset + row).to(tl.int64) * DIM
+    for index in range(PAGE):
+        entry = page * PAGE + index - begin
+        valid = (entry >= 0) & (entry < count)
         place = entry
         if HAS_SLOTS:
-            place = tl.load(slots + row * slots_stride + entry, there, other=0).to(tl.int32)
+            place = tl.load(slots + row * slots_stride + entry, valid, other=0).to(tl.int32)
         source = pool + (place.to(tl.int64) * DIM)[:, None] + d[None, :]
-        key = tl.load(source, there[:, None] & (d < DIM)[None, :], other=0).to(tl.float32)
-        low = tl.where(there[:, None], tl.minimum(low, key), low)
-        high = tl.where(there[:, None], tl.maximum(high, key), high)
+        key = tl.load(source, valid[:, None] & (d < DIM)[None, :], other=0).to(tl.float32)
+        low = tl.where(valid[:, None], tl.minimum(low, key), low)
+        high = tl.where(valid[:, None], tl.maximum(high, key), high)
     tl.store(target, low.to(bounds.dtype.element_ty), inside)
     tl.store(target + pages * DIM, high.to(bounds.dtype.element_ty), inside)
 
@@ -120,12 +115,12 @@ def _score(
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     g = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
-    held = tl.load(pages + row)
-    there = p < held
+    used = tl.load(pages + row)
+    valid = p < used
     q = tl.load(
         query + ((row * GROUP + g) * DIM)[:, None] + d[None, :], (g < GROUP)[:, None] & (d < DIM)[None, :], other=0
     )
-    inside = there[:, None] & (d < DIM)[None, :]
+    inside = valid[:, None] & (d < DIM)[None, :]
     source = bounds + ((row * 2 * count + p) * DIM)[:, None] + d[None, :]
     low = tl.load(source, inside, other=0)
     high = tl.load(source + count * DIM, inside, other=0)
@@ -137,12 +132,12 @@ def _score(
     bound = tl.dot(below, tl.trans(low), bound, input_precision="ieee")
     if GROUP_REDUCE == "none":
         target = scores + (row * GROUP + g)[:, None] * count + p[None, :]
-        tl.store(target, tl.where(there[None, :], bound, float("-inf")), (g < GROUP)[:, None] & (p < count)[None, :])
+        tl.store(target, tl.where(valid[None, :], bound, float("-inf")), (g < GROUP)[:, None] & (p < count)[None, :])
     else:
         if GROUP_REDUCE == "max":
-            found = tl.max(tl.where((g < GROUP)[:, None], bound, float("-inf")), 0)
+            reduced = tl.max(tl.where((g < GROUP)[:, None], bound, float("-inf")), 0)
         else:
-            found = tl.sum(tl.where((g < GROUP)[:, None], bound, 0.0), 0)
+            reduced = tl.sum(tl.where((g < GROUP)[:, None], bound, 0.0), 0)
         if GROUP_REDUCE == "mean":
-            found = found / GROUP
-        tl.store(scores + row * count + p, tl.where(there, found, float("-inf")), p < count)
+            reduced = reduced / GROUP
+        tl.store(scores + row * count + p, tl.where(valid, reduced, float("-inf")), p < count)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from learnkv.ops.arguments import Pages, Ragged, Tail
 from learnkv.ops.decode_attention import reference as decode
 from learnkv.ops.gather_kv import reference as gather
 from learnkv.ops.mask_gradient import reference as mask
@@ -33,22 +34,21 @@ def on_meta_device(layers: int, prompts: int, kernels: bool) -> Iterator[None]:
         copies = rows // (prompts * heads)
         return [((row // (copies * heads) * heads + row % heads) * kept, kept) for row in range(rows)]
 
-    def attended(query: Tensor, keys: Tensor, values: Tensor, start: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def attended(query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None) -> tuple[Tensor, Tensor]:
         if kernels:
             return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-        return attend(query, keys, values, start, *rest[:-1], even(len(start), rest[2].shape[1], keys, rest[1]))
+        spans = even(len(kept.offset), tail.keys.shape[1], kept.keys, kept.longest)
+        return attend(query, kept._replace(spans=spans), tail, scaling, pages)
 
-    def differentiated(grad: Tensor, query: Tensor, output: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        keys, values, kept_keys, kept_values, start, _, tail_keys, tail_values, *others = rest
+    def differentiated(
+        grad: Tensor, query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        kept, tail, *others = rest
         if kernels:
             made = keys.new_empty(keys.shape[:3], dtype=torch.float32)
-            return made, torch.empty_like(query), torch.empty_like(tail_keys), torch.empty_like(tail_values)
-        both = (
-            torch.tensor(column)
-            for column in zip(*even(len(start), keys.shape[1], kept_keys, keys.shape[2]), strict=True)
-        )
-        kept = (keys, values, kept_keys, kept_values, *both, tail_keys, tail_values)
-        return differentiate(grad, query, output, lse, *kept, *others)
+            return made, torch.empty_like(query), torch.empty_like(tail.keys), torch.empty_like(tail.values)
+        spans = even(len(kept.offset), keys.shape[1], kept.keys, keys.shape[2])
+        return differentiate(grad, query, output, lse, keys, values, kept._replace(spans=spans), tail, *others)
 
     def scored(queries: Tensor, keys: Tensor, *, group_reduce: str, **_: Any) -> Tensor:
         batch, heads, slots = keys.shape[:3]

@@ -9,7 +9,7 @@ as the others are; with kernels they hold less.
 import torch
 
 from learnkv.errors import UserError
-from learnkv.inference.models import describe_model, empty_model
+from learnkv.inference.models import context_length, describe_model, empty_model
 from learnkv.persistence.policies import build_policy
 from learnkv.persistence.size import sized
 from learnkv.policy.policy import Policy
@@ -52,8 +52,7 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
     shapes = describe_model(model)["shapes"]
     spec = sized(config.policy.spec(), shapes)
     policy = build_policy(spec, allow=sorted(modules_of(spec))).to("meta").requires_grad_(True)
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = lengths_within(context, config)[1]
+    longest = lengths_within(context_length(model), config)[1]
     module = step_of(config, model, policy)
     with on_meta_device(shapes["layers"], config.batch_size, kernels), LiveBytes() as live:
         module.training_step(batch(config, longest), 0).backward()

@@ -1,0 +1,192 @@
+"""The three states of a compressed layer: a prompt that is complete, kept entries, or kept entries with gates."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learnkv.cache.page_index import PageIndex
+from learnkv.cache.storage import DecodeBuffer, Segment
+from learnkv.errors import UserError
+from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.gated_attention import gated_attention
+from learnkv.ops.relaxed_attention import relaxed_attention
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Keys and values of every slot, as read; or those of kept entries and the tail, merged to evict again."""
+
+    keys: Tensor
+    """[B, H, S, D]."""
+    values: Tensor
+    """[B, H, S, D]."""
+    valid: Tensor | None = None
+    """[B, S] False for padding; None: no padding."""
+    positions: Tensor | None = None
+    """[B, H, S] prompt position of each entry of a merged prompt, negative where there is none; None: as read."""
+    rotated: Tensor | None = None
+    """[B, H, S] position that each key is rotated to; None: its prompt position."""
+    page_index: PageIndex | None = None
+    """Of the entries before the tail was merged; it is made anew for those that will be kept."""
+
+    segment = None
+    copies = 1
+
+    @property
+    def complete(self) -> "Prompt":
+        """The prompt itself."""
+        return self
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.keys.shape[0]
+
+    def slot_positions(self) -> Tensor:
+        """Prompt position of each slot, -1 for padding: [B, S] int64."""
+        shape = (self.keys.shape[0], self.keys.shape[2])
+        valid = self.valid
+        if valid is None:
+            valid = torch.ones(shape, dtype=torch.bool, device=self.keys.device)
+        return torch.where(valid, valid.cumsum(-1) - 1, -1)
+
+    def entry_positions(self) -> Tensor:
+        """Prompt position of each entry, negative where there is none: [B, H, S] int64."""
+        if self.positions is not None:
+            return self.positions
+        return self.slot_positions().unsqueeze(1).expand(-1, self.keys.shape[1], -1)
+
+    def key_positions(self) -> Tensor:
+        """Position that each key is rotated to, [B, H, S]."""
+        return self.entry_positions() if self.rotated is None else self.rotated
+
+    def append(self, keys: Tensor, values: Tensor) -> "Prompt":
+        """The prompt with further keys and values [B, H, T, D]."""
+        return replace(self, keys=torch.cat([self.keys, keys], 2), values=torch.cat([self.values, values], 2))
+
+    def seal(self) -> "Kept":
+        """All entries are kept, as rows of a pool that is a view of the prompt."""
+        prompt = replace(self, keys=self.keys.contiguous(), values=self.values.contiguous())
+        return Kept(Segment.whole(prompt.keys, prompt.values, self.slot_positions()), prompt)
+
+    def evict(self, segment: Segment, page_index: PageIndex | None) -> "Kept":
+        """Keep `segment` only; where there are pages, they are those of the segment from now on."""
+        return Kept(segment, page_index=None if page_index is None else page_index.renewed(segment))
+
+    def relax(self, segment: Segment, gates: Tensor, soft: bool = False) -> "Relaxed":
+        """Train: attend to `segment`, or softly to all entries, with gates [B, H, S]; nothing is freed."""
+        return Relaxed(segment, self, gates.to(self.keys.device), soft)
+
+    def rows(self, batch: Tensor, heads: int) -> "Prompt":
+        """The prompts of batch rows `batch` [B']."""
+
+        def of(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[batch.to(part.device)]
+
+        return Prompt(
+            self.keys[batch.to(self.keys.device)],
+            self.values[batch.to(self.values.device)],
+            of(self.valid),
+            of(self.positions),
+            of(self.rotated),
+            None if self.page_index is None else self.page_index.rows(batch),
+        )
+
+    def fork(self) -> "Prompt":
+        """The same, as nothing of it changes in place."""
+        return self
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        parts = (self.keys, self.values, self.valid, self.positions, self.rotated)
+        return [part for part in parts if part is not None]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of a prompt, and what attention reads of it."""
+
+    segment: Segment
+    prompt: Prompt | None = None
+    """The complete prompt, of which the segment is a view, until entries are evicted or rows are selected."""
+    page_index: PageIndex | None = None
+    """Bounds of pages where a single token reads chosen pages only."""
+
+    copies = 1
+
+    @property
+    def complete(self) -> Prompt:
+        """The complete prompt; raises UserError once entries were evicted."""
+        if self.prompt is None:
+            raise UserError(
+                "the prompt has already been compressed, or its rows repeated or reordered: compress a fork before that"
+            )
+        return self.prompt
+
+    def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention [B, H*G, T, D] of the newest T tokens; `mask` [B, 1, T, M] of the tail."""
+        pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask)
+        return decode_attention(query, self.segment.ragged, tail.arguments(mask), scaling, pages)[0]
+
+    def rows(self, batch: Tensor, heads: int) -> "Kept":
+        """The kept entries of batch rows `batch` [B'], sharing the pool."""
+        page_index = None if self.page_index is None else self.page_index.rows(batch)
+        return Kept(self.segment.rows(batch, heads), None, page_index)
+
+    def fork(self) -> "Kept":
+        """A state that shares storage with this one."""
+        return self if self.page_index is None else replace(self, page_index=self.page_index.fork())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        parts = [*self.segment.tensors()]
+        for part in (self.prompt, self.page_index):
+            parts += [] if part is None else part.tensors()
+        return parts
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """Training: attention to kept entries whose gradient reaches the gate of every entry of the complete prompt."""
+
+    segment: Segment
+    complete: Prompt
+    """Shared by the continuations of each prompt."""
+    gates: Tensor
+    """[B, H, S]."""
+    soft: bool = False
+    """Whether gates multiply the softmax weights of all entries; else kept entries count as 1, others as 0."""
+    copies: int = 1
+    """Continuations per prompt."""
+
+    page_index = None
+
+    def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention [B*C, H*G, T, D] of the newest T tokens; `mask` [B*C, 1, T, M] of the tail."""
+        prompt, new = (self.complete.keys, self.complete.values, self.gates), tail.arguments(mask)
+        if self.soft:
+            return gated_attention(query, *prompt, new, scaling)
+        return relaxed_attention(query, *prompt, self.segment.ragged, new, scaling)
+
+    def rows(self, batch: Tensor, heads: int) -> "Relaxed":
+        """Rows `batch` [B'] of the continuations, each with a prompt of its own."""
+        prompts = batch // self.copies
+        return Relaxed(
+            self.segment.rows(batch, heads),
+            self.complete.rows(prompts, heads),
+            self.gates[prompts.to(self.gates.device)],
+            self.soft,
+        )
+
+    def repeat(self, batch: Tensor, heads: int, repeats: int) -> "Relaxed":
+        """Every continuation `repeats` times; the prompts are shared."""
+        return replace(self, segment=self.segment.rows(batch, heads), copies=self.copies * repeats)
+
+    def fork(self) -> "Relaxed":
+        """The same, as nothing of it changes in place."""
+        return self
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the state."""
+        return [*self.complete.tensors(), self.gates, *self.segment.tensors()]
