@@ -1,4 +1,4 @@
-"""What kernels need to know of a device before they are launched, and how numbers get there."""
+"""Properties of a device that launches depend on, and copies of numbers to it."""
 
 import functools
 from collections.abc import Sequence
@@ -8,16 +8,13 @@ from torch import Tensor
 
 
 def upload(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on `device` of numbers that the host knows.
-
-    `torch.tensor(numbers, device=device)` would have the host wait until everything before it has been computed.
-    """
+    """A tensor on `device` of numbers of the host, without the host sync of `torch.tensor(numbers, device=device)`."""
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 2 elsewhere, where an interpreter runs one program after the other."""
+    """Multiprocessors of a CUDA device; 2 elsewhere, for the interpreter."""
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

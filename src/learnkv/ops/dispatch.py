@@ -20,7 +20,7 @@ _auto: ContextVar[Impl] = ContextVar("auto", default="auto")
 
 @contextmanager
 def using(impl: Impl) -> Iterator[None]:
-    """Within the block, ops that are called with impl="auto" and have `impl` run it."""
+    """Within the block, ops with impl="auto" run `impl` where they have it."""
     token = _auto.set(impl)
     try:
         yield
@@ -29,24 +29,24 @@ def using(impl: Impl) -> Iterator[None]:
 
 
 def prefers_reference() -> bool:
-    """Whether `using` has asked for references where kernels would compute."""
+    """Whether `using("reference")` is in force."""
     return _auto.get() == "reference"
 
 
 def resolve(impl: Impl) -> Impl:
-    """What `impl` stands for here; a backward pass may run where the block that it was called in is not known."""
+    """`impl`, with "auto" replaced by the choice of `using`; a backward pass may run outside of its block."""
     return _auto.get() if impl == "auto" else impl
 
 
 def implementation(op: str, impl: Impl, available: tuple[str, ...], *tensors: Tensor) -> ModuleType:
     """The module that computes `op` on `tensors`.
 
-    "auto" is Triton where the tensors are on a CUDA device and ask for no gradient, which only a reference computes.
+    "auto" is Triton where the tensors are on a CUDA device and need no gradient, which only references compute.
 
     Raises:
-        UserError: for an explicit choice that cannot be met; it never falls back.
+        UserError: for an explicit choice that is not available; there is no fallback.
     """
-    differentiable = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if resolve(impl) in available:
         impl = resolve(impl)
     if impl == "auto":

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-WORD = 0xFFFFFFFF  # hashing is done in 32-bit words held in int64, which torch has on every device
+WORD = 0xFFFFFFFF  # 32-bit words are stored as int64, which torch supports on every device
 
 
 def hash_bits(word: Tensor) -> Tensor:

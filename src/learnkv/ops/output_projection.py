@@ -1,4 +1,4 @@
-"""How large vectors are after the output projection, head by head."""
+"""Norms of vectors after the output projection, head by head."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ _AT_ONCE = 2**24  # numbers of a projected chunk, 64 MiB
 
 
 def projected_l1(values: Tensor, weight: Tensor) -> Tensor:
-    """L1 norms |W_n v|_1 of values seen by every query head n, [B, H, G, S] float32.
+    """L1 norms |W_n v|_1 of values for every query head n, [B, H, G, S] float32.
 
     Args:
         values: [B, H, S, D].

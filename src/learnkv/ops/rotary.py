@@ -1,4 +1,4 @@
-"""The rotation that a model gave to every slot of a prompt, undone and continued."""
+"""Rotary position embedding of a prompt, inverted and extrapolated."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Rotary:
 
     parts: tuple[tuple[Tensor, Tensor], ...]
     """cos and sin [B, S, R] of every chunk of the prompt, or [1, S, R] where all rows have the same positions. Layers
-    share them, so that they are not joined."""
+    share them, so they are not concatenated."""
 
     def unrotate(self, vectors: Tensor) -> Tensor:
         """Queries or keys [B, N, T, D] of the last T slots as they were before they were rotated, float32."""
@@ -33,17 +33,16 @@ class Rotary:
         return size * angle.cos(), size * angle.sin()
 
     def frequencies(self, lengths: Tensor) -> Tensor:
-        """Radians per position [R/2] float32 of channel i against channel i + R/2, as the longest prompt shows them."""
-        every = self._turn(lengths)
-        turn = every.gather(0, lengths.argmax().expand(1, every.shape[1]))
-        return turn[0, : every.shape[1] // 2].float()
+        """Radians per position [R/2] float32 of channel i against channel i + R/2, measured on the longest prompt."""
+        turn = self._turn(lengths)
+        longest = turn.gather(0, lengths.argmax().expand(1, turn.shape[1]))
+        return longest[0, : turn.shape[1] // 2].float()
 
     def _turn(self, lengths: Tensor) -> Tensor:
         """Radians per position [B, R] in float64.
 
-        A model's angle per position is known from no argument, so it is measured: over one slot, then over twice as
-        many each time, which settles its last digits even where cos and sin are kept in bfloat16. A prompt of one token
-        shows no angle; its future is taken to stand still.
+        It is measured from cos and sin: over one slot, then over twice as many each time, which gives its last digits
+        even from bfloat16. For a prompt of one token it is 0.
         """
         last = self._wave(-1)
         turn = torch.zeros(len(lengths), last.shape[-1], dtype=torch.float64, device=last.device)
@@ -65,16 +64,16 @@ class Rotary:
 
     def _last(self, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin [B, count, R] of the last slots."""
-        found: list[tuple[Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for cos, sin in reversed(self.parts):
             begin = max(0, cos.shape[1] - count)
-            found.insert(0, (cos[:, begin:], sin[:, begin:]))
+            parts.insert(0, (cos[:, begin:], sin[:, begin:]))
             count -= cos.shape[1] - begin
             if not count:
                 break
-        if len(found) == 1:
-            return found[0]
-        cosines, sines = zip(*found, strict=True)
+        if len(parts) == 1:
+            return parts[0]
+        cosines, sines = zip(*parts, strict=True)
         return torch.cat(cosines, 1), torch.cat(sines, 1)
 
 

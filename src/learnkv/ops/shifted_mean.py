@@ -1,23 +1,23 @@
-"""Means over neighbours whose number and place differ from row to row."""
+"""Means over neighbours whose number and offset differ from row to row."""
 
 import torch
 from torch import Tensor
 
 
-def shifted_mean(figures: Tensor, among: Tensor, width: Tensor, shift: Tensor) -> Tensor:
+def shifted_mean(values: Tensor, among: Tensor, width: Tensor, shift: Tensor) -> Tensor:
     """Mean of `width` neighbours around the slot `shift` further on, [..., S] float32.
 
     Beyond the first and the last entry `among` the row, these two are repeated; other slots count as zeros.
 
     Args:
-        figures: [..., S].
+        values: [..., S].
         among: [..., S] bool, broadcast.
         width: [...] odd number of neighbours.
         shift: [...] whole number.
     """
-    slots = torch.arange(figures.shape[-1], device=figures.device)
-    among = among.expand_as(figures)
-    row = figures.masked_fill(~among, 0.0).double()
+    slots = torch.arange(values.shape[-1], device=values.device)
+    among = among.expand_as(values)
+    row = values.masked_fill(~among, 0.0).double()
     first = among.int().argmax(-1, keepdim=True)
     last = (slots * among).amax(-1, keepdim=True)
     width, shift = width.long().unsqueeze(-1), shift.long().unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""How much attention every cache entry gets from a number of queries, in sum or at most."""
+"""Sum or maximum of the attention weights that every cache entry gets from a number of queries."""
 
 from typing import Literal
 
@@ -21,8 +21,8 @@ def attention_columns(
 ) -> Tensor:
     """Sum or maximum of attention weights over all queries: [B, H, G, S] float32, 0 where an entry is not valid.
 
-    A query sees the valid entries at its own position and before; its softmax runs in float32 over all of them. The
-    matrix of weights never exists as a whole, so that the number of queries may be that of a long prompt.
+    A query attends to the valid entries up to its own position, with a softmax in float32. The matrix of weights is
+    computed block by block, so that there may be as many queries as tokens of a long prompt.
 
     Args:
         queries: [B, H*G, T, D] after RoPE; query heads h*G .. h*G+G-1 read kv head h.

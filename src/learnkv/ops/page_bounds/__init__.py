@@ -15,8 +15,8 @@ GroupReduce = Literal["none", "mean", "max", "sum"]
 
 
 def empty_bounds(like: Tensor, *shape: int) -> Tensor:
-    """Bounds [..., 2, P, D] of pages without entries: the lower ones as high, the upper ones as low as can be."""
-    largest = torch.finfo(like.dtype).max  # finite, so that a channel which the query does not use counts as nothing
+    """Bounds [..., 2, P, D] of pages without entries: lower bounds maximal, upper bounds minimal."""
+    largest = torch.finfo(like.dtype).max  # finite, so that its product with a zero of the query is 0
     bounds = like.new_full(shape, largest)
     bounds[..., 1, :, :] = -largest
     return bounds

@@ -9,7 +9,7 @@ def select(scores: Tensor, budget: Tensor, total: int, *, impl: Impl = "auto") -
     """The `budget[r]` highest entries of every row, ties to the lower slot, with no host sync.
 
     Args:
-        scores: [R, S] float32; -inf where there is no entry, +inf for entries that are kept in any case.
+        scores: [R, S] float32; -inf where there is no entry, +inf for protected entries.
         budget: [R] int64, at most the number of entries of the row.
         total: sum of `budget`, known on the host.
 
@@ -23,7 +23,7 @@ def select(scores: Tensor, budget: Tensor, total: int, *, impl: Impl = "auto") -
 
 
 def select_slots(scores: Tensor, budget: Tensor, most: int, *, impl: Impl = "auto") -> Tensor:
-    """As `select`, for short rows and budgets that only the device knows: a list of fixed size for every row.
+    """As `select`, for short rows and budgets that are on the device only: a list of fixed size for every row.
 
     Args:
         scores: [R, S] float32; -inf where there is no entry.

@@ -1,7 +1,7 @@
-"""Top-k of ragged rows by radix: four histograms of eight bits find the threshold, two passes write what is above it.
+"""Top-k of ragged rows by radix: four histograms of eight bits find the threshold, two passes write the entries.
 
 Every pass is split over slots as well as rows, so that a single layer occupies the whole device. Counts are integers,
-added in any order: the result is exact and the same every time.
+so their sums, and the result, do not depend on the order of programs.
 """
 
 import torch
@@ -61,7 +61,7 @@ def _sort_key(score):
 def _threshold(budget, counts, row, rows, DIGITS: tl.constexpr):
     """The leading digits of the lowest key that is kept, and how many of the keys that share them are kept.
 
-    A row that keeps nothing gets the highest digits, above which there is no key.
+    A row that keeps nothing gets the highest digits, above which valid is no key.
     """
     value = tl.arange(0, 256)
     missing = tl.load(budget + row).to(tl.int32)
@@ -70,27 +70,27 @@ def _threshold(budget, counts, row, rows, DIGITS: tl.constexpr):
         count = tl.load(counts + (digit * rows + row).to(tl.int64) * 256 + value)
         above = tl.sum(count) - tl.cumsum(count)
         here = (above < missing) & (above + count >= missing)
-        found = tl.where(missing == 0, 255, tl.sum(tl.where(here, value, 0)))
+        digit_value = tl.where(missing == 0, 255, tl.sum(tl.where(here, value, 0)))
         missing -= tl.sum(tl.where(here, above, 0))
-        prefix = (prefix << 8) | found.to(tl.uint32)
+        prefix = (prefix << 8) | digit_value.to(tl.uint32)
     return prefix, missing
 
 
 @triton.jit
 def _keys(scores, row, slots, BLOCK: tl.constexpr):
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = slot < slots
-    return _sort_key(tl.load(scores + row.to(tl.int64) * slots + slot, there, other=0)), slot, there
+    valid = slot < slots
+    return _sort_key(tl.load(scores + row.to(tl.int64) * slots + slot, valid, other=0)), slot, valid
 
 
 @triton.jit
 def _count_digits(scores, budget, counts, rows, slots, DIGIT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0)
-    key, _, there = _keys(scores, row, slots, BLOCK)
+    key, _, valid = _keys(scores, row, slots, BLOCK)
     if DIGIT > 0:
         prefix, _ = _threshold(budget, counts, row, rows, DIGIT)
-        there = there & ((key >> (32 - 8 * DIGIT)) == prefix)
-    count = tl.histogram(((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32), 256, mask=there)
+        valid = valid & ((key >> (32 - 8 * DIGIT)) == prefix)
+    count = tl.histogram(((key >> (24 - 8 * DIGIT)) & 255).to(tl.int32), 256, mask=valid)
     value = tl.arange(0, 256)
     tl.atomic_add(counts + (DIGIT * rows + row).to(tl.int64) * 256 + value, count, mask=count > 0, sem="relaxed")
 
@@ -99,10 +99,10 @@ def _count_digits(scores, budget, counts, rows, slots, DIGIT: tl.constexpr, BLOC
 def _count_kept(scores, budget, counts, kept, rows, slots, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     threshold, _ = _threshold(budget, counts, row, rows, 4)
-    key, _, there = _keys(scores, row, slots, BLOCK)
+    key, _, valid = _keys(scores, row, slots, BLOCK)
     target = kept + (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 2
-    tl.store(target, tl.sum((there & (key > threshold)).to(tl.int32)))
-    tl.store(target + 1, tl.sum((there & (key == threshold)).to(tl.int32)))
+    tl.store(target, tl.sum((valid & (key > threshold)).to(tl.int32)))
+    tl.store(target + 1, tl.sum((valid & (key == threshold)).to(tl.int32)))
 
 
 @triton.jit
@@ -115,9 +115,9 @@ def _write(scores, budget, ends, counts, kept, chosen, rows, slots, PARTS: tl.co
     above = tl.sum(tl.load(before, earlier, other=0))
     tied = tl.sum(tl.load(before + 1, earlier, other=0))
 
-    key, slot, there = _keys(scores, row, slots, BLOCK)
-    tie = (there & (key == threshold)).to(tl.int32)
-    keep = there & ((key > threshold) | ((tie == 1) & (tied + tl.cumsum(tie) <= ties)))
+    key, slot, valid = _keys(scores, row, slots, BLOCK)
+    tie = (valid & (key == threshold)).to(tl.int32)
+    keep = valid & ((key > threshold) | ((tie == 1) & (tied + tl.cumsum(tie) <= ties)))
     rank = tl.cumsum(keep.to(tl.int32)) - 1
     begin = tl.load(ends + row) - tl.load(budget + row) + above + tl.minimum(tied, ties)
     tl.store(chosen + begin + rank, row.to(tl.int64) * slots + slot, keep)
@@ -132,34 +132,34 @@ def _entries(scores, row, begin, slots, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "most"])
 def _list_slots(scores, budget, chosen, slots, most, BLOCK: tl.constexpr):
-    """The four histograms and the list of one row, by one program: rows are short and stay in the nearest cache."""
+    """The four histograms and the list of one row, by one program: rows are short and stay in the L1 cache."""
     row = tl.program_id(0).to(tl.int64)
     value = tl.arange(0, 256)
-    held = 0
+    entries = 0
     for begin in range(0, slots, BLOCK):
-        _, _, there = _entries(scores, row, begin, slots, BLOCK)
-        held += tl.sum(there.to(tl.int32))
-    missing = tl.minimum(tl.minimum(tl.load(budget + row).to(tl.int32), held), most)
+        _, _, valid = _entries(scores, row, begin, slots, BLOCK)
+        entries += tl.sum(valid.to(tl.int32))
+    missing = tl.minimum(tl.minimum(tl.load(budget + row).to(tl.int32), entries), most)
     keeps = missing
     prefix = tl.zeros([], tl.uint32)
     for digit in tl.static_range(4):
         count = tl.zeros([256], tl.int32)
         for begin in range(0, slots, BLOCK):
-            key, _, there = _entries(scores, row, begin, slots, BLOCK)
+            key, _, valid = _entries(scores, row, begin, slots, BLOCK)
             if digit > 0:
-                there = there & ((key >> (32 - 8 * digit)) == prefix)
-            count += tl.histogram(((key >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=there)
+                valid = valid & ((key >> (32 - 8 * digit)) == prefix)
+            count += tl.histogram(((key >> (24 - 8 * digit)) & 255).to(tl.int32), 256, mask=valid)
         above = tl.sum(count) - tl.cumsum(count)
         here = (above < missing) & (above + count >= missing)
-        found = tl.where(missing == 0, 255, tl.sum(tl.where(here, value, 0)))
+        digit_value = tl.where(missing == 0, 255, tl.sum(tl.where(here, value, 0)))
         missing -= tl.sum(tl.where(here, above, 0))
-        prefix = (prefix << 8) | found.to(tl.uint32)
+        prefix = (prefix << 8) | digit_value.to(tl.uint32)
     listed = 0
     tied = 0
     for begin in range(0, slots, BLOCK):
-        key, slot, there = _entries(scores, row, begin, slots, BLOCK)
-        tie = (there & (key == prefix)).to(tl.int32)
-        keep = (there & (key > prefix)) | ((tie == 1) & (tied + tl.cumsum(tie) <= missing))
+        key, slot, valid = _entries(scores, row, begin, slots, BLOCK)
+        tie = (valid & (key == prefix)).to(tl.int32)
+        keep = (valid & (key > prefix)) | ((tie == 1) & (tied + tl.cumsum(tie) <= missing))
         rank = listed + tl.cumsum(keep.to(tl.int32)) - 1
         tl.store(chosen + row * most + rank, slot, keep)
         listed += tl.sum(keep.to(tl.int32))

@@ -1,4 +1,4 @@
-"""How much attention the last prompt queries give to every cache entry, pooled over neighbours and query heads."""
+"""Attention of the last prompt queries to every cache entry, pooled over neighbours and query heads."""
 
 from typing import Literal
 
@@ -29,18 +29,18 @@ def window_scores(
 ) -> Tensor:
     """Scores [B, H, S] (by query head [B, H, G, S]), float32 whatever the inputs are; 0 where an entry is not valid.
 
-    A query sees the valid entries at its own position and before; its softmax runs in float32 over all of them, those
-    of the window included. The weights are reduced over the queries of the window, then over the G query heads of a kv
-    head and over neighbouring slots, in the order that `group_first` says.
+    A query attends to the valid entries up to its own position, those of the window included, with a softmax in
+    float32. The weights are reduced over the queries of the window, then over the G query heads of a kv head and over
+    neighbouring slots, in the order of `group_first`.
 
-    The entries before the window ("the past") are pooled as the methods in print do it: nothing beyond the first and
-    the last of them (zeros, counted in the mean, or -inf for the maximum). Padding and evicted entries count as nothing
-    too, so a left-padded row gets what it gets alone.
+    The entries before the window ("the past") are pooled as in the published methods: beyond the first and the last of
+    them are zeros, counted in the mean, or -inf for the maximum. So are padding and evicted entries, so a left-padded
+    row has the scores of the row alone.
 
-    The window's own entries are seen by some of its queries only. A plain mean or sum would rank the last prompt tokens
-    by how many queries come after them, so theirs is the mean over the queries that can see the entry (times the number
-    of queries for a sum). They are pooled among themselves: their weights, high as they are for neighbours, would
-    otherwise lift the last entries of the past.
+    Only some queries attend to an entry of the window itself. A plain mean or sum would rank the last prompt tokens by
+    the number of later queries, so these entries get the mean over the queries that attend to them (times the number of
+    queries for a sum). They are pooled among themselves: their weights, high as they are for neighbours, would
+    otherwise raise the scores of the last entries of the past.
 
     Args:
         queries: [B, H*G, W, D] after RoPE; query heads h*G .. h*G+G-1 read kv head h.
@@ -54,8 +54,8 @@ def window_scores(
         window_reduce: mean or sum over the queries of the window.
         group_reduce: mean, maximum or sum over the query heads of a kv head; none: each has its own.
         group_first: whether the heads are reduced before the slots are pooled.
-        lse: [B, H*G, W] log-sum-exp of every query's scaled products with the valid entries it sees, where the
-            attention to the prompt has left them; None: computed, for another reading of the keys.
+        lse: [B, H*G, W] log-sum-exp of every query's masked scaled products, where attention to the prompt returned
+            them; None: computed, with one more pass over the keys.
     """
     assert kernel_size % 2 == 1, kernel_size
     assert queries.shape[1] % keys.shape[1] == 0, (queries.shape, keys.shape)

@@ -1,5 +1,7 @@
-"""Window scores in plain PyTorch: in one reading of the keys where the weights of all queries are few, else stretch by
-stretch in two, so that heads x window x slots never exist at once."""
+"""Window scores in plain PyTorch: one pass over the keys for small problems, else two passes over parts of them.
+
+No tensor has the size of heads x window x slots.
+"""
 
 from typing import Any, Literal
 
@@ -11,9 +13,9 @@ from learnkv.ops.reduce_group import GroupReduce, reduce_group
 from learnkv.ops.window_attention import in_window, window_attention, window_logits
 
 _FEW = 2**18
-"""Weights that are held at once: a megabyte, which stays in the cache of a core."""
+"""Weights in memory at once: a megabyte, which fits into the cache of a core."""
 _SHORTEST = 128
-"""Slots that are read at once where there are more; of long prompts as many as make two numbers per entry of a head."""
+"""Smallest number of slots per part; for long prompts it is as many as make two numbers per entry of a head."""
 
 
 def window_scores(
@@ -31,12 +33,12 @@ def window_scores(
     group_first: bool,
     lse: Tensor | None,
 ) -> Tensor:
-    asked, slots = queries.shape[1] // keys.shape[1] * queries.shape[2], keys.shape[2]
-    once = asked * keys.shape[:3].numel() <= _FEW
-    step = max(_SHORTEST, slots if once else 2 * slots // max(asked, 1))
+    per_head, slots = queries.shape[1] // keys.shape[1] * queries.shape[2], keys.shape[2]
+    once = per_head * keys.shape[:3].numel() <= _FEW
+    step = max(_SHORTEST, slots if once else 2 * slots // max(per_head, 1))
     parts: list[dict[str, Any]] = [
-        {"keys": some, "positions": where, "valid": there}
-        for some, where, there in zip(keys.split(step, 2), positions.split(step, 2), valid.split(step, 2), strict=True)
+        dict(zip(("keys", "positions", "valid"), part, strict=True))
+        for part in zip(keys.split(step, 2), positions.split(step, 2), valid.split(step, 2), strict=True)
     ]
     same: dict[str, Any] = {"queries": queries.contiguous(), "query_positions": query_positions, "scaling": scaling}
     if lse is None and not once:
@@ -46,9 +48,9 @@ def window_scores(
     queries_of_row = (query_positions >= 0).sum(-1).clamp(min=1)[:, None, None]
     read = []
     for part in parts:
-        weights, seen = window_attention(**same, **part, lse=lse)
-        queries_of_entry = seen.sum(2).clamp(min=1)
-        # Exactly 1 for the past, whose sums must not be touched: its ties are part of the published methods.
+        weights, mask = window_attention(**same, **part, lse=lse)
+        queries_of_entry = mask.sum(2).clamp(min=1)
+        # Exactly 1 for the past: its sums stay bit-identical, as their ties are part of the published methods.
         attention = weights.sum(3) * (queries_of_row / queries_of_entry).unsqueeze(2)
         if window_reduce == "mean":
             attention = attention / queries_of_row.unsqueeze(2)

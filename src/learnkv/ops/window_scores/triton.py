@@ -1,7 +1,7 @@
-"""Window scores with two readings of the keys: the softmax's normalisers, then the weights, reduced where they arise.
+"""Window scores in two passes over the keys: the softmax's normalisers, then the weights, reduced as they are computed.
 
-Nothing larger than one number per kv head and slot is written, or per query head and slot where heads are not reduced,
-or only after the slots are pooled and the two do not commute.
+The kernels write one number per kv head and slot, or per query head and slot where heads are not reduced, or are
+reduced after pooling and the two do not commute.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from learnkv.ops.device import processors
 
 _LOG2E = 1.4426950408889634
-_WAVES = 4  # programs per processor in the first reading
+_WAVES = 4  # programs per processor in the first pass
 
 
 def window_scores(
@@ -71,7 +71,7 @@ def window_scores(
 
 
 def _normalisers(inputs: tuple[Tensor, ...], sizes: tuple, scale: float, constants: dict[str, int]) -> Tensor:
-    """Natural log-sum-exp [B, H*G, W] of every query over what it sees."""
+    """Natural log-sum-exp [B, H*G, W] of every query over the entries it attends to."""
     queries, keys = inputs[:2]
     rows, slots = keys.shape[0] * keys.shape[1], keys.shape[2]
     packed = constants["GROUP"] * queries.shape[2]
@@ -96,15 +96,15 @@ def _place(tensor, batch, head, slot, stride):
 
 @triton.jit
 def _entries(keys, positions, valid, batch, head, slot, slots, strides, d, DIM: tl.constexpr, UPCAST: tl.constexpr):
-    """Which of the slots hold an entry, where in the prompt it stood, and its key."""
+    """Which of the slots are entries, their prompt positions, and their keys."""
     inside = slot < slots
-    there = inside & tl.load(_place(valid, batch, head, slot, strides[3]), inside, other=0)
-    at = tl.load(_place(positions, batch, head, slot, strides[2]), there, other=0)
+    is_entry = inside & tl.load(_place(valid, batch, head, slot, strides[3]), inside, other=0)
+    position = tl.load(_place(positions, batch, head, slot, strides[2]), is_entry, other=0)
     place = _place(keys, batch, head, slot, strides[1])[:, None] + d[None, :]
-    k = tl.load(place, there[:, None] & (d < DIM)[None, :], other=0)
+    k = tl.load(place, is_entry[:, None] & (d < DIM)[None, :], other=0)
     if UPCAST:
         k = k.to(tl.float32)
-    return there, at, k
+    return is_entry, position, k
 
 
 @triton.jit
@@ -135,10 +135,10 @@ def _split_normalisers(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     packed = GROUP * window
-    asked_at = tl.load(query_positions + batch * window + m % window, m < packed, other=-1)
+    query_position = tl.load(query_positions + batch * window + m % window, m < packed, other=-1)
     source = (m // window * strides[0][1] + m % window * strides[0][2])[:, None] + d[None, :]
-    asks = (asked_at >= 0)[:, None] & (d < DIM)[None, :]
-    q = tl.load(queries + batch * strides[0][0] + head * GROUP * strides[0][1] + source, asks, other=0)
+    is_query = (query_position >= 0)[:, None] & (d < DIM)[None, :]
+    q = tl.load(queries + batch * strides[0][0] + head * GROUP * strides[0][1] + source, is_query, other=0)
     if UPCAST:
         q = q.to(tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -146,10 +146,10 @@ def _split_normalisers(
     first = tl.program_id(0) * blocks
     for block in range(first, tl.minimum(first + blocks, tl.cdiv(slots, BLOCK_N))):
         slot = (block * BLOCK_N + n).to(tl.int64)
-        there, at, k = _entries(keys, positions, valid, batch, head, slot, slots, strides, d, DIM, UPCAST)
+        is_entry, position, k = _entries(keys, positions, valid, batch, head, slot, slots, strides, d, DIM, UPCAST)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        seen = there[None, :] & (at[None, :] <= asked_at[:, None]) & (asked_at >= 0)[:, None]
-        scores = tl.where(seen, scores, float("-inf"))
+        attended = is_entry[None, :] & (position[None, :] <= query_position[:, None]) & (query_position >= 0)[:, None]
+        scores = tl.where(attended, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
@@ -202,47 +202,47 @@ def _reduce_weights(
     batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
     slot = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    there, at, k = _entries(keys, positions, valid, batch, head, slot, slots, strides, d, DIM, UPCAST)
+    is_entry, position, k = _entries(keys, positions, valid, batch, head, slot, slots, strides, d, DIM, UPCAST)
     inside = slot < slots
 
     tiles = tl.cdiv(window, BLOCK_W)
-    asking = 0
-    seen_by = tl.zeros([BLOCK_N], tl.int32)
+    queries_in_window = 0
+    attending = tl.zeros([BLOCK_N], tl.int32)
     for tile in range(tiles):
         w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
-        asked_at = tl.load(query_positions + batch * window + w, w < window, other=-1)
-        asking += tl.sum((asked_at >= 0).to(tl.int32))
-        seen = there[:, None] & (at[:, None] <= asked_at[None, :]) & (asked_at >= 0)[None, :]
-        seen_by += tl.sum(seen.to(tl.int32), 1)
-    asking = tl.maximum(asking, 1).to(tl.float32)
-    fewer = asking / tl.maximum(seen_by, 1).to(tl.float32)
+        query_position = tl.load(query_positions + batch * window + w, w < window, other=-1)
+        queries_in_window += tl.sum((query_position >= 0).to(tl.int32))
+        attended = is_entry[:, None] & (position[:, None] <= query_position[None, :]) & (query_position >= 0)[None, :]
+        attending += tl.sum(attended.to(tl.int32), 1)
+    queries_in_window = tl.maximum(queries_in_window, 1).to(tl.float32)
+    fewer = queries_in_window / tl.maximum(attending, 1).to(tl.float32)
 
     total = tl.zeros([BLOCK_N], tl.float32)
     summed = tl.zeros([BLOCK_N], tl.float32)
     for step in range(GROUP * tiles):
         member, tile = step // tiles, step % tiles
         w = tile * BLOCK_W + tl.arange(0, BLOCK_W)
-        asked_at = tl.load(query_positions + batch * window + w, w < window, other=-1)
+        query_position = tl.load(query_positions + batch * window + w, w < window, other=-1)
         query = head * GROUP + member
         source = queries + batch * strides[0][0] + query * strides[0][1] + (w * strides[0][2])[:, None] + d[None, :]
-        q = tl.load(source, (asked_at >= 0)[:, None] & (d < DIM)[None, :], other=0)
+        q = tl.load(source, (query_position >= 0)[:, None] & (d < DIM)[None, :], other=0)
         if UPCAST:
             q = q.to(tl.float32)
         log_mass = tl.load(lse + (batch * HEADS * GROUP + query) * window + w, w < window, other=0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-        seen = there[:, None] & (at[:, None] <= asked_at[None, :]) & (asked_at >= 0)[None, :]
-        weight = tl.where(seen, tl.exp2(scores - (log_mass * 1.4426950408889634)[None, :]), 0.0)
+        attended = is_entry[:, None] & (position[:, None] <= query_position[None, :]) & (query_position >= 0)[None, :]
+        weight = tl.where(attended, tl.exp2(scores - (log_mass * 1.4426950408889634)[None, :]), 0.0)
         summed += tl.sum(weight, 1)
         if tile == tiles - 1:
-            given = summed * fewer
+            mean_weight = summed * fewer
             if MEAN:
-                given = given / asking
+                mean_weight = mean_weight / queries_in_window
             if GROUP_REDUCE == "none":
-                tl.store(attention + (row.to(tl.int64) * GROUP + member) * slots + slot, given, inside)
+                tl.store(attention + (row.to(tl.int64) * GROUP + member) * slots + slot, mean_weight, inside)
             elif GROUP_REDUCE == "max":
-                total = tl.maximum(total, given)
+                total = tl.maximum(total, mean_weight)
             else:
-                total += given
+                total += mean_weight
             summed = tl.zeros([BLOCK_N], tl.float32)
     if GROUP_REDUCE != "none":
         if GROUP_REDUCE == "mean":
@@ -273,19 +273,19 @@ def _pool(
     row = tl.program_id(1)
     batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
     w = tl.arange(0, WINDOW)
-    asked_at = tl.load(query_positions + batch * window + w, w < window, other=-1)
-    window_start = tl.min(tl.where(asked_at >= 0, asked_at, 0x7FFFFFFFFFFFFFFF))
+    query_position = tl.load(query_positions + batch * window + w, w < window, other=-1)
+    window_start = tl.min(tl.where(query_position >= 0, query_position, 0x7FFFFFFFFFFFFFFF))
     place = positions + batch * strides[2][0] + head * strides[2][1]
     exists = valid + batch * strides[3][0] + head * strides[3][1]
     slot = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    there = slot < slots
-    recent = tl.load(place + slot * strides[2][2], there, other=0) >= window_start
+    inside = slot < slots
+    recent = tl.load(place + slot * strides[2][2], inside, other=0) >= window_start
     total = tl.zeros([BLOCK_N], tl.float32)
     for part in range(PARTS):
         pooled = tl.full([BLOCK_N], float("-inf") if MAX_SLOTS else 0.0, tl.float32)
         for offset in range(KERNEL):
             near = slot + offset - KERNEL // 2
-            among = there & (near >= 0) & (near < slots)
+            among = inside & (near >= 0) & (near < slots)
             among = among & tl.load(exists + near * strides[3][2], among, other=0)
             among = among & ((tl.load(place + near * strides[2][2], among, other=0) >= window_start) == recent)
             value = tl.load(attention + (row.to(tl.int64) * PARTS + part) * slots + near, among, other=0)
@@ -296,8 +296,10 @@ def _pool(
         if not MAX_SLOTS:
             pooled = pooled / KERNEL
         if GROUP_REDUCE == "none":
-            held = tl.load(exists + slot * strides[3][2], there, other=0)
-            tl.store(scores + (row.to(tl.int64) * PARTS + part) * slots + slot, tl.where(held, pooled, 0.0), there)
+            valid_slot = tl.load(exists + slot * strides[3][2], inside, other=0)
+            tl.store(
+                scores + (row.to(tl.int64) * PARTS + part) * slots + slot, tl.where(valid_slot, pooled, 0.0), inside
+            )
         elif GROUP_REDUCE == "max":
             total = tl.maximum(total, pooled)
         else:
@@ -305,5 +307,5 @@ def _pool(
     if GROUP_REDUCE != "none":
         if PARTS > 1 and GROUP_REDUCE == "mean":
             total = total / PARTS
-        held = tl.load(exists + slot * strides[3][2], there, other=0)
-        tl.store(scores + row.to(tl.int64) * slots + slot, tl.where(held, total, 0.0), there)
+        valid_slot = tl.load(exists + slot * strides[3][2], inside, other=0)
+        tl.store(scores + row.to(tl.int64) * slots + slot, tl.where(valid_slot, total, 0.0), inside)
