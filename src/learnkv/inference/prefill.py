@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.core.observation import CaptureSpec
+from learnkv.core.observation import CaptureSpec, HiddenSample
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
@@ -31,6 +31,7 @@ def prefill(
     policy: Policy | None = None,
     keep: float | None = None,
     budget: float | None = None,
+    sample: HiddenSample | None = None,
 ) -> CompressedCache:
     """Read prompts with full attention and return a cache that holds all of them, or what `policy` keeps.
 
@@ -44,6 +45,7 @@ def prefill(
             extra passes over the prompt are made for those that ask for them.
         policy: compress to `keep` or `budget`; with a static or causal allocator every layer is evicted as soon as it
             has read the end of the prompt. Read at once, a prompt is never held in full by more than one layer.
+        sample: tokens whose hidden states trained scorers get gradients from; None: the default of `HiddenSample`.
 
     Raises:
         UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
@@ -56,7 +58,7 @@ def prefill(
         check_budget(keep, budget)
         policies = [*policies, policy]
     capture_spec = functools.reduce(operator.or_, (one.capture_spec for one in policies), CaptureSpec(window))
-    cache = CompressedCache(model.config, capture_spec)
+    cache = CompressedCache(model.config, capture_spec.with_sample(sample))
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     cache.set_prompt(lengths)
     slots = input_ids.shape[1]

@@ -25,7 +25,7 @@ class RKV(Scorer):
     and compresses what was generated; the authors' code has 0.07, the default here.
 
     Args:
-        window: number of last queries that are asked.
+        window: number of last queries.
         kernel_size: neighbouring entries whose attention is pooled, odd.
         mix: weight of the attention; the rest is redundancy's.
         threshold: cosine above which a key counts as a copy.
@@ -58,9 +58,9 @@ class RKV(Scorer):
         """[B, H, S]; the window's own entries have their part in a softmax over all that a query sees."""
         grouped = obs.queries[:, :, -self.window :].float().unflatten(1, (obs.keys.shape[1], -1))
         logits = torch.einsum("bhgwd,bhsd->bhgws", grouped, obs.keys.float()).amax(2) * obs.scaling
-        asks = obs.query_positions[:, -self.window :]  # [B, W]
-        sees = (obs.positions.unsqueeze(2) <= asks[:, None, :, None]) & obs.valid.unsqueeze(2)
-        sees = sees & (asks >= 0)[:, None, :, None]
+        queries = obs.query_positions[:, -self.window :]  # [B, W]
+        sees = (obs.positions.unsqueeze(2) <= queries[:, None, :, None]) & obs.valid.unsqueeze(2)
+        sees = sees & (queries >= 0)[:, None, :, None]
         inside = obs.in_window(self.window)
         weights = torch.where(
             inside.unsqueeze(2), _softmax(logits, sees), _softmax(logits, sees & ~inside.unsqueeze(2))
