@@ -84,12 +84,12 @@ def test_the_budget_holds_after_every_step(name, evict_interval, spend):
         continuation(model, tokens(2, new, seed=read), cache)
         read += new
         assert cache.tail_length < evict_interval
-        assert cache.budgets.sum((0, 2)).tolist() == list(cache.schedule.held)
-        assert all(held <= most for held, most in zip(cache.schedule.held, budget, strict=True))
-        assert [len(kept_of(cache, row)) for row in (0, 1)] == list(cache.schedule.held)
+        assert cache.budgets.sum((0, 2)).tolist() == list(cache.schedule.kept)
+        assert all(held <= most for held, most in zip(cache.schedule.kept, budget, strict=True))
+        assert [len(kept_of(cache, row)) for row in (0, 1)] == list(cache.schedule.kept)
         assert cache.nbytes <= agreed_bytes(cache, name)
         assert cache.next_positions().tolist() == [40 + read, 23 + read]
-    assert list(cache.schedule.held) == [min(most, heads * n) for most, n in zip(budget, cache.lengths, strict=True)]
+    assert list(cache.schedule.kept) == [min(most, heads * n) for most, n in zip(budget, cache.lengths, strict=True)]
 
 
 def kept_of(cache, row):
@@ -208,12 +208,12 @@ def test_padding_within_the_tail_is_no_distance():
     ids, mask = padded(questions, "right")
     continuation(model, ids, together, mask)
     continuation(model, more, together)
-    together.schedule.renew(together)
+    together.schedule.evict(together)
     for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
         alone = prefill(model, prompt[None], policy=policy, keep=0.4)
         continuation(model, question[None], alone)
         continuation(model, more[row : row + 1], alone)
-        alone.schedule.renew(alone)
+        alone.schedule.evict(alone)
         assert kept_of(together, row) == kept_of(alone, 0)
 
 
@@ -228,8 +228,8 @@ def test_a_fork_is_not_touched_and_rows_may_be_repeated():
     said = torch.cat([tokens(1, 9, seed=seed) for seed in (2, 3, 4, 4)])
     ours = torch.cat([continuation(model, one, fork) for one in said.split(1, 1)], 1)
     assert [kept_of(cache, row) for row in (0, 1)] == before
-    assert (cache.nbytes, cache.tail_length, cache.schedule.held) == (size, 3, (144 // 2,) * 2)
-    assert fork.schedule.held == (72,) * 4
+    assert (cache.nbytes, cache.tail_length, cache.schedule.kept) == (size, 3, (144 // 2,) * 2)
+    assert fork.schedule.kept == (72,) * 4
     for row, one in enumerate((0, 0, 1, 1)):
         alone = cache.fork()
         alone.batch_select_indices(torch.tensor([one]))
@@ -245,7 +245,7 @@ def test_beams_stay_within_the_budget():
     beams = generate(model, question, cache, max_new_tokens=20, num_beams=3)
     assert beams.shape == (1, 20)
     assert cache.tail_length == 0  # the turn is read with the next one
-    assert cache.schedule.held == cache.schedule.budget
+    assert cache.schedule.kept == cache.schedule.budget
     again = prefill(model, ids, policy=policy, keep=0.3)
     again.batch_repeat_interleave(3)
     whole = torch.cat([ids, question], 1)

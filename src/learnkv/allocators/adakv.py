@@ -26,7 +26,7 @@ class AdaKV(Allocator):
         normalize: weight the scores of a head by the part of their sum that its equal share of entries would hold.
             Scores must be non-negative then.
         floor_of: the equal share is that of the `layer`, or of the `average` layer, as in LAVa's code, which moves
-            layer budgets towards each other. KVCache-Factory normalizes unless told otherwise, Ada-KV's authors do not.
+            layer budgets towards each other. KVCache-Factory normalizes by default, Ada-KV's authors do not.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class CompressedCache(Cache):
     def evict_if_due(self) -> None:
         """Let the policy that keeps the cache within its budget evict again, once the tail is as long as was agreed."""
         if self.schedule is not None and self.tail_length >= self.schedule.evict_interval and self.sealed:
-            self.schedule.renew(self)
+            self.schedule.evict(self)
 
     def fork(self) -> "CompressedCache":
         """A cache of its own that shares storage with this one; only tables and tails are copied."""
