@@ -18,7 +18,7 @@ class DuoAttention(Allocator):
     """Retrieval heads keep the prompt, streaming heads sinks and recent tokens (DuoAttention, arXiv 2410.10819).
 
     Gates say how much a kv head needs its whole cache. Streaming heads get `sink + recent` entries; as many of the
-    others as the budget allows keep the whole prompt, the highest gate first (ties by layer and head); the next head gets
+    others as the budget allows keep the whole prompt, the highest gate first (ties by layer and head); the next gets
     the remainder. A budget below `sink + recent` is shared equally. Belongs on scores that rank the first
     `sink` tokens and then the latest ones (`StreamingLLM`).
 
