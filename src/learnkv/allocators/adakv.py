@@ -18,7 +18,7 @@ class AdaKV(Allocator):
     head is starved. Scores must be comparable between heads, as attention is.
 
     Args:
-        base: says what a layer gets; `Uniform` if not given.
+        base: budget of each layer; `Uniform` if not given.
         floor: weight of the equal share, 0 (scores alone) to 1 (equal shares).
         rounding: `exact` keeps each layer's total; `original` rounds heads as the authors' code does, to within a few
             entries of it; `kvpress` is another rule: a head's own best entries, `floor` of its equal share, are set

@@ -12,7 +12,7 @@ from learnkv.errors import UserError
 
 
 class CAKE(Allocator):
-    """A layer gets its part of the budget by its preference, H^(1/tau1) * V^(1/tau2) (CAKE, arXiv 2503.12491).
+    """Layer budgets in proportion to the preference H^(1/tau1) * V^(1/tau2) (CAKE, arXiv 2503.12491).
 
     H is the entropy of the attention that the last `window` prompt queries give to the entries before them, V its
     variance over these queries; both are sums over heads and entries, H over the queries too. The weights are those of
