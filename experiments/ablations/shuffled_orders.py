@@ -42,14 +42,14 @@ class Shuffled(Scorer):
         self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
         self.extra_passes = base.extra_passes
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.base(seen)
+    def forward(self, obs: Observation) -> Tensor:
+        return self.base(obs)
 
-    def judge(self, seen: Observation) -> Scores:
-        return self.base.judge(seen)
+    def score(self, obs: Observation) -> Scores:
+        return self.base.score(obs)
 
-    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
-        return self.noise(seen) if seen.layer_idx in self.layers else self.base.refine(seen, scores, budgets)
+    def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        return self.noise(obs) if obs.layer_idx in self.layers else self.base.refine(obs, scores, budgets)
 
 
 def unsampled(policy: Policy) -> Policy:

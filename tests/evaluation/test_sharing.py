@@ -1,8 +1,10 @@
-"""A prompt is judged once for all budgets, and what is kept is the same."""
+"""A prompt is scored once for all budgets, and what is kept is the same."""
 
 import pytest
 import torch
 
+from learnkv import continuation
+from learnkv.allocators import CAKE
 from learnkv.core.observation import Observation
 from learnkv.evaluation import runner
 from learnkv.evaluation.config import Budget
@@ -13,13 +15,13 @@ from learnkv.evaluation.tasks.text import Text
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
-from learnkv.scorers import Knorm, Scorer
+from learnkv.scorers import Knorm, Scorer, SnapKV
 
 KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]
 
 
 @pytest.mark.parametrize("name", ["adakv", "cake", "criticalkv", "defensivekv", "kvzip", "restkv", "vase"])
-def test_sharing_a_judgement_between_budgets_changes_nothing_that_is_kept(loaded, name):
+def test_sharing_scores_between_budgets_changes_nothing_that_is_kept(loaded, name):
     model, _ = loaded
     policy = load_policy(name)
     ids = torch.randint(2, 400, (2, 96), generator=torch.Generator().manual_seed(3))
@@ -33,28 +35,28 @@ def test_sharing_a_judgement_between_budgets_changes_nothing_that_is_kept(loaded
             assert all(torch.equal(one.kept_positions(at, *r), other.kept_positions(at, *r)) for r in rows)
 
 
-class Judge(Scorer):
-    """Knorm, with the layers that it was asked about and whether it knew the budget."""
+class Counting(Scorer):
+    """Knorm, with the layers that it scored and whether it knew the budget."""
 
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.calls = []
 
-    def forward(self, seen: Observation):
-        self.asked.append((seen.layer_idx, seen.keep is not None))
-        return Knorm()(seen)
+    def forward(self, obs: Observation):
+        self.calls.append((obs.layer_idx, obs.keep is not None))
+        return Knorm()(obs)
 
 
 @pytest.mark.parametrize("reads_budget", [False, True])
-def test_a_layer_is_judged_once_for_all_budgets_unless_scores_depend_on_them(loaded, tmp_path, reads_budget):
-    judge = Judge()
-    judge.reads_budget = reads_budget
+def test_a_layer_is_scored_once_for_all_budgets_unless_scores_depend_on_them(loaded, tmp_path, reads_budget):
+    scorer = Counting()
+    scorer.reads_budget = reads_budget
     ids = list(range(2, 42))
     prompts = [Prompt("text", 40, "query_agnostic", 0, ids[:30], ids[30:])]
-    jobs = runner.jobs_of(loaded[0], {"judge": Policy(judge)}, KEEPS)
+    jobs = runner.jobs_of(loaded[0], {"counting": Policy(scorer)}, KEEPS)
     runner.run(loaded[0], [Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"), 4)
     layers = range(loaded[0].config.num_hidden_layers)
-    assert judge.asked == [(at, reads_budget) for _ in (KEEPS if reads_budget else [0]) for at in layers]
+    assert scorer.calls == [(layer, reads_budget) for _ in (KEEPS if reads_budget else [0]) for layer in layers]
 
 
 @pytest.mark.parametrize("name", ["defensivekv", "layer_defensivekv", "restkv"])
@@ -62,9 +64,25 @@ def test_what_does_not_depend_on_the_budget_is_computed_once(loaded, tmp_path, m
     policy = load_policy(name)
     prepared = []
     once = policy.scorer.prepare
-    monkeypatch.setattr(policy.scorer, "prepare", lambda seen: prepared.append(seen.layer_idx) or once(seen))
+    monkeypatch.setattr(policy.scorer, "prepare", lambda obs: prepared.append(obs.layer_idx) or once(obs))
     ids = list(range(2, 42))
     prompts = [Prompt("text", 40, "query_agnostic", 0, ids[:30], ids[30:])]
     jobs = runner.jobs_of(loaded[0], {name: policy}, KEEPS)
     runner.run(loaded[0], [Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"), 4)
     assert prepared == list(range(loaded[0].config.num_hidden_layers))
+
+
+def test_features_are_computed_anew_when_tokens_were_added(loaded):
+    """While nothing has been evicted each online eviction splits the budget by the features of that moment."""
+    model, _ = loaded
+    policy = Policy(SnapKV(window=8), CAKE(window=8), evict_interval=8)
+    ids = torch.randint(2, 400, (1, 40), generator=torch.Generator().manual_seed(3))
+    more = torch.randint(2, 400, (1, 24), generator=torch.Generator().manual_seed(4))
+    cache, kept = prefill(model, ids, policies=[policy]), []
+    for each in (for_one_prompt(policy), policy):
+        small = each.compress(cache.fork(), budget=45)
+        with torch.no_grad():
+            for part in more.split(4, 1):
+                continuation(model, part, small)
+        kept.append(small.budgets)
+    assert torch.equal(*kept)

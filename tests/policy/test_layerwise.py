@@ -65,14 +65,14 @@ def test_the_prompt_is_held_in_full_by_one_layer_at_most(name, monkeypatch):
     """Bytes while the prompt is read: one layer, beside what the layers before it kept."""
     model, ids, held = attached("llama"), tokens(2, 400), []
     policy = policy_for("adakv", model) if name == "at the end" else POLICIES[name](model)
-    asked = Policy.spending
+    totals = Policy.totals
 
     def watched(self, cache, *how):
-        """Asked when a layer, or all of them, has been read, before anything of it is evicted."""
+        """Called when a layer, or all of them, has been read, before anything of it is evicted."""
         held.append(cache.nbytes)
-        return asked(self, cache, *how)
+        return totals(self, cache, *how)
 
-    monkeypatch.setattr(Policy, "spending", watched)
+    monkeypatch.setattr(Policy, "totals", watched)
     cache = prefill(model, ids, policy=policy, keep=0.1, window=0)
     one_layer, window = cache.full_nbytes / 3, policy.capture_spec.window
     if name == "at the end":

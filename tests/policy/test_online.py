@@ -23,12 +23,12 @@ from learnkv.scorers import H2O, TOVA, GateScorer, HiddenScorer, KVzip, SnapKV, 
 
 pytestmark = pytest.mark.compat
 
-JUDGES = [name for name in HEURISTICS if not (heuristic(name).scorer.needs or heuristic(name).scorer.extra_passes)]
+SCORED = [name for name in HEURISTICS if not (heuristic(name).scorer.needs or heuristic(name).scorer.extra_passes)]
 TOKENS = {"hidden": HiddenScorer, "gate": GateScorer}
 """What these two, and `ranked`, read of hidden states or of several heads is held with every entry."""
-JUDGES += [*LEARNED, *TOKENS]
-FIGURES = {"ranked": 4, "hidden": 1, "gate": 1, "fast_kvzip": 1}
-every_policy = pytest.mark.parametrize("name", JUDGES)
+SCORED += [*LEARNED, *TOKENS]
+FEATURES = {"ranked": 4, "hidden": 1, "gate": 1, "fast_kvzip": 1}
+every_policy = pytest.mark.parametrize("name", SCORED)
 SOME = ["h2o", "snapkv", "adakv", "tova", "conditioned", "hidden"]
 
 
@@ -38,7 +38,7 @@ def without_gradients():
         yield
 
 
-def renewing(name: str, evict_interval: int, family: str = "llama", **changes) -> Policy:
+def evicting(name: str, evict_interval: int, family: str = "llama", **changes) -> Policy:
     if name in TOKENS:
         return Policy(components.build(TOKENS[name], 3, 2, 2, 16, 48), evict_interval=evict_interval, **changes)
     known = policy_for(name, attached(family))
@@ -47,17 +47,17 @@ def renewing(name: str, evict_interval: int, family: str = "llama", **changes) -
     return Policy(known.scorer, known.allocator, known.sinks, known.recent, evict_interval, **changes)
 
 
-def agreed_bytes(cache, name: str) -> int:
-    """What may be held: entries within the budget with their positions and figures, tables, a tail of so many slots
+def budgeted_bytes(cache, name: str) -> int:
+    """What may be held: entries within the budget with their positions and features, tables, a tail of so many slots
     with its queries and hidden states, and the last queries before it."""
     schedule, layer = cache.schedule, cache.compressed_layers()[0]
     layers, batch, heads = cache.budgets.shape
     dim, size = layer.segment.keys.shape[1], layer.segment.keys.element_size()
     query_heads = 4  # of the tiny Llama, two for each kv head
-    figures = 4 * FIGURES.get(name, (query_heads // heads) * len(schedule.capture_spec.statistics))
-    entries = sum(schedule.budget) * (2 * dim * size + 4 + figures)
+    features = 4 * FEATURES.get(name, (query_heads // heads) * len(schedule.capture_spec.statistics))
+    entries = sum(schedule.budget) * (2 * dim * size + 4 + features)
     tail = layers * batch * heads * (-(-schedule.evict_interval // 64) * 64) * 2 * dim * size
-    recorded = schedule.capture_spec.window > 0 or figures > 0
+    recorded = schedule.capture_spec.window > 0 or features > 0
     unread = layers * batch * query_heads * schedule.evict_interval * dim * size * recorded
     window = layers * batch * schedule.capture_spec.window * (query_heads * dim * size + 8)
     hidden = layers * batch * schedule.evict_interval * 48 * size * schedule.capture_spec.reads_hidden
@@ -67,13 +67,13 @@ def agreed_bytes(cache, name: str) -> int:
 @pytest.mark.parametrize(
     ("name", "evict_interval", "spend"),
     [
-        *((name, 7, {"budget": 12}) for name in JUDGES),
+        *((name, 7, {"budget": 12}) for name in SCORED),
         *((name, 1, {"keep": 0.3}) for name in SOME + DECODING),
         *((name, 7, {"budget": 50}) for name in SOME),
     ],
 )
 def test_the_budget_holds_after_every_step(name, evict_interval, spend):
-    model, policy = attached("llama"), renewing(name, evict_interval)
+    model, policy = attached("llama"), evicting(name, evict_interval)
     cache = prefill(model, *padded([tokens(1, 40)[0], tokens(1, 23)[0]]), policy=policy, **spend)
     heads = 3 * 2
     budget = [round(0.3 * n * heads) for n in (40, 23)] if "keep" in spend else [spend["budget"] * heads] * 2
@@ -84,12 +84,12 @@ def test_the_budget_holds_after_every_step(name, evict_interval, spend):
         continuation(model, tokens(2, new, seed=read), cache)
         read += new
         assert cache.tail_length < evict_interval
-        assert cache.budgets.sum((0, 2)).tolist() == list(cache.schedule.held)
-        assert all(held <= most for held, most in zip(cache.schedule.held, budget, strict=True))
-        assert [len(kept_of(cache, row)) for row in (0, 1)] == list(cache.schedule.held)
-        assert cache.nbytes <= agreed_bytes(cache, name)
+        assert cache.budgets.sum((0, 2)).tolist() == list(cache.schedule.kept)
+        assert all(held <= most for held, most in zip(cache.schedule.kept, budget, strict=True))
+        assert [len(kept_of(cache, row)) for row in (0, 1)] == list(cache.schedule.kept)
+        assert cache.nbytes <= budgeted_bytes(cache, name)
         assert cache.next_positions().tolist() == [40 + read, 23 + read]
-    assert list(cache.schedule.held) == [min(most, heads * n) for most, n in zip(budget, cache.lengths, strict=True)]
+    assert list(cache.schedule.kept) == [min(most, heads * n) for most, n in zip(budget, cache.lengths, strict=True)]
 
 
 def kept_of(cache, row):
@@ -105,7 +105,7 @@ def kept_of(cache, row):
 @every_policy
 def test_what_is_kept_of_prompt_and_tail_is_what_would_be_kept_of_a_prompt(name):
     """Nothing is evicted before the budget is reached, so both have read the same; then one path plans for both."""
-    model, policy = attached("llama"), renewing(name, evict_interval=21)
+    model, policy = attached("llama"), evicting(name, evict_interval=21)
     first, more = tokens(2, 40), tokens(2, 21, seed=1)
     cache = prefill(model, first, policy=policy, budget=45)
     continuation(model, more, cache)
@@ -122,7 +122,7 @@ def test_what_is_kept_of_prompt_and_tail_is_what_would_be_kept_of_a_prompt(name)
 
 @pytest.mark.parametrize("name", ["h2o", "adakv"])
 def test_evicting_from_the_tail_is_masking(name):
-    model, policy = attached("llama"), renewing(name, evict_interval=20)
+    model, policy = attached("llama"), evicting(name, evict_interval=20)
     first, more, said = tokens(1, 30), tokens(1, 20, seed=1), tokens(1, 9, seed=2)
     cache = prefill(model, first, policy=policy, budget=35)
     continuation(model, more, cache)
@@ -136,7 +136,7 @@ def test_evicting_from_the_tail_is_masking(name):
 
 
 def test_heads_keep_the_budgets_that_they_were_given():
-    model, policy = attached("llama"), renewing("adakv", evict_interval=8)
+    model, policy = attached("llama"), evicting("adakv", evict_interval=8)
     cache = prefill(model, tokens(1, 60), policy=policy, keep=0.3)
     given = cache.budgets.clone()
     assert given.unique().numel() > 1
@@ -162,7 +162,7 @@ def test_streaming_llm_keeps_the_first_and_the_latest_for_ever():
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(("name", "evict_interval"), [("h2o", 1), ("snapkv", 6), ("tokens", 6), ("tova", 16)])
 def test_transformers_generates_the_same(family, name, evict_interval):
-    model, policy = attached(family), renewing(name, evict_interval, family)
+    model, policy = attached(family), evicting(name, evict_interval, family)
     ids, question = tokens(2, 40), tokens(2, 5, seed=1)
     ours = generate(model, question, prefill(model, ids, policy=policy, keep=0.3), max_new_tokens=30)
     cache = prefill(model, ids, policy=policy, keep=0.3)
@@ -177,7 +177,7 @@ def test_transformers_generates_the_same(family, name, evict_interval):
 @pytest.mark.parametrize(("evict_interval", "lengths"), [(1, (9, 2, 5)), (6, (4, 4, 4))])
 def test_rows_of_a_batch_continue_as_alone(name, evict_interval, lengths):
     """Where the batch evicts when each row would alone; rows end before others."""
-    model, policy = attached("llama"), renewing(name, evict_interval)
+    model, policy = attached("llama"), evicting(name, evict_interval)
     prompts = [tokens(1, length, seed=3)[0] for length in (50, 31, 44)]
     questions = [tokens(1, length, seed=4)[0] for length in lengths]
     together = prefill(model, *padded(prompts), policy=policy, keep=0.4)
@@ -208,17 +208,17 @@ def test_padding_within_the_tail_is_no_distance():
     ids, mask = padded(questions, "right")
     continuation(model, ids, together, mask)
     continuation(model, more, together)
-    together.schedule.renew(together)
+    together.schedule.evict(together)
     for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
         alone = prefill(model, prompt[None], policy=policy, keep=0.4)
         continuation(model, question[None], alone)
         continuation(model, more[row : row + 1], alone)
-        alone.schedule.renew(alone)
+        alone.schedule.evict(alone)
         assert kept_of(together, row) == kept_of(alone, 0)
 
 
 def test_a_fork_is_not_touched_and_rows_may_be_repeated():
-    model, policy = attached("llama"), renewing("h2o", evict_interval=4)
+    model, policy = attached("llama"), evicting("h2o", evict_interval=4)
     cache = prefill(model, tokens(2, 40), policy=policy, keep=0.3)
     continuation(model, tokens(2, 3, seed=1), cache)
     before, size = [kept_of(cache, row) for row in (0, 1)], cache.nbytes
@@ -228,8 +228,8 @@ def test_a_fork_is_not_touched_and_rows_may_be_repeated():
     said = torch.cat([tokens(1, 9, seed=seed) for seed in (2, 3, 4, 4)])
     ours = torch.cat([continuation(model, one, fork) for one in said.split(1, 1)], 1)
     assert [kept_of(cache, row) for row in (0, 1)] == before
-    assert (cache.nbytes, cache.tail_length, cache.schedule.held) == (size, 3, (144 // 2,) * 2)
-    assert fork.schedule.held == (72,) * 4
+    assert (cache.nbytes, cache.tail_length, cache.schedule.kept) == (size, 3, (144 // 2,) * 2)
+    assert fork.schedule.kept == (72,) * 4
     for row, one in enumerate((0, 0, 1, 1)):
         alone = cache.fork()
         alone.batch_select_indices(torch.tensor([one]))
@@ -239,13 +239,13 @@ def test_a_fork_is_not_touched_and_rows_may_be_repeated():
 
 
 def test_beams_stay_within_the_budget():
-    model, policy = attached("llama"), renewing("snapkv", evict_interval=5)
+    model, policy = attached("llama"), evicting("snapkv", evict_interval=5)
     ids, question = tokens(1, 40), tokens(1, 3, seed=1)
     cache = prefill(model, ids, policy=policy, keep=0.3)
     beams = generate(model, question, cache, max_new_tokens=20, num_beams=3)
     assert beams.shape == (1, 20)
     assert cache.tail_length == 0  # the turn is read with the next one
-    assert cache.schedule.held == cache.schedule.budget
+    assert cache.schedule.kept == cache.schedule.budget
     again = prefill(model, ids, policy=policy, keep=0.3)
     again.batch_repeat_interleave(3)
     whole = torch.cat([ids, question], 1)
@@ -255,7 +255,7 @@ def test_beams_stay_within_the_budget():
 
 
 def test_only_what_was_read_since_can_be_taken_back():
-    model, policy = attached("llama"), renewing("h2o", evict_interval=10)
+    model, policy = attached("llama"), evicting("h2o", evict_interval=10)
     cache, said = prefill(model, tokens(1, 40), policy=policy, keep=0.3), tokens(1, 8, seed=1)
     fork = cache.fork()
     continuation(model, said, cache)
@@ -269,7 +269,7 @@ def test_only_what_was_read_since_can_be_taken_back():
         cache.crop(-3)
 
 
-def test_another_scorer_may_judge_while_tokens_are_added():
+def test_another_scorer_may_score_while_tokens_are_added():
     model, ids, said = attached("llama"), tokens(1, 40), tokens(1, 12, seed=1)
     mixed = prefill(model, ids, policy=Policy(SnapKV(), sinks=0, recent=0, evict_interval=12, decode=TOVA()), budget=50)
     plain = prefill(model, ids, policy=Policy(TOVA(), sinks=0, recent=0, evict_interval=12), budget=50)
@@ -281,13 +281,13 @@ def test_another_scorer_may_judge_while_tokens_are_added():
 @pytest.mark.parametrize(
     "build", [lambda: Policy(KVzip(), evict_interval=4), lambda: Policy(SnapKV(), evict_interval=4, decode=KVzip())]
 )
-def test_a_scorer_that_cannot_judge_later_tokens_is_refused(build):
+def test_a_scorer_that_cannot_score_decoded_tokens_is_refused(build):
     with pytest.raises(UserError, match=r"^evict_interval=4: KVzip reads of a prompt .* another scorer as decode"):
         build()
     assert Policy(KVzip(), evict_interval=4, decode=H2O()).capture_spec.statistics
 
 
-def test_without_every_the_tail_grows():
+def test_without_an_interval_the_tail_grows():
     model = attached("llama")
     cache = prefill(model, tokens(1, 40), policy=load_policy("h2o"), keep=0.3)
     continuation(model, tokens(1, 80, seed=1), cache)

@@ -72,9 +72,9 @@ def test_a_budget_in_tokens_is_an_average_over_the_heads(name):
 class Middle(Scorer):
     """The nearer to the prompt's middle, the better: nothing that is protected would be kept for its score."""
 
-    def forward(self, seen: Observation) -> Tensor:
-        length = seen.valid.sum(-1, keepdim=True)
-        return -(seen.positions - length // 2).abs().float()
+    def forward(self, obs: Observation) -> Tensor:
+        length = obs.valid.sum(-1, keepdim=True)
+        return -(obs.positions - length // 2).abs().float()
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_sinks_come_first():
     assert scores.isfinite()[1, :, -3:].all()
 
 
-def test_tokens_after_the_prompt_are_not_judged_by_it():
+def test_tokens_after_the_prompt_are_not_scored_by_it():
     for scorer in (ExpectedAttention(), ExpectedAttention(covariance=False)):
         with pytest.raises(UserError, match=r"evict_interval=8: ExpectedAttention reads of a prompt what is not held"):
             Policy(scorer, evict_interval=8)

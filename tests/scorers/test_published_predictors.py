@@ -84,7 +84,7 @@ def test_fast_kvzip():
     one, other = Policy(ours, sinks=0, recent=0), Policy(theirs, sinks=0, recent=0)
     cache = prefill(model, *prompts, policies=[one, other])
     plans = [policy.plan(cache, keep=0.3) for policy in (one, other)]
-    assert torch.equal(plans[0].judged, plans[1].judged)
-    assert plans[0].judged.isfinite().sum() == LAYERS * HEADS * 101
+    assert torch.equal(plans[0].raw_scores, plans[1].raw_scores)
+    assert plans[0].raw_scores.isfinite().sum() == LAYERS * HEADS * 101
     small = [policy.compress(cache.fork(), keep=0.3) for policy in (one, other)]
     assert torch.equal(*(held.compressed_layers()[1].segment.positions for held in small))

@@ -1,4 +1,4 @@
-"""What scorers make of single tokens: held instead of hidden states, with the gradients of a sample."""
+"""Cached per-token features instead of hidden states, with the gradients of a sample."""
 
 import copy
 import dataclasses
@@ -13,10 +13,10 @@ from support.observations import observe, randomised
 from support.tables import made_up
 
 from learnkv import CompressedCache, Policy, continuation, prefill
+from learnkv.core.observation import CaptureSpec, HiddenSample
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.scorers import Constant, FastKVzip, GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
-from learnkv.scorers.tokenwise import HiddenSample, draw_sample
 
 MAKE = {
     "projection": lambda: LearnedScorer(SnapKV(window=8), 3, 2, 16, width=4, window=8, rank=3, hidden_size=48),
@@ -30,14 +30,14 @@ def learned(name: str):
     return randomised(MAKE[name]()).requires_grad_(True)
 
 
-def read(policy: Policy, chunk_size: int | None = None):
+def read(policy: Policy, chunk_size: int | None = None, sample: HiddenSample | None = None):
     prompts = padded([tokens(1, 70)[0], tokens(1, 45)[0]])
-    return prefill(attached("llama"), *prompts, policies=[policy], chunk_size=chunk_size)
+    return prefill(attached("llama"), *prompts, policies=[policy], chunk_size=chunk_size, sample=sample)
 
 
 def gradients(policy: Policy, cache) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Scores, and what a function of them has for gradients."""
-    scores = policy.plan(cache, keep=0.2).judged
+    scores = policy.plan(cache, keep=0.2).raw_scores
     weight = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
     value = (scores.masked_fill(~scores.isfinite(), 0.0) * weight).sum()
     value.backward()
@@ -77,8 +77,7 @@ def test_gradients_of_a_sample_are_those_of_all_tokens_on_average(name):
     scores, whole = gradients(policy, read(policy))
     found = []
     for seed in range(120):
-        draw_sample(policy, 20, seed)
-        again, some = gradients(policy, read(policy))
+        again, some = gradients(policy, read(policy, sample=HiddenSample(20, seed)))
         assert torch.equal(again, scores)
         found.append(some)
     reads_tokens = {"projection": {"scorer.project"}}.get(name, whole.keys())
@@ -91,19 +90,17 @@ def test_gradients_of_a_sample_are_those_of_all_tokens_on_average(name):
         assert error.max() > 0
         away = ((drawn.mean(0) - want) / error.clamp_min(1e-6 * want.abs().max())).square().mean().sqrt()
         assert away < 1.3, path  # standard errors; it is 1 on average
-    draw_sample(policy, 70, 0)
-    for path, one in gradients(policy, read(policy, chunk_size=16))[1].items():
+    for path, one in gradients(policy, read(policy, chunk_size=16, sample=HiddenSample(70)))[1].items():
         torch.testing.assert_close(one, whole[path], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("cls", [LearnedScorer, HiddenScorer, GateScorer])
 def test_a_sample_of_all_tokens_has_the_gradients_of_the_figures_themselves(cls):
     scorer = components.build(cls, 2, 2, 3, 16).requires_grad_(True)
-    draw_sample(scorer, 60, 0)
     with torch.no_grad():
-        obs = observe([60], statistics=scorer.capture_spec.statistics)
+        obs = observe([60], statistics=scorer.capture_spec.statistics, sample=HiddenSample(60))
     assert len(obs.statistics) == 2
-    scores = [scorer(one) for one in (obs, dataclasses.replace(obs, statistics={}))]
+    scores = [scorer(one) for one in (obs, dataclasses.replace(obs, statistics={}, sample=None))]
     assert torch.equal(*scores)
     weight = torch.randn(scores[0].shape, generator=torch.Generator().manual_seed(1))
     grads = [torch.autograd.grad((one * weight).sum(), list(scorer.parameters())) for one in scores]
@@ -114,28 +111,27 @@ def test_a_sample_of_all_tokens_has_the_gradients_of_the_figures_themselves(cls)
 
 @every_scorer
 def test_hidden_states_are_held_of_the_sample_and_of_no_other_token(name):
-    policy = Policy(learned(name))
-    draw_sample(policy, 20, 0)
+    policy, sample = Policy(learned(name)), HiddenSample(20)
     for trained in (True, False):
-        cache = read(policy.requires_grad_(trained), chunk_size=16)
+        cache = read(policy.requires_grad_(trained), chunk_size=16, sample=sample)
         for layer in cache.compressed_layers():
             held = layer.capture.statistics
             assert layer.capture.hidden is None
-            assert (policy.scorer.sample in held) == trained
-            assert all(one.shape[-1] <= 4 for which, one in held.items() if which != policy.scorer.sample)
-            assert not trained or held[policy.scorer.sample].shape == (2, 20, 48)
+            assert (sample in held) == trained
+            assert all(one.shape[-1] <= 4 for which, one in held.items() if which != sample)
+            assert not trained or held[sample].shape == (2, 20, 48)
 
 
 @every_scorer
-def test_chunks_and_copies_judge_alike(name):
+def test_chunks_and_copies_score_alike(name):
     policy = Policy(randomised(MAKE[name]()))
     twin = copy.deepcopy(policy)
-    want = policy.plan(read(policy), keep=0.2).judged
-    torch.testing.assert_close(policy.plan(read(policy, 11), keep=0.2).judged, want, rtol=1e-4, atol=1e-4)
-    assert torch.equal(twin.plan(read(twin), keep=0.2).judged, want)
+    want = policy.plan(read(policy), keep=0.2).raw_scores
+    torch.testing.assert_close(policy.plan(read(policy, 11), keep=0.2).raw_scores, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(twin.plan(read(twin), keep=0.2).raw_scores, want)
     for weight in twin.parameters():
         weight.data *= 2
-    assert not torch.equal(twin.plan(read(twin), keep=0.2).judged, want)
+    assert not torch.equal(twin.plan(read(twin), keep=0.2).raw_scores, want)
 
 
 def test_figures_that_are_the_same_are_gathered_once(tmp_path):
@@ -149,20 +145,25 @@ def test_figures_that_are_the_same_are_gathered_once(tmp_path):
 
 
 @every_scorer
-@pytest.mark.parametrize("every", [0, 6])
-def test_a_copy_of_a_cache_is_served_and_a_copy_of_a_policy_is_another(name, every):
-    policy = Policy(randomised(MAKE[name]()), evict_interval=every)
+@pytest.mark.parametrize("evict_interval", [0, 6])
+def test_copies_of_a_cache_and_of_a_policy_are_served(name, evict_interval):
+    policy = Policy(randomised(MAKE[name]()), evict_interval=evict_interval)
     cache, said = read(policy), tokens(2, 9, seed=3)
-    assert all(one.scorer is policy.scorer for one in copy.deepcopy(policy.scorer.decode_capture))
+    assert all(one.compute.__self__ is policy.scorer for one in copy.deepcopy(policy.scorer.decode_capture))
     for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        assert torch.equal(policy.plan(copied, keep=0.2).judged, policy.plan(cache, keep=0.2).judged)
+        assert torch.equal(policy.plan(copied, keep=0.2).raw_scores, policy.plan(cache, keep=0.2).raw_scores)
     small = policy.compress(cache.fork(), keep=0.2)
     twin = copy.deepcopy(small)
     with torch.no_grad():
         logits = [continuation(attached("llama"), said, one) for one in (small, twin)]
     assert torch.equal(*logits)
+    other = copy.deepcopy(policy)
+    assert torch.equal(other.plan(cache, keep=0.2).raw_scores, policy.plan(cache, keep=0.2).raw_scores)
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
     with pytest.raises(UserError, match="hand it to prefill"):
-        copy.deepcopy(policy).plan(cache, keep=0.2)
+        other.plan(cache, keep=0.2)
+    policy.plan(cache, keep=0.2)
 
 
 @every_scorer
@@ -180,7 +181,7 @@ def test_a_prompt_that_was_read_with_other_weights_is_refused(name):
 
 
 @every_scorer
-def test_a_prompt_that_gives_no_gradients_is_refused_where_they_are_asked_for(name):
+def test_a_prompt_without_a_sample_is_refused_where_gradients_are_needed(name):
     policy = Policy(learned(name).requires_grad_(False))
     cache = read(policy)
     policy.requires_grad_(True)
@@ -188,10 +189,7 @@ def test_a_prompt_that_gives_no_gradients_is_refused_where_they_are_asked_for(na
         policy.plan(cache, keep=0.2)
     with torch.no_grad():
         policy.plan(cache, keep=0.2)
-    cache = read(policy)
-    draw_sample(policy, 20, 1)
-    with pytest.raises(UserError, match="or with another sample"):
-        policy.plan(cache, keep=0.2)
+    policy.plan(read(policy), keep=0.2)
 
 
 class Mean(Scorer):
@@ -216,13 +214,21 @@ def test_scorers_within_a_container_have_gradients():
 @every_scorer
 def test_gradients_are_not_counted_twice_where_the_prompt_is_read_with_them(name):
     model, policy = attached("llama"), Policy(learned(name))
-    draw_sample(policy, 20, 4)
-    want = gradients(policy, prefill(model, tokens(1, 70), policies=[policy]))[1]
-    cache = CompressedCache(model.config, policy.capture_spec)
+    sample = HiddenSample(20, 4)
+    want = gradients(policy, prefill(model, tokens(1, 70), policies=[policy], sample=sample))[1]
+    cache = CompressedCache(model.config, policy.capture_spec.with_sample(sample))
     cache.set_prompt([70])
     model(input_ids=tokens(1, 70), past_key_values=cache, use_cache=True)
     for path, one in gradients(policy, cache)[1].items():
         torch.testing.assert_close(one, want[path], rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_is_captured_for_trained_scorers_only():
+    spec = Policy(learned("gate")).capture_spec
+    assert spec.sample == HiddenSample()
+    assert spec.with_sample(HiddenSample(20, 1)).gathered == spec.statistics | {HiddenSample(20, 1)}
+    assert spec.with_sample(None) == spec | CaptureSpec() == spec
+    assert Policy(SnapKV()).capture_spec.with_sample(HiddenSample()).sample is None
 
 
 def test_keys_and_values_are_read_from_the_cache():
@@ -244,10 +250,10 @@ def test_keys_and_values_are_read_from_the_cache():
 
 def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():
     policy = Policy(learned("projection"))
-    draw_sample(policy, 20, seed=123)
+    sample = HiddenSample(20, seed=123)
     with torch.inference_mode():
-        read(policy)
-    gradients(policy, read(policy))
+        read(policy, sample=sample)
+    gradients(policy, read(policy, sample=sample))
 
 
 @pytest.mark.parametrize(

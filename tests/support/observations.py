@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from learnkv.core.observation import Observation, PromptPass, Statistic
+from learnkv.core.observation import HiddenSample, Observation, PromptPass, Statistic
 from learnkv.ops.rotary import Rotary
 
 
@@ -25,11 +25,12 @@ def observe(
     seed: int = 0,
     statistics: Iterable[Statistic] = (),
     extra_passes: Iterable[PromptPass] = (),
+    sample: HiddenSample | None = None,
 ) -> Observation:
     """A batch of left-padded rows with these lengths; whatever is padding is NaN. A row depends on its length and seed.
 
     `rope` of the result is the identity: tests that care bring their own. `statistics` are gathered from all queries,
-    `extra_passes` have found the norms of the keys.
+    `extra_passes` result in the norms of the keys, and `sample` has the hidden states of its tokens.
     """
     slots = max(lengths)
     shapes = {"queries": (heads * group, dim), "keys": (heads, dim), "values": (heads, dim), "hidden": (1, 2 * dim)}
@@ -57,35 +58,38 @@ def observe(
         keep=torch.full((len(lengths),), 0.25, dtype=torch.float64),
         rope=Rotary(((torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),)),
     )
+    gathered = [*statistics] if sample is None else [*statistics, sample]
     norms = whole.keys.norm(dim=-1, keepdim=True).nan_to_num()
     return dataclasses.replace(
         whole,
         queries=whole.queries[:, :, slots - window :],
         query_positions=positions[:, slots - window :],
-        statistics={one: one.update(whole, None) for one in statistics} | dict.fromkeys(extra_passes, norms),
+        statistics={statistic: statistic.update(whole, None) for statistic in gathered}
+        | dict.fromkeys(extra_passes, norms),
+        sample=sample,
     )
 
 
-def permuted(seen: Observation, order: list[int]) -> Observation:
+def permuted(obs: Observation, order: list[int]) -> Observation:
     """The same layer with its kv heads in another order, their query heads with them."""
-    queries = seen.queries.unflatten(1, (seen.keys.shape[1], -1))[:, order].flatten(1, 2)
-    heads = {name: getattr(seen, name)[:, order] for name in ("keys", "values", "valid", "positions")}
-    assert seen.output_weight is not None
-    weight = seen.output_weight.unflatten(1, (len(order), -1))[:, order].flatten(1)
-    statistics = {which: held[:, order] for which, held in seen.statistics.items()}
-    return dataclasses.replace(seen, queries=queries, output_weight=weight, statistics=statistics, **heads)
+    queries = obs.queries.unflatten(1, (obs.keys.shape[1], -1))[:, order].flatten(1, 2)
+    heads = {name: getattr(obs, name)[:, order] for name in ("keys", "values", "valid", "positions")}
+    assert obs.output_weight is not None
+    weight = obs.output_weight.unflatten(1, (len(order), -1))[:, order].flatten(1)
+    statistics = {key: tensor[:, order] for key, tensor in obs.statistics.items()}
+    return dataclasses.replace(obs, queries=queries, output_weight=weight, statistics=statistics, **heads)
 
 
 def subclasses(package: ModuleType, base: type) -> list[type]:
     """Concrete subclasses of `base` in all files of `package`, by name."""
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
-    found, todo = set(), [base]
+    classes, todo = set(), [base]
     while todo:
         children = [c for c in todo.pop().__subclasses__() if c.__module__.startswith(package.__name__)]
-        found.update(child for child in children if not inspect.isabstract(child))
+        classes.update(child for child in children if not inspect.isabstract(child))
         todo += children
-    return sorted(found, key=lambda child: child.__name__)
+    return sorted(classes, key=lambda child: child.__name__)
 
 
 def randomised(module: nn.Module) -> nn.Module:

@@ -67,7 +67,7 @@ def test_a_student_keeps_and_says_what_is_deployed(name):
             for head in range(HEADS):
                 assert torch.equal(student.kept_positions(layer, row, head), deployed.kept_positions(layer, row, head))
     assert any(int(deployed.kept_positions(0, 0, head).max()) >= 70 for head in range(HEADS))
-    assert student.schedule.held == deployed.schedule.held == deployed.schedule.budget
+    assert student.schedule.kept == deployed.schedule.kept == deployed.schedule.budget
     assert whole.continuation_length == 0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_module import POOL, batch, distillation, moved
 
+from learnkv.core.observation import HiddenSample
 from learnkv.inference import lora as adapters
 from learnkv.inference.lora import Adapter
 from learnkv.inference.models import load_model
@@ -183,7 +184,7 @@ def test_each_batch_draws_the_tokens_that_hidden_states_are_held_of(model):
             loss, grads = gradients(module, batch(number))
             losses.append(loss)
             found[tokens].append(dict(zip([name for name, _ in module.policy.named_parameters()], grads, strict=True)))
-            slots.append(module.policy.scorer.sample.slots(100).tolist())
+            slots.append(module.hidden_sample(number).slots(100).tolist())
     assert slots[2:4] == slots[4:6]  # the same for a run that is resumed
     assert slots[2] != slots[3]
     assert {len(one) for one in slots[2:]} == {20}
@@ -204,4 +205,4 @@ def test_what_scorers_read_is_not_copied_for_every_continuation(model):
         module._said(cache.fork(), one)
     hidden = 2 * 200 * 32 * 4
     assert live.peak - before < 24 * hidden  # copies alone would be 16 times as much, and the attention as much again
-    assert cache.compressed_layers()[0].capture.statistics[policy.scorer.sample].shape == (1, 200, 32)
+    assert cache.compressed_layers()[0].capture.statistics[HiddenSample()].shape == (1, 200, 32)

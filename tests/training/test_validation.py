@@ -10,7 +10,6 @@ from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.inference.generate import continuation
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill
-from learnkv.policy.base_policy import base_policy
 from learnkv.policy.policy import Policy
 from learnkv.scorers import LearnedScorer, SnapKV
 from learnkv.training.losses import forward_kl
@@ -60,7 +59,7 @@ def test_the_deployed_sets_are_compared(reading):
     policy = learned(1.0)
     found = measure(policy, cache, KEEP, 0.5, divergence)
     with torch.no_grad():
-        ours, theirs = (one.compress(cache.fork(), keep=KEEP) for one in (policy, base_policy(policy)))
+        ours, theirs = (one.compress(cache.fork(), keep=KEEP) for one in (policy, policy.base_policy()))
         assert found.learned.item() == pytest.approx(divergence(ours.fork()).item(), rel=1e-4)
         assert found.heuristic.item() == pytest.approx(divergence(theirs.fork()).item(), rel=1e-4)
     shares = []

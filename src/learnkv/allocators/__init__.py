@@ -1,4 +1,4 @@
-"""Allocators: how is the budget split over layers and heads."""
+"""Allocators: how the budget is split over layers and heads."""
 
 from learnkv.allocators.adakv import AdaKV
 from learnkv.allocators.cake import CAKE

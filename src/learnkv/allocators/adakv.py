@@ -18,7 +18,7 @@ class AdaKV(Allocator):
     head is starved. Scores must be comparable between heads, as attention is.
 
     Args:
-        base: says what a layer gets; `Uniform` if not given.
+        base: budget of each layer; `Uniform` if not given.
         floor: weight of the equal share, 0 (scores alone) to 1 (equal shares).
         rounding: `exact` keeps each layer's total; `original` rounds heads as the authors' code does, to within a few
             entries of it; `kvpress` is another rule: a head's own best entries, `floor` of its equal share, are set
@@ -26,7 +26,7 @@ class AdaKV(Allocator):
         normalize: weight the scores of a head by the part of their sum that its equal share of entries would hold.
             Scores must be non-negative then.
         floor_of: the equal share is that of the `layer`, or of the `average` layer, as in LAVa's code, which moves
-            layer budgets towards each other. KVCache-Factory normalizes unless told otherwise, Ada-KV's authors do not.
+            layer budgets towards each other. KVCache-Factory normalizes by default, Ada-KV's authors do not.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from learnkv.errors import UserError
 
 
 class CAKE(Allocator):
-    """A layer gets its part of the budget by its preference, H^(1/tau1) * V^(1/tau2) (CAKE, arXiv 2503.12491).
+    """Layer budgets in proportion to the preference H^(1/tau1) * V^(1/tau2) (CAKE, arXiv 2503.12491).
 
     H is the entropy of the attention that the last `window` prompt queries give to the entries before them, V its
     variance over these queries; both are sums over heads and entries, H over the queries too. The weights are those of
@@ -22,7 +22,7 @@ class CAKE(Allocator):
     for Mistral-7B-v0.3, 1.5 and 0.6 for Qwen2.5-7B; 1 and 1 otherwise.
 
     Args:
-        window: last prompt queries that are asked, at least 2.
+        window: number of last prompt queries, at least 2.
         tau1: temperature of the entropy.
         tau2: temperature of the variance.
         rounding: `exact` spends the budget; `original` cuts off fractions and repairs the total as the authors' code
@@ -54,7 +54,7 @@ class CAKE(Allocator):
         past = (obs.valid & ~obs.in_window(self.window))[:, :, None]  # [B, H, 1, S]
         entropy = -(weights * (weights + 1e-10).log()).sum(3)
         variance = weights.var(3) if weights.shape[3] > 1 else torch.zeros_like(entropy)
-        return torch.stack([torch.where(past, one, 0.0).sum((2, 3)) for one in (entropy, variance)], -1)
+        return torch.stack([torch.where(past, part, 0.0).sum((2, 3)) for part in (entropy, variance)], -1)
 
     def preferences(self, features: Tensor) -> Tensor:
         """[L, B] from features [L, B, H, 2]."""
@@ -79,8 +79,8 @@ class CAKE(Allocator):
         stages = range(1, len(preference) + 1) if self.cascading else [len(preference)]
         kept: list[int] = []
         for stage in stages:
-            obs = preference[:stage]
-            new = repaired((obs / obs.sum() * total).tolist(), total, entries)
+            part = preference[:stage]
+            new = repaired((part / part.sum() * total).tolist(), total, entries)
             kept = [min(pair) for pair in zip(kept, new, strict=False)] + new[len(kept) :]
         return kept
 
@@ -104,5 +104,5 @@ def _spread(wanted: list[int], missing: int, open_to: Callable[[int], bool]) -> 
     if not places:
         return
     each, rest = divmod(abs(missing), len(places))
-    for at, layer in enumerate(places):
-        wanted[layer] += (each + (at < rest)) * (1 if missing > 0 else -1)
+    for rank, layer in enumerate(places):
+        wanted[layer] += (each + (rank < rest)) * (1 if missing > 0 else -1)

@@ -51,7 +51,7 @@ class CompressKV(Allocator):
             )
         budget = budget.double()
         if self.rounding == "original":
-            wanted = torch.tensor([self._whole(round(one)) for one in budget.tolist()], device=scores.device).T.double()
+            wanted = torch.tensor([self._whole(round(row)) for row in budget.tolist()], device=scores.device).T.double()
         else:
             low = (budget / 2).clamp(max=self.minimum)
             wanted = low + self.errors.unsqueeze(-1) * (budget - low) * count  # [L, B]

@@ -1,4 +1,4 @@
-"""How the learned budgets depend on the budget itself and on the prompt."""
+"""How learned budgets depend on the kept fraction and on the prompt."""
 
 import math
 
@@ -17,11 +17,11 @@ _SINKS = 4
 
 
 def interpolation_weights(keep: Tensor) -> Tensor:
-    """Hat functions of log keep, [B, M] for keep [B]: non-negative, sum to 1, one of them is 1 at each of the knots."""
+    """Weights of linear interpolation in log keep between the knots, [B, M] for keep [B]; they sum to 1."""
     knots = upload(KNOTS, keep.device, torch.float64).log()
-    at = keep.double().clamp(KNOTS[0], KNOTS[-1]).log()
-    right = torch.searchsorted(knots, at).clamp(1, len(KNOTS) - 1)
-    share = ((at - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
+    log_keep = keep.double().clamp(KNOTS[0], KNOTS[-1]).log()
+    right = torch.searchsorted(knots, log_keep).clamp(1, len(KNOTS) - 1)
+    share = ((log_keep - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
     basis = torch.zeros(keep.shape[0], len(KNOTS), dtype=torch.float64, device=keep.device)
     return (
         basis.scatter(1, (right - 1)[:, None], (1 - share)[:, None]).scatter(1, right[:, None], share[:, None]).float()
@@ -29,7 +29,7 @@ def interpolation_weights(keep: Tensor) -> Tensor:
 
 
 def attention_features(obs: Observation, window: int) -> Tensor:
-    """How concentrated the attention of the last `window` prompt queries is, [B, H, 3] float32, each within [0, 1].
+    """Concentration of the attention of the last `window` prompt queries, [B, H, 3] float32, each within [0, 1].
 
     Entropy over its maximum, mass of the top 5 % of the entries, mass of the first 4 entries.
     """
@@ -52,7 +52,7 @@ def attention_features(obs: Observation, window: int) -> Tensor:
 
 
 class Conditioner(nn.Module):
-    """A correction of budget logits from features of the prompt: one small network for all places, zero at first.
+    """A correction of budget logits from features of the prompt: one network for all places, zero at initialisation.
 
     Args:
         places: layers, or (layer, head) pairs, that get a correction; each has an embedding of its own.
@@ -73,9 +73,11 @@ class Conditioner(nn.Module):
         """Corrections [B, P] of features [B, P, F] at kept fractions [B] of prompts with [B] entries; place `first` and
         those after it."""
         batch, places, _ = features.shape
-        known = torch.stack([keep.clamp_min(1e-6).log() / math.log(10), entries.clamp_min(1).log() / math.log(1e4)], -1)
-        known = known.float()[:, None].expand(batch, places, 2)
+        scalars = torch.stack(
+            [keep.clamp_min(1e-6).log() / math.log(10), entries.clamp_min(1).log() / math.log(1e4)], -1
+        )
+        scalars = scalars.float()[:, None].expand(batch, places, 2)
         place = self.embedding.weight[first : first + places].expand(batch, places, -1)
-        inputs = torch.cat([features, known, place], -1)
+        inputs = torch.cat([features, scalars, place], -1)
         corrections: Tensor = self.out(nn.functional.gelu(self.hidden(inputs))).squeeze(-1)
         return corrections

@@ -1,4 +1,4 @@
-"""A few heads keep everything, the others only the first and the latest tokens."""
+"""Retrieval heads keep everything, streaming heads the first and the latest tokens."""
 
 import math
 from typing import Literal
@@ -17,19 +17,19 @@ MAKE = "learnkv calibrate model=MODEL out=FOLDER makes the gates of another mode
 class DuoAttention(Allocator):
     """Retrieval heads keep the prompt, streaming heads sinks and recent tokens (DuoAttention, arXiv 2410.10819).
 
-    Gates say how much a kv head needs its whole cache. Streaming heads get `sink + recent` entries, and as many of the
-    others as the budget allows all of theirs, the highest gate first (ties by layer and head); one head between them
-    gets what is left over. A budget below `sink + recent` is shared equally. Belongs on scores that rank the first
+    A gate is how much a kv head needs its whole cache. Streaming heads get `sink + recent` entries; as many of the
+    others as the budget allows keep the whole prompt, the highest gate first (ties by layer and head); the next gets
+    the remainder. A budget below `sink + recent` is shared equally. Belongs on scores that rank the first
     `sink` tokens and then the latest ones (`StreamingLLM`).
 
     Where the authors' streaming heads go on sliding while tokens are generated, here what was kept of the prompt stays.
 
     Args:
         gates: folder of a pattern, or `reference`.
-        sink: first tokens of a streaming head; None: as the pattern's config.json says.
-        recent: latest tokens of a streaming head; None: as the pattern's config.json says.
+        sink: first tokens of a streaming head; None: from the pattern's config.json.
+        recent: latest tokens of a streaming head; None: from the pattern's config.json.
         sparsity: part of the heads that stream, whatever the budget; the budget then scales what all of them keep.
-            None: as the budget asks.
+            None: as the budget requires.
         counting: how many heads a sparsity means: `original` the gates below their linearly interpolated quantile,
             `kvpress` that part of the heads, rounded half to even. Published gates are tied at many places: the
             authors break ties by noise, kvpress by an unstable sort, we by layer and head.

@@ -8,7 +8,7 @@ from learnkv.formats import layers
 
 
 class FixedLayers(Allocator):
-    """Every layer gets what a file says, its heads alike; the proportions count, `fit` spends the budget.
+    """Layer budgets from a file, equal for the heads of a layer; only their proportions count.
 
     Args:
         budgets: JSON list of one number per layer, as `learnkv export format=layers` writes it.

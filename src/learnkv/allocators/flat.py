@@ -34,6 +34,6 @@ class Flat(Allocator):
         flat = scores.transpose(0, 1).flatten(1)  # [B, L*H*S]
         ordered = flat.sort(dim=-1, descending=True).values
         above = flat > ordered.gather(-1, (places - 1).clamp(min=0).unsqueeze(-1))
-        there = flat > -torch.inf
-        best = torch.where((places >= there.sum(-1)).unsqueeze(-1), there, above)
+        valid = flat > -torch.inf
+        best = torch.where((places >= valid.sum(-1)).unsqueeze(-1), valid, above)
         return best.view(batch, layers, heads, slots).sum(-1).transpose(0, 1).double()

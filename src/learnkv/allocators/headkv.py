@@ -22,7 +22,7 @@ class HeadKV(Allocator):
 
     The authors' code takes the observation window out of b and rounds x down (in floating point, so that 143 // 1.1
     is 129); KVCache-Factory's port leaves the window in b, so that its heads keep a window more. Both lose what a head
-    cannot hold; here `fit` gives it to others.
+    cannot hold; here others get it.
 
     Args:
         scores: file of head scores, or `reference`.

@@ -9,7 +9,7 @@ from learnkv.core.allocator import Allocator, protected_of
 
 
 class LAVa(Allocator):
-    """A layer gets its part of the budget by the entropy of its scores (LAVa, arXiv 2509.09754).
+    """Layer budgets in proportion to the entropy of a layer's scores (LAVa, arXiv 2509.09754).
 
     The scores of all heads of a layer, divided by their sum, have an entropy; over its maximum, the logarithm of their
     number, it is the layer's weight. Scores must be non-negative. LAVa then splits each layer as AdaKV does, with a

@@ -1,4 +1,4 @@
-"""Head budgets that follow a layer's own scores, in a layer whose budget is known beforehand."""
+"""Head budgets that follow a layer's own scores, within a static layer budget."""
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from learnkv.errors import UserError
 
 
 class LayerByLayer(SequentialAllocator):
-    """One allocator says what a layer gets, before it is read, another how its heads share that, once it has been.
+    """One allocator splits the budget over layers before any is read, another splits a layer's budget over its heads.
 
-    AdaKV's heads within uniform layers, say, and never more than one layer of the prompt in full. `AdaKV` itself
-    settles the last few entries between the heads of all layers.
+    For example AdaKV's heads within uniform layers, with at most one layer of the prompt in full. `AdaKV` itself rounds
+    over the heads of all layers.
 
     Args:
-        base: what a layer gets; static, with nothing to train. `Uniform` if not given.
-        heads: how a layer's heads share it, asked for that layer alone. `AdaKV` if not given.
+        base: budget of each layer; static, with nothing to train. `Uniform` if not given.
+        heads: split of a layer's budget over its heads, from that layer alone. `AdaKV` if not given.
     """
 
     def __init__(self, base: Allocator | None = None, heads: Allocator | None = None) -> None:
@@ -34,11 +34,13 @@ class LayerByLayer(SequentialAllocator):
     def features(self, obs: Observation) -> Tensor | None:
         return self.heads.features(obs)
 
-    def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
-        return self.base.prior(scores, layers, budget)
+    def baseline_budgets(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
+        return self.base.baseline_budgets(scores, layers, budget)
 
-    def layer(self, at: int, prior: Tensor, scores: Tensor, features: Tensor | None, before: Tensor) -> Tensor:
-        share = prior[at].double()
-        own = None if features is None else features[at:]
-        wish = self.heads(scores.unsqueeze(0), own, share.mean(-1))[0].double()
-        return wish * (share.sum(-1) / wish.sum(-1).clamp_min(torch.finfo(wish.dtype).tiny)).unsqueeze(-1)
+    def layer(
+        self, layer_idx: int, baseline: Tensor, scores: Tensor, features: Tensor | None, earlier: Tensor
+    ) -> Tensor:
+        total = baseline[layer_idx].double()
+        own = None if features is None else features[layer_idx:]
+        wanted = self.heads(scores.unsqueeze(0), own, total.mean(-1))[0].double()
+        return wanted * (total.sum(-1) / wanted.sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)).unsqueeze(-1)

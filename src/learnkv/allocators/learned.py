@@ -16,12 +16,12 @@ from learnkv.ops.round_to_budget import round_to_budget
 
 
 class HeadImportance(nn.Module):
-    """How much of its layer's budget each kv head deserves: logits [L, B, H] that sum to 0 over the heads of a layer.
+    """How much of its layer's budget each kv head gets: logits [L, B, H] that sum to 0 over the heads of a layer.
 
     Args:
         num_layers: L.
         num_heads: H, kv heads per layer.
-        conditioned: add a correction from the attention features of the prompt.
+        conditioned: add a correction from the prompt's attention features.
     """
 
     def __init__(self, num_layers: int, num_heads: int, conditioned: bool = False) -> None:
@@ -30,8 +30,8 @@ class HeadImportance(nn.Module):
         self.conditioner = Conditioner(num_layers * num_heads) if conditioned else None
 
     def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor, layers: slice = slice(None)) -> Tensor:
-        """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt; of some
-        `layers`, whose features alone are given then."""
+        """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt; for a
+        slice of `layers`, from the features of these."""
         logits = torch.einsum("bm,mlh->lbh", interpolation_weights(keep), self.logits[:, layers])
         if self.conditioner is not None:
             assert features is not None
@@ -43,7 +43,7 @@ class HeadImportance(nn.Module):
 
 
 class LayerBudget(nn.Module):
-    """How much of the budget each layer deserves: logits [L, B, 1].
+    """How much of the budget each layer gets: logits [L, B, 1].
 
     Args:
         num_layers: L.
@@ -65,31 +65,31 @@ class LayerBudget(nn.Module):
 
 
 class LearnedAllocator(Allocator):
-    """A heuristic's budgets moved by what is learned; they spend the same, exactly.
+    """A heuristic's budgets plus learned corrections; they spend the same budget exactly.
 
-    `by` shares: the logit of the heuristic's share of a head is its starting point. Head importance and layer budget
-    are added and one threshold, solved with its implicit gradient, brings the shares back to the budget: never below
-    the protected entries, never above the prompt.
+    `by` shares: head importance and layer budget are added to the logits of the heuristic's shares, and one threshold,
+    solved with its implicit gradient, brings the shares back to the budget: never below the protected entries, never
+    above the prompt.
 
-    `by` scores: budgets follow the prompt. Scores are measured from where the heuristic's budget of each head ends,
-    head importance and layer budget are added to them, and the best of all layers and heads are kept. A head whose
-    learned scores rise gets more; the gradient is that of one soft top-k over the whole model.
+    `by` scores: budgets follow the prompt. Scores are taken relative to the last score within the heuristic's budget
+    of each head, head importance and layer budget are added to them, and the best of all layers and heads are kept. A
+    head whose learned scores rise gets more; the gradient is that of one soft top-k over the whole model.
 
-    Whatever is learned starts at zero, where `fit` gives the heuristic's own integers back.
+    Corrections are zero at initialisation, where `round_to_budget` gives the heuristic's own integers.
 
     One ranking that decides how much each head gets is Ada-KV's idea (arXiv 2407.11550, within a layer), budgets that
     differ between layers PyramidKV's (arXiv 2406.02069, a fixed progression); learning both by distillation, from a
     heuristic on, is this project's own.
 
     Args:
-        base: the heuristic allocation to start from; it is shown the heuristic's scores.
+        base: the heuristic allocation; it reads the heuristic's scores.
         num_layers: layers of the model; 0 until `train.py` fills in this and the next one.
         num_heads: kv heads per layer.
         conditioned: let both corrections depend on the prompt's attention as well as on the budget.
         window: last prompt queries whose attention is summarised, when conditioned.
-        by: what budgets follow.
-        heads: whether there is a head importance.
-        layers: whether there is a layer budget.
+        by: `shares` of the heuristic or the learned `scores`.
+        heads: whether to learn a head importance.
+        layers: whether to learn a layer budget.
     """
 
     def __init__(
@@ -122,40 +122,41 @@ class LearnedAllocator(Allocator):
         return self.base.needs_scores or self.by_scores
 
     def features(self, obs: Observation) -> Tensor | None:
-        """[B, H, 3 + F]: attention features, then the F features of the heuristic; None where neither wants any."""
-        theirs = self.base.features(obs)
+        """[B, H, 3 + F]: attention features, then the F features of the heuristic; None where there are neither."""
+        base = self.base.features(obs)
         if not self.conditioned:
-            return theirs
+            return base
         own = attention_features(obs, self._own_window)
-        return own if theirs is None else torch.cat([own, theirs], -1)
+        return own if base is None else torch.cat([own, base], -1)
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         return self.split(scores, features, budget, None)
 
-    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Baseline | None) -> Tensor:
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None) -> Tensor:
         layers, _, heads, _ = scores.shape
         if self.shape != (layers, heads):
             raise UserError(f"num_layers={self.shape[0]} num_heads={self.shape[1]}: the model has {layers} and {heads}")
-        own, theirs = None, features
+        own, of_base = None, features
         if self.conditioned:
             assert features is not None
-            own, theirs = features[..., : Conditioner.FEATURES], features[..., Conditioner.FEATURES :]
+            own, of_base = features[..., : Conditioner.FEATURES], features[..., Conditioner.FEATURES :]
         entries, protected = entries_of(scores), protected_of(scores)
         total = torch.round(budget.double() * (layers * heads)).long()
-        begin = self.base(scores if start is None else start.scores, theirs, budget)
-        held = round_to_budget(begin, entries, total, protected)
+        wanted = self.base(scores if baseline is None else baseline.scores, of_base, budget)
+        budgets = round_to_budget(wanted, entries, total, protected)
         parts = (self.head_importance, self.layer_budget)
         keep = budget.double() / entries
-        moved = sum((one(own, keep, entries) for one in parts if one is not None), scores.new_zeros(layers, 1, heads))
+        correction = sum(
+            (part(own, keep, entries) for part in parts if part is not None), scores.new_zeros(layers, 1, heads)
+        )
         if not self.by_scores:
-            first, logits = (one.transpose(0, 1).flatten(1) for one in (held, moved.expand(held.shape)))  # [B, L*H]
-            wanted = corrected(first, logits, total, entries, protected)
-            return wanted.view(-1, layers, heads).transpose(0, 1)
-        if start is None:
-            scores = prior = _normal(scores)
+            rows, logits = (part.transpose(0, 1).flatten(1) for part in (budgets, correction.expand(budgets.shape)))
+            return corrected(rows, logits, total, entries, protected).view(-1, layers, heads).transpose(0, 1)
+        if baseline is None:
+            scores = scaled = _normal(scores)
         else:
-            prior = start.prior
-        return ranked_counts(margins(scores, prior, held) + moved.unsqueeze(-1), total)
+            scaled = baseline.scaled
+        return ranked_counts(margins(scores, scaled, budgets) + correction.unsqueeze(-1), total)
 
 
 def _normal(scores: Tensor) -> Tensor:
@@ -165,20 +166,20 @@ def _normal(scores: Tensor) -> Tensor:
     return torch.where(scores.isfinite(), normal, scores)
 
 
-def corrected(start: Tensor, logits: Tensor, total: Tensor, entries: Tensor, protected: Tensor) -> Tensor:
-    """Wishes [B, N] of N heads: the shares `start` moved by `logits` and back to the budget, between their bounds.
+def corrected(baseline: Tensor, logits: Tensor, total: Tensor, entries: Tensor, protected: Tensor) -> Tensor:
+    """Wanted entries [B, N] of N heads: the shares of `baseline` with `logits` added, within their bounds and budget.
 
     Args:
-        start: [B, N] entries to start from.
-        logits: [B, N] corrections; what is added to all of a row changes nothing.
+        baseline: [B, N] entries of the heuristic.
+        logits: [B, N] corrections; a constant added to a row changes nothing.
         total: [B] entries to spend, which may have a gradient.
         entries, protected: [B] the most and the least that a head gets.
     """
     most = entries.double()
-    # Half a slot in all of distance from the bounds, where logits would be infinite; rounding to slots hides it.
-    margin = 1 / (4 * most * start.shape[1])
+    # Half a slot in all away from the bounds, where logits would be infinite; rounding to slots hides it.
+    margin = 1 / (4 * most * baseline.shape[1])
     low = protected / most
-    share = start / most[:, None]
+    share = baseline / most[:, None]
     open_share = ((share - low[:, None]) / (1 - low[:, None])).clamp(margin[:, None], 1 - margin[:, None])
-    shares = allocate(torch.logit(open_share) + logits.double(), total / (most * start.shape[1]), low)
+    shares = allocate(torch.logit(open_share) + logits.double(), total / (most * baseline.shape[1]), low)
     return shares * most[:, None]

@@ -13,12 +13,12 @@ MAKE = "learnkv calibrate model=MODEL out=FOLDER makes the file of another model
 
 
 class LUKV(Allocator):
-    """The table says what fraction of each head to evict for a global target of whole percents (LU-KV).
+    """Fractions of each head to evict from a table, for a global target in whole percents (LU-KV).
 
     The row of the nearest target counts, halves rounded to even; the paper finds the tables by marginal utility, for
     one model and one scorer each. kvpress's use of the table is known here, the authors' own repository is not. There a
     layer keeps what its row of the table sums to, whatever the target was, each layer rounded for itself by largest
-    remainder; here `fit` spends the budget asked for.
+    remainder; here the requested budget is spent.
 
     Args:
         curve: `.npy` file [99, L, H] of fractions to evict, or `reference`.

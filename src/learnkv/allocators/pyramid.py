@@ -14,7 +14,8 @@ class Pyramid(Allocator):
 
     Of the budget, `protected` entries of every head stand outside the progression. Of the rest, b per head on average,
     the last layer gets b/beta and the first 2b - b/beta; where the prompt has fewer entries, the first layer gets them
-    all and the last layer what that leaves. A wish may exceed what there is to keep: `fit` clips and spends the rest.
+    all and the last layer what that leaves. Layers may request more than the prompt has; rounding clips and
+    spends the rest.
 
     Args:
         beta: the last layer's share is 1/beta of the average; 1 is a flat pyramid.

@@ -98,7 +98,7 @@ class CompressedCache(Cache):
     def evict_if_due(self) -> None:
         """Let the policy evict again once the tail has reached the schedule's `evict_interval`."""
         if self.schedule is not None and self.tail_length >= self.schedule.evict_interval and self.sealed:
-            self.schedule.renew(self)
+            self.schedule.evict(self)
 
     def fork(self) -> "CompressedCache":
         """An independent cache that shares storage with this one until either changes."""

@@ -204,8 +204,7 @@ class CompressedLayer(CacheLayerMixin):
     def observation(self) -> Observation:
         """What a scorer may use; only while the prompt is complete."""
         prompt = self.prompt
-        obs = self.capture.observation(self.layer_idx, prompt.keys, prompt.values, prompt.entry_positions())
-        return replace(obs, aligned=prompt.positions is None)
+        return self.capture.observation(self.layer_idx, prompt.keys, prompt.values, prompt.entry_positions())
 
     def rotary_frequencies(self) -> Tensor:
         """Radians per position [F] of the model's RoPE; UserError for a model without it."""

@@ -11,7 +11,7 @@ from learnkv.formats.tensors import stack
 from learnkv.inference.prefill import prefill
 from learnkv.policy.policy import Policy
 from learnkv.scorers import KVzip
-from learnkv.scorers.gate import gate_scores, gate_start
+from learnkv.scorers.gate import gate_scores, initial_gate
 
 FEATURES, BASE_KEYS = 16, 16
 
@@ -61,7 +61,7 @@ def _trained(
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(hidden.device)
 
-    weights = gate_start(drawn, heads, group, width, FEATURES, BASE_KEYS)
+    weights = initial_gate(drawn, heads, group, width, FEATURES, BASE_KEYS)
     adam = torch.optim.Adam([one.requires_grad_() for one in weights.values()], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(steps):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 PREFIX = "learnkv"
-"""Names of our adapters begin with it; others that a model has are left alone."""
+"""Prefix of the names of learnkv's adapters; a model's other adapters are left alone."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Adapter:
         rank: of the correction of every matrix.
         alpha: the correction is multiplied by alpha / rank.
         targets: names of the linear modules that are corrected.
-        state: weights by peft's names; empty for the one that is being trained, whose weights the model holds.
+        state: weights by peft's names; empty while it is trained, when the model has its weights.
     """
 
     rank: int
@@ -28,7 +28,7 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """What the model calls it: told by its weights, so that it is loaded once."""
+        """Its name in the model: a digest of its weights, so that it is loaded once."""
         if not self.state:
             return PREFIX
         digest = hashlib.sha256(repr((self.rank, self.alpha, self.targets)).encode())

@@ -14,42 +14,42 @@ from learnkv.ops.round_to_budget import round_to_budget
 
 @dataclass(frozen=True)
 class Baseline:
-    """What learned scores were before anything was learned, both with +inf and -inf where the scores have them."""
+    """Scores of the heuristic that a learned scorer corrects; +inf and -inf where the learned scores have them."""
 
     scores: Tensor
     """[L, B, H, S] the heuristic's own."""
-    prior: Tensor
+    scaled: Tensor
     """[L, B, H, S] the same in the units of the learned scores."""
 
 
 class Allocator(Component, ABC):
-    """Says how many entries each kv head of each layer should keep; `fit` then makes the wish exact.
+    """How many entries each kv head of each layer should keep; `round_to_budget` then makes that exact.
 
-    `static` allocators read nothing of `scores` but its shape and which entries are valid; `causal` ones wish for a
-    layer what follows from it and from those before it. With both, a layer can be evicted as soon as it has been read.
+    `static` allocators read only the shape of `scores` and which entries are valid; `sequential` ones decide about a
+    layer from that layer and those before it. With both, a layer can be evicted as soon as it has been read.
     """
 
     static: bool = False
     sequential: bool = False
     by_scores: bool = False
-    """Whether budgets follow learned scores, measured from where these started (`split`)."""
+    """Whether budgets follow learned scores relative to their baseline (`split`)."""
     window: int = 0
     """Number of last prompt queries that `features` reads (0: none)."""
 
     @property
     def needs_scores(self) -> bool:
-        """Whether budgets depend on the scores themselves, not only on where there are entries."""
+        """Whether budgets depend on the scores themselves, not only on which entries are valid."""
         return not self.static
 
     def features(self, obs: Observation) -> Tensor | None:
-        """What the allocator wants to know of one layer, [B, H, F] float32, or None."""
+        """Features of one layer that the allocator reads, [B, H, F] float32, or None."""
         return None
 
-    def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
-        """What heads are to get as far as that is known before anything is read, [L, B, H] int64 that spend the budget.
+    def baseline_budgets(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
+        """Budgets before any layer has been read, [L, B, H] int64 that spend the budget.
 
         Args:
-            scores: [B, H, S] of any layer, of which is read which entries there are and which are protected.
+            scores: [B, H, S] of any layer; read for which entries are valid and which are protected.
             layers: L.
             budget: as of `forward`.
         """
@@ -59,17 +59,19 @@ class Allocator(Component, ABC):
         total = torch.round(budget.double() * (layers * heads)).long()
         return round_to_budget(self(blank, None, budget), entries_of(blank), total, protected_of(blank))
 
-    def layer(self, at: int, prior: Tensor, scores: Tensor, features: Tensor | None, before: Tensor) -> Tensor:
-        """Wanted entries [B, H] of layer `at`; their sum is what the layer asks for, not their proportions alone.
+    def layer(
+        self, layer_idx: int, baseline: Tensor, scores: Tensor, features: Tensor | None, earlier: Tensor
+    ) -> Tensor:
+        """Wanted entries [B, H] of layer `layer_idx`; their sum counts, not only their proportions.
 
         Args:
-            prior: [L, B, H] what `prior` gave.
+            baseline: [L, B, H] the result of `baseline_budgets`.
             scores: [B, H, S] of this layer.
-            features: [at + 1, B, H, F] results of `features` up to this layer, or None.
-            before: [at, B, H] what the layers before asked for.
+            features: [layer_idx + 1, B, H, F] results of `features` up to this layer, or None.
+            earlier: [layer_idx, B, H] wanted entries of the layers before.
         """
         assert self.static
-        return prior[at]
+        return baseline[layer_idx]
 
     @abstractmethod
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
@@ -81,47 +83,43 @@ class Allocator(Component, ABC):
             budget: [B] entries per head on average, protected ones included.
         """
 
-    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Baseline | None) -> Tensor:
-        """What `forward` returns, for one that also reads where scores started; None: they are a heuristic's."""
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None) -> Tensor:
+        """The result of `forward`, for one that also reads the scores' baseline; None: they are a heuristic's."""
         return self(scores, features, budget)
 
 
 class SequentialAllocator(Allocator):
-    """Asks for one layer after the other, whether all of them have been read or one at a time."""
+    """Decides about one layer after the other, whether all of them have been read or one at a time."""
 
     sequential = True
 
     @abstractmethod
-    def prior(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
-        """[L, B, H] int64 from scores [B, H, S] of any layer and the budget [B], as of `Allocator.prior`."""
+    def baseline_budgets(self, scores: Tensor, layers: int, budget: Tensor) -> Tensor:
+        """[L, B, H] int64 from scores [B, H, S] of any layer and the budget [B], as of `Allocator`."""
 
     @abstractmethod
-    def layer(self, at: int, prior: Tensor, scores: Tensor, features: Tensor | None, before: Tensor) -> Tensor:
-        """[B, H] entries that layer `at` asks for, from what was read of it and of the layers before it.
-
-        Args:
-            prior: [L, B, H].
-            scores: [B, H, S] of this layer.
-            features: [at + 1, B, H, F] up to this layer, or None.
-            before: [at, B, H] entries that the layers before asked for.
-        """
+    def layer(
+        self, layer_idx: int, baseline: Tensor, scores: Tensor, features: Tensor | None, earlier: Tensor
+    ) -> Tensor:
+        """Wanted entries [B, H] of layer `layer_idx`, from it and the layers before it; as of `Allocator`."""
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
-        prior = self.prior(scores[0], len(scores), budget)
-        wanted = prior.new_empty(0, *prior.shape[1:], dtype=torch.float64)
-        for at, own in enumerate(scores):
-            obs = None if features is None else features[: at + 1]
-            wanted = torch.cat([wanted, self.layer(at, prior, own, obs, wanted).double().unsqueeze(0)])
+        baseline = self.baseline_budgets(scores[0], len(scores), budget)
+        wanted = baseline.new_empty(0, *baseline.shape[1:], dtype=torch.float64)
+        for layer_idx, own in enumerate(scores):
+            so_far = None if features is None else features[: layer_idx + 1]
+            layer = self.layer(layer_idx, baseline, own, so_far, wanted)
+            wanted = torch.cat([wanted, layer.double().unsqueeze(0)])
         return wanted
 
 
 def entries_of(scores: Tensor) -> Tensor:
-    """[B] entries that every head has, from scores [L, B, H, S]."""
+    """[B] valid entries of every head, from scores [L, B, H, S]."""
     return (scores[0, :, 0] > -torch.inf).sum(-1)
 
 
 def protected_of(scores: Tensor) -> Tensor:
-    """[B] entries that every head keeps in any case, from scores [L, B, H, S]."""
+    """[B] protected entries of every head, from scores [L, B, H, S]."""
     return (scores[0, :, 0] == torch.inf).sum(-1)
 
 
@@ -129,7 +127,7 @@ def check_table(table: Tensor, scores: Tensor, argument: str, make: str, per_que
     """Raise UserError unless a table [..., L, N] has one number per kv (or query) head of scores [L, B, H, S].
 
     Args:
-        argument: what names the table, as typed.
+        argument: the argument that names the table, as typed.
         make: the command that makes one for another model.
         per_query_head: N is a multiple of H.
     """

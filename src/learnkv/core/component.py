@@ -1,4 +1,4 @@
-"""Modules that know how they were made, so that what trains can be exported as a YAML a person can read."""
+"""Modules that record their constructor arguments, so that a policy can be exported as readable YAML."""
 
 import functools
 import inspect
@@ -13,15 +13,15 @@ class Component(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
-            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _recording_arguments(cls.__init__)  # type: ignore[method-assign]
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments as plain containers; components become `{class_path, init_args}`."""
-        return {name: _plain(value) for name, value in self.__dict__.get("_made_with", {}).items()}
+        return {name: _plain(value) for name, value in self.__dict__.get("_arguments", {}).items()}
 
 
 def class_path(component: Component) -> str:
-    """Where the class is found, by its public name where the package above exports it."""
+    """Import path of the class; the package's public name where it exports one."""
     kind = type(component)
     package = kind.__module__.rpartition(".")[0]
     exported = bool(package) and hasattr(__import__(package, fromlist=["_"]), kind.__name__)
@@ -32,22 +32,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Component):
         return {"class_path": class_path(value), "init_args": value.spec()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     return value
 
 
-def _remembering(init: Any) -> Any:
+def _recording_arguments(init: Any) -> Any:
     signature = inspect.signature(init)
 
     @functools.wraps(init)
     def wrapped(self: Component, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        made_with = dict(list(bound.arguments.items())[1:])
+        recorded = dict(list(bound.arguments.items())[1:])
         init(self, *args, **kwargs)
         if type(self).__init__ is wrapped:  # not the call of a base class from below
-            self.__dict__["_made_with"] = made_with
+            self.__dict__["_arguments"] = recorded
 
     return wrapped

@@ -1,14 +1,20 @@
-"""What a scorer may see of one layer, and what can be gathered for it while the prompt is read or in extra passes."""
+"""What a scorer may read of one layer, and what a prefill captures for scorers."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from learnkv.errors import UserError
+from learnkv.ops.hash_bits import WORD, hash_bits
 from learnkv.ops.rotary import Rotary
 from learnkv.ops.window_attention import in_window, window_attention
+
+SAMPLED_TOKENS = 8192
+"""Default size of the sample of a prompt's tokens that trained per-token features get gradients from."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class Observation:
     """
 
     layer_idx: int
-    """Number of the layer among those that are compressed: in a hybrid model the sliding layers do not count."""
+    """Index of the layer among the compressible ones: sliding layers of a hybrid model do not count."""
     queries: Tensor
     """[B, H*G, W, D] queries of the last W prompt slots, after RoPE; W is smaller where the prompt is shorter."""
     query_positions: Tensor
@@ -44,9 +50,11 @@ class Observation:
     keep: Tensor | None = None
     """[B] float64, fraction of the row's entries that will be kept; None while the prompt is read."""
     statistics: "Mapping[Statistic | PromptPass, Tensor]" = field(default_factory=dict)
-    """What was gathered for scorers that ask for `statistics` or `extra_passes`."""
+    """Results of the captured `statistics` and `extra_passes`."""
+    sample: "HiddenSample | None" = None
+    """The sample of tokens whose hidden states are among `statistics`; None where nothing trained was captured."""
     aligned: bool = True
-    """Whether a slot is the same token in every head, as in a prompt; not so once heads have evicted."""
+    """Whether a slot is the same token in every head, as in a prompt; False once heads have evicted."""
 
     @property
     def num_key_value_groups(self) -> int:
@@ -54,7 +62,7 @@ class Observation:
         return self.queries.shape[1] // self.keys.shape[1]
 
     def window_attention(self, window: int) -> tuple[Tensor, Tensor]:
-        """Softmax weights [B, H, G, W, S] of the last `window` queries, and which of them sees what [B, H, W, S]."""
+        """Softmax weights [B, H, G, W, S] of the last `window` queries, and their mask [B, H, W, S]."""
         return window_attention(
             self.queries[:, :, -window:],
             self.keys,
@@ -65,7 +73,7 @@ class Observation:
         )
 
     def in_window(self, window: int) -> Tensor:
-        """Which entries [B, H, S] came with the last `window` queries."""
+        """Mask [B, H, S] of the entries that came with the last `window` queries."""
         return in_window(self.query_positions[:, -window:], self.positions)
 
     @property
@@ -80,7 +88,7 @@ class Observation:
 
     @property
     def kept(self) -> Tensor:
-        """[B] float64, fraction of the row's entries that will be kept; known from the moment of planning on."""
+        """[B] float64, fraction of the row's entries that will be kept; UserError before a budget is known."""
         if self.keep is None:
             raise UserError("these scores depend on how much will be kept: Policy.plan(cache, keep=…).scores has them")
         return self.keep
@@ -90,47 +98,100 @@ class Observation:
         """[B] tokens that were read, evicted ones included."""
         return self.positions.masked_fill(~self.valid, -1).amax((1, 2)) + 1
 
+    def of_tokens(self, slots: Tensor | slice, hidden: Tensor | None) -> "Observation":
+        """The same for the tokens in `slots` [M] alone, with their hidden states [B, M, E]."""
+        entries = {name: getattr(self, name)[:, :, slots] for name in ("keys", "values", "valid", "positions")}
+        return replace(self, hidden=hidden, statistics={}, **entries)
+
 
 class Statistic(ABC):
-    """What is gathered of all queries while the prompt is read, for scorers that want more than the last ones.
+    """A running result over all queries and tokens of the prompt, for scorers that need more than the last queries.
 
-    Hashable; those that are equal are gathered once for all policies that one prefill serves.
+    Hashable; equal ones are captured once for all policies that one prefill serves.
     """
 
     hidden: bool = False
     """Whether it reads the hidden states of each chunk."""
-    for_gradients: bool = False
-    """Whether scores are the same without it."""
 
     @abstractmethod
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
-        """The statistic of all that has been read, in a tensor [B, …] of its own; [B, H, S, F], or [B, 1, S, F] where
-        all heads share it, for a scorer that judges entries again later.
+        """The result over everything read so far, as a new tensor [B, …].
+
+        For a scorer that scores entries again during decoding it is per entry: [B, H, S, F], or [B, 1, S, F] where all
+        heads share it.
 
         Args:
             chunk: all entries up to now; its queries are those that were read since `gathered`.
-            gathered: the statistic up to these queries, None at first.
+            gathered: the result before these queries, None at first.
         """
+
+
+class HiddenSample(Statistic):
+    """Hidden states [B, M, E] of at most `tokens` tokens, in the model's type; the same slots in every row and layer.
+
+    Each slot is equally likely to be in the sample, whatever chunks the prompt is read in.
+
+    Args:
+        tokens: most tokens of a prompt.
+        seed: of the draw.
+    """
+
+    hidden = True
+
+    def __init__(self, tokens: int = SAMPLED_TOKENS, seed: int = 0) -> None:
+        if tokens < 1:
+            raise UserError(f"gradient_tokens={tokens}: expected at least 1")
+        self.tokens, self.seed = tokens, seed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HiddenSample) and (self.tokens, self.seed) == (other.tokens, other.seed)
+
+    def __hash__(self) -> int:
+        return hash((HiddenSample, self.tokens, self.seed))
+
+    def slots(self, total: int) -> Tensor:
+        """The sampled slots [M] of a prompt of `total` slots, ascending."""
+        return torch.tensor(_drawn(self.tokens, self.seed, total), device="cpu")
+
+    def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
+        assert chunk.hidden is not None
+        total, new = chunk.keys.shape[2], chunk.hidden[:, -chunk.queries.shape[2] :]
+        begin = total - new.shape[1]
+        chosen = self.slots(total)
+        fresh = new[:, (chosen[chosen >= begin] - begin).to(new.device)]
+        if gathered is None:
+            return fresh
+        still = torch.isin(self.slots(begin), chosen).nonzero()[:, 0].to(new.device)
+        return torch.cat([gathered[:, still], fresh], 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _drawn(tokens: int, seed: int, total: int) -> tuple[int, ...]:
+    if total <= tokens:
+        return tuple(range(total))
+    # All lots differ, so that the lowest of more slots are among these or new.
+    lots = hash_bits(hash_bits(torch.tensor(seed & WORD, device="cpu")) ^ torch.arange(total, device="cpu"))
+    return tuple(lots.topk(tokens, largest=False).indices.sort().values.tolist())
 
 
 @dataclass(frozen=True)
 class PassTokens:
-    """Tokens that are read after the prompt, and forgotten again."""
+    """Tokens that one extra pass reads after the prompt; the cache does not keep them."""
 
     ids: Tensor
     """[B, R] right-padded."""
     mask: Tensor
     """[B, R] True for tokens."""
-    repeats: Tensor
+    repeated: Tensor
     """[B, R] True for tokens of the prompt that are read once more."""
     begin: Tensor
-    """[B] prompt position of the first token that is read once more."""
+    """[B] prompt position of the first repeated token."""
     end: Tensor
-    """[B] prompt position after the last."""
+    """[B] prompt position after the last repeated token."""
 
 
 class PromptPass(ABC):
-    """A figure of every entry that extra passes of the model over the complete prompt tell.
+    """A value for every entry that is computed in extra passes of the model over the complete prompt.
 
     A frozen dataclass, so that equal ones are run once.
     """
@@ -140,42 +201,55 @@ class PromptPass(ABC):
 
     @abstractmethod
     def passes(self, ids: Tensor, mask: Tensor) -> Iterator[PassTokens]:
-        """What to read after prompts [B, S], left-padded where `mask` [B, S] is False."""
+        """The passes after prompts [B, S], left-padded where `mask` [B, S] is False."""
 
     @abstractmethod
-    def update(self, obs: Observation, told: PassTokens, gathered: Tensor | None) -> Tensor:
-        """The figure [B, H, S, F] float32 of the prompt's S entries, in a tensor of its own.
+    def update(self, obs: Observation, tokens: PassTokens, gathered: Tensor | None) -> Tensor:
+        """Values [B, H, S, F] float32 of the prompt's S entries, as a new tensor.
 
         Args:
-            seen: entries of the prompt, then the R of the pass, with queries and hidden states of the pass.
-            told: the pass.
+            obs: entries of the prompt, then the R of the pass, with queries and hidden states of the pass.
+            tokens: the pass.
             gathered: the result after the pass before, None at first.
         """
 
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """What a prefill has to record beside keys and values."""
+    """What a prefill captures besides keys and values."""
 
     window: int = 0
-    """Last queries."""
+    """Number of last queries."""
     hidden: bool = False
     """Inputs of the attention blocks, of the whole prompt."""
     statistics: frozenset[Statistic] = frozenset()
-    """What is gathered of all queries."""
+    """Running results over the prompt."""
     extra_passes: frozenset[PromptPass] = frozenset()
-    """What extra passes tell."""
+    """Results of extra passes."""
+    sample: HiddenSample | None = None
+    """Tokens whose hidden states are kept for the gradients of trained scorers; None: no scorer is trained."""
+
+    @property
+    def gathered(self) -> frozenset[Statistic]:
+        """Everything that is updated with each chunk: `statistics` and the sample."""
+        return self.statistics if self.sample is None else self.statistics | {self.sample}
 
     @property
     def reads_hidden(self) -> bool:
-        """Whether anything asks for inputs of the attention blocks."""
-        return self.hidden or any(one.hidden for one in self.statistics)
+        """Whether anything needs inputs of the attention blocks."""
+        return self.hidden or any(statistic.hidden for statistic in self.gathered)
+
+    def with_sample(self, sample: HiddenSample | None) -> "CaptureSpec":
+        """The same with another sample, where anything is trained; None: unchanged."""
+        return self if sample is None or self.sample is None else replace(self, sample=sample)
 
     def __or__(self, other: "CaptureSpec") -> "CaptureSpec":
         """What serves both."""
+        assert None in (self.sample, other.sample) or self.sample == other.sample
         return CaptureSpec(
             max(self.window, other.window),
             self.hidden or other.hidden,
             self.statistics | other.statistics,
             self.extra_passes | other.extra_passes,
+            self.sample or other.sample,
         )

@@ -1,4 +1,4 @@
-"""Query-aware reading: which pages of a cache one token attends to."""
+"""Query-aware page selection: which pages of a cache a new token attends to."""
 
 from abc import ABC, abstractmethod
 
@@ -16,11 +16,11 @@ class PageSelector(Component, ABC):
 
     page_size: int = 16
     dense_layers: int = 0
-    """Number of first layers that read everything."""
+    """Number of first layers that attend to everything."""
 
     @abstractmethod
     def count(self, entries: Tensor, tokens: Tensor) -> Tensor:
-        """Pages that are read [B, H], of heads that hold `entries` [B, H], for `tokens` [B] entries; integers."""
+        """Number of pages to read [B, H], int64, of heads with `entries` [B, H], for `tokens` [B] entries."""
 
     @abstractmethod
     def most(self, tokens: int) -> int:
@@ -30,7 +30,7 @@ class PageSelector(Component, ABC):
     def forward(self, query: Tensor, bounds: Tensor, entries: Tensor, tokens: Tensor, most: int) -> Tensor:
         """Pages to read, int32 [B*H, N] or, where every query head has a list of its own, [B*H*G, N].
 
-        Ascending, then -1; nothing may wait for the device.
+        Ascending, then -1; without host-device synchronisation.
 
         Args:
             query: [B, H*G, D] of the new token, after RoPE.

@@ -1,4 +1,4 @@
-"""What to keep of a prompt."""
+"""The plan: what is kept of a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from learnkv.ops.select import select
 
 @dataclass(frozen=True)
 class Plan:
-    """What to keep of a prompt, before anything is kept."""
+    """Scores and budgets of a prompt, before anything is evicted."""
 
     scores: Tensor
     """[L, B, H, S] float32; +inf protected, -inf no entry."""
     wanted: Tensor
-    """[L, B, H] entries as the allocator asks for them, differentiable."""
+    """[L, B, H] entries that the allocator requests, differentiable."""
     budgets: Tensor
     """[L, B, H] int64, each row sums to its budget exactly."""
     protected: Tensor
     """[B] entries per head that every policy keeps: sinks and most recent."""
     total: int
     """Sum of `budgets`, known on the host from the budget alone."""
-    judged: Tensor
-    """[L, B, H, S] what the scores were before each head's budget was known, by which budgets may have been shared."""
+    raw_scores: Tensor
+    """[L, B, H, S] the scores before `Scorer.refine`, by which budgets may have been shared."""
 
     @property
     def kept(self) -> Tensor:
@@ -42,9 +42,8 @@ def changed(plan: Plan, other: Plan) -> Tensor:
     return (kept & ~other.kept).sum((0, 2, 3)) / kept.sum((0, 2, 3))
 
 
-def started_at(judged: Sequence[Scores], device: torch.device) -> Baseline | None:
-    """Where the scores of all layers started, None for a heuristic's."""
-    starts, priors = (
-        [one.to(device) for one in some if one is not None] for some in list(zip(*judged, strict=True))[1:]
-    )
-    return Baseline(torch.stack(starts), torch.stack(priors)) if starts else None
+def baseline_of(scores: Sequence[Scores], device: torch.device) -> Baseline | None:
+    """The baseline of all layers' scores, None for a heuristic's."""
+    plain = [layer.baseline.to(device) for layer in scores if layer.baseline is not None]
+    scaled = [layer.baseline_scaled.to(device) for layer in scores if layer.baseline_scaled is not None]
+    return Baseline(torch.stack(plain), torch.stack(scaled)) if plain else None

@@ -17,7 +17,6 @@ from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.inference.models import model_digest
 from learnkv.inference.prefill import prefill
-from learnkv.policy.base_policy import base_policy
 from learnkv.policy.policy import Policy
 
 
@@ -57,7 +56,7 @@ def starting_points(policies: Mapping[str, Policy]) -> dict[str, str]:
     """For each policy with learned parts, the name of the heuristic below them, if that one is compared too."""
     found = {}
     for name, policy in policies.items():
-        plain = base_policy(policy).spec()
+        plain = policy.base_policy().spec()
         for other, heuristic in policies.items():
             if other != name and heuristic.spec() == plain:
                 found[name] = other

@@ -1,4 +1,4 @@
-"""A prompt is judged once for all budgets, wherever a policy's judgement does not depend on the budget."""
+"""Sharing of scores between the budgets of one prompt, wherever they do not depend on the budget."""
 
 import copy
 from dataclasses import replace
@@ -12,9 +12,9 @@ from learnkv.policy.policy import Policy
 
 
 def for_one_prompt(policy: Policy) -> Policy:
-    """A policy that decides as `policy` does about forks of one cache, and remembers what it was told of each layer.
+    """A policy that decides as `policy` does about forks of one cache, and computes scores and features once.
 
-    It is for one prompt: what it remembers is not asked again. Tokens that come later are judged anew.
+    It serves one prompt. Merged tails are scored anew.
     """
     twin = copy.copy(policy)
     twin._modules = dict(policy._modules)
@@ -25,54 +25,57 @@ def for_one_prompt(policy: Policy) -> Policy:
 
 
 class _Scores(Scorer):
-    """The scores of `base`, asked for once per layer; of scores that depend on how much will be kept, what does not."""
+    """The scores of `base`, computed once per layer; for scores that depend on the budget, the part that does not."""
 
     def __init__(self, base: Scorer) -> None:
         super().__init__()
         self.base = base
         self.needs, self.window, self.reads_budget = base.needs, base.window, base.reads_budget
         self.extra_passes = base.extra_passes
-        self.known: dict[int, Scores] = {}
+        self.scores: dict[int, Scores] = {}
         self.prepared: dict[int, tuple[Tensor, ...]] = {}
 
-    def forward(self, seen: Observation) -> Tensor:
-        return self.judge(seen).scores
+    def forward(self, obs: Observation) -> Tensor:
+        return self.score(obs).scores
 
-    def judge(self, seen: Observation) -> Scores:
-        layer, blind = seen.layer_idx, replace(seen, keep=None)  # one that reads `keep` after all fails, it cannot lie
+    def score(self, obs: Observation) -> Scores:
+        layer, blind = obs.layer_idx, replace(obs, keep=None)  # a scorer that reads `keep` undeclared raises
         if self.reads_budget:
             if layer not in self.prepared:
                 self.prepared[layer] = self.base.prepare(blind)
-            known = self.prepared[layer]
-            return Scores(self.base.decide(seen, known)) if known else self.base.judge(seen)
-        if layer not in self.known:
-            self.known[layer] = self.base.judge(blind)
-        return self.known[layer]
+            prepared = self.prepared[layer]
+            return Scores(self.base.decide(obs, prepared)) if prepared else self.base.score(obs)
+        if layer not in self.scores:
+            self.scores[layer] = self.base.score(blind)
+        return self.scores[layer]
 
     @property
     def refines(self) -> bool:
         return self.base.refines
 
-    def refine(self, seen: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
-        return self.base.refine(seen, scores, budgets)
+    def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        return self.base.refine(obs, scores, budgets)
 
 
 class _Features(Allocator):
-    """The budgets of `base`, which looks at each layer once."""
+    """The budgets of `base`, whose features of a prompt are computed once per layer."""
 
     def __init__(self, base: Allocator) -> None:
         super().__init__()
         self.base = base
         self.static, self.sequential, self.window = base.static, base.sequential, base.window
-        self.known: dict[int, Tensor | None] = {}
+        self.computed: dict[int, Tensor | None] = {}
 
-    def features(self, seen: Observation) -> Tensor | None:
-        if seen.layer_idx not in self.known:
-            self.known[seen.layer_idx] = self.base.features(replace(seen, keep=None))
-        return self.known[seen.layer_idx]
+    def features(self, obs: Observation) -> Tensor | None:
+        blind = replace(obs, keep=None)
+        if not obs.aligned:  # after tokens were added
+            return self.base.features(blind)
+        if obs.layer_idx not in self.computed:
+            self.computed[obs.layer_idx] = self.base.features(blind)
+        return self.computed[obs.layer_idx]
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
         return self.base(scores, features, budget)
 
-    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Baseline | None) -> Tensor:
-        return self.base.split(scores, features, budget, start)
+    def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None) -> Tensor:
+        return self.base.split(scores, features, budget, baseline)

@@ -81,7 +81,7 @@ def _pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
         layer.capture.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.sealed)
     kwargs = {**kwargs, "cache_layer": layer}
     schedule = cache.schedule
-    if schedule is not None and not schedule.student and module.layer_idx == cache.compressible[-1]:
+    if schedule is not None and not schedule.deferred and module.layer_idx == cache.compressible[-1]:
         kwargs["evict_if_due"] = cache.evict_if_due
     return args, kwargs
 

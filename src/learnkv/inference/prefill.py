@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.core.observation import CaptureSpec
+from learnkv.core.observation import CaptureSpec, HiddenSample
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
@@ -33,6 +33,7 @@ def prefill(
     policy: Policy | None = None,
     keep: float | None = None,
     budget: float | None = None,
+    sample: HiddenSample | None = None,
 ) -> CompressedCache:
     """Read prompts with full attention and return a cache of all entries, or of those that `policy` keeps.
 
@@ -46,6 +47,7 @@ def prefill(
             their extra passes over the prompt are run.
         policy: compress to `keep` or `budget`. With a static or sequential allocator every layer is evicted as soon as
             it has read the end of the prompt; without chunks, only one layer at a time holds all of its entries.
+        sample: tokens whose hidden states trained scorers get gradients from; None: the default of `HiddenSample`.
 
     Raises:
         UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
@@ -58,7 +60,7 @@ def prefill(
         check_budget(keep, budget)
         policies = [*policies, policy]
     capture_spec = functools.reduce(operator.or_, (each.capture_spec for each in policies), CaptureSpec(window))
-    cache = CompressedCache(model.config, capture_spec)
+    cache = CompressedCache(model.config, capture_spec.with_sample(sample))
     cache.set_prompt(lengths)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     one_shot = policy if policy is not None and policy.reads_once and keep != 1 else None

@@ -1,4 +1,4 @@
-"""Page selectors: which entries does a decode step read, when nothing is evicted."""
+"""Page selectors: which entries a decode step reads when nothing is evicted."""
 
 from learnkv.core.page_selector import PageSelector
 from learnkv.pages.quest import Quest

@@ -1,8 +1,10 @@
-"""How many entries a budget buys, and which of them every policy keeps."""
+"""How many entries a budget keeps, and which of them every policy keeps."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
 
 
@@ -16,31 +18,53 @@ def check_budget(keep: float | None, budget: float | None) -> None:
         raise UserError(f"budget={budget:g}: expected at least one entry per head")
 
 
-def entries_to_keep(cache: CompressedCache, heads: int, keep: float | None, budget: float | None) -> list[int]:
-    """Entries to keep in each row over all `heads` heads of all layers: keep * n * heads, rounded half to even."""
+def check_read(evicts: bool, pages: PageSelector | None, read: float | None) -> None:
+    """Raise unless `read` is a fraction for a policy that evicts and reads pages of the rest, and None for others."""
+    if (read is not None) != (evicts and pages is not None) or (read is not None and not 0 < read <= 1):
+        raise UserError(f"read={read}: expected a fraction, above 0 and at most 1, with a scorer and pages, else none")
+
+
+def entries_to_keep(lengths: Sequence[int], heads: int, keep: float | None, budget: float | None) -> list[int]:
+    """Entries to keep in each row over all `heads` heads of all layers: keep * n * heads, rounded half to even.
+
+    Args:
+        lengths: tokens n of each row.
+        keep, budget: fraction of the tokens, or entries per head; exactly one of them.
+    """
     check_budget(keep, budget)
-    total = []
-    for row, n in enumerate(cache.prompt_lengths):
-        asked = keep * n * heads if keep is not None else min(float(budget or 0), n) * heads
-        total.append(round(asked))
-        if total[-1] < heads:
+    totals = []
+    for row, n in enumerate(lengths):
+        exact = keep * n * heads if keep is not None else min(float(budget or 0), n) * heads
+        totals.append(round(exact))
+        if totals[-1] < heads:
             raise UserError(
-                f"keep={keep:g}: leaves {asked / heads:.2f} entries per head of a prompt of {n} tokens (row {row}), "
+                f"keep={keep:g}: leaves {exact / heads:.2f} entries per head of a prompt of {n} tokens (row {row}), "
                 "expected at least one"
             )
-    return total
+    return totals
+
+
+def protected_per_head(most: int, lengths: Sequence[int], totals: Sequence[int], heads: int) -> list[int]:
+    """Protected entries per head of each row: `most`, clipped to half of the row's budget.
+
+    Args:
+        most: sinks and recent tokens.
+        lengths: tokens of each row.
+        totals: entries to keep in each row over all `heads` heads.
+    """
+    return [min(most, total // (2 * heads), n) for total, n in zip(totals, lengths, strict=True)]
 
 
 def protected_entries(
     positions: Tensor, valid: Tensor, length: Tensor, protected: Tensor, recent: int, sinks: int
 ) -> Tensor:
-    """True for the `protected` entries that are kept in any case: the last `recent` tokens, then the first ones.
+    """Mask of the `protected` entries that are kept in any case: the last `recent` tokens, then the first ones.
 
     Args:
         positions: [..., S] prompt position of each entry.
         valid: [..., S] False where there is no entry.
         length, protected: of each row, [..., 1].
-        sinks: 0: of the first tokens none.
+        sinks: 0: no first tokens.
     """
     last = protected.clamp(max=recent)
     first = (positions < protected - last) & (sinks > 0)

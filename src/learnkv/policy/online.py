@@ -1,137 +1,154 @@
-"""Eviction while tokens are added: what is retained and the tail are judged as a prompt is."""
+"""Online eviction: while tokens are added, the tail is merged and entries are evicted again."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.eviction import Rerotate
 from learnkv.cache.merge_tail import merge_tail
 from learnkv.cache.schedule import EvictionSchedule
-from learnkv.core.observation import CaptureSpec
+from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
-from learnkv.policy.budget import entries_to_keep
+from learnkv.policy.budget import entries_to_keep, protected_per_head
+from learnkv.policy.planner import Planner, with_keep
+from learnkv.policy.relax import relax_to_plan
 
-if TYPE_CHECKING:
-    from learnkv.policy.policy import Policy
 
-
-def check_judge(evict_interval: int, judge: Scorer | None) -> None:
-    """Raise where a scorer cannot judge tokens that come after the prompt."""
-    if evict_interval < 0:
+def check_online(interval: int, scorer: Scorer | None) -> None:
+    """Raise for a negative interval, and where a scorer cannot score tokens that come after the prompt."""
+    if interval < 0:
         raise UserError(
-            f"evict_interval={evict_interval}: expected a number of tokens, 0 to keep all that come after the prompt"
+            f"evict_interval={interval}: expected a number of tokens, 0 to keep all that come after the prompt"
         )
-    if evict_interval and judge is not None and (judge.needs or judge.extra_passes):
+    if interval and scorer is not None and (scorer.needs or scorer.extra_passes):
         raise UserError(
-            f"evict_interval={evict_interval}: {type(judge).__name__} reads of a prompt what is not held of "
+            f"evict_interval={interval}: {type(scorer).__name__} reads of a prompt what is not held of "
             "later tokens; expected another scorer as decode"
         )
 
 
-def schedule_eviction(
-    policy: "Policy",
-    cache: CompressedCache,
-    keep: float | None,
-    budget: float | None,
-    renew: Callable[[CompressedCache], None] | None = None,
-) -> EvictionSchedule | None:
-    """What a cache that is about to be compressed will hold to; None for a policy that leaves later tokens alone.
+class _Merge(NamedTuple):
+    """The tail of a cache that is being merged, and the budgets of the entries together."""
+
+    positions: Tensor
+    """[B, M] position of each slot of the tail, -1 for padding."""
+    totals: list[int]
+    """Entries to keep in each row."""
+    protected: list[int]
+    """Protected entries per head of each row."""
+    evicted: list[bool]
+    """Whether a row has evicted anything before."""
+
+
+@dataclass(frozen=True)
+class OnlineEviction:
+    """Evicts again, down to the budget, whenever `interval` tokens have been added.
+
+    As long as a row holds everything, its budget is split over layers and heads at each eviction. Once it has evicted,
+    its heads keep their budgets.
 
     Args:
-        renew: what a student is brought back to its budget by.
+        planner: with the scorer of decoded tokens.
+        interval: slots of the tail at which the cache evicts.
+        rerotate: as of `CompressedCache.evict`.
     """
-    judge = policy.decode or policy.scorer
-    if not policy.evict_interval or judge is None:
-        return None
-    heads = _heads(cache)
-    held = entries_to_keep(cache, heads, keep, budget)
-    most = held if budget is None else [round(budget * heads)] * len(held)
-    live = CaptureSpec(max(judge.window, policy.allocator.window), statistics=judge.decode_capture)
-    again = renew or partial(recompress, policy)
-    return EvictionSchedule(policy.evict_interval, tuple(most), tuple(held), live, again, student=renew is not None)
+
+    planner: Planner
+    interval: int
+    rerotate: Rerotate | None = None
+
+    @property
+    def capture_spec(self) -> CaptureSpec:
+        """What is captured of decoded tokens."""
+        scorer, allocator = self.planner.scorer, self.planner.allocator
+        return CaptureSpec(max(scorer.window, allocator.window), statistics=scorer.decode_capture)
+
+    def schedule_eviction(
+        self, cache: CompressedCache, keep: float | None, budget: float | None, temperature: float | None = None
+    ) -> EvictionSchedule:
+        """The schedule of a cache that is about to be compressed.
+
+        Args:
+            keep, budget: of the compression; `keep` counts the prompt's tokens only.
+            temperature: of a student, which is relaxed instead; None: evict.
+        """
+        heads = _heads(cache)
+        kept = entries_to_keep(cache.prompt_lengths, heads, keep, budget)
+        most = kept if budget is None else [round(budget * heads)] * len(kept)
+        evict = self.evict if temperature is None else partial(self.relax_again, temperature=temperature)
+        deferred = temperature is not None
+        return EvictionSchedule(self.interval, tuple(most), tuple(kept), self.capture_spec, evict, deferred)
+
+    @torch.no_grad()
+    def evict(self, cache: CompressedCache) -> None:
+        """Merge the tail and evict until every row is within its budget."""
+        budgets, merge = cache.budgets, self._merge(cache)
+        assert budgets is not None
+        longest, of_layer = (part.tolist() for part in (budgets.amax((1, 2)), budgets.sum((1, 2))))
+        layers = len(of_layer)
+        if all(merge.evicted):  # budgets are fixed: one layer at a time
+            for layer_idx, fixed in enumerate(budgets):
+                obs = self._merged(cache, layer_idx, longest[layer_idx], merge)
+                obs = with_keep(obs, cache.lengths, merge.totals, layers)
+                scores = self.planner.refine(obs, self.planner.score(obs, merge.protected).scores, fixed)
+                fixed = fixed.unsqueeze(0).to(scores.device)
+                cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate)
+            return
+        observations = [self._merged(cache, layer_idx, max(longest), merge) for layer_idx in range(layers)]
+        plan = self.planner.plan(observations, cache.lengths, merge.totals, merge.protected, budgets, merge.evicted)
+        cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
+        cache.budgets = plan.budgets
+
+    def relax_again(self, student: CompressedCache, temperature: float) -> None:
+        """The training variant of `evict`: nothing is freed, and the masks of kept and evicted entries have gradients.
+
+        Entries evicted before cannot come back and have no gradient, and keys and values of the tail are constants:
+        a token trains the latest eviction before it.
+        """
+        schedule, budgets, merge = student.schedule, student.budgets, self._merge(student)
+        assert schedule is not None and schedule.wanted is not None and budgets is not None
+        longest = int(budgets.max())
+        observations = [self._merged(student, layer_idx, longest, merge) for layer_idx in range(len(budgets))]
+        plan = self.planner.plan(observations, student.lengths, merge.totals, merge.protected, budgets, merge.evicted)
+        fixed = upload(merge.evicted, plan.wanted.device).view(1, -1, 1)
+        wanted = torch.where(fixed, schedule.wanted, plan.wanted)
+        relax_to_plan(student, replace(plan, wanted=wanted), temperature)
+
+    def _merge(self, cache: CompressedCache) -> _Merge:
+        """Count the tail among the tokens that budgets are fractions of."""
+        schedule, heads = cache.schedule, _heads(cache)
+        assert schedule is not None
+        evicted = [kept < n * heads for kept, n in zip(schedule.kept, cache.lengths, strict=True)]
+        positions, new = _count_tail(cache)
+        rows = zip(schedule.budget, schedule.kept, new, strict=True)
+        totals = [min(most, kept + more * heads) for most, kept, more in rows]
+        most = self.planner.sinks + self.planner.recent
+        protected = protected_per_head(most, cache.lengths, schedule.budget, heads)
+        cache.schedule = replace(schedule, kept=tuple(totals))
+        return _Merge(positions, totals, protected, evicted)
+
+    @staticmethod
+    def _merged(cache: CompressedCache, layer_idx: int, longest: int, merge: _Merge) -> Observation:
+        """Merge the tail of one layer, whose heads retain at most `longest` entries, and observe the result."""
+        layer = cache.compressed_layers()[layer_idx]
+        merge_tail(layer, longest, merge.positions.to(layer.device))
+        return layer.observation()
 
 
-@torch.no_grad()
-def recompress(policy: "Policy", cache: CompressedCache) -> None:
-    """Join the tail to what is retained and evict until every row is within its budget.
-
-    Once a row had to evict, its heads keep the budgets that they were given then. So each layer is judged and evicted
-    by itself. As long as a row holds everything, the allocator is asked anew.
-    """
-    assert cache.budgets is not None
-    judge, said, total, protected, evicted = _joined(policy, cache)
-    longest, of_layer = (part.tolist() for part in (cache.budgets.amax((1, 2)), cache.budgets.sum((1, 2))))
-    if all(evicted):
-        for at, budgets in enumerate(cache.budgets):
-            _reopen(cache, at, longest[at], said)
-            obs = policy.obs(cache, at, total)
-            scores = policy.refine(judge, obs, policy.judge(judge, obs, protected).scores, budgets)
-            mine = budgets.unsqueeze(0).to(scores.device)
-            cache.evict(scores.unsqueeze(0), mine, of_layer[at], at, policy.rerotate)
-        return
-    for at in range(len(of_layer)):
-        _reopen(cache, at, max(longest), said)
-    observations = [policy.obs(cache, at, total) for at in range(len(of_layer))]
-    plan = policy.plan_within(cache, observations, judge, total, protected, evicted)
-    cache.evict(plan.scores, plan.budgets, plan.total, rerotate=policy.rerotate)
-    cache.budgets = plan.budgets
-
-
-def relax_again(policy: "Policy", temperature: float, student: CompressedCache) -> None:
-    """What `recompress` does, of a student: nothing is freed, and what is kept or evicted now has a gradient.
-
-    Of what was evicted before nothing can come back, and has a gradient, and keys and values of the tail are taken as
-    they are: what a token says trains the latest eviction before it.
-    """
-    schedule, budgets = student.schedule, student.budgets
-    assert schedule is not None and schedule.wanted is not None and budgets is not None
-    judge, said, total, protected, evicted = _joined(policy, student)
-    longest = int(budgets.max())
-    for at in range(len(budgets)):
-        _reopen(student, at, longest, said)
-    observations = [policy.obs(student, at, total) for at in range(len(budgets))]
-    plan = policy.plan_within(student, observations, judge, total, protected, evicted)
-    decided = upload(evicted, plan.wanted.device).view(1, -1, 1)
-    policy.hold(student, replace(plan, wanted=torch.where(decided, schedule.wanted, plan.wanted)), temperature)
-
-
-def _joined(policy: "Policy", cache: CompressedCache) -> tuple[Scorer, Tensor, list[int], list[int], list[bool]]:
-    """Count the tail among what is judged. Returns who judges, the tail's positions [B, M], and of each row how many
-    entries it may hold, how many per head are protected, and whether it has evicted anything before."""
-    schedule, judge, heads = cache.schedule, policy.decode or policy.scorer, _heads(cache)
-    assert schedule is not None and judge is not None
-    evicted = [kept < n * heads for kept, n in zip(schedule.held, cache.lengths, strict=True)]
-    said, new = _join_tail(cache)
-    total = [
-        min(most, kept + more * heads) for most, kept, more in zip(schedule.budget, schedule.held, new, strict=True)
-    ]
-    protected = [
-        min(policy.sinks + policy.recent, most // (2 * heads), n)
-        for most, n in zip(schedule.budget, cache.lengths, strict=True)
-    ]
-    cache.schedule = replace(schedule, held=tuple(total))
-    return judge, said, total, protected, evicted
-
-
-def _reopen(cache: CompressedCache, at: int, longest: int, said: Tensor) -> None:
-    layer = cache.compressed_layers()[at]
-    merge_tail(layer, longest, said.to(layer.device))
-
-
-def _join_tail(cache: CompressedCache) -> tuple[Tensor, list[int]]:
-    """Count the tail among what budgets speak of; returns its positions [B, M], -1 for padding, and its tokens."""
-    cache.tail_mask = said = cache.is_token()
-    base = upload(cache.prompt_lengths, said.device).unsqueeze(-1)
-    begin = said.shape[1] - cache.tail_length
-    positions = torch.where(said, base + said.cumsum(-1) - 1, -1)[:, begin:]
-    new = said[:, begin:].sum(-1).tolist()
-    cache.covered = [known + more for known, more in zip(cache.lengths, new, strict=True)]
+def _count_tail(cache: CompressedCache) -> tuple[Tensor, list[int]]:
+    """Add the tail's tokens to `cache.lengths`; returns its positions [B, M], -1 for padding, and each row's tokens."""
+    cache.tail_mask = is_token = cache.is_token()
+    base = upload(cache.prompt_lengths, is_token.device).unsqueeze(-1)
+    begin = is_token.shape[1] - cache.tail_length
+    positions = torch.where(is_token, base + is_token.cumsum(-1) - 1, -1)[:, begin:]
+    new = is_token[:, begin:].sum(-1).tolist()
+    cache.covered = [length + more for length, more in zip(cache.lengths, new, strict=True)]
     return positions, new
 
 

@@ -1,4 +1,4 @@
-"""Scorers: how important is each cache entry."""
+"""Scorers: the importance of each cache entry."""
 
 from learnkv.core.scorer import Scorer
 from learnkv.scorers.cake import CAKE

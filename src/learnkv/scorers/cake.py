@@ -15,7 +15,7 @@ class CAKE(Scorer):
     the entry, divided by their number less one: entries that only some queries need are kept too.
 
     Args:
-        window: number of last prompt queries that are asked.
+        window: number of last prompt queries.
         kernel_size: neighbouring entries that are pooled, odd.
         pooling: mean or maximum over the neighbours.
         gamma: weight of the variance.

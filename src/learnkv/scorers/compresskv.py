@@ -19,8 +19,8 @@ class CompressKV(Scorer):
 
     Args:
         heads: file of semantic retrieval scores in HeadKV's format, or `reference`.
-        first: how many heads of a layer are asked.
-        window: number of last prompt queries that are asked.
+        first: number of heads of a layer that are read.
+        window: number of last prompt queries.
         kernel_size: neighbouring entries that are pooled, odd.
         pooling: mean or maximum over the neighbours.
     """
@@ -51,14 +51,14 @@ class CompressKV(Scorer):
                 f"model has {obs.queries.shape[1]} in layer {obs.layer_idx}; learnkv calibrate only=head_scores "
                 "kind=semantic model=MODEL out=FILE makes the file of another model"
             )
-        asked = self.order[obs.layer_idx, : self.first]
-        read = asked // obs.num_key_value_groups
+        chosen = self.order[obs.layer_idx, : self.first]
+        kv_heads = chosen // obs.num_key_value_groups
         scores = window_scores(
-            obs.queries[:, asked, -self.window :],
-            obs.keys[:, read],
+            obs.queries[:, chosen, -self.window :],
+            obs.keys[:, kv_heads],
             query_positions=obs.query_positions[:, -self.window :],
-            positions=obs.positions[:, read],
-            valid=obs.valid[:, read],
+            positions=obs.positions[:, kv_heads],
+            valid=obs.valid[:, kv_heads],
             scaling=obs.scaling,
             kernel_size=self.kernel_size,
             pooling=self.pooling,

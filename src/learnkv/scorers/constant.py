@@ -8,7 +8,7 @@ from learnkv.core.scorer import Scorer
 
 
 class Constant(Scorer):
-    """No entry before another: what a learned scorer has for its base that starts from nothing.
+    """The same score for every entry: the base of a learned scorer without a heuristic.
 
     Ties are broken in favour of entries near the beginning of the prompt.
     """

@@ -21,7 +21,7 @@ class CriticalKV(Scorer):
         base: the scores to start from, non-negative.
         first_stage: part of a head's budget that `base` alone decides.
         floor: part of the mean budget that `base` alone decides in every head, AdaKV's `floor` in kvpress.
-        epsilon: added to scores before they are multiplied, so that zeros are told apart.
+        epsilon: added to scores before they are multiplied, so that zero scores are ranked by N_j.
     """
 
     def __init__(self, base: Scorer, first_stage: float = 0.5, floor: float = 0.0, epsilon: float = 1e-4) -> None:

@@ -46,7 +46,7 @@ class DefensiveKV(Scorer):
     budget, and where the budget is smaller than a window nearly all entries are promoted, so that chance decides.
 
     Args:
-        window: number of last prompt queries that are asked.
+        window: number of last prompt queries.
         kernel_size: neighbouring entries that are pooled, odd.
         mass: average attention that a head's promoted entries have together, at most.
         variant: `repaired` as above; `original` as the authors' code.
@@ -111,8 +111,8 @@ class DefensiveKV(Scorer):
 
     def _defensive(self, weights: Tensor, inside: Tensor, valid: Tensor) -> Tensor:
         """The largest pooled attention, no less than its mean over the entries before the window, [B, H, S]."""
-        within, there = inside[:, :, None, None], valid[:, :, None, None]
-        pooled = pool_apart(weights, within, there, self.kernel_size, "avg")
+        within, valid_slots = inside[:, :, None, None], valid[:, :, None, None]
+        pooled = pool_apart(weights, within, valid_slots, self.kernel_size, "avg")
         for part in (within, ~within):  # pooling loses mass at both ends
             had, has = (x.masked_fill(~part, 0.0).sum(-1, keepdim=True) for x in (weights, pooled))
             pooled = torch.where(part, pooled * (had / has.clamp(min=torch.finfo(has.dtype).tiny)), pooled)
@@ -132,8 +132,8 @@ class DefensiveKV(Scorer):
         """[B, H] entries before the one with which the best hold `mass` less `bias` of a head."""
         share = average.masked_fill(~past, 0.0).double()
         share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(share.dtype).tiny)
-        held = share.sort(dim=-1, descending=True).values.cumsum(-1)
-        reached = held >= (self.mass - bias).view(-1, 1, 1)
+        mass = share.sort(dim=-1, descending=True).values.cumsum(-1)
+        reached = mass >= (self.mass - bias).view(-1, 1, 1)
         return torch.where(reached.any(-1), reached.int().argmax(-1), 0)
 
     def _count(self, first: Tensor, past: Tensor, obs: Observation) -> Tensor:

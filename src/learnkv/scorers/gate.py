@@ -15,20 +15,20 @@ from learnkv.scorers.residual import Residual
 class GateScorer(Residual):
     """A heuristic's scores plus Fast KVzip's gate (arXiv 2601.17668), a learned multiple of it for each head.
 
-    The gate is `gate_scores`: whether the token's own low-rank key beats learned sinks when its own query looks. With
-    no heuristic under it (base `Constant`) and `scaled=False` the scores are the published gate's, those of `FastKVzip`
+    The gate is `gate_scores`: the weight of the token's own low-rank key beside learned sink keys. Without a heuristic
+    (base `Constant`) and `scaled=False` the scores are the published gate's, those of `FastKVzip`
     for the same weights.
 
     Args:
-        base: the heuristic to start from; `Residual` says which are refused.
+        base: the heuristic; see `Residual`.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         hidden_size: E of the model.
         num_groups: query heads per kv head.
         rank: dimensions of query and key.
         sinks: learned keys per head.
-        scaled: multiply the gate by a learned factor per head, 0 at first; else the correction is the gate from the
-            start, and what is kept at first is not what the heuristic keeps.
+        scaled: multiply the gate by a learned factor per head, 0 at first; else the correction is the gate itself,
+            and a policy at initialisation does not keep what the heuristic keeps.
     """
 
     def __init__(
@@ -47,28 +47,28 @@ class GateScorer(Residual):
             raise UserError(f"rank={rank} sinks={sinks}: expected at least 1 of each")
         if num_heads and not num_groups:
             raise UserError("num_groups=0: expected the query heads per kv head, as the other sizes are given")
-        self._reads_tokens(hidden=True)
+        self._caches_features(hidden=True)
         sizes = (num_heads, num_groups, hidden_size, rank, sinks)
-        first = gate_start(lambda *shape: torch.randn(num_layers, *shape), *sizes)
-        self.gate = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(one) for name, one in first.items()})
+        first = initial_gate(lambda *shape: torch.randn(num_layers, *shape), *sizes)
+        self.gate = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(weight) for name, weight in first.items()})
         self._names = tuple(first)
         self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if scaled else None
 
-    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
-        return self.of_tokens(obs).squeeze(-1)
+    def correction(self, obs: Observation, baseline: Tensor) -> Tensor:
+        return self.cached_features(obs).squeeze(-1)
 
-    def figures(self, obs: Observation) -> Tensor:
+    def token_features(self, obs: Observation) -> Tensor:
         """The correction itself, [B, H, S, 1]."""
         assert obs.hidden is not None
         weights = {name: self.gate[name.replace(".", "_")][obs.layer_idx] for name in self._names}
-        made = gate_scores(weights, obs.hidden.float())
-        return (made if self.scale is None else self.scale[obs.layer_idx] * made).unsqueeze(-1)
+        gate = gate_scores(weights, obs.hidden.float())
+        return (gate if self.scale is None else self.scale[obs.layer_idx] * gate).unsqueeze(-1)
 
 
-def gate_start(
+def initial_gate(
     draw: Callable[..., Tensor], heads: int, group: int, width: int, features: int, sinks: int
 ) -> dict[str, Tensor]:
-    """Weights that a gate is trained from, with whatever dimensions `draw` puts before a shape that it is given."""
+    """Initial weights of a gate; `draw` may put batch dimensions before the shape that it is given."""
     scale, queries = max(1, width) ** -0.5, heads * group * features
     query = draw(queries, width) * scale
     key = draw(heads * features, width) * scale
@@ -89,7 +89,7 @@ def gate_scores(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
 
     score_j = mean over the query heads of a kv head of 1 / (1 + sum_s exp(e_s - l)), with q = norm(W_q x_j + b_q),
     k = norm(W_k x_j), l = q k / sqrt(F) + b, and e_s = q k_s / sqrt(F) for learned base keys k_s: the weight of the
-    token's own key beside theirs. x_j is the input of the layer's attention; no other token is looked at.
+    token's own key beside theirs. x_j is the input of the layer's attention; no other token is read.
     """
     heads, _, _, features = weights["k_base"].shape
     query = F.linear(hidden, weights["q_proj.weight"], weights["q_proj.bias"]).unflatten(-1, (heads, -1, features))

@@ -16,7 +16,7 @@ _ALL = 2**31
 class H2O(Scorer):
     """Attention that an entry has received from all queries since it was read: heavy hitters (arXiv 2306.14048).
 
-    score_j = sum over the queries i >= j of softmax(q_i K / sqrt(D))_j. Early entries are seen by more queries and
+    score_j = sum over the queries i >= j of softmax(q_i K / sqrt(D))_j. More queries attend to early entries, which
     score higher for it. While generating, evicted entries no longer take part in the softmax, as in the original.
 
     The paper spends half of the budget on the latest entries, a policy with `sinks: 0` and more `recent` entries than
@@ -57,8 +57,9 @@ class H2O(Scorer):
 
     def _acausal(self, obs: Observation) -> Tensor:
         """Attention that entries receive from all queries, of which all but the last ones see every entry."""
-        at, last = obs.query_positions, obs.length.unsqueeze(-1)
-        sees = torch.where((at >= 0) & (at < last - self.causal_window), last, at)
+        query_positions, last = obs.query_positions, obs.length.unsqueeze(-1)
+        acausal = (query_positions >= 0) & (query_positions < last - self.causal_window)
+        sees = torch.where(acausal, last, query_positions)
         return attention_columns(
             obs.queries,
             obs.keys,

@@ -1,4 +1,4 @@
-"""A learned correction of a heuristic's scores from the token alone."""
+"""A learned correction of a heuristic's scores from single tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -17,23 +17,23 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "silu": F
 
 
 class HiddenScorer(Residual):
-    """A heuristic's scores plus one small network per layer that sees the token and answers for all kv heads.
+    """A heuristic's scores plus one small network per layer that reads the token and corrects all kv heads.
 
-    With no heuristic under it (base `Constant`) and hidden states as they are (`normalized=False`) this is KVzap's
+    Without a heuristic (base `Constant`) and hidden states as they are (`normalized=False`) this is KVzap's
     predictor (arXiv 2601.07891), of 512 hidden units or none, and Locret's (arXiv 2410.01805), of 1024 with `silu`:
     that one reads queries, keys and values before rotation, which are linear in hidden states unless the model
     normalises them, and its biases are zero. What KVzap evicts is below a threshold, here a budget is kept. The last
     layer starts at zero.
 
     Args:
-        base: the heuristic to start from; `Residual` says which are refused.
+        base: the heuristic; see `Residual`.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         head_dim: D of the model.
         hidden_size: E of the model.
         width: hidden units per layer; 0: none, scores are linear in what is read.
         reads: any of `hidden` (the input of the layer's attention), `keys` and `values` of all heads.
-        normalized: give each of them mean square 1 first.
+        normalized: scale each of them to mean square 1 first.
         activation: of the hidden units.
     """
 
@@ -55,9 +55,9 @@ class HiddenScorer(Residual):
         if activation not in _ACTIVATIONS:
             raise UserError(f"activation={activation}: expected {' or '.join(_ACTIVATIONS)}")
         self.reads, self.normalized, self.activation = tuple(reads), normalized, _ACTIVATIONS[activation]
-        self._reads_tokens(hidden="hidden" in reads)
+        self._caches_features(hidden="hidden" in reads)
         sizes: dict[Read, int] = {"hidden": hidden_size, "keys": num_heads * head_dim, "values": num_heads * head_dim}
-        features = sum(sizes[one] for one in self.reads)
+        features = sum(sizes[source] for source in self.reads)
         first = width or features
         self.weight_in: nn.Parameter | None = None
         if width:
@@ -66,23 +66,23 @@ class HiddenScorer(Residual):
         self.weight_out = nn.Parameter(torch.zeros(num_layers, first, num_heads))
         self.bias_out = nn.Parameter(torch.zeros(num_layers, 1, num_heads))
 
-    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
-        return self.of_tokens(obs).squeeze(-1)
+    def correction(self, obs: Observation, baseline: Tensor) -> Tensor:
+        return self.cached_features(obs).squeeze(-1)
 
-    def figures(self, obs: Observation) -> Tensor:
+    def token_features(self, obs: Observation) -> Tensor:
         """The correction itself, [B, H, S, 1]."""
-        layer, read = obs.layer_idx, [self._read(obs, one) for one in self.reads]
-        inputs = torch.cat([unit(one) if self.normalized else one.float() for one in read], -1)
+        layer, read = obs.layer_idx, [self._read(obs, source) for source in self.reads]
+        inputs = torch.cat([unit(part) if self.normalized else part.float() for part in read], -1)
         if self.weight_in is not None:
             inputs = self.activation(inputs @ self.weight_in[layer] + self.bias[layer])
         return (inputs @ self.weight_out[layer] + self.bias_out[layer]).transpose(1, 2).unsqueeze(-1)
 
     @staticmethod
-    def _read(obs: Observation, what: Read) -> Tensor:
+    def _read(obs: Observation, source: Read) -> Tensor:
         """[B, S, …]"""
-        if what == "hidden":
+        if source == "hidden":
             assert obs.hidden is not None
             return obs.hidden
-        entries = obs.keys if what == "keys" else obs.values
-        # Where a head has evicted the token, the others must not read what was left behind.
+        entries = obs.keys if source == "keys" else obs.values
+        # Where a head has evicted the token its slot holds garbage.
         return entries.masked_fill(~obs.valid.unsqueeze(-1), 0.0).transpose(1, 2).flatten(2)

@@ -17,7 +17,7 @@ class LAVa(Scorer):
     and so only matters where heads compete for a budget.
 
     Args:
-        window: number of last prompt queries that are asked.
+        window: number of last prompt queries.
         kernel_size: neighbouring entries that are pooled, odd.
         pooling: mean or maximum over the neighbours.
     """

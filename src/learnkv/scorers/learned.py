@@ -14,34 +14,33 @@ from learnkv.scorers.residual import Residual, unit
 
 _NEIGHBOURS = 7
 _GROWTH = 30  # a scale may change by orders of magnitude at a rate that suits the weights of a network
-_MOST = 8  # change of a scale, as a logarithm: beyond it a head's order is all noise, or has none
+_MOST = 8  # limit of a log scale: beyond it a head's order is all noise, or has none
 _SMALLEST = 2.0**-24  # the step of `Random`, and of float32 below 1
 
 
 class LearnedScorer(Residual):
-    """A heuristic's scores plus a small network per (layer, kv head) that sees the entry.
+    """A heuristic's scores plus a small network per (layer, kv head) that reads the entry.
 
-    The network reads the normalised key and value, the attention that the last prompt queries give to the entry and to
-    its neighbours in logs, the heuristic's own normal score and, with `rank`, a projection of the token's hidden state
-    that the heads of a layer share: what the other heads' keys and values would say. What it sees also reaches the
-    result directly, without the hidden units: those of heads that keep all they have die in training, and the order
-    within such a head with them. Both parts start at zero. ForesightKV (ICML 2026) has such a network without a
-    heuristic under it.
+    The network reads the normalised key and value, the logarithm of the attention that the last prompt queries give to
+    the entry and to its neighbours, the heuristic's own normal score and, with `rank`, a projection of the token's
+    hidden state that the heads of a layer share. A direct linear path bypasses the hidden units: those of heads that
+    keep everything die in training, and with them the order within such a head. Both parts are zero at initialisation.
+    ForesightKV (ICML 2026) has such a network without a heuristic.
 
     Args:
-        base: the heuristic to start from; `Residual` says which are refused.
+        base: the heuristic; see `Residual`.
         num_layers: layers of the model; 0 until `train.py` fills in this and the other sizes of the model.
         num_heads: kv heads per layer.
         head_dim: D of the model.
         width: hidden units per head.
         window: last prompt queries whose attention is a feature.
         rank: numbers that hidden states are projected to; 0: they are not read.
-        sampling: scale, at first, of Gumbel noise that decides with the scores within each head, a fixed function of
-            layer, head and position; 0: none. With a scale of 1, what a head keeps is a sample without replacement,
-            each entry drawn in proportion to the exponential of its score (Kool et al., arXiv 1903.06059). Heads that
-            average over the whole prompt want a sample: the entries of the highest scores are no fair part of the rest
-            (MagicPIG, arXiv 2410.16179, samples for this reason). Heads that look something up want none. So every head
-            learns a scale. With noise, what is kept at first is a sample by the heuristic's scores, not its best.
+        sampling: initial scale of Gumbel noise that is added to the scores within each head, a fixed function of layer,
+            head and position; 0: none. With a scale of 1, the kept entries are a sample without replacement, each entry
+            drawn in proportion to the exponential of its score (Kool et al., arXiv 1903.06059). Heads that average over
+            the whole prompt need a sample: entries with the highest scores do not represent the rest (MagicPIG, arXiv
+            2410.16179, samples for this reason). Heads that retrieve need none. So every head learns a scale. With
+            noise, a policy at initialisation keeps a sample by the heuristic's scores, not its best entries.
         hidden_size: E of the model.
     """
 
@@ -73,7 +72,7 @@ class LearnedScorer(Residual):
         self.weight_direct = nn.Parameter(torch.zeros(num_layers, num_heads, features, 1))
         self.project: nn.Parameter | None = None
         if rank > 0:
-            self._reads_tokens(hidden=True)
+            self._caches_features(hidden=True)
             self.project = nn.Parameter(torch.randn(num_layers, hidden_size, rank) * max(1, hidden_size) ** -0.5)
 
     @property
@@ -84,22 +83,22 @@ class LearnedScorer(Residual):
         return scores + self.sampling_scales()[obs.layer_idx] * self._gumbel(obs) if self.refines else scores
 
     def sampling_scales(self) -> Tensor:
-        """[L, H, 1] of the noise that decides with the scores of each head."""
+        """[L, H, 1] scale of the noise on the scores of each head."""
         if self.sampling_growth is None:
             return torch.zeros(*self.shape, 1)
         return self.sampling * (_GROWTH * self.sampling_growth).clamp(-_MOST, _MOST).exp()
 
-    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
+    def correction(self, obs: Observation, baseline: Tensor) -> Tensor:
         layer = obs.layer_idx
         with torch.no_grad():
-            inputs = torch.cat([self._entries(obs), self._attention(obs), prior.unsqueeze(-1)], -1)
+            inputs = torch.cat([self._entries(obs), self._attention(obs), baseline.unsqueeze(-1)], -1)
         if self.project is not None:
-            inputs = torch.cat([inputs, self.of_tokens(obs).expand(-1, inputs.shape[1], -1, -1)], -1)
+            inputs = torch.cat([inputs, self.cached_features(obs).expand(-1, inputs.shape[1], -1, -1)], -1)
         hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])
         correction: Tensor = (hidden @ self.weight_out[layer] + inputs @ self.weight_direct[layer]).squeeze(-1)
         return correction
 
-    def figures(self, obs: Observation) -> Tensor:
+    def token_features(self, obs: Observation) -> Tensor:
         """Hidden states, projected, [B, 1, S, rank]; the same for all heads."""
         assert obs.hidden is not None
         assert self.project is not None
@@ -130,5 +129,5 @@ class LearnedScorer(Residual):
         reduced = torch.stack([of_query_heads.mean(2), of_query_heads.amax(2)])
         smooth = nn.functional.avg_pool1d(reduced.flatten(0, 1), _NEIGHBOURS, 1, _NEIGHBOURS // 2).view_as(reduced)
         entries = obs.valid.sum(-1, keepdim=True).unsqueeze(-1)
-        # Five decades below an even spread nothing is worth telling apart; /5 brings the range near to the others'.
+        # Differences five decades below an even spread do not matter; /5 brings the range near to the other inputs'.
         return (torch.cat([reduced, smooth]).movedim(0, -1) * entries).clamp_min(1e-5).log() / 5

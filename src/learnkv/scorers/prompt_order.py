@@ -7,7 +7,7 @@ from learnkv.core.scorer import Scorer
 
 
 class PromptOrder(Scorer):
-    """The first entries of the prompt, in order: what a policy's protected tokens are worth by themselves.
+    """The first entries of the prompt, in order: a control for the protected tokens alone.
 
     No score of any kind decides; beside sinks and recent tokens the budget goes to the beginning of the prompt.
     """

@@ -1,4 +1,4 @@
-"""Attention that entries get while the model reads the prompt once more."""
+"""Attention that entries receive while the model repeats the prompt."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from learnkv.ops.output_projection import projected_l2
 
 @dataclass(frozen=True)
 class Repetition(PromptPass):
-    """Largest attention that an entry gets while its chunk of the prompt is repeated, [B, H, S, 1].
+    """Largest attention that an entry receives while its chunk of the prompt is repeated, [B, H, S, 1].
 
     The maximum is over the queries of the pass and the query heads of a kv head; 0 for entries that are not repeated.
 
@@ -27,7 +27,7 @@ class Repetition(PromptPass):
         after: ids between the instruction and the chunk: the end of the user's turn.
         normalized: multiply by the norm of what the value adds to the layer's output, divide by the norm of the layer's
             input at the query (KVzip+, KVzap).
-        softmax: over the sinks, the chunk and the pass, or over `all` that the query sees.
+        softmax: over the sinks, the chunk and the pass, or over `all` entries before the query.
         queries: all of the pass, or those of the tokens `repeated`.
     """
 
@@ -46,20 +46,20 @@ class Repetition(PromptPass):
         return self.normalized
 
     def passes(self, ids: Tensor, mask: Tensor) -> Iterator[PassTokens]:
-        rows = [row[one].tolist() for row, one in zip(ids, mask.bool(), strict=True)]
+        rows = [row[valid].tolist() for row, valid in zip(ids, mask.bool(), strict=True)]
         for begin in range(self.prefix, max(map(len, rows)), self.chunk):
             end = begin + self.chunk
             lead = [self._lead(row, begin) if begin < len(row) else [] for row in rows]
-            told = [[*first, *row[begin:end]] for first, row in zip(lead, rows, strict=True)]
-            longest = max(map(len, told))
+            read = [[*first, *row[begin:end]] for first, row in zip(lead, rows, strict=True)]
+            longest = max(map(len, read))
             slot, device = torch.arange(longest, device=ids.device), ids.device
-            length, leading = (torch.tensor([len(one) for one in part], device=device) for part in (told, lead))
-            there = slot < length.unsqueeze(-1)
+            length, leading = (torch.tensor([len(row) for row in part], device=device) for part in (read, lead))
+            valid = slot < length.unsqueeze(-1)
             entries = torch.tensor([len(row) for row in rows], device=device)
             yield PassTokens(
-                ids=torch.tensor([one + [0] * (longest - len(one)) for one in told], device=device),
-                mask=there,
-                repeats=there & (slot >= leading.unsqueeze(-1)),
+                ids=torch.tensor([row + [0] * (longest - len(row)) for row in read], device=device),
+                mask=valid,
+                repeated=valid & (slot >= leading.unsqueeze(-1)),
                 begin=entries.clamp(max=begin),
                 end=entries.clamp(max=end),
             )
@@ -68,17 +68,17 @@ class Repetition(PromptPass):
         overlap = row[max(begin - self.overlap, self.prefix) : begin]
         return [*self.before, *overlap, *self.after]
 
-    def update(self, obs: Observation, told: PassTokens, gathered: Tensor | None) -> Tensor:
-        heads, prompt = obs.keys.shape[1], obs.keys.shape[2] - told.ids.shape[1]
-        slots, among = self._taking_part(obs.positions[:, 0], told, prompt)
-        at = slots.unsqueeze(1).expand(-1, heads, -1)  # [B, H, J]
-        each = at.unsqueeze(-1).expand(*at.shape, obs.keys.shape[3])
-        positions = obs.positions.gather(2, at)
-        asks = told.repeats if self.queries == "repeated" else told.mask
+    def update(self, obs: Observation, tokens: PassTokens, gathered: Tensor | None) -> Tensor:
+        heads, prompt = obs.keys.shape[1], obs.keys.shape[2] - tokens.ids.shape[1]
+        slots, among = self._taking_part(obs.positions[:, 0], tokens, prompt)
+        index = slots.unsqueeze(1).expand(-1, heads, -1)  # [B, H, J]
+        each = index.unsqueeze(-1).expand(*index.shape, obs.keys.shape[3])
+        positions = obs.positions.gather(2, index)
+        counted = tokens.repeated if self.queries == "repeated" else tokens.mask
         columns = attention_columns(
             obs.queries,
             obs.keys.gather(2, each),
-            query_positions=obs.query_positions.masked_fill(~asks, -1),
+            query_positions=obs.query_positions.masked_fill(~counted, -1),
             positions=positions,
             valid=among.unsqueeze(1).expand_as(positions),
             scaling=obs.scaling,
@@ -87,17 +87,17 @@ class Repetition(PromptPass):
         )  # [B, H, G, J]
         if self.normalized:
             columns = columns * projected_l2(obs.values.gather(2, each), obs.projection)
-        asked = (positions >= told.begin[:, None, None]) & (positions < told.end[:, None, None])
-        found = obs.keys.new_zeros(obs.positions.shape, dtype=torch.float32)
-        found = found.scatter(2, at, columns.amax(2).masked_fill(~asked, 0.0))[..., :prompt].unsqueeze(-1)
-        return found if gathered is None else torch.maximum(found, gathered)
+        repeated = (positions >= tokens.begin[:, None, None]) & (positions < tokens.end[:, None, None])
+        received = obs.keys.new_zeros(obs.positions.shape, dtype=torch.float32)
+        received = received.scatter(2, index, columns.amax(2).masked_fill(~repeated, 0.0))[..., :prompt].unsqueeze(-1)
+        return received if gathered is None else torch.maximum(received, gathered)
 
-    def _taking_part(self, positions: Tensor, told: PassTokens, prompt: int) -> tuple[Tensor, Tensor]:
-        """Slots [B, J] of the entries in the softmax, and which of them are (rows have different numbers of them)."""
+    def _taking_part(self, positions: Tensor, tokens: PassTokens, prompt: int) -> tuple[Tensor, Tensor]:
+        """Slots [B, J] of the entries in the softmax and their mask [B, J]: rows have different numbers of them."""
         most = positions.shape[1]
         taking = positions >= 0
         if self.softmax == "chunk":
-            chunk = (positions >= told.begin.unsqueeze(-1)) & (positions < told.end.unsqueeze(-1))
+            chunk = (positions >= tokens.begin.unsqueeze(-1)) & (positions < tokens.end.unsqueeze(-1))
             own = torch.arange(most, device=positions.device) >= prompt
             taking = taking & (chunk | own | (positions < self.sinks))
             most = min(most, self.sinks + self.chunk + most - prompt)

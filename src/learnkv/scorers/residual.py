@@ -1,4 +1,4 @@
-"""A heuristic's scores, moved by something learned."""
+"""A heuristic's scores plus a learned correction."""
 
 from abc import abstractmethod
 
@@ -13,14 +13,14 @@ from learnkv.scorers.tokenwise import Tokenwise
 
 
 class Residual(Tokenwise):
-    """Normal scores of a heuristic's ranks plus a correction that is learned, entry by entry, and zero at first.
+    """Normal scores of a heuristic's ranks plus a learned correction per entry, which is zero at initialisation.
 
-    At first every order, within a head and between the heads of a layer, is the heuristic's, ties included. A scorer
-    that starts from nothing has `Constant` for its base.
+    At initialisation every order, within a head and between the heads of a layer, is the heuristic's, ties included. A
+    scorer without a heuristic has `Constant` as its base.
 
     Args:
-        base: the heuristic to start from: any whose scores alone decide. One that orders within each head by how much
-            that head keeps (`CriticalKV`, a `LearnedScorer` with `sampling`) is refused.
+        base: the heuristic: any whose scores alone decide. One that ranks within each head by how much that head keeps
+            (`CriticalKV`, a `LearnedScorer` with `sampling`) is refused.
         num_layers, num_heads: the model's.
     """
 
@@ -31,22 +31,22 @@ class Residual(Tokenwise):
         self.shape = (num_layers, num_heads)
 
     @abstractmethod
-    def correction(self, obs: Observation, prior: Tensor) -> Tensor:
-        """[B, H, S], differentiable, from what is seen and the heuristic's normal scores [B, H, S]."""
+    def correction(self, obs: Observation, baseline: Tensor) -> Tensor:
+        """[B, H, S], differentiable, from the observation and the heuristic's normal scores `baseline` [B, H, S]."""
 
     def forward(self, obs: Observation) -> Tensor:
-        return self.judge(obs).scores
+        return self.score(obs).scores
 
-    def judge(self, obs: Observation) -> Scores:
+    def score(self, obs: Observation) -> Scores:
         layers, heads = self.shape
         if obs.layer_idx >= layers or obs.keys.shape[1] != heads:
             raise UserError(
                 f"num_layers={layers} num_heads={heads}: the model has layer {obs.layer_idx} with {obs.keys.shape[1]}"
             )
         with torch.no_grad():
-            start = self.base(obs)
-            prior = normal_scores(start, obs.valid)
-        return Scores(prior + self.correction(obs, prior), start, prior)
+            baseline = self.base(obs)
+            scaled = normal_scores(baseline, obs.valid)
+        return Scores(scaled + self.correction(obs, scaled), baseline, scaled)
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class ReSTKV(Scorer):
     The original works per query head, here these are reduced. Its other modes are options.
 
     Args:
-        window: number of last prompt queries that are asked.
+        window: number of last prompt queries.
         kernel_size: neighbouring entries that are pooled otherwise and within the window, odd.
         pooling: as above, or the mean or maximum of `kernel_size` neighbours.
         alpha: weight of a query beside all earlier ones; None: the mean of all.
@@ -86,8 +86,8 @@ class ReSTKV(Scorer):
             projected = values if small is None else torch.einsum("hmd,bhsd->bhsm", small[:, member], values)
             parts.append(self._moved(weights[:, :, member], sees, past, projected))
         figures = torch.stack(parts, 2)  # [B, H, G, S]
-        within, there = inside.unsqueeze(2), obs.valid.unsqueeze(2)
-        pooled = pool_apart(figures, within, there, self.kernel_size, "max" if self.pooling == "max" else "avg")
+        within, valid = inside.unsqueeze(2), obs.valid.unsqueeze(2)
+        pooled = pool_apart(figures, within, valid, self.kernel_size, "max" if self.pooling == "max" else "avg")
         return figures, pooled, self._moved_by_rank(weights, obs) if self.pooling == "adaptive" else pooled
 
     def decide(self, obs: Observation, prepared: tuple[Tensor, ...]) -> Tensor:
@@ -132,8 +132,8 @@ class ReSTKV(Scorer):
 
         def places(begin: Tensor) -> Tensor:
             """Slots by rank [B, H, G, P, S] for the queries `begin` [B, 1] and after."""
-            at = (begin + pairs).clamp(min=0, max=count - 1)
-            return order.gather(3, at[:, None, None, :, None].expand(*order.shape[:3], -1, slots))
+            query = (begin + pairs).clamp(min=0, max=count - 1)
+            return order.gather(3, query[:, None, None, :, None].expand(*order.shape[:3], -1, slots))
 
         apart = places(count - 2 * half) - places(count - half)  # padding comes first
         return (apart * (pairs < half)[:, None, None, :, None]).sum(3).cumsum(-1)

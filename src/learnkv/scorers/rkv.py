@@ -17,17 +17,17 @@ _ROWS = 256
 class RKV(Scorer):
     """Attention of the last queries, less how much a key repeats others (R-KV, arXiv 2505.24133).
 
-    score_j = mix * pool_max(attention_j) - (1 - mix) * softmax_j(mean_i sim_ij), sim the cosines between the keys of a
-    head. The query heads of a kv head are one: the largest of their logits goes into a softmax over the entries before
-    the window, averaged over the window's queries. Entries are not redundant to themselves, nor to one key that they
+    score_j = mix_lambda * pool_max(attention_j) - (1 - mix_lambda) * softmax_j(mean_i sim_ij), sim the cosines between
+    the keys of a head. The largest logit of a kv head's query heads goes into a softmax over the entries before the
+    window, averaged over the window's queries. Entries are not redundant to themselves, nor to one key that they
     resemble (cosine above `threshold`), so that of several copies one stays: the last (`keep_copy`), or, as the code
     does under the name `first`, the prompt's first entry, whatever it resembles. The paper weighs attention with 0.1
     and compresses what was generated; the authors' code has 0.07, the default here.
 
     Args:
-        window: number of last queries that are asked.
+        window: number of last queries.
         kernel_size: neighbouring entries whose attention is pooled, odd.
-        mix: weight of the attention; the rest is redundancy's.
+        mix_lambda: weight of the attention; the rest is redundancy's.
         threshold: cosine above which a key counts as a copy.
         keep_copy: which copy of a key does not count as redundant.
     """
@@ -36,31 +36,33 @@ class RKV(Scorer):
         self,
         window: int = 8,
         kernel_size: int = 7,
-        mix: float = 0.07,
+        mix_lambda: float = 0.07,
         threshold: float = 0.5,
         keep_copy: Literal["last", "first"] = "last",
     ) -> None:
         super().__init__()
         if window < 1 or kernel_size < 1 or kernel_size % 2 == 0:
             raise UserError(f"window={window} kernel_size={kernel_size}: expected window >= 1 and an odd kernel_size")
-        if not 0 <= mix <= 1 or threshold < 0:
-            raise UserError(f"mix={mix} threshold={threshold}: expected 0 <= mix <= 1 and threshold >= 0")
+        if not 0 <= mix_lambda <= 1 or threshold < 0:
+            raise UserError(
+                f"mix_lambda={mix_lambda} threshold={threshold}: expected 0 <= mix_lambda <= 1 and threshold >= 0"
+            )
         self.window = window
         self.kernel_size = kernel_size
-        self.mix = mix
+        self.mix_lambda = mix_lambda
         self.threshold = threshold
         self.keep_copy = keep_copy
 
     def forward(self, obs: Observation) -> Tensor:
-        return self.mix * self._attention(obs) - (1 - self.mix) * self._redundancy(obs)
+        return self.mix_lambda * self._attention(obs) - (1 - self.mix_lambda) * self._redundancy(obs)
 
     def _attention(self, obs: Observation) -> Tensor:
-        """[B, H, S]; the window's own entries have their part in a softmax over all that a query sees."""
+        """[B, H, S]; the window's own entries have their part in a softmax over all entries up to a query."""
         grouped = obs.queries[:, :, -self.window :].float().unflatten(1, (obs.keys.shape[1], -1))
         logits = torch.einsum("bhgwd,bhsd->bhgws", grouped, obs.keys.float()).amax(2) * obs.scaling
-        asks = obs.query_positions[:, -self.window :]  # [B, W]
-        sees = (obs.positions.unsqueeze(2) <= asks[:, None, :, None]) & obs.valid.unsqueeze(2)
-        sees = sees & (asks >= 0)[:, None, :, None]
+        queries = obs.query_positions[:, -self.window :]  # [B, W]
+        sees = (obs.positions.unsqueeze(2) <= queries[:, None, :, None]) & obs.valid.unsqueeze(2)
+        sees = sees & (queries >= 0)[:, None, :, None]
         inside = obs.in_window(self.window)
         weights = torch.where(
             inside.unsqueeze(2), _softmax(logits, sees), _softmax(logits, sees & ~inside.unsqueeze(2))

@@ -20,7 +20,7 @@ class SnapKV(Scorer):
     window, where here it is ranked by what its own queries give it.
 
     Args:
-        window: number of last prompt queries that are asked.
+        window: number of last prompt queries.
         kernel_size: neighbouring entries that are pooled, odd.
         pooling: mean or maximum over the neighbours.
         window_reduce: mean or sum over the queries; the order within a head is the same.

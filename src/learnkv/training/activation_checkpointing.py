@@ -25,7 +25,7 @@ def recomputed(model: nn.Module, scorer: Scorer | None = None) -> Iterator[None]
     """
     methods = {(layer, "forward"): _of_layer(model, layer) for layer in decoder_layers(model)}
     if scorer is not None:
-        methods[scorer, "judge"] = _of_scorer(scorer.judge)
+        methods[scorer, "score"] = _of_scorer(scorer.score)
     before = {(owner, name): vars(owner).get(name) for owner, name in methods}
     for (owner, name), method in methods.items():
         setattr(owner, name, method)
@@ -48,8 +48,8 @@ def _attends(module: nn.Module) -> bool:
     return hasattr(module, "layer_idx") and hasattr(module, "o_proj")
 
 
-def _of_scorer(judge: Method) -> Method:
-    return lambda seen: checkpoint(judge, seen, use_reentrant=False, preserve_rng_state=False)
+def _of_scorer(score: Method) -> Method:
+    return lambda obs: checkpoint(score, obs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _of_layer(model: nn.Module, layer: nn.Module) -> Method:

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
+from learnkv.core.observation import SAMPLED_TOKENS
 from learnkv.data.retrieval import held_out_kinds
 from learnkv.errors import UserError
 from learnkv.policy.policy import TEMPERATURE, Policy
-from learnkv.scorers.tokenwise import GRADIENT_TOKENS
 from learnkv.training.losses import Weighting
 from learnkv.training.objectives import Objective
 from learnkv.training.seeding import Draw
@@ -140,7 +140,7 @@ class TrainConfig:
     lengths: tuple[int, int] | None = None
     chunk_size: int | None = None
     checkpointing: bool = False
-    gradient_tokens: int = GRADIENT_TOKENS
+    gradient_tokens: int = SAMPLED_TOKENS
     continuations: int = 4
     continuation_tokens: int = 64
     query_aware: float = 0.25

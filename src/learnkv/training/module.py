@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.observation import SAMPLED_TOKENS, HiddenSample
 from learnkv.core.plan import Plan
 from learnkv.errors import RunError, UserError
 from learnkv.inference import lora as adapters
@@ -20,7 +21,6 @@ from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import GRID
 from learnkv.policy.policy import TEMPERATURE, Policy
 from learnkv.scorers.streaming_llm import StreamingLLM
-from learnkv.scorers.tokenwise import GRADIENT_TOKENS, draw_sample
 from learnkv.training import seeding as seeding
 from learnkv.training.activation_checkpointing import recomputed
 from learnkv.training.continuation import read_on
@@ -89,7 +89,7 @@ class Distillation(L.LightningModule):
         lora_lr: float = 1e-3,
         chunk_size: int | None = None,
         checkpointing: bool = False,
-        gradient_tokens: int = GRADIENT_TOKENS,
+        gradient_tokens: int = SAMPLED_TOKENS,
         seed: int = 0,
         answers: Path | None = None,
         description: Mapping[str, Any] | None = None,
@@ -155,10 +155,8 @@ class Distillation(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         objective = self.asked
         imitated = [Policy(target) for target in objective.targets]
-        drawn = seeding.generator(self.seed, "gradient", batch.number)
-        draw_sample(self.policy, self.gradient_tokens, drawn.getrandbits(32))
         with in_step(self.model):
-            cache = self._read(batch, [self.policy, *imitated])
+            cache = self._read(batch, [self.policy, *imitated], self.hidden_sample(batch.number))
             batch = self.answers.complete(self.model, batch, cache)
         seen = Comparison(len(batch.prompts), targets={one: scores_of(cache, one) for one in objective.targets})
         if objective.reads:
@@ -188,9 +186,14 @@ class Distillation(L.LightningModule):
         # everything reaches nothing.
         return loss + sum(0.0 * one.sum() for one in self.trained)
 
-    def _read(self, batch: Batch, policies: Sequence[Policy]) -> CompressedCache:
+    def hidden_sample(self, number: int) -> HiddenSample:
+        """Tokens of batch `number` whose hidden states predictors learn from."""
+        return HiddenSample(self.gradient_tokens, seeding.generator(self.seed, "gradient", number).getrandbits(32))
+
+    def _read(self, batch: Batch, policies: Sequence[Policy], sample: HiddenSample | None = None) -> CompressedCache:
         """The prompts, with what these policies read beside keys and values."""
-        return prefill(self.model, batch.prompts, batch.prompt_mask, chunk_size=self.chunk_size, policies=policies)
+        chunks, prompts = self.chunk_size, (batch.prompts, batch.prompt_mask)
+        return prefill(self.model, *prompts, chunk_size=chunks, policies=policies, sample=sample)
 
     def _recomputing(self) -> AbstractContextManager[None]:
         """Within it, a student's activations are held or computed again, as `checkpointing` says."""
@@ -235,7 +238,7 @@ class Distillation(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The deployed policy, its heuristic and its soft gates, at fixed kept fractions."""
         with in_step(self.model):
-            cache = self._read(batch, [self.policy])
+            cache = self._read(batch, [self.policy], HiddenSample(self.gradient_tokens))
             batch = self.answers.complete(self.model, batch, cache)
         teacher = self._logits(cache.fork(), batch)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.plan import changed
-from learnkv.policy.base_policy import base_policy
 from learnkv.policy.policy import Policy
 
 VALIDATION_KEEPS = (0.5, 0.25, 0.1, 0.05)
@@ -53,7 +52,7 @@ def measure(
         temperature: of the soft top-k.
         divergence: mean [] over the tokens that are read after a student's cache, which it uses up.
     """
-    start = base_policy(policy)
+    start = policy.base_policy()
     with torch.enable_grad():  # learned scores have a scale of their own, which their gradient tells relax
         plan = policy.plan(cache, keep=keep)
     with torch.no_grad():

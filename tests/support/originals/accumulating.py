@@ -16,8 +16,8 @@ def check_h2o(case: Case, causal: bool = True) -> None:
     arguments = {"group_reduce": params.get("group_agg") or "sum", "causal": causal, "window": params["window"]}
     h2o = policy("h2o", scorer=arguments)
     inputs = inputs_of(case)
-    seen = observation(inputs["q"], inputs["k"], inputs["v"])
-    statistics = {one: one.update(seen, None) for one in h2o.scorer.statistics}
+    obs = observation(inputs["q"], inputs["k"], inputs["v"])
+    statistics = {one: one.update(obs, None) for one in h2o.scorer.statistics}
     scores = h2o.scorer(observation(inputs["q"], inputs["k"], inputs["v"], statistics=statistics))
     past = scores.shape[-1] - params["window"]
     golden: np.ndarray = case["scores"]

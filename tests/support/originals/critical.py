@@ -53,11 +53,11 @@ def check_critical(case: Case) -> None:
         changes["scorer"]["floor"] = case.params["alpha_safeguard"]
         changes["allocator"] = {"floor": case.params["alpha_safeguard"], "rounding": "kvpress"}
     critical = policy("critical_adakv" if adaptive else "criticalkv", **changes)
-    seen = whole(case, critical)
-    scores = critical.scorer(seen).clone()
+    obs = whole(case, critical)
+    scores = critical.scorer(obs).clone()
     scores[..., protected] = torch.inf
     wanted = critical.allocator(scores.unsqueeze(0), None, budget_of(case.params, scores.shape[-1]))[0].long()
-    ranking = critical.scorer.refine(seen, scores, wanted)
+    ranking = critical.scorer.refine(obs, scores, wanted)
     first = ranking.numpy() == np.finfo(np.float32).max
     if adaptive:
         assert np.array_equal(wanted, case["kept_per_head"])
@@ -67,7 +67,7 @@ def check_critical(case: Case) -> None:
             assert_best(mine, np.minimum(row, 1e6), number, margin=1e-5)
         return
     assert (first.sum(-1) == case.params["first_stage_budget"]).all()
-    assert_scores(critical.scorer.contributions(seen).numpy(), case["wov_l1"])
+    assert_scores(critical.scorer.contributions(obs).numpy(), case["wov_l1"])
     golden = case["scores"]
     assert np.array_equal(first, golden == np.finfo(np.float32).max)
     assert_scores(ranking.numpy()[~first], golden[~first], rtol=TOLERANCE[case.params["base"]])

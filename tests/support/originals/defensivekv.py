@@ -20,8 +20,8 @@ def scored_parts(case: Case, name: str, scale: float) -> tuple[Policy, Parts]:
     arguments = {"window": params["window"], "kernel_size": params["kernel"], "variant": "original"}
     made = policy(name, scorer=arguments | {"mass": params.get("mass_threshold", 0.9)})
     keep = torch.tensor([1 - params["compression_ratio"]], dtype=torch.float64)
-    seen = whole(case, made, scale)
-    return made, made.scorer.parts(whole(case, made, scale, keep=keep.expand(len(seen.keys))))
+    obs = whole(case, made, scale)
+    return made, made.scorer.parts(whole(case, made, scale, keep=keep.expand(len(obs.keys))))
 
 
 def check_parts(case: Case, parts: Iterable[Parts], pathological: bool) -> np.ndarray:

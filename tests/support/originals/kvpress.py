@@ -43,13 +43,13 @@ def expected_attention(case: Case) -> tuple[Policy, Tensor, slice]:
         "epsilon": params["epsilon"],
     }
     made = policy("expected_attention", scorer=arguments)
-    seen = whole(case, made)
-    mean, covariance = made.scorer.future_queries(seen)
+    obs = whole(case, made)
+    mean, covariance = made.scorer.future_queries(obs)
     if "mu" in case:
         assert_scores(mean.numpy(), case["mu"], rtol=1e-3, atol=1e-5)
     if "cov_head0" in case:
         assert_scores(covariance[:, :1].numpy(), case["cov_head0"], rtol=1e-3, atol=1e-5)
-    return made, made.scorer(seen), slice(0, params["n_sink"])
+    return made, made.scorer(obs), slice(0, params["n_sink"])
 
 
 def observed_attention(case: Case) -> tuple[Policy, Tensor, slice]:

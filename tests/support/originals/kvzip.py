@@ -15,20 +15,20 @@ from support.originals.comparing import assert_best, assert_scores, kept
 from support.originals.loading import Case, inputs_of, observation, policy
 
 
-def told(
+def pass_over(
     inputs: dict, case: Case, scale: float, chunk: list[int], prompt: int, repeats: slice
 ) -> tuple[Observation, PassTokens]:
-    """What the probe sees when the rows [chunk[2], chunk[3]) of the inputs are the pass after the first `prompt` rows
-    and repeat [chunk[0], chunk[1])."""
+    """The observation of a pass: the rows [chunk[2], chunk[3]) of the inputs, after the first `prompt` rows,
+    repeat [chunk[0], chunk[1])."""
     begin, end, first, last = chunk
     keys, values = (torch.cat([inputs[name][:, :, :prompt], inputs[name][:, :, first:last]], 2) for name in ("k", "v"))
     weight = torch.from_numpy(case.shared["Wo"]) if "Wo" in case.shared else None
     hidden = inputs["q_pre"][:, :, first:last].transpose(1, 2).flatten(2)
-    seen = observation(scale * inputs["q"][:, :, first:last], keys, values, output_weight=weight, hidden=hidden)
-    there = torch.ones(1, last - first, dtype=torch.bool)
-    rows = torch.zeros_like(there)
+    obs = observation(scale * inputs["q"][:, :, first:last], keys, values, output_weight=weight, hidden=hidden)
+    mask = torch.ones(1, last - first, dtype=torch.bool)
+    rows = torch.zeros_like(mask)
     rows[:, repeats] = True
-    return seen, PassTokens(there.long(), there, rows, torch.tensor([begin]), torch.tensor([end]))
+    return obs, PassTokens(mask.long(), mask, rows, torch.tensor([begin]), torch.tensor([end]))
 
 
 def scores_of(case: Case, kvzip: Policy, chunks: list[list[int]], prompt: int, repeats: slice = slice(None)) -> Tensor:
@@ -36,13 +36,13 @@ def scores_of(case: Case, kvzip: Policy, chunks: list[list[int]], prompt: int, r
     inputs, layers = inputs_of(case), []
     (prompt_pass,) = kvzip.scorer.extra_passes
     for scale in case.params.get("layer_scale", [1.0]):
-        figure = None
+        values = None
         for chunk in chunks:
-            figure = prompt_pass.update(*told(inputs, case, scale, chunk, prompt, repeats), figure)
-        seen = observation(
-            inputs["q"][:, :, :0], *(inputs[n][:, :, :prompt] for n in ("k", "v")), statistics={prompt_pass: figure}
+            values = prompt_pass.update(*pass_over(inputs, case, scale, chunk, prompt, repeats), values)
+        obs = observation(
+            inputs["q"][:, :, :0], *(inputs[n][:, :, :prompt] for n in ("k", "v")), statistics={prompt_pass: values}
         )
-        layers.append(kvzip.scorer(seen)[0])
+        layers.append(kvzip.scorer(obs)[0])
     return torch.stack(layers)
 
 
@@ -87,15 +87,15 @@ def check_kvzip(case: Case) -> None:
 
 
 def check_head_level(case: Case) -> None:
-    """Ties between heads are intended: heads whose figure lies strictly above the threshold keep everything."""
+    """Ties between heads are intended: heads whose values lies strictly above the threshold keep everything."""
     params, table = case.params, case.shared["head_table"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "heads.json"
         file.write_text(json.dumps({"shape": list(table.shape), "score": table.tolist()}))
         kvzip = policy("kvzip", scorer={"heads": str(file)}, allocator={"rounding": "kvzip"})
     blank = torch.zeros(1, table.shape[1], params["ctx"], 1)
-    seen = [observation(blank[:, :, :0], blank, blank, layer_idx=layer) for layer in range(len(table))]
-    scores = torch.stack([kvzip.scorer(one)[0] for one in seen])
+    layers = [observation(blank[:, :, :0], blank, blank, layer_idx=layer) for layer in range(len(table))]
+    scores = torch.stack([kvzip.scorer(one)[0] for one in layers])
     places = int(scores.numel() * params["ratio"])
     assert_scores(scores.flatten().sort(descending=True).values[max(places - 1, 0)].view(1).numpy(), case["threshold"])
     _, lengths = highest(kvzip, scores, max(places, 1))

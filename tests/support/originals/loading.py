@@ -115,7 +115,7 @@ def whole(case: Case, policy: Policy, scale: float = 1.0, **more: Any) -> Observ
     angle = (torch.arange(length).unsqueeze(-1) * torch.cat([frequency, frequency])).unsqueeze(0)
     weight = torch.from_numpy(case.shared["Wo"]) if "Wo" in case.shared else None
     fields = {"rope": Rotary(((angle.cos().float(), angle.sin().float()),)), "output_weight": weight} | more
-    seen = observation(scale * inputs["q"], inputs["k"], inputs["v"], **fields)
+    obs = observation(scale * inputs["q"], inputs["k"], inputs["v"], **fields)
     return dataclasses.replace(
-        seen, statistics={one: one.update(seen, None) for one in policy.scorer.capture_spec.statistics}
+        obs, statistics={one: one.update(obs, None) for one in policy.scorer.capture_spec.statistics}
     )

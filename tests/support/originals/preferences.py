@@ -22,9 +22,9 @@ def layers_of(case: Case, policy: Policy) -> list[Observation]:
     ]
 
 
-def scored_layers(case: Case, policy: Policy, seen: list[Observation]) -> tuple[list[np.ndarray], Tensor]:
+def scored_layers(case: Case, policy: Policy, layers: list[Observation]) -> tuple[list[np.ndarray], Tensor]:
     """Golden scores of each layer's past, checked against ours, and ours [L, B, H, S] with the window protected."""
-    scores = torch.stack([policy.scorer(one) for one in seen])
+    scores = torch.stack([policy.scorer(one) for one in layers])
     past = scores.shape[-1] - case.params["window"]
     golden = [case[f"scores_l{layer}"] for layer in range(len(scores))]
     for ours, theirs in zip(scores, golden, strict=True):
@@ -42,9 +42,9 @@ def check_cake(case: Case) -> None:
         scorer=scorer | {"pooling": params["pooling"].removesuffix("pool")},
         allocator=allocator | {"cascading": params["cascading"]},
     )
-    seen = layers_of(case, cake)
-    golden, scores = scored_layers(case, cake, seen)
-    features = torch.stack([cake.allocator.features(one) for one in seen])
+    layers = layers_of(case, cake)
+    golden, scores = scored_layers(case, cake, layers)
+    features = torch.stack([cake.allocator.features(one) for one in layers])
     assert_scores(cake.allocator.preferences(features)[:, 0].numpy(), case["pref"], rtol=RTOL)
     wanted = cake.allocator(scores, features, torch.tensor([params["capacity"]], dtype=torch.float64))
     budget = case["budgets"]

@@ -21,8 +21,8 @@ class Given(Scorer):
         super().__init__()
         self.kept = kept
 
-    def forward(self, seen: Observation) -> Tensor:
-        return torch.zeros(seen.valid.shape).scatter(2, self.kept.long(), 1.0)
+    def forward(self, obs: Observation) -> Tensor:
+        return torch.zeros(obs.valid.shape).scatter(2, self.kept.long(), 1.0)
 
 
 def check_rerotation(case: Case) -> None:

@@ -12,7 +12,7 @@ def check_rkv(case: Case) -> None:
     arguments = {
         "window": params["window"],
         "kernel_size": params["kernel"],
-        "mix": params["mix_lambda"],
+        "mix_lambda": params["mix_lambda"],
         "threshold": params["similarity_threshold"],
         "keep_copy": params["retain_direction"],
     }

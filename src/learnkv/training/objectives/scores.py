@@ -42,7 +42,7 @@ class ScoreRegression(Objective):
 
     def forward(self, seen: Comparison) -> Tensor:
         assert seen.plan is not None
-        scores, wanted = seen.plan.judged, seen.targets[self.target].float()
+        scores, wanted = seen.plan.raw_scores, seen.targets[self.target].float()
         asked = scores.isfinite()  # neither protected nor padding
         if self.of == "ranks":
             wanted = torch.stack([normal_scores(one, free) for one, free in zip(wanted, asked, strict=True)])

@@ -1,4 +1,4 @@
-"""Decode-time eviction by scorers that read hidden states: they are not held, what a scorer made of them is."""
+"""Online eviction by scorers that read hidden states: their cached features are kept, hidden states are not."""
 
 import pytest
 import torch
@@ -20,14 +20,14 @@ def without_gradients():
         yield
 
 
-def test_a_token_is_judged_by_what_it_was_when_it_was_read(monkeypatch):
+def test_a_token_is_scored_by_its_hidden_state_when_it_was_read(monkeypatch):
     """Its score is its own and no heuristic's: what is kept after any number of evictions are the best of all."""
     model, scorer, heard = attached("llama"), randomised(HiddenScorer(Constant(), 3, 2, 16, 48, width=0)), {}
     record = Capture.record
 
-    def listen(self, hidden, later=False):
+    def listen(self, hidden, decoding=False):
         heard.setdefault(id(self), []).append(hidden)
-        record(self, hidden, later)
+        record(self, hidden, decoding)
 
     monkeypatch.setattr(Capture, "record", listen)
     cache = prefill(model, tokens(1, 40), policy=Policy(scorer, sinks=0, recent=0, evict_interval=5), budget=12)
@@ -41,8 +41,8 @@ def test_a_token_is_judged_by_what_it_was_when_it_was_read(monkeypatch):
         assert max(max(one) for one in best) >= 40
 
 
-def test_hidden_states_are_not_held_for_what_is_never_judged_again():
-    """Not where a policy leaves later tokens alone, nor where one judges them that does not read hidden states."""
+def test_hidden_states_are_not_held_where_nothing_is_scored_again():
+    """Not where a policy keeps all later tokens, nor where their scorer does not read hidden states."""
     gate = randomised(GateScorer(SnapKV(window=8), 3, 2, 48, num_groups=2))
     for policy, held in (
         (Policy(gate), [False] * 3),
@@ -60,12 +60,12 @@ def test_hidden_states_are_not_held_for_what_is_never_judged_again():
 
 
 class Hidden(Scorer):
-    """Reads hidden states and says nothing of what it makes of them."""
+    """Reads hidden states and does not cache features."""
 
     needs = frozenset({"hidden"})
 
-    def forward(self, seen):
-        return seen.hidden.norm(dim=-1).unsqueeze(1).expand_as(seen.valid)
+    def forward(self, obs):
+        return obs.hidden.norm(dim=-1).unsqueeze(1).expand_as(obs.valid)
 
 
 def test_a_scorer_that_needs_hidden_states_themselves_is_refused():

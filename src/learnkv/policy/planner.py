@@ -1,0 +1,112 @@
+"""Planning: from what was read of a prompt to scores and exact budgets, without a cache."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learnkv.core.allocator import Allocator, Baseline
+from learnkv.core.observation import Observation
+from learnkv.core.plan import Plan, baseline_of
+from learnkv.core.scorer import Scorer, Scores
+from learnkv.ops.device import upload
+from learnkv.ops.round_to_budget import round_in_order, round_to_budget
+from learnkv.policy.budget import protected_entries
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Scores all layers, splits the budget once over all of them and makes it exact.
+
+    Args:
+        scorer: importance of entries.
+        allocator: how the budget is split over layers and heads.
+        sinks: first tokens that are always kept, per head.
+        recent: last tokens that are always kept, per head.
+    """
+
+    scorer: Scorer
+    allocator: Allocator
+    sinks: int
+    recent: int
+
+    def plan(
+        self,
+        observations: Sequence[Observation],
+        lengths: Sequence[int],
+        totals: Sequence[int],
+        protected: Sequence[int],
+        fixed: Tensor | None = None,
+        is_fixed: Sequence[bool] = (),
+    ) -> Plan:
+        """The plan for one batch of prompts.
+
+        Args:
+            observations: one for each layer.
+            lengths: entries per head of each row.
+            totals: entries to keep in each row, over all heads.
+            protected: entries per head that are kept in any case, for each row.
+            fixed: [L, B, H] budgets of the rows that `is_fixed`; the allocator decides for the others.
+        """
+        device, count = observations[0].keys.device, len(observations)
+        observations = [with_keep(obs, lengths, totals, count) for obs in observations]
+        layers = [self.score(obs, protected) for obs in observations]
+        scores = torch.stack([layer.scores.to(device) for layer in layers])
+        if fixed is not None and all(is_fixed):
+            budgets = fixed.to(device)
+            wanted = budgets.double()
+        else:
+            features = [layer.to(device) for layer in map(self.allocator.features, observations) if layer is not None]
+            stacked = torch.stack(features) if features else None
+            wanted, budgets = self._allocate(scores, stacked, lengths, totals, protected, baseline_of(layers, device))
+            if fixed is not None:
+                rows = upload(is_fixed, device).view(1, -1, 1)
+                budgets = torch.where(rows, fixed.to(device), budgets)
+        ranked = scores
+        if self.scorer.refines:
+            refined = [self.refine(*layer) for layer in zip(observations, scores, budgets, strict=True)]
+            ranked = torch.stack([layer.to(device) for layer in refined])
+        return Plan(ranked, wanted, budgets, upload(protected, device), sum(totals), scores)
+
+    def score(self, obs: Observation, protected: Sequence[int]) -> Scores:
+        """Scores [B, H, S] of one layer `with_keep`, with protected entries at +inf and absent ones at -inf."""
+        per_head = upload(protected, obs.positions.device).view(-1, 1, 1)
+        length = obs.length.view(-1, 1, 1)
+        always = protected_entries(obs.positions, obs.valid, length, per_head, self.recent, self.sinks)
+        return self.scorer.score(obs).masked(absent=~obs.valid, protected=always)
+
+    def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [B, H, S] of one layer that rank within its heads, given their budgets [B, H]."""
+        if not self.scorer.refines:
+            return scores
+        scores, budgets = scores.to(obs.keys.device), budgets.to(obs.keys.device)
+        return torch.where(scores.isfinite(), self.scorer.refine(obs, scores, budgets).float(), scores)
+
+    def _allocate(
+        self,
+        scores: Tensor,
+        features: Tensor | None,
+        lengths: Sequence[int],
+        totals: Sequence[int],
+        protected: Sequence[int],
+        baseline: Baseline | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Entries that the allocator requests [L, B, H], and the integers that spend the budget exactly."""
+        entries, spend, at_least = (upload(numbers, scores.device) for numbers in (lengths, totals, protected))
+        per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
+        wanted = self.allocator.split(scores, features, per_head, baseline)
+        exact = round_in_order if self.allocator.sequential else round_to_budget
+        return wanted, exact(wanted, entries, spend, at_least)
+
+
+def with_keep(obs: Observation, lengths: Sequence[int], totals: Sequence[int], layers: int) -> Observation:
+    """The observation with the fraction of each row that will be kept.
+
+    Args:
+        lengths: entries per head of each row.
+        totals: entries to keep in each row, over all heads of `layers` layers.
+    """
+    heads = obs.keys.shape[1] * layers
+    keep = [kept / (length * heads) for kept, length in zip(totals, lengths, strict=True)]
+    return replace(obs, keep=upload(keep, obs.keys.device, torch.float64))

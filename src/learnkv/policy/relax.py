@@ -1,0 +1,32 @@
+"""Relaxing a cache to a plan: attention to the kept entries, with a gradient for every entry's mask."""
+
+from dataclasses import replace
+
+from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.eviction import compact
+from learnkv.core.plan import Plan
+from learnkv.ops.normal_scores import unit_scale
+from learnkv.ops.soft_topk import soft_topk
+
+
+def relax_to_plan(student: CompressedCache, plan: Plan, temperature: float, soft: bool = False) -> None:
+    """Let a student attend to the kept entries of `plan`; its gates pass gradients on to the plan.
+
+    Args:
+        student: a fork whose layers have their prompt complete; nothing is freed.
+        temperature: width of the soft top-k in units of normal scores.
+        soft: multiply every entry's softmax weight by its gate instead.
+    """
+    gates = soft_topk(unit_scale(plan.scores), plan.wanted, temperature).unbind()
+    layers, decode_capture = student.compressed_layers(), None
+    student.budgets = plan.budgets
+    if soft:
+        for layer, gate in zip(layers, gates, strict=True):
+            layer.gate(gate.to(layer.device))
+        return
+    if student.schedule is not None:
+        student.schedule = replace(student.schedule, wanted=plan.wanted)
+        decode_capture = student.schedule.capture_spec
+    segments = compact(layers, plan.scores.detach(), plan.budgets, plan.total, decode_capture, None)
+    for layer_idx, segment in segments:
+        layers[layer_idx].relax(segment, gates[layer_idx], decode_capture)
