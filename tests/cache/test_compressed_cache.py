@@ -221,7 +221,7 @@ def test_reading_with_a_policy_is_reading_and_compressing(name, chunk_size):
     assert at_once.nbytes == later.nbytes
 
 
-def test_a_cache_says_what_it_has_and_has_not():
+def test_errors_of_an_empty_and_of_a_compressed_cache():
     model = attached("llama")
     empty = CompressedCache(model.config)
     with pytest.raises(UserError, match="the cache is empty: read a prompt first"):

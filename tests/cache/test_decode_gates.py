@@ -135,7 +135,7 @@ def test_a_step_waits_for_nothing_and_allocates_nothing_that_grows(settings, len
     assert large.largest < 0.05 * nbytes(cache.layers[0].segment.keys)
 
 
-def test_a_look_waits_once_in_sixteen_steps():
+def test_one_host_sync_in_sixteen_steps():
     cache = compressed("uniform", 32)
     waits = []
     for new in (17, 33, 49):

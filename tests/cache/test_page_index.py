@@ -23,19 +23,19 @@ def quest(**more) -> Policy:
 @pytest.fixture
 def steps(monkeypatch) -> list[dict]:
     """Arguments of all attention to pages from now on."""
-    seen: list[dict] = []
+    recorded: list[dict] = []
 
     def record(query, kept, tail, scaling, pages=None):
         if pages is not None:
-            told = {"keys": kept.keys, "offset": kept.offset, "length": kept.length, "tail": tail.keys}
-            told |= {"mask": tail.mask, "pages": pages.numbers}
-            seen.append(
-                {name: None if value is None else value.clone() for name, value in told.items()} | {"query": query}
+            step = {"keys": kept.keys, "offset": kept.offset, "length": kept.length, "tail": tail.keys}
+            step |= {"mask": tail.mask, "pages": pages.numbers}
+            recorded.append(
+                {name: None if value is None else value.clone() for name, value in step.items()} | {"query": query}
             )
         return decode_attention(query, kept, tail, scaling, pages)
 
     monkeypatch.setattr("learnkv.cache.states.decode_attention", record)
-    return seen
+    return recorded
 
 
 def expected(step: dict, tokens: list[int]) -> list[list[int]]:
@@ -137,7 +137,7 @@ def test_layers_that_read_everything_count_as_such():
     assert [layer.page_index is None for layer in cache.compressed_layers()] == [True, True, False]
 
 
-def test_forks_do_not_know_each_other():
+def test_forks_are_independent():
     model, whole = attached("llama"), prefill(attached("llama"), tokens(2, 40))
     said = tokens(2, 6, seed=7)
 
@@ -223,7 +223,7 @@ def test_an_eviction_under_pages_keeps_them(steps):
         ({"scorer": SnapKV(), "pages": Quest()}, 0.0),
     ],
 )
-def test_what_a_step_reads_is_said_once(parts, read):
+def test_the_fraction_read_is_given_once(parts, read):
     with pytest.raises(UserError, match=r"read="):
         Policy(**parts, read=read)
 

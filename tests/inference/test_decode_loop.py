@@ -22,17 +22,17 @@ def without_gradients():
 
 @pytest.fixture
 def captured(monkeypatch) -> list[DecodeLoop]:
-    """The steps that a graph would hold, one entry for each capture; replaying computes them anew."""
-    held: list[DecodeLoop] = []
+    """The loops whose step is captured, one entry per capture; a replay computes the step again."""
+    loops: list[DecodeLoop] = []
 
     def capture(step, device, generator):
-        held.append(step.__self__)
+        loops.append(step.__self__)
         return step
 
     monkeypatch.setattr("learnkv.inference.decode_loop.capture", capture)
     monkeypatch.setattr("learnkv.inference.decode_loop.refusal", lambda *_: None)
     monkeypatch.setattr("learnkv.inference.decode_loop.WORTH_CAPTURING", 0)
-    return held
+    return loops
 
 
 def compressed(*lengths: int, family: str = "llama") -> CompressedCache:
@@ -44,18 +44,18 @@ def one_by_one(question: Tensor, cache: CompressedCache, new: int, ends: list[in
     """Greedy answers up to and with their end, by single tokens of single rows."""
     answers = []
     for row in range(len(question)):
-        alone, said = cache.fork(), question[row : row + 1]
+        alone, ids = cache.fork(), question[row : row + 1]
         alone.batch_select_indices(torch.tensor([row]))
         answers.append([])
         while len(answers[-1]) < new and (not answers[-1] or answers[-1][-1] not in ends):
-            answers[-1].append(int(continuation(attached("llama"), said, alone)[0, -1].argmax()))
-            said = torch.tensor([answers[-1][-1:]])
+            answers[-1].append(int(continuation(attached("llama"), ids, alone)[0, -1].argmax()))
+            ids = torch.tensor([answers[-1][-1:]])
     longest = max(map(len, answers))
     return [one + [pad] * (longest - len(one)) for one in answers]
 
 
-def held(cache: CompressedCache) -> list[Tensor]:
-    """Everything that a turn leaves behind; slots of padding are not compared, nobody reads them."""
+def left_behind(cache: CompressedCache) -> list[Tensor]:
+    """All tensors that a turn leaves in the cache; slots of padding are not compared."""
     mask = cache.tail_mask[:, None, :, None]
     tails = [part.masked_fill(~mask, 0) for tail in cache.tails() for part in (tail.keys, tail.values)]
     return [*tails, cache.tail_mask, *cache.pending, cache.next_positions()]
@@ -63,18 +63,18 @@ def held(cache: CompressedCache) -> list[Tensor]:
 
 def assert_left_alike(one: CompressedCache, other: CompressedCache) -> None:
     assert one.tail_length == other.tail_length
-    for ours, theirs in zip(held(one), held(other), strict=True):
+    for ours, theirs in zip(left_behind(one), left_behind(other), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def ending_early(cache: CompressedCache, question: Tensor) -> list[int]:
-    """Ends at which one row stops after a few tokens and the other somewhat later, both long before a look."""
+    """Ends at which one row stops after a few tokens and the other somewhat later, both long before a check."""
     free = generate(attached("llama"), question, cache.fork(), max_new_tokens=12).tolist()
     return [free[0][3], free[1][7]]
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_rows_that_end_between_two_looks(static, request):
+def test_rows_that_end_between_two_checks(static, request):
     if static:
         request.getfixturevalue("captured")
     cache, question = compressed(40, 31), tokens(2, 5, seed=3)
@@ -95,7 +95,7 @@ def test_rows_that_end_between_two_looks(static, request):
 
 
 @pytest.mark.parametrize(("end", "runs"), [(0, 1), (1, 17), (16, 17), (17, 30)])
-def test_the_model_runs_to_the_next_look_and_no_further(end, runs):
+def test_the_model_runs_to_the_next_check_and_no_further(end, runs):
     model, seen = attach(build("llama")), []
     cache, question = prefill(model, tokens(2, 30)), tokens(2, 4)
     model.register_forward_hook(lambda *_: seen.append(0))
@@ -123,7 +123,7 @@ class OnDevice:
 
 @WAYS
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 2)])
-def test_static_steps_say_the_same(way, lengths, captured, monkeypatch):
+def test_static_steps_generate_the_same_tokens(way, lengths, captured, monkeypatch):
     model, questions = attached("llama"), [tokens(1, length, seed=6)[0] for length in lengths]
     turns = [padded(questions, "right"), (tokens(2, 3, seed=7), None), (tokens(2, 2, seed=8), None)]
     ours, theirs = compressed(50, 33), compressed(50, 33)

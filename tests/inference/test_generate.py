@@ -135,7 +135,7 @@ def test_what_transformers_read_is_remembered(lengths):
         assert_logits_close(ours[row], told[0, -4:])
 
 
-def test_taking_back_what_was_said():
+def test_cropping_generated_tokens():
     model, said = attached("llama"), tokens(2, 9, seed=13)
     caches = [compressed("llama", tokens(1, 30)[0], tokens(1, 14)[0]) for _ in range(2)]
     logits = continuation(model, said, caches[0])
@@ -186,7 +186,7 @@ def test_beams_end_at_eos_and_the_conversation_goes_on():
         assert torch.equal(generate(model, said, compressed("llama", prompts[row]), max_new_tokens=3)[0], second[row])
 
 
-def test_stop_is_asked_after_every_token_and_ends_its_row():
+def test_stop_is_called_after_every_token_and_ends_its_row():
     model, question, asked = attached("llama"), tokens(2, 4), []
 
     def stop(said: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from learnkv import attach, continuation, generate, load_policy, prefill, save_p
 from learnkv.errors import UserError
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.runner import jobs_of
-from learnkv.inference import lora as adapters
+from learnkv.inference import lora
 from learnkv.inference.lora import Adapter
 from learnkv.inference.models import describe_model, model_digest
 from learnkv.policy.policy import Policy
@@ -32,10 +32,10 @@ def model():
 def disturbed(model, seed: int = 0) -> Adapter:
     """The adapter of the model with weights that change something."""
     if "learnkv" not in getattr(model, "peft_config", ()):
-        adapters.add(model, NEW)
-    for at, weight in enumerate(adapters.weights(model, NEW).values()):
+        lora.add(model, NEW)
+    for at, weight in enumerate(lora.weights(model, NEW).values()):
         weight.data.normal_(generator=torch.Generator().manual_seed(100 * seed + at))
-    return adapters.current_weights(model, NEW)
+    return lora.current_weights(model, NEW)
 
 
 def policy(adapter: Adapter | None = None) -> Policy:
@@ -45,7 +45,7 @@ def policy(adapter: Adapter | None = None) -> Policy:
 
 
 @torch.no_grad()
-def test_only_what_is_read_after_compression_feels_an_adapter(model):
+def test_an_adapter_acts_only_after_compression(model):
     whole = prefill(model, PROMPT)
     full = continuation(model, NEXT, whole.fork())
     small = continuation(model, NEXT, policy().compress(whole.fork(), keep=0.3))
@@ -98,7 +98,7 @@ def test_an_exported_policy_takes_its_adapter_along(model, tmp_path):
     with torch.no_grad():
         assert torch.equal(continuation(other, NEXT, loaded.compress(prefill(other, PROMPT), keep=0.3)), said)
     assert model_digest(other) == digest  # what was measured of other policies stays valid
-    assert not any(weight.requires_grad for weight in adapters.weights(other, loaded.adapter).values())
+    assert not any(weight.requires_grad for weight in lora.weights(other, loaded.adapter).values())
     second = policy(disturbed(model, seed=1))
     with torch.no_grad():  # two adapters in one model, each for its own caches
         apart = continuation(other, NEXT, second.compress(prefill(other, PROMPT), keep=0.3))

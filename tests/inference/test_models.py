@@ -131,7 +131,7 @@ def test_unknown_dtype():
     assert line == "dtype=fp16: expected auto, float32, bfloat16, float16"
 
 
-def test_config_hash_sees_sizes_only(stored):
+def test_config_hash_depends_on_sizes_only(stored):
     here = config_hash(LlamaForCausalLM(config_of()))
     assert config_hash(load_model(str(stored), dtype="bfloat16")[0]) == here
     for changes in ({"num_key_value_heads": 4}, {"num_hidden_layers": 1}, {"vocab_size": 14}, {"head_dim": 8}):
@@ -146,7 +146,7 @@ def test_a_model_is_described_by_name_hash_and_shapes(stored, monkeypatch):
     assert describe_model(load_model("reference")[0])["id"] == "reference"
 
 
-def test_samples_of_a_model_stay_known_when_its_description_grows(stored, monkeypatch):
+def test_the_digest_of_a_model_does_not_change_when_its_description_grows(stored, monkeypatch):
     model, _ = load_model(str(stored))
     digest, described = model_digest(model), describe_model(model)
     more = {**described, "shapes": {**described["shapes"], "another": 3}}

@@ -62,7 +62,7 @@ def test_prompts_are_checked(ids, mask, line):
         prefill(attached("llama"), ids, mask)
 
 
-def test_the_context_ends_where_the_model_says():
+def test_the_context_is_that_of_the_model():
     model = attached("llama")
     ids, mask = padded([tokens(1, 500)[0], tokens(1, 480)[0]])
     cache = policy_for("snapkv", model).compress(prefill(model, ids, mask), keep=0.1)

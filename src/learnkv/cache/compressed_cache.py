@@ -38,9 +38,9 @@ class CompressedCache(Cache):
         self.prompt_lengths: list[int] = []
         self.tail_mask: Tensor | None = None
         self.tail_padded = False
-        self.pending: tuple[Tensor, Tensor] | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None  # generated ids that were not read, and which are tokens
         self.budgets: Tensor | None = None
-        self.covered: list[int] = []
+        self.covered: list[int] = []  # tokens of each row, merged ones included; empty: none was merged
         self.schedule: EvictionSchedule | None = None  # online eviction; None: the cache grows
         self.extra_pass_tokens: dict[PromptPass, list[int]] = {}  # tokens of each row that were read in extra passes
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on

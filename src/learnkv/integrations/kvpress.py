@@ -120,5 +120,6 @@ class LearnKVPress(BasePress):
         output.past_key_values = DynamicCache() if theirs is None else theirs
         del small
         for index in range(len(ours.layers)):  # one layer after the other, so that little is held twice
-            output.past_key_values.update(*ours.layers.pop(0).whole_prompt(), index)
+            prompt = ours.layers.pop(0).prompt
+            output.past_key_values.update(prompt.keys, prompt.values, index)
         return output

@@ -21,10 +21,10 @@ def copying(attention: Tensor, tokens: Tensor, predicted: Tensor, needle: Span) 
     A step counts 1/N of the needle's N tokens for a head whose highest weight is on the needle, at the very token that
     is predicted.
     """
-    start, end = needle
+    begin, end = needle
     top = attention.argmax(-1)  # [Q, ...]
     copied = tokens[top] == predicted.view(-1, *[1] * (top.ndim - 1))
-    return ((top >= start) & (top < end) & copied).sum(0).float() / (end - start)
+    return ((top >= begin) & (top < end) & copied).sum(0).float() / (end - begin)
 
 
 def reasoning(attention: Tensor, tokens: Tensor, predicted: Tensor, needle: Span) -> Tensor:
@@ -32,10 +32,10 @@ def reasoning(attention: Tensor, tokens: Tensor, predicted: Tensor, needle: Span
 
     What is predicted does not matter, so heads that choose between candidates count as well as those that copy.
     """
-    start, end = needle
-    top = attention.topk(min(end - start, attention.shape[-1]), dim=-1)
-    inside = (top.indices >= start) & (top.indices < end)
-    return (top.values * inside).sum((0, -1)) / (end - start)
+    begin, end = needle
+    top = attention.topk(min(end - begin, attention.shape[-1]), dim=-1)
+    inside = (top.indices >= begin) & (top.indices < end)
+    return (top.values * inside).sum((0, -1)) / (end - begin)
 
 
 def semantic(attention: Tensor, tokens: Tensor, predicted: Tensor, needle: Span) -> Tensor:
@@ -43,7 +43,7 @@ def semantic(attention: Tensor, tokens: Tensor, predicted: Tensor, needle: Span)
 
     A step counts once for every token of the needle that equals the predicted one.
     """
-    start, end = needle
-    times = (tokens[start:end] == predicted.unsqueeze(-1)).sum(-1)  # [Q]
-    mass = attention[..., start:end].sum(-1)  # [Q, ...]
+    begin, end = needle
+    times = (tokens[begin:end] == predicted.unsqueeze(-1)).sum(-1)  # [Q]
+    mass = attention[..., begin:end].sum(-1)  # [Q, ...]
     return torch.einsum("q,q...->...", times.to(mass.dtype), mass)

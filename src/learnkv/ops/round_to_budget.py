@@ -42,7 +42,9 @@ def round_to_budget(wanted: Tensor, entries: Tensor, total: Tensor, protected: T
     return slots.view(batch, layers, heads).transpose(0, 1).contiguous()
 
 
-def round_layer(wanted: Tensor, before: Tensor, left: Tensor, later: int, entries: Tensor, protected: Tensor) -> Tensor:
+def round_layer(
+    wanted: Tensor, before: Tensor, left: Tensor, layers_left: int, entries: Tensor, protected: Tensor
+) -> Tensor:
     """Integers of one layer, from its own wanted budgets and those of earlier layers alone.
 
     The wanted budgets of all layers so far are summed and rounded, and the layer gets the increase. So whole numbers
@@ -53,7 +55,7 @@ def round_layer(wanted: Tensor, before: Tensor, left: Tensor, later: int, entrie
         wanted: [B, H] wanted entries per head; unlike in `round_to_budget`, their sum matters.
         before: [B] float64, sum of the wanted budgets of earlier layers.
         left: [B] integer, entries that earlier layers did not get.
-        later: number of layers to come.
+        layers_left: number of layers to come.
         entries, protected: as in `round_to_budget`.
 
     Returns:
@@ -64,7 +66,9 @@ def round_layer(wanted: Tensor, before: Tensor, left: Tensor, later: int, entrie
     after = before + wanted.detach().to(torch.float64).sum(-1)
     amount = _nearest(after) - _nearest(before)
     least, most = heads * protected, heads * entries
-    total = amount.clamp(torch.maximum(least, left - later * most), torch.minimum(most, left - later * least))
+    total = amount.clamp(
+        torch.maximum(least, left - layers_left * most), torch.minimum(most, left - layers_left * least)
+    )
     return round_to_budget(wanted.unsqueeze(0), entries, total, protected)[0]
 
 
@@ -97,8 +101,8 @@ def _factor(ratios: Tensor, low: Tensor, high: Tensor, total: Tensor) -> Tensor:
         middle = (below + above) // 2
         too_little = (ratios * corner.gather(-1, middle)).clamp(low, high).sum(-1, keepdim=True) <= total
         below, above = torch.where(too_little, middle, below), torch.where(too_little, above, middle)
-    start = corner.gather(-1, below)
-    waiting, full = rises > start, stops <= start
+    corner_below = corner.gather(-1, below)
+    waiting, full = rises > corner_below, stops <= corner_below
     rest = total - low * waiting.sum(-1, keepdim=True) - high * full.sum(-1, keepdim=True)
     climb = ratios.masked_fill(waiting | full, 0).sum(-1, keepdim=True)
-    return torch.where(climb > 0, rest / climb.clamp_min(1e-300), start)
+    return torch.where(climb > 0, rest / climb.clamp_min(1e-300), corner_below)

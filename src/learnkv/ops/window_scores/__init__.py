@@ -27,7 +27,7 @@ def window_scores(
     lse: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Scores [B, H, S] (by query head [B, H, G, S]), float32 whatever the inputs are; 0 where an entry is not valid.
+    """Scores [B, H, S] float32, or [B, H, G, S] by query head; 0 where an entry is not valid.
 
     A query attends to the valid entries up to its own position, those of the window included, with a softmax in
     float32. The weights are reduced over the queries of the window, then over the G query heads of a kv head and over
@@ -37,10 +37,9 @@ def window_scores(
     them are zeros, counted in the mean, or -inf for the maximum. So are padding and evicted entries, so a left-padded
     row has the scores of the row alone.
 
-    Only some queries attend to an entry of the window itself. A plain mean or sum would rank the last prompt tokens by
-    the number of later queries, so these entries get the mean over the queries that attend to them (times the number of
-    queries for a sum). They are pooled among themselves: their weights, high as they are for neighbours, would
-    otherwise raise the scores of the last entries of the past.
+    Only some queries attend to an entry of the window itself. A plain mean or sum would rank these by the number of
+    later queries, so they get the mean over the queries that attend to them (times the number of queries for a sum).
+    They are pooled among themselves, as their high weights would raise the scores of the last entries of the past.
 
     Args:
         queries: [B, H*G, W, D] after RoPE; query heads h*G .. h*G+G-1 read kv head h.
@@ -49,16 +48,14 @@ def window_scores(
         positions: [B, H, S] prompt position of each entry.
         valid: [B, H, S] bool, False where there is no entry.
         scaling: factor on query-key products.
-        kernel_size: slots that are pooled, odd.
-        pooling: mean or maximum over the slots.
+        kernel_size, pooling: mean or maximum over an odd number of slots.
         window_reduce: mean or sum over the queries of the window.
-        group_reduce: mean, maximum or sum over the query heads of a kv head; none: each has its own.
-        group_first: whether the heads are reduced before the slots are pooled.
+        group_reduce: mean, maximum or sum over the query heads of a kv head; none: no reduction.
+        group_first: reduce heads before pooling slots.
         lse: [B, H*G, W] log-sum-exp of every query's masked scaled products, where attention to the prompt returned
             them; None: computed, with one more pass over the keys.
     """
-    assert kernel_size % 2 == 1, kernel_size
-    assert queries.shape[1] % keys.shape[1] == 0, (queries.shape, keys.shape)
+    assert kernel_size % 2 == 1 and queries.shape[1] % keys.shape[1] == 0, (kernel_size, queries.shape, keys.shape)
     scores: Tensor = implementation("window_scores", impl, ("reference", "triton"), queries, keys).window_scores(
         queries,
         keys,
