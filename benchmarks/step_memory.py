@@ -20,7 +20,7 @@ from learnkv import attach
 TRIED = [(LLAMA_8B, 32768, 256), (LLAMA_8B, 8192, 256)]
 """Model, tokens of the prompt, tokens of a continuation."""
 ARGUMENTS = (
-    "config=learned batch_size=1 continuations=8 students=3 draw=sandwich keep_range=0.02,0.6 chunk_size=4096 "
+    "config=learned batch_size=1 continuations=8 students=3 keep_sampling=sandwich keep_range=0.02,0.6 chunk_size=4096 "
     "checkpointing=true"
 )
 
@@ -51,10 +51,9 @@ def measure(model: PreTrainedModel, prompt: int, new: int) -> dict[str, Any]:
     """GB that a step allocates at its peak, weights and optimizer apart, and what is predicted."""
     from learnkv.cli.parser import parse
     from learnkv.inference.models import describe_model
-    from learnkv.persistence.policies import build_policy
-    from learnkv.persistence.size import sized
+    from learnkv.persistence.policies import build_policy, fill_sizes
     from learnkv.training.config import TrainConfig
-    from learnkv.training.memory.predict import CONTEXTS, STEP, batch, predicted, step_of
+    from learnkv.training.memory.predict import CONTEXTS, STEP, largest_batch, predicted, step_of
 
     with tempfile.TemporaryDirectory() as folder:
         model.config.save_pretrained(folder)
@@ -62,9 +61,9 @@ def measure(model: PreTrainedModel, prompt: int, new: int) -> dict[str, Any]:
         config, _ = parse(TrainConfig, [*ARGUMENTS.split(), *sizes], "train")
         told = predicted(config, kernels=model.device.type == "cuda")
     assert config.policy is not None
-    policy = build_policy(sized(config.policy.spec(), describe_model(model)["shapes"])).to(model.device)
+    policy = build_policy(fill_sizes(config.policy.spec(), describe_model(model)["shapes"])).to(model.device)
     module = step_of(config, model, policy.requires_grad_(True))
-    one = batch(config, prompt, str(model.device))
+    one = largest_batch(config, prompt, str(model.device))
     try:
         found = _peak(model.device, lambda: module.training_step(one, 0).backward())
     except torch.OutOfMemoryError as error:

@@ -20,8 +20,7 @@ from benchmarks.shapes import LLAMA_8B
 from learnkv import Policy, attach, load_model, prefill
 from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.inference.models import describe_model
-from learnkv.persistence.policies import build_policy
-from learnkv.persistence.size import sized
+from learnkv.persistence.policies import build_policy, fill_sizes
 from learnkv.scorers import LearnedScorer, SnapKV
 
 CONTINUATIONS, BOUND = 8, 90.0
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> Part:
             found = computed(layer, policy(layer), prompt, 256, LLAMA_8B.layers)
             part.add(kernel="training step, computed", model=LLAMA_8B.name, policy=name, **found)
     for prompt in [256] if asked.dry_run else [512, 1024, 2048]:
-        found = regression(model, shipped(model), learned().objective, prompt)
+        found = regression(model, shipped(model), learned().distillation.objective, prompt)
         part.add(kernel="regression step, counted", model="reference", policy="as shipped", **found)
     part.finish()
     return part
@@ -58,7 +57,7 @@ def learned() -> Any:
 
 def shipped(model: Any) -> Policy:
     """What `config=learned` trains: entry scores that read hidden states, and budgets that follow them."""
-    return build_policy(sized(learned().policy.spec(), describe_model(model)["shapes"])).to(model.device)
+    return build_policy(fill_sizes(learned().policy.spec(), describe_model(model)["shapes"])).to(model.device)
 
 
 def on_snapkv(model: Any) -> Policy:
@@ -78,7 +77,7 @@ def step(model: Any, policy: Policy, prompt: int, new: int) -> dict[str, Any]:
 
 def regression(model: Any, policy: Policy, objective: Any, prompt: int) -> dict[str, Any]:
     """The first step towards `objective`, counted, where that reads no continuation: scores of a slower scorer."""
-    assert not objective.at(0).reads
+    assert not objective.at_step(0).reads
     ids, whole = _stepped(model, policy, objective, prompt, 1)
     reading, *_ = _read(model, policy, ids)
     return {"T": prompt, "prefill": reading, "step over prefill": whole / reading}
@@ -88,10 +87,10 @@ def _stepped(model: Any, policy: Policy, objective: Any, prompt: int, new: int) 
     """Ids of a prompt, and operations of a step that trains on it."""
     from learnkv.training.data.batches import Batch
     from learnkv.training.module import Distillation
+    from learnkv.training.settings import DistillationSettings
 
-    module = Distillation(
-        model, policy, steps=10, keep=KEEPS, students=len(KEEPS), draw="sandwich", objective=objective
-    )
+    settings = DistillationSettings(objective=objective, keep=KEEPS, students=len(KEEPS), keep_sampling="sandwich")
+    module = Distillation(model, policy, settings, steps=10)
     module.keeps = lambda index: list(KEEPS)  # type: ignore[method-assign]
     module.log = lambda *args, **keys: None  # type: ignore[method-assign, assignment]
     ids, said = torch.randint(3, 100, (1, prompt)), torch.randint(3, 100, (CONTINUATIONS, new))

@@ -8,12 +8,12 @@ from support.commands import calibrate
 
 from learnkv import continuation, load_model, load_policy, prefill
 from learnkv.allocators import Uniform
-from learnkv.calibration.answering import answering, attention
+from learnkv.calibration.answering import answer_observations, attention
 from learnkv.calibration.curve import curve_of
 from learnkv.calibration.gates import head_gates
-from learnkv.calibration.heads import head_scores, overlap
+from learnkv.calibration.heads import head_scores, word_f1
 from learnkv.calibration.layers import _output, layer_errors
-from learnkv.calibration.trials import draw
+from learnkv.calibration.trials import sample_trials
 from learnkv.errors import RunError
 from learnkv.formats import duo, headkv, layers, lukv
 from learnkv.formats.files import TABLES
@@ -28,7 +28,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def trials(loaded):
-    return list(draw(loaded[1], 192, 4, seed=3))
+    return list(sample_trials(loaded[1], 192, 4, seed=3))
 
 
 def test_a_needle_is_the_sentence_that_holds_the_answer(loaded, trials):
@@ -40,14 +40,14 @@ def test_a_needle_is_the_sentence_that_holds_the_answer(loaded, trials):
         assert asked.strip().endswith(sentence.split(trial.text.strip(" ."))[0].strip())
         assert sentence.endswith(trial.text.strip(" ."))
         assert trial.context.shape[1] <= 192
-    again = list(draw(tokenizer, 192, 4, seed=3))
+    again = list(sample_trials(tokenizer, 192, 4, seed=3))
     assert all(torch.equal(one.context, other.context) for one, other in zip(trials, again, strict=True))
 
 
 def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(loaded):
     tokenizer = copy.deepcopy(loaded[1])
     tokenizer.chat_template = "{% for one in messages %}<u>{{ one.content }}</u>{% endfor %}<a>"
-    plain, chat = (next(draw(one, 192, 1, seed=3)) for one in (loaded[1], tokenizer))
+    plain, chat = (next(sample_trials(one, 192, 1, seed=3)) for one in (loaded[1], tokenizer))
     asked = tokenizer.decode(chat.question[0])
     before, _, begun = asked.partition("</u><a>")
     assert begun and tokenizer.decode(plain.question[0]).endswith(begun)
@@ -74,7 +74,7 @@ def test_attention_while_answering_is_the_model_s_own(loaded, trials):
         continuation(model, torch.cat([trial.question, trial.answer[:, :-1]], 1), cache)
     for hook in hooks:
         hook.remove()
-    for layer, seen in enumerate(answering(model, before, trial.answer)):
+    for layer, seen in enumerate(answer_observations(model, before, trial.answer)):
         torch.testing.assert_close(_output(seen, None), whole[layer], rtol=1e-4, atol=1e-4)
         if layer == 0:  # further up, compression has changed what layers read
             kept = torch.ones_like(seen.valid)
@@ -109,9 +109,9 @@ def test_a_model_that_answers_nothing_is_told(loaded, trials):
 
 
 def test_overlap_is_the_f1_of_words():
-    assert overlap(" 4817293.", " 4817293.") == 1
-    assert overlap("Ada, Bob and Cy", "ada bob") == pytest.approx(2 * 2 / 6)
-    assert overlap("", " 1.") == 0
+    assert word_f1(" 4817293.", " 4817293.") == 1
+    assert word_f1("Ada, Bob and Cy", "ada bob") == pytest.approx(2 * 2 / 6)
+    assert word_f1("", " 1.") == 0
 
 
 def test_a_curve_keeps_the_most_useful_percents():

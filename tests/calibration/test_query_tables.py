@@ -6,7 +6,7 @@ import torch
 from learnkv import load_model, load_policy, prefill
 from learnkv.calibration.kvzip_gate import kvzip_gate
 from learnkv.calibration.moments import query_moments
-from learnkv.calibration.trials import draw
+from learnkv.calibration.trials import sample_trials
 from learnkv.formats import tensors
 from learnkv.formats.files import TABLES
 from learnkv.policy.policy import Policy
@@ -21,7 +21,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def contexts(loaded):
-    return [trial.context for trial in draw(loaded[1], 192, 4, seed=3)]
+    return [trial.context for trial in sample_trials(loaded[1], 192, 4, seed=3)]
 
 
 def test_moments_are_those_of_all_queries_before_rotation(loaded, contexts):

@@ -83,7 +83,7 @@ def test_budgets_between_those_known_are_linear():
         (1.0, (1, 1)),
         (0.2, (0.1, 0.3)),
     ):
-        assert budgets.at(table, keep)[0].tolist() == pytest.approx(expected)
+        assert budgets.interpolate(table, keep)[0].tolist() == pytest.approx(expected)
 
 
 def test_a_budget_table_comes_back(tmp_path):

@@ -215,3 +215,32 @@ def test_a_key_may_have_the_name_of_a_mappings_method():
     config, resolved = parse(EvalConfig, ["ckpt=snapkv", "keys=greek"], "eval")
     assert config.keys == "greek"
     assert yaml.safe_load(resolved)["keys"] == "greek"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some settings.
+
+    Args:
+        lengths: documented here.
+    """
+
+    lengths: tuple[int, ...] = ()
+    log: Log | None = None
+
+
+@dataclass(frozen=True)
+class Grouped:
+    group: Group = field(default=Group(), metadata={"flat": True})
+    model: str = "reference"
+
+
+def test_keys_of_a_flat_group_are_typed_without_its_name(capsys):
+    run, text = parse(Grouped, ["lengths=3,4", "log.mode=online", "model=m"], "eval")
+    assert run == Grouped(Group((3, 4), Log("online")), "m")
+    assert set(yaml.safe_load(text)) == {"lengths", "log", "model"}
+    with pytest.raises(UserError, match="lenghts=3: unknown key; did you mean lengths"):
+        parse(Grouped, ["lenghts=3"], "eval")
+    with pytest.raises(SystemExit):
+        parse(Grouped, ["--help"], "eval")
+    assert "documented here" in capsys.readouterr().out

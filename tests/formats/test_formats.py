@@ -153,7 +153,7 @@ def test_a_figure_per_head_comes_back(tmp_path):
         ("[[1, 2]]", "expected head scores"),
         ('{"score": [1, 2]}', "one list of scores per layer"),
         ('{"score": [[1], [1, 2]]}', "each of the same length"),
-        ('{"shape": [2, 1], "score": [[1, 2]]}', r"says shape \[2, 1\], has \[1, 2\]"),
+        ('{"shape": [2, 1], "score": [[1, 2]]}', r"expected shape \[2, 1\], got \[1, 2\]"),
         ('{"score": [[1, NaN]]}', "finite numbers"),
     ],
 )

@@ -16,7 +16,7 @@ from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.run import load_policies
 from learnkv.inference.models import describe_model
-from learnkv.persistence.hub import FILES, names_a_repository
+from learnkv.persistence.hub import FILES, is_repository
 from learnkv.persistence.policies import describe_policy_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -140,10 +140,10 @@ def test_a_repository_of_something_else_is_told(hub):
 def test_no_network_is_asked_about_a_mistyped_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert names_a_repository("someone/policy")
-    assert names_a_repository("someone/policy-1.5@v2")
+    assert is_repository("someone/policy")
+    assert is_repository("someone/policy-1.5@v2")
     for path in ("runs/mine", "someone/last.ckpt", "someone/snapkv.yaml", "snapkv", "a/b/c", "/a/b", "./a/b", "../b"):
-        assert not names_a_repository(path), path
+        assert not is_repository(path), path
     with pytest.raises(UserError, match="ckpt=runs/mine: expected a checkpoint, an exported folder, reference"):
         load_policy("runs/mine")
 

@@ -288,5 +288,5 @@ def test_a_learned_policy_without_weights_has_to_be_trained(tmp_path):
     file.write_text(
         "scorer: {class_path: learnkv.scorers.HiddenScorer, init_args: {base: {class_path: learnkv.scorers.Constant}}}"
     )
-    with pytest.raises(UserError, match=r"mine.yaml: names what is learned and has no weights: train it with train.py"):
+    with pytest.raises(UserError, match=r"mine.yaml: has learned components without weights: train it with train.py"):
         load_policy(file)

@@ -8,8 +8,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from learnkv.inference.models import REFERENCE, describe_model
-from learnkv.persistence.policies import build_policy
-from learnkv.persistence.size import parameter_share, sized
+from learnkv.persistence.policies import build_policy, fill_sizes, parameter_share
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "train" / "learned.yaml"
 LLAMA = LlamaConfig(
@@ -44,7 +43,7 @@ def test_the_learned_policy_is_small(config, parameters, at_most):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         spec = build_policy(yaml.safe_load(CONFIG.read_text())["policy"]["init_args"]).spec()
-        policy = build_policy(sized(spec, describe_model(model)["shapes"]))
+        policy = build_policy(fill_sizes(spec, describe_model(model)["shapes"]))
     assert sum(one.numel() for one in model.parameters()) == pytest.approx(parameters, rel=0.01)
     assert 0.2 * at_most < parameter_share(policy, model) <= at_most
     assert parameter_share(policy, model) == pytest.approx(

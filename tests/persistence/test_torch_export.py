@@ -16,7 +16,7 @@ from learnkv import Policy, prefill, save_policy
 from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedSequentialAllocator, Pyramid, Uniform
 from learnkv.errors import UserError
 from learnkv.inference.models import describe_model
-from learnkv.persistence.torch_export import ABOUT, write
+from learnkv.persistence.torch_export import DESCRIPTION, export_budgets
 from learnkv.scorers import LearnedScorer, SnapKV
 
 SHAPES = {"layers": 3, "heads": 2, "head_dim": 16}
@@ -58,7 +58,7 @@ def test_a_program_gives_the_budgets_of_its_policy_without_learnkv(name, tmp_pat
     else:
         scorer = randomised(LearnedScorer(SnapKV(window=8), 3, 2, 16))
         policy = Policy(scorer, randomised(LearnedAllocator(AdaKV(), 3, 2)), sinks=2, recent=5)
-        write(tmp_path / "deep" / "budgets.pt2", policy, SHAPES)
+        export_budgets(tmp_path / "deep" / "budgets.pt2", policy, SHAPES)
     file = tmp_path / "deep" / "budgets.pt2"
     cases = [asked(policy, rows, keep) for rows, keep in zip(LENGTHS, (0.3, 0.07, 0.513), strict=True)]
     if name == "conditioned":
@@ -75,7 +75,7 @@ def test_a_program_gives_the_budgets_of_its_policy_without_learnkv(name, tmp_pat
         assert len(rows) == one.shape[1]
         assert one.unique().numel() > 2  # heads that differ, or there would be nothing to compare
     with zipfile.ZipFile(file) as archive:
-        (about,) = [json.loads(archive.read(one)) for one in archive.namelist() if one.endswith(ABOUT)]
+        (about,) = [json.loads(archive.read(one)) for one in archive.namelist() if one.endswith(DESCRIPTION)]
     assert about["inputs"].keys() == cases[0][0].keys()
     assert (about["layers"], about["heads"], about["sinks"], about["recent"]) == (3, 2, policy.sinks, policy.recent)
 
@@ -83,11 +83,11 @@ def test_a_program_gives_the_budgets_of_its_policy_without_learnkv(name, tmp_pat
 def test_what_cannot_be_written_is_told(tmp_path):
     (tmp_path / "a file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write(tmp_path / "a file" / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2)), SHAPES)
+        export_budgets(tmp_path / "a file" / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2)), SHAPES)
     with pytest.raises(UserError, match="AdaKV: has nothing learned"):
-        write(tmp_path / "x.pt2", Policy(SnapKV(), AdaKV()), SHAPES)
+        export_budgets(tmp_path / "x.pt2", Policy(SnapKV(), AdaKV()), SHAPES)
     with pytest.raises(UserError, match="by: shares"):
-        write(tmp_path / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2, by="scores")), SHAPES)
+        export_budgets(tmp_path / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2, by="scores")), SHAPES)
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,20 @@ from learnkv.data.retrieval import Retrieval
 from learnkv.data.retrieval_text import SPAN_QUESTIONS
 from learnkv.errors import UserError
 from learnkv.inference.models import load_model
-from learnkv.policy.policy import Policy
-from learnkv.scorers import SnapKV
 from learnkv.training import seeding as seeding
-from learnkv.training.config import Mixture, TrainConfig
-from learnkv.training.data.batches import Batches, Drawing, collate
-from learnkv.training.data.datamodule import Data
-from learnkv.training.data.sources import ASKS, Continuation, Episodes, NextText, OwnAnswers, Passage, Spans
+from learnkv.training.data.batches import Batches, BatchSampler, collate
+from learnkv.training.data.datamodule import DataModule
+from learnkv.training.data.sources import QUESTIONS, Continuation, Episodes, NextText, OwnAnswers, Passage, Spans
 from learnkv.training.data.text_windows import Pool, Stream
+from learnkv.training.settings import DataSettings, Mixture
 
 POOL = Pool(torch.arange(100, 1100), [1])
 SOURCES = [(1.0, Spans(POOL, count=3, tokens=10, cue=4)), (1.0, NextText(POOL, tokens=8))]
 
 
-def drawing(**keys) -> Drawing:
+def drawing(**keys) -> BatchSampler:
     settings = {"lengths": (20, 40), "batch_size": 2, "query_aware": 0.5, "seed": 3}
-    return Drawing(SOURCES, **{**settings, **keys})
+    return BatchSampler(SOURCES, **{**settings, **keys})
 
 
 def same(one, other) -> bool:
@@ -104,17 +102,17 @@ def test_questions_about_a_document_are_left_to_the_model(folder):
     _, tokenizer = load_model(str(folder))
     source = OwnAnswers(Pool(torch.arange(5, 95).repeat(20), [0]), tokenizer, count=3, tokens=9)
     passage = source(random.Random(0), 0, 80)
-    assert passage.to_say == 9
+    assert passage.tokens_to_generate == 9
     assert len(passage.context) == 80 - source.longest
     asked = {tuple(question) for question, _ in passage.continuations}
     assert len(asked) == 3
-    assert asked <= {tuple(tokenizer(ask)["input_ids"]) for ask in ASKS}
+    assert asked <= {tuple(tokenizer(ask)["input_ids"]) for ask in QUESTIONS}
     assert [answer for _, answer in passage.continuations] == [[], [], []]
     after = collate(7, [passage, source(random.Random(1), 1, 80)], None)
-    assert (after.to_say, after.counted.any().item(), after.continuations.shape[0]) == (9, False, 6)
+    assert (after.tokens_to_generate, after.counted.any().item(), after.continuations.shape[0]) == (9, False, 6)
     assert after.counted.shape == after.continuations.shape
     before = collate(7, [passage], random.Random(0))
-    assert (before.to_say, before.continuations.shape, before.counted.tolist()) == (9, (1, 1), [[False]])
+    assert (before.tokens_to_generate, before.continuations.shape, before.counted.tolist()) == (9, (1, 1), [[False]])
     with pytest.raises(UserError, match="no room"):
         source(random.Random(0), 0, 40)
 
@@ -124,18 +122,13 @@ def test_nothing_of_a_family_that_is_held_out_is_drawn(folder, monkeypatch):
     monkeypatch.setattr(Episodes, "_ids", lambda self, text: [5] * len(text))
 
     def told(*hold_out) -> str:
-        config = TrainConfig(
-            policy=Policy(SnapKV()),
-            mixture=Mixture(retrieval=1, text=0),
-            lengths=(600, 700),
-            hold_out=hold_out,
-        )
-        data = Data(config, tokenizer, None)
+        settings = DataSettings(mixture=Mixture(retrieval=1, text=0), hold_out=hold_out)
+        data = DataModule(settings, tokenizer, (600, 700), seed=0)
         made = []
         episode = Retrieval.episode
         monkeypatch.setattr(Retrieval, "episode", lambda self, index: made.append(episode(self, index)) or made[-1])
         for number in range(40):
-            data.drawings["train"].batch(number)
+            data.samplers["train"].batch(number)
         monkeypatch.setattr(Retrieval, "episode", episode)
         return "".join(one.context + question for one in made for question, _ in one.continuations)
 
@@ -181,7 +174,7 @@ def test_a_stream_is_read_in_order_from_anywhere():
 
 
 def test_kept_fractions_are_spread_over_the_range():
-    found = [seeding.spread(seeding.generator(0, "keep", number), 0.02, 0.6, 2) for number in range(50)]
+    found = [seeding.stratified(seeding.generator(0, "keep", number), 0.02, 0.6, 2) for number in range(50)]
     middle = (0.02 * 0.6) ** 0.5
     assert all(0.02 <= low < middle <= high <= 0.6 for low, high in found)
     assert len({low for low, _ in found}) == 50

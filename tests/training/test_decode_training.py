@@ -14,7 +14,7 @@ from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.states import Relaxed
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.scorers import H2O, LearnedScorer, SnapKV
-from learnkv.training.continuation import read_on
+from learnkv.training.continuation import continuation_outputs
 
 pytestmark = pytest.mark.compat
 EVERY, LAYERS, HEADS = 8, 3, 2
@@ -45,7 +45,7 @@ def said(policy: Policy, cache: CompressedCache) -> Tensor:
     """Logits of the tokens that are not padding, after each prompt has got two rows."""
     cache.batch_repeat_interleave(2)
     ids, mask = continuations()
-    return read_on(attached("llama"), ids, cache, mask)[0][mask.bool()]
+    return continuation_outputs(attached("llama"), ids, cache, mask)[0][mask.bool()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,12 +104,12 @@ def test_a_token_trains_the_latest_eviction_before_it():
     policy = policy_of("decode").requires_grad_(True)
     ids, mask = tokens(2, 3 * EVERY, seed=4), torch.ones(2, 3 * EVERY)
     for part, expected in ((slice(0, EVERY), False), (slice(EVERY, None), True)):
-        logits = read_on(attached("llama"), ids, policy.relax(read(policy), keep=0.3), mask)[0]
+        logits = continuation_outputs(attached("llama"), ids, policy.relax(read(policy), keep=0.3), mask)[0]
         grads = torch.autograd.grad(logits[:, part].square().mean(), list(policy.decode.parameters()))
         assert [bool(one.abs().max() > 0) for one in grads] == [expected] * len(grads)
     budgets = policy.allocator.layer_budget.logits
     for part in (slice(0, EVERY), slice(2 * EVERY, None)):  # heads keep what they were given
-        logits = read_on(attached("llama"), ids, policy.relax(read(policy), keep=0.3), mask)[0]
+        logits = continuation_outputs(attached("llama"), ids, policy.relax(read(policy), keep=0.3), mask)[0]
         assert torch.autograd.grad(logits[:, part].square().mean(), budgets)[0].abs().max() > 0
     policy.requires_grad_(False)
 
@@ -125,7 +125,7 @@ def test_steps_along_the_gradient_help_what_is_said_after_evictions():
         target = continuation(model, ids, whole.fork()).log_softmax(-1)[:, EVERY:]
 
     def divergence(cache: CompressedCache) -> Tensor:
-        ours = read_on(model, ids, cache, mask)[0].log_softmax(-1)[:, EVERY:]
+        ours = continuation_outputs(model, ids, cache, mask)[0].log_softmax(-1)[:, EVERY:]
         return (target.exp() * (target - ours)).sum(-1).mean()
 
     steps, losses = torch.optim.Adam(policy.parameters(), lr=0.01), []

@@ -5,11 +5,10 @@ from support.commands import memory
 
 from learnkv.cli.parser import parse
 from learnkv.inference.models import describe_model, load_model
-from learnkv.persistence.policies import build_policy
-from learnkv.persistence.size import sized
+from learnkv.persistence.policies import build_policy, fill_sizes
 from learnkv.training.config import TrainConfig
 from learnkv.training.memory.live_bytes import LiveBytes
-from learnkv.training.memory.predict import CONTEXTS, STEP, batch, predicted, step_of
+from learnkv.training.memory.predict import CONTEXTS, STEP, largest_batch, predicted, step_of
 
 AS_SHIPPED = """
 policy:
@@ -42,9 +41,9 @@ def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_p
         (tmp_path / "tiny.yaml").write_text(AS_SHIPPED)
     config, _ = parse(TrainConfig, [*words, *typed, "lengths=100,200", "keep=0.2"], "train")
     model = load_model(str(folder))[0]
-    policy = build_policy(sized(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
+    policy = build_policy(fill_sizes(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
     module = step_of(config, model, policy.requires_grad_(True))
-    one = batch(config, 200, "cpu")
+    one = largest_batch(config, 200, "cpu")
     with LiveBytes() as live:
         module.training_step(one, 0).backward()
     parts = predicted(config, kernels=False)

@@ -16,7 +16,7 @@ from learnkv.inference.prefill import prefill, score_prompt
 from learnkv.ops.normal_scores import normal_scores
 from learnkv.policy.policy import Policy
 from learnkv.scorers import KVzip, LearnedScorer, SnapKV
-from learnkv.training.data.batches import Batch, Drawing
+from learnkv.training.data.batches import Batch, BatchSampler
 from learnkv.training.data.sources import NextText, Spans
 from learnkv.training.data.text_windows import Pool
 from learnkv.training.losses import forward_kl
@@ -30,6 +30,7 @@ from learnkv.training.objectives import (
     Stages,
     WeightedSum,
 )
+from learnkv.training.settings import DistillationSettings, Lora
 
 POOL = Pool(torch.randint(3, 100, (3000,), generator=torch.Generator().manual_seed(0)), [0])
 
@@ -53,15 +54,16 @@ def moved(number: int = 0) -> Policy:
     return policy
 
 
-def distillation(model, policy, **keys) -> Distillation:
-    module = Distillation(model, policy, **{"steps": 30, "keep": (0.2,), "students": 1, **keys})
+def distillation(model, policy, steps=30, seed=0, **keys) -> Distillation:
+    settings = DistillationSettings(**{"keep": (0.2,), "students": 1, **keys})
+    module = Distillation(model, policy, settings, steps=steps, seed=seed)
     module.log = lambda *args, **keys: None
     return module
 
 
 def batch(number: int = 0):
     spans = Spans(POOL, count=2, tokens=12, cue=4)
-    return Drawing([(1.0, spans), (1.0, NextText(POOL, 12))], (50, 60), 2, 0.5, seed=1).batch(number)
+    return BatchSampler([(1.0, spans), (1.0, NextText(POOL, 12))], (50, 60), 2, 0.5, seed=1).batch(number)
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +141,14 @@ def test_kept_fractions_are_functions_of_seed_and_batch(model):
 
 
 def test_a_sandwich_has_the_lowest_the_highest_and_others_between(model):
-    module = distillation(model, learned(), keep=(), keep_range=(0.1, 0.4), students=4, draw="sandwich")
+    module = distillation(model, learned(), keep=(), keep_range=(0.1, 0.4), students=4, keep_sampling="sandwich")
     found = [module.keeps(number) for number in range(20)]
     assert {(one[0], one[-1]) for one in found} == {(0.1, 0.4)}
     between = [keep for one in found for keep in one[1:-1]]
     assert len(set(between)) == 40
     assert 0.1 < min(between) < 0.13 < 0.3 < max(between) < 0.4
     assert module.keeps(7) == found[7]
-    listed = distillation(model, learned(), keep=(0.3, 0.1, 0.2), students=3, draw="sandwich")
+    listed = distillation(model, learned(), keep=(0.3, 0.1, 0.2), students=3, keep_sampling="sandwich")
     assert {tuple(listed.keeps(number)) for number in range(20)} == {(0.1, keep, 0.3) for keep in (0.1, 0.2, 0.3)}
 
 
@@ -154,7 +156,7 @@ def test_the_temperature_falls_evenly_in_its_logarithm(model, monkeypatch):
     module = distillation(model, learned(), temperature=(0.5, 0.125), steps=5)
     steps = iter(range(6))
     monkeypatch.setattr(Distillation, "global_step", property(lambda self: next(steps)))
-    found = [module.width for _ in range(6)]
+    found = [module.temperature for _ in range(6)]
     assert found == pytest.approx([0.5, 0.5 * 2**-0.5, 0.25, 0.25 * 2**-0.5, 0.125, 0.125])
 
 
@@ -224,7 +226,7 @@ def test_an_adapter_starts_as_nothing_and_trains_beside_the_policy(folder):
     before = [distillation(model, policy).training_step(batch(number), 0) for number in range(2)]
     policy.adapter = Adapter(2, 4.0, ("q_proj", "o_proj"))
     adapters.add(model, policy.adapter)
-    module = distillation(model, policy, lr=0.0, budget_lr=0.0, lora_lr=2e-2)
+    module = distillation(model, policy, lr=1e-30, budget_lr=1e-30, lora=Lora(lr=2e-2))
     assert [module.training_step(batch(number), 0) for number in range(2)] == before
     optimizer = module.configure_optimizers()["optimizer"]
     cache = prefill(model, batch().prompts, batch().prompt_mask)
@@ -241,8 +243,8 @@ def test_an_adapter_starts_as_nothing_and_trains_beside_the_policy(folder):
 
 
 def test_noise_changes_what_one_student_keeps(model):
-    keys = {"keep": (), "keep_range": (0.1, 0.4), "students": 3, "draw": "sandwich"}
-    losses = [distillation(model, learned(), exploration=one, **keys).training_step(batch(1), 0) for one in (0, 1, 1)]
+    keys = {"keep": (), "keep_range": (0.1, 0.4), "students": 3, "keep_sampling": "sandwich"}
+    losses = [distillation(model, learned(), gumbel_noise=one, **keys).training_step(batch(1), 0) for one in (0, 1, 1)]
     assert losses[1] != losses[0]
     assert losses[1] == losses[2]
 
@@ -266,11 +268,11 @@ def test_a_model_that_says_nan_ends_the_run(folder):
 
 def test_a_heuristic_alone_has_nothing_to_train(model):
     with pytest.raises(UserError, match="nothing to train"):
-        Distillation(model, Policy(SnapKV()), steps=1)
+        Distillation(model, Policy(SnapKV()), DistillationSettings(), steps=1)
 
 
 def test_checkpoints_hold_the_policy_and_not_the_model(model):
-    module = Distillation(model, learned(), steps=1, description={"format_version": 1})
+    module = Distillation(model, learned(), DistillationSettings(), steps=1, description={"format_version": 1})
     checkpoint = {"state_dict": module.state_dict()}
     assert any(name.startswith("model.") for name in checkpoint["state_dict"])
     module.on_save_checkpoint(checkpoint)

@@ -41,7 +41,7 @@ def means(tokens: Tensor) -> Tensor:
 
 
 def comparison(teacher: Outputs, student: Outputs) -> Comparison:
-    return Comparison(2, sample=SAMPLE, weights=WEIGHTS, both=(teacher, student))
+    return Comparison(2, sample=SAMPLE, weights=WEIGHTS, teacher=teacher, student=student)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_scores_that_are_no_chances_are_refused_as_chances():
 def test_stages_follow_each_other_by_optimiser_steps():
     first, second, last = ScoreRegression(KVzip()), BudgetRegression(KVzip()), ForwardKL()
     stages = Stages([first, Stages([second, last], [3])], [2])
-    assert [stages.at(step) for step in (0, 1, 2, 3, 99)] == [first, first, second, last, last]
-    assert ForwardKL().at(7).name == "kl"
+    assert [stages.at_step(step) for step in (0, 1, 2, 3, 99)] == [first, first, second, last, last]
+    assert ForwardKL().at_step(7).name == "kl"
     for steps in ([], [0], [1, 1]):
         with pytest.raises(UserError, match="steps"):
             Stages([first, last], steps)
@@ -217,10 +217,10 @@ def test_a_yaml_names_an_objective(name, tmp_path):
     typed = {"objective": {"class_path": f"learnkv.training.objectives.{name}", "init_args": arguments}}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(typed))
     config, resolved = parse(TrainConfig, ["config=quickstart", f"config={tmp_path / 'one.yaml'}"], "train")
-    assert type(config.objective).__name__ == name
-    made = config.objective.spec()
+    assert type(config.distillation.objective).__name__ == name
+    made = config.distillation.objective.spec()
     if name == "WeightedSum":
-        assert [type(one).__name__ for one in config.objective.objectives] == list(NAMED)
+        assert [type(one).__name__ for one in config.distillation.objective.objectives] == list(NAMED)
         assert made["weights"] == arguments["weights"]
     elif "target" in arguments:
         assert made["target"]["init_args"]["log"] is True
@@ -246,9 +246,9 @@ HERE = "learnkv.training.objectives"
     ("typed", "told"),
     [
         (["temperature=0,0.5"], "temperature=0,0.5"),
-        (["exploration=-1"], "exploration=-1"),
-        (["draw=sandwich", "students=1"], "students=1"),
-        (["draw=sandwitch"], "draw=sandwitch"),
+        (["gumbel_noise=-1"], "gumbel_noise=-1"),
+        (["keep_sampling=sandwich", "students=1"], "students=1"),
+        (["keep_sampling=sandwitch"], "keep_sampling=sandwitch"),
         (
             [f"objective.class_path={HERE}.ScoreRegression", f"objective.init_args.target={KVZIP}", "lora.rank=2"],
             "learns",

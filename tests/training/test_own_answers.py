@@ -6,8 +6,8 @@ import torch
 from learnkv.inference.generate import generate
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill
-from learnkv.training.data.batches import Drawing
-from learnkv.training.data.self_generated import Answers
+from learnkv.training.data.batches import BatchSampler
+from learnkv.training.data.self_generated import AnswerCache
 from learnkv.training.data.sources import OwnAnswers
 from learnkv.training.data.text_windows import Pool
 
@@ -21,7 +21,7 @@ def tiny(folder):
 
 def batch(tokenizer, number: int = 0, query_aware: float = 0.0):
     source = OwnAnswers(POOL, tokenizer, count=3, tokens=6)
-    return Drawing([(1.0, source)], (70, 90), 2, query_aware, seed=1).batch(number)
+    return BatchSampler([(1.0, source)], (70, 90), 2, query_aware, seed=1).batch(number)
 
 
 @pytest.mark.parametrize("query_aware", [0.0, 1.0])
@@ -29,8 +29,8 @@ def test_answers_are_those_of_the_full_cache_and_are_counted(tiny, query_aware):
     model, tokenizer = tiny
     asked = batch(tokenizer, query_aware=query_aware)
     cache = prefill(model, asked.prompts, asked.prompt_mask)
-    done = Answers(None, seed=5).complete(model, asked, cache)
-    assert done.to_say == 0
+    done = AnswerCache(None, seed=5).complete(model, asked, cache)
+    assert done.tokens_to_generate == 0
     assert cache.tail_length == 0
     for row, question in enumerate(asked.continuations):
         length = int(asked.continuation_mask[row].sum())
@@ -39,9 +39,9 @@ def test_answers_are_those_of_the_full_cache_and_are_counted(tiny, query_aware):
         counted = done.counted[row].nonzero().flatten()
         assert counted[0] == length - 1  # where the first token of the answer is predicted
         assert len(counted) == len(read) - length + 1 <= 6
-    again = Answers(None, seed=5).complete(model, asked, cache)
+    again = AnswerCache(None, seed=5).complete(model, asked, cache)
     assert all(torch.equal(a, b) for a, b in zip(again[1:6], done[1:6], strict=True))
-    other = Answers(None, seed=6).complete(model, asked, cache)
+    other = AnswerCache(None, seed=6).complete(model, asked, cache)
     assert not torch.equal(other.continuations, done.continuations)
 
 
@@ -49,22 +49,22 @@ def test_an_answer_is_said_once(tiny, tmp_path, monkeypatch):
     model, tokenizer = tiny
     asked = batch(tokenizer)
     cache = prefill(model, asked.prompts, asked.prompt_mask)
-    done = Answers(tmp_path / "kept", seed=5).complete(model, asked, cache)
+    done = AnswerCache(tmp_path / "kept", seed=5).complete(model, asked, cache)
     assert len(list((tmp_path / "kept").iterdir())) == 1
     said = []
     monkeypatch.setattr(
         "learnkv.training.data.self_generated.generate", lambda *a, **k: said.append(1) or generate(*a, **k)
     )
-    known = Answers(tmp_path / "kept", seed=5).complete(model, asked, cache)
+    known = AnswerCache(tmp_path / "kept", seed=5).complete(model, asked, cache)
     assert not said
     assert all(torch.equal(a, b) for a, b in zip(known[1:6], done[1:6], strict=True))
-    Answers(tmp_path / "kept", seed=6).complete(model, asked, cache)
+    AnswerCache(tmp_path / "kept", seed=6).complete(model, asked, cache)
     assert len(said) == 1
     other = batch(tokenizer, number=1)
-    Answers(tmp_path / "kept", seed=5).complete(model, other, prefill(model, other.prompts, other.prompt_mask))
+    AnswerCache(tmp_path / "kept", seed=5).complete(model, other, prefill(model, other.prompts, other.prompt_mask))
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1.0  # another model
-    Answers(tmp_path / "kept", seed=5).complete(model, asked, cache)
+    AnswerCache(tmp_path / "kept", seed=5).complete(model, asked, cache)
     with torch.no_grad():
         model.lm_head.weight[0, 0] -= 1.0
     assert len(said) == 3
@@ -80,7 +80,7 @@ def test_an_answer_ends_where_the_model_ends_it(tiny):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("learnkv.training.data.self_generated.generate", lambda *a, **k: said)
         cache = prefill(model, asked.prompts, asked.prompt_mask)
-        done = Answers(None, seed=5).complete(model, asked, cache)
+        done = AnswerCache(None, seed=5).complete(model, asked, cache)
     assert done.counted.sum(-1).tolist() == [3, 1, 6, 6, 6, 6]
     read = done.continuations[0][done.continuation_mask[0].bool()]
     assert read[-2:].tolist() == [9, 9]  # of the last token of an answer, eos, only the prediction counts

@@ -13,7 +13,7 @@ from learnkv.inference.lora import Adapter
 from learnkv.inference.models import load_model
 from learnkv.policy.policy import Policy
 from learnkv.scorers import LearnedScorer, SnapKV
-from learnkv.training.data.batches import Batch, Drawing
+from learnkv.training.data.batches import Batch, BatchSampler
 from learnkv.training.data.sources import Spans
 from learnkv.training.memory.live_bytes import LiveBytes
 from learnkv.training.objectives import ForwardKL, HiddenMSE, ReverseKL, WeightedSum
@@ -62,7 +62,7 @@ MANY = WeightedSum([ForwardKL(), ReverseKL(), HiddenMSE("all")], [1, 1, 0.5])
 @pytest.mark.parametrize("asked", [{}, {"objective": MANY}, {"soft_steps": 1}])
 @pytest.mark.parametrize("arranged", [{"chunk_size": 13}, {"checkpointing": True}])
 def test_loss_and_gradients_are_the_same(model, arranged, asked):
-    keys = {"keep": (0.2, 1.0), "students": 2, "draw": "sandwich", "weights": "context", **asked}
+    keys = {"keep": (0.2, 1.0), "students": 2, "keep_sampling": "sandwich", "weights": "context", **asked}
     for number in range(2):
         loss, grads = gradients(distillation(model, moved(), **keys), batch(number))
         other, others = gradients(distillation(model, moved(), **keys, **arranged), batch(number))
@@ -96,7 +96,7 @@ def test_checkpointing_computes_again_with_the_adapter_that_was_active(folder):
     for checkpointing in (False, True):
         policy = moved()
         policy.adapter = adapter
-        keys = {"keep": (0.2, 1.0), "students": 2, "draw": "sandwich"}
+        keys = {"keep": (0.2, 1.0), "students": 2, "keep_sampling": "sandwich"}
         found.append(gradients(distillation(model, policy, checkpointing=checkpointing, **keys), batch(1)))
     for one, two in zip(*(grads for _, grads in found), strict=True):
         torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-6)
@@ -197,12 +197,12 @@ def test_each_batch_draws_the_tokens_that_hidden_states_are_held_of(model):
 def test_what_scorers_read_is_not_copied_for_every_continuation(model):
     policy = Policy(LearnedScorer(SnapKV(window=8), 2, 2, 8, width=4, window=8, rank=2, hidden_size=32))
     spans = Spans(POOL, count=16, tokens=4, cue=1)
-    one = Drawing([(1.0, spans)], (200, 200), 1, 0.0, seed=1).batch(0)
+    one = BatchSampler([(1.0, spans)], (200, 200), 1, 0.0, seed=1).batch(0)
     with LiveBytes() as live, torch.no_grad():
         module = distillation(model, policy, checkpointing=True)
         cache = module._read(one, [policy])
         before, live.peak = live.now, live.now
-        module._said(cache.fork(), one)
+        module._outputs(cache.fork(), one)
     hidden = 2 * 200 * 32 * 4
     assert live.peak - before < 24 * hidden  # copies alone would be 16 times as much, and the attention as much again
     assert cache.compressed_layers()[0].capture.statistics[HiddenSample()].shape == (1, 200, 32)

@@ -24,7 +24,13 @@ def one_process(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_model_is_shared_out_and_the_policy_is_not(folder, one_process, checkpointing):
-    keys = {"keep": (0.2, 1.0), "students": 2, "draw": "sandwich", "checkpointing": checkpointing, "chunk_size": 20}
+    keys = {
+        "keep": (0.2, 1.0),
+        "students": 2,
+        "keep_sampling": "sandwich",
+        "checkpointing": checkpointing,
+        "chunk_size": 20,
+    }
     loss, grads = gradients(distillation(load_model(str(folder))[0], moved(), **keys), batch(1))
     model = load_model(str(folder))[0]
     shard(model, "cpu", 1)

@@ -12,8 +12,7 @@ import torch
 import yaml
 from support.commands import eval, export, train
 
-from learnkv.persistence.policies import load_policy
-from learnkv.persistence.size import sized
+from learnkv.persistence.policies import fill_sizes, load_policy
 from learnkv.training.callbacks.checkpoints import Checkpoints
 from learnkv.training.module import Distillation
 
@@ -42,11 +41,11 @@ objective:
       init_args: {target: *kvzip}
     weights: [1, 0.5, 0.1, 0.1]
 weights: context
-draw: sandwich
+keep_sampling: sandwich
 students: 3
 temperature: [0.5, 0.2]
 soft_steps: 1
-exploration: 1.0
+gumbel_noise: 1.0
 lora: {rank: 2, targets: [q_proj, o_proj, down_proj], lr: 0.01}
 """
 
@@ -266,7 +265,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(words, tmp_path, monkeypatch
 
 def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
     spec = {"scorer": {"init_args": {"num_layers": 0, "head_dim": 7, "hidden_size": 0, "base": None}}, "sinks": 0}
-    filled = sized(spec, {"layers": 5, "heads": 2, "head_dim": 8, "hidden_size": 32})
+    filled = fill_sizes(spec, {"layers": 5, "heads": 2, "head_dim": 8, "hidden_size": 32})
     known = {"num_layers": 5, "head_dim": 7, "hidden_size": 32, "base": None}
     assert filled == {"scorer": {"init_args": known}, "sinks": 0}
 

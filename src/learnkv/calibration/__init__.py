@@ -1,1 +1,1 @@
-"""What is measured of a model once, so that methods which read tables can be used with it."""
+"""One-time measurements of a model, for methods that read tables."""

@@ -1,4 +1,4 @@
-"""What each layer attends to while an answer is given."""
+"""Attention of each layer while an answer is decoded."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from learnkv.inference.prefill import prefill
 
 
 @torch.no_grad()
-def answering(model: Any, before: Tensor, said: Tensor) -> Iterator[Observation]:
-    """Every layer at the moment when the last token of `said` [1, A] is predicted after the prompt `before` [1, S].
+def answer_observations(model: Any, prompt: Tensor, answer: Tensor) -> Iterator[Observation]:
+    """Observation of every layer where the last token of `answer` [1, A] is predicted after `prompt` [1, S].
 
-    The queries of its window are those that predict the A tokens.
+    The window's queries are those that predict the A tokens.
     """
-    cache = prefill(model, torch.cat([before, said[:, :-1]], 1).to(model.device), window=said.shape[1])
+    cache = prefill(model, torch.cat([prompt, answer[:, :-1]], 1).to(model.device), window=answer.shape[1])
     for layer in cache.compressed_layers():
         yield layer.observation()
 
 
 def attention(obs: Observation, valid: Tensor | None = None) -> Tensor:
-    """Weights [H, G, A, S] of the answer's queries over everything, or over what is `valid` [1, H, S]."""
-    among = obs if valid is None else dataclasses.replace(obs, valid=valid & obs.valid)
-    return among.window_attention(obs.queries.shape[2])[0][0]
+    """Attention weights [H, G, A, S] of the answer's queries over all entries, or over the `valid` ones [1, H, S]."""
+    masked = obs if valid is None else dataclasses.replace(obs, valid=valid & obs.valid)
+    return masked.window_attention(obs.queries.shape[2])[0][0]

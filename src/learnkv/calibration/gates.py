@@ -1,4 +1,4 @@
-"""Gates of DuoAttention, trained on needle trials."""
+"""DuoAttention's head gates, trained on needle trials."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +20,10 @@ def head_gates(
     penalty: float,
     learning_rate: float = 0.05,
 ) -> Tensor:
-    """Gates [L, H] in [0, 1] by Adam on the KL of the answers' tokens to the full cache plus `penalty` * mean gate.
+    """Gates [L, H] in [0, 1] by Adam on the answers' KL to the full cache plus `penalty` * mean gate, one trial a step.
 
     A gate multiplies the softmax weight of all entries of its head but the first `sink` and the last `recent`. The
-    authors mix the outputs of full and streaming attention instead; at 0 and at 1 both are the same. One trial a step.
+    authors mix the outputs of full and streaming attention instead; at 0 and at 1 both are the same.
     """
     gates: Tensor | None = None
     for step in range(steps):
@@ -38,12 +38,12 @@ def head_gates(
         with torch.no_grad():
             teacher = continuation(model, ids, cache.fork())[:, first:-1].log_softmax(-1)
         student = cache.fork()
-        place = torch.arange(trial.context.shape[1])
-        always = (place < sink) | (place >= len(place) - recent)
-        for layer, own in zip(student.compressed_layers(), gates, strict=True):
-            layer.gate(torch.where(always, 1.0, own.view(1, -1, 1)).to(layer.device))
-        said = continuation(model, ids, student)[:, first:-1].log_softmax(-1)
-        kl = (teacher.exp() * (teacher - said)).sum(-1).mean()
+        positions = torch.arange(trial.context.shape[1])
+        protected = (positions < sink) | (positions >= len(positions) - recent)
+        for layer, layer_gates in zip(student.compressed_layers(), gates, strict=True):
+            layer.gate(torch.where(protected, 1.0, layer_gates.view(1, -1, 1)).to(layer.device))
+        gated = continuation(model, ids, student)[:, first:-1].log_softmax(-1)
+        kl = (teacher.exp() * (teacher - gated)).sum(-1).mean()
         adam.zero_grad()
         (kl.cpu() + penalty * gates.mean()).backward()
         adam.step()

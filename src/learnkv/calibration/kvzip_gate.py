@@ -1,4 +1,4 @@
-"""Fast KVzip's gate, trained to tell KVzip's scores from hidden states."""
+"""Fast KVzip's gate, trained to predict KVzip's scores from hidden states."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ FEATURES, BASE_KEYS = 16, 16
 
 
 class _Targets(KVzip):
-    """KVzip's scores, with the hidden states kept beside them."""
+    """KVzip's scores, with hidden states in the observations."""
 
     needs = frozenset({"hidden"})
 
@@ -27,21 +27,21 @@ def kvzip_gate(
 ) -> dict[str, Tensor]:
     """Weights of the gate [L, …] after `steps` of Adam on the binary cross-entropy to KVzip's scores of `contexts`.
 
-    Contexts are [1, S] each. A step draws `batch` tokens of all of them; every layer is trained by itself.
+    Contexts are [1, S] each. A step samples `batch` tokens of all of them; every layer is trained separately.
     """
     kvzip = Policy(_Targets())
     inputs: list[list[Tensor]] = []
     targets: list[list[Tensor]] = []
     for context in contexts:
         layers = prefill(model, context.to(model.device), window=1, policies=[kvzip]).compressed_layers()
-        for at, layer in enumerate(layers):
-            if at == len(inputs):
+        for index, layer in enumerate(layers):
+            if index == len(inputs):
                 inputs.append([])
                 targets.append([])
             obs = layer.observation()
             assert obs.hidden is not None and kvzip.scorer is not None
-            inputs[at].append(obs.hidden[0].float())
-            targets[at].append(kvzip.scorer(obs)[0].clamp(0, 1))
+            inputs[index].append(obs.hidden[0].float())
+            targets[index].append(kvzip.scorer(obs)[0].clamp(0, 1))
             group = obs.num_key_value_groups
     generator = torch.Generator().manual_seed(seed)
     return stack(
@@ -58,17 +58,17 @@ def _trained(
     """Weights of one layer from hidden states [N, E] and scores [H, N]."""
     heads, width = target.shape[0], hidden.shape[-1]
 
-    def drawn(*shape: int) -> Tensor:
+    def random_normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(hidden.device)
 
-    weights = initial_gate(drawn, heads, group, width, FEATURES, BASE_KEYS)
-    adam = torch.optim.Adam([one.requires_grad_() for one in weights.values()], rate)
+    weights = initial_gate(random_normal, heads, group, width, FEATURES, BASE_KEYS)
+    adam = torch.optim.Adam([weight.requires_grad_() for weight in weights.values()], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
     for _ in range(steps):
-        chosen = torch.randint(len(hidden), (batch,), generator=generator).to(hidden.device)
-        score = gate_scores(weights, hidden[chosen].unsqueeze(0))[0]
+        sample = torch.randint(len(hidden), (batch,), generator=generator).to(hidden.device)
+        score = gate_scores(weights, hidden[sample].unsqueeze(0))[0]
         adam.zero_grad()
-        F.binary_cross_entropy(score.clamp(1e-6, 1 - 1e-6), target[:, chosen]).backward()
+        F.binary_cross_entropy(score.clamp(1e-6, 1 - 1e-6), target[:, sample]).backward()
         adam.step()
         schedule.step()
-    return {name: one.detach() for name, one in weights.items()}
+    return {name: weight.detach() for name, weight in weights.items()}

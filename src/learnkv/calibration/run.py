@@ -1,4 +1,4 @@
-"""`learnkv calibrate model=MODEL out=FOLDER`: every table that a policy here reads, measured of a model."""
+"""`learnkv calibrate model=MODEL out=FOLDER`: measures the tables of a model that methods read."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from learnkv.calibration.heads import Kind, head_scores
 from learnkv.calibration.kvzip_gate import kvzip_gate
 from learnkv.calibration.layers import layer_errors
 from learnkv.calibration.moments import query_moments
-from learnkv.calibration.trials import Trial, draw
+from learnkv.calibration.trials import Trial, sample_trials
 from learnkv.errors import UserError
 from learnkv.formats import duo, headkv, layers, lukv, tensors
 from learnkv.inference.models import load_model
@@ -49,17 +49,17 @@ class CalibrationConfig:
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `lukv.npy` (LU-KV's budget curve), `duo/`
             (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `kvzip_gate.safetensors`
             (Fast KVzip).
-        only: what to measure; all but `copying_heads`, which no method here needs, if nothing is given.
-        policy: whose entries the layer errors and the curve are about.
-        keep: fraction at which layer errors are measured.
+        only: measurements to make; by default all but `copying_heads`, which no method here needs.
+        policy: policy that layer errors and the budget curve are measured for.
+        keep: kept fraction of the layer errors.
         lengths: tokens of the contexts.
-        samples: questions at each length; head scores count those that the model answers.
+        samples: questions at each length; head scores use those that the model answers correctly.
         sink: first tokens that a streaming head keeps.
         recent: latest tokens that a streaming head keeps.
         gate_steps: steps of the gates' training, one question each.
-        gate_penalty: nats that a gate costs, on average over heads.
-        kvzip_steps: steps of the training of Fast KVzip's gate, in every layer.
-        seed: of the questions.
+        gate_penalty: weight in nats of the mean gate in the gates' loss.
+        kvzip_steps: training steps of Fast KVzip's gate, per layer.
+        seed: seed of the questions.
         revision: branch, tag or commit of a hub id.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -95,12 +95,14 @@ class CalibrationConfig:
 
 
 def calibrate(config: CalibrationConfig, resolved: str) -> None:
-    """Measure and write, one file after the other; each is named once it is written."""
+    """Measure and write one file after the other; prints the name of each."""
     policy = load_policy(config.policy)
     if policy.scorer is None:
         raise UserError(f"policy={config.policy}: expected a policy that evicts")
     model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
-    trials = [trial for length in config.lengths for trial in draw(tokenizer, length, config.samples, config.seed)]
+    trials: list[Trial] = []
+    for length in config.lengths:
+        trials += sample_trials(tokenizer, length, config.samples, config.seed)
     for file in _written(config, policy, model, tokenizer, trials):
         print(file, flush=True)
 
@@ -108,7 +110,7 @@ def calibrate(config: CalibrationConfig, resolved: str) -> None:
 def _written(
     config: CalibrationConfig, policy: Policy, model: torch.nn.Module, tokenizer: object, trials: list[Trial]
 ) -> Iterator[Path]:
-    """Write what is asked for; gives the files."""
+    """Write the requested files; yields their paths."""
     out, wanted = Path(config.out).expanduser(), config.only or EVERYTHING
     kinds = {KINDS[name]: name for name in wanted if name in KINDS}
     if kinds:

@@ -9,10 +9,11 @@ import torch
 
 from learnkv.errors import UserError
 from learnkv.formats import budgets, duo, headkv, layers, lukv
-from learnkv.formats.files import read_json
+from learnkv.formats.files import make_folder, read_json
 from learnkv.persistence import hub
-from learnkv.persistence import torch_export as program
 from learnkv.persistence.policies import load_policy, policy_folder, save_policy, static_budgets
+from learnkv.persistence.stored_policy import load_checkpoint
+from learnkv.persistence.torch_export import export_budgets
 from learnkv.policy.policy import Policy
 
 
@@ -57,7 +58,7 @@ def export(config: ExportConfig, resolved: str) -> None:
     """Write it and say where it is."""
     policy = load_policy(config.ckpt, config.allow)
     if config.format == "torch-export":
-        _say("torch-export", program.write(config.out, policy, _model(config.ckpt)["shapes"]))
+        _say("torch-export", export_budgets(config.out, policy, _model(config.ckpt)["shapes"]))
     elif config.format != "policy":
         depend = "mean over the validation prompts, of each one they are others" * (not policy.allocator.static)
         _say(config.format, _write_budgets(config, policy), f"budgets: {depend or 'the same for every prompt'}")
@@ -76,17 +77,12 @@ def _policy(config: ExportConfig, policy: Policy) -> Path:
     """The folder of a checkpoint's policy."""
     if Path(config.ckpt).suffix != ".ckpt":
         raise UserError(f"ckpt={config.ckpt}: expected a checkpoint (.ckpt) of train.py")
-    held = _held(config.ckpt)
-    try:
-        return save_policy(
-            policy, config.out, model=held["model"], budgets=held.get("budgets"), training=held.get("training")
-        )
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"out={config.out}: expected a folder that can be written ({error})") from None
+    held, folder = _held(config.ckpt), make_folder(Path(config.out).expanduser(), "out")
+    return save_policy(policy, folder, model=held["model"], budgets=held.get("budgets"), training=held.get("training"))
 
 
 def _held(file: str) -> dict[str, Any]:
-    held: dict[str, Any] = torch.load(Path(file).expanduser(), map_location="cpu", weights_only=True)["learnkv"]
+    held: dict[str, Any] = load_checkpoint(file)["learnkv"]
     return held
 
 
@@ -107,7 +103,7 @@ def _model(path: str) -> dict[str, Any]:
 
 def _write_budgets(config: ExportConfig, policy: Policy) -> Path:
     known = _budgets(config.ckpt, policy)
-    kept = budgets.at(known, config.keep)  # [L, H]
+    kept = budgets.interpolate(known, config.keep)  # [L, H]
     if config.format == "headkv":
         return headkv.write(config.out, [[[one] for one in row for _ in range(config.group)] for row in kept.tolist()])
     if config.format == "duo":
@@ -115,7 +111,7 @@ def _write_budgets(config: ExportConfig, policy: Policy) -> Path:
         return duo.write(config.out, kept / kept.max(), policy.sinks, policy.recent, told)
     if config.format == "layers":
         return layers.write(config.out, [round(one, 6) for one in kept.mean(-1).tolist()])
-    evicted = [1 - budgets.at(known, 1 - target / 100) for target in range(1, lukv.TARGETS + 1)]
+    evicted = [1 - budgets.interpolate(known, 1 - target / 100) for target in range(1, lukv.TARGETS + 1)]
     return lukv.write(config.out, torch.stack(evicted).float())
 
 

@@ -20,7 +20,8 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, name: str = "") -> 
     Words are `key=value`, `--key=value` or `--key value`; keys of nested dataclasses are dotted; `config=` is read
     first wherever it stands. Lists (fields of tuple or list type) are written `keep=0.5,0.25`, `--keep 0.5 0.25` or by
     repeating the key. A dict field with the metadata `arguments_of` takes the constructor arguments of that class
-    (Lightning's Trainer), checked but not built. Every field has a default. Raises UserError where a word does not fit.
+    (Lightning's Trainer), checked but not built. A dataclass field with the metadata `flat` has its keys typed without
+    its name. Every field has a default. Raises UserError where a word does not fit.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -30,7 +31,10 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, name: str = "") -> 
     )
     parser.add_argument("--config", action="config", help=f"YAML file, or a name in configs/{kind}/")
     foreign = {f.name: f.metadata["arguments_of"] for f in dataclasses.fields(schema) if "arguments_of" in f.metadata}
-    parser.add_class_arguments(schema, None, as_group=False, skip=set(foreign))
+    groups = _flat_groups(schema)
+    parser.add_class_arguments(schema, None, as_group=False, skip={*foreign, *groups})
+    for group in groups.values():
+        parser.add_class_arguments(group, None, as_group=False)
     for name, owner in foreign.items():
         parser.add_class_arguments(owner, name, instantiate=False)
     if not {"-h", "--help"}.isdisjoint(argv):
@@ -51,10 +55,26 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, name: str = "") -> 
         raise UserError(at + _explain(str(error), {} if at else typed, known)) from None
     built = _instantiated(parser, parsed)  # indexed: as attributes, keys and items would be its methods
     arguments = {
-        f.name: built[f.name].as_dict() if f.name in foreign else built[f.name] for f in dataclasses.fields(schema)
+        name: group(**{f.name: built[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
     }
+    for f in dataclasses.fields(schema):
+        if f.name not in groups:
+            arguments[f.name] = built[f.name].as_dict() if f.name in foreign else built[f.name]
     del parsed["config"]
     return schema(**arguments), parser.dump(parsed, skip_unset=False)
+
+
+def _flat_groups(schema: type[Any]) -> dict[str, type[Any]]:
+    """Dataclasses of the fields whose keys are typed without the field's name."""
+    hints = get_type_hints(schema)
+    return {f.name: hints[f.name] for f in dataclasses.fields(schema) if f.metadata.get("flat")}
+
+
+def _typed_hints(schema: type[Any]) -> dict[str, Any]:
+    """Type of every key, those of flat groups among them."""
+    groups = _flat_groups(schema)
+    hints = {name: hint for name, hint in get_type_hints(schema).items() if name not in groups}
+    return hints | {name: hint for group in groups.values() for name, hint in get_type_hints(group).items()}
 
 
 def _instantiated(parser: Any, parsed: Any) -> Any:
@@ -102,7 +122,7 @@ def report_error(error: Exception | str, code: int) -> int:
 
 def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
     """Dotted name of every field, and whether it is a list."""
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in _typed_hints(schema).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         yield prefix + name, any(get_origin(part) in (list, tuple) for part in parts)
         for part in parts:
@@ -112,7 +132,7 @@ def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
 
 def _within(schema: type[Any]) -> Iterator[str]:
     """Dotted names of the arguments of fields that hold a component."""
-    for name, hint in get_type_hints(schema).items():
+    for name, hint in _typed_hints(schema).items():
         for part in get_args(hint):
             if inspect.isclass(part) and part.__module__.startswith("learnkv.") and not dataclasses.is_dataclass(part):
                 yield from (f"{name}.init_args.{one}" for one in inspect.signature(part).parameters)

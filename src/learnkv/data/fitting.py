@@ -1,4 +1,4 @@
-"""Filling a prompt up to a length."""
+"""Search for the number of units that fill a prompt to a length."""
 
 from collections.abc import Callable
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fact:
-    """A sentence that ties `{key}` to `{value}`, and the two ways to ask for the value.
+    """A sentence with a `{key}` and its `{value}`, and two questions about the value.
 
-    `question` asks for one value, `question_all` for every value of a key that has several. Both end in the words
-    that stand before the value in the sentence, so that the answer continues them.
+    `question` is about one value, `question_all` about all values of a key that has several. Both end in the words
+    before the value in the sentence, so that the answer continues them.
     """
 
     sentence: str

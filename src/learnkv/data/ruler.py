@@ -40,11 +40,11 @@ class Ruler:
     Args:
         tokenizer: any Hugging Face tokenizer; it only counts.
         length: tokens of the complete prompt with room for the answer, filled as closely as the task's units allow.
-        seed: of everything drawn.
+        seed: seed of all prompts.
         split: "eval", or "train" for other words, numbers, UUIDs and names than any evaluation has.
         haystack: .txt or .txt.gz file of essays; CPython's help topics if None.
         qa: files with the documents of qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout), .json or .json.gz.
-        template: what needles and questions about them say: `secret`, or `memo`, of which nothing is trained on.
+        template: wording of needles and questions: `secret`, or `memo`, which is not in any training data.
         keys: language of the needles' keys, where they are words.
     """
 
@@ -63,12 +63,12 @@ class Ruler:
         self.tokenizer, self.length, self.seed, self.split, self.haystack = tokenizer, length, seed, split, haystack
         self.template, self.keys = template, keys
         self.qa = [qa] if isinstance(qa, str) else list(qa or [])
-        self._askable: dict[str, tuple[list[Question], Iterator[Question]]] = {}
+        self._fitting: dict[str, tuple[list[Question], Iterator[Question]]] = {}
 
     def sample(self, task: str, index: int) -> Sample:
         """Prompt number `index` of `task`.
 
-        Raises ValueError for an unknown task, a length in which the task does not fit, and QA without its file.
+        Raises UserError for an unknown task, a length in which the task does not fit, and QA without its file.
         """
         if task not in NEW_TOKENS:
             raise UserError(f"task {task!r}: expected one of {', '.join(TASKS)}")
@@ -105,24 +105,26 @@ class Ruler:
     def _documents(self, task: str) -> Documents:
         if self.split != "eval":
             raise UserError(f"{task}: its questions are for evaluation only, split is {self.split!r}")
-        found = [data for data in map(read_documents, self.qa) if data.layout == QA_LAYOUT[task]]
-        if not found:
+        files = [data for data in map(read_documents, self.qa) if data.layout == QA_LAYOUT[task]]
+        if not files:
             given = ", ".join(self.qa) or "none"
             raise UserError(f"{task}: needs a file in {QA_LAYOUT[task]}'s layout, qa=FILE; given: {given}")
-        return found[0]
+        return files[0]
 
     def _question(self, task: str, index: int, data: Documents) -> Question:
         """The index-th of the shuffled questions whose own documents fit."""
-        if task not in self._askable:
+        if task not in self._fitting:
             order = list(data.questions)
             random.Random(f"{self.seed}:{task}").shuffle(order)
             limit = self.length - NEW_TOKENS[task]
             rng = random.Random(0)
-            self._askable[task] = [], (q for q in order if self.tokens(documents(rng, data, q)[0](0)) <= limit)
-        known, more = self._askable[task]
-        while len(known) <= index:
-            question = next(more, None)
+            self._fitting[task] = [], (q for q in order if self.tokens(documents(rng, data, q)[0](0)) <= limit)
+        fitting, rest = self._fitting[task]
+        while len(fitting) <= index:
+            question = next(rest, None)
             if question is None:
-                raise UserError(f"{task}: only {len(known)} questions fit in {self.length} tokens, asked for {index}")
-            known.append(question)
-        return known[index]
+                raise UserError(
+                    f"{task}: only {len(fitting)} questions fit in {self.length} tokens, expected more than {index}"
+                )
+            fitting.append(question)
+        return fitting[index]

@@ -11,7 +11,7 @@ from learnkv.data.sample import Draft
 from learnkv.data.words import Split, draw, key_word, number, variable, word_list
 
 COMMON = 10
-"""Common words asked for."""
+"""Number of common words in the answer."""
 SHORT = 4096
 """Below this length in tokens, words are repeated less often (and the example is smaller)."""
 
@@ -22,15 +22,15 @@ def chain(rng: random.Random, split: Split, hops: int = 4) -> Callable[[int], Dr
     example = text.chain_example([variable(rng, split, taken, letters=3) for _ in range(hops + 1)])
     start = number(rng, split, taken, digits=5)
     names = [variable(rng, split, taken) for _ in range(hops + 1)]
-    places = sorted(rng.random() for _ in names)
+    depths = sorted(rng.random() for _ in names)
     links = text.chain_statements(start, names)
 
     def draft(units: int) -> Draft:
-        told = noise(units)
-        for place, link in zip(reversed(places), reversed(links), strict=True):
-            told.insert(int(place * (units + 1)), link)
+        parts = noise(units)
+        for depth, link in zip(reversed(depths), reversed(links), strict=True):
+            parts.insert(int(depth * (units + 1)), link)
         return Draft(
-            text.CHAIN_INTRO + example + " ".join(told),
+            text.CHAIN_INTRO + example + " ".join(parts),
             text.chain_question(start),
             text.chain_prefix(start, len(names)),
             names,
@@ -40,9 +40,9 @@ def chain(rng: random.Random, split: Split, hops: int = 4) -> Callable[[int], Dr
 
 
 def common_words(rng: random.Random, split: Split, length: int) -> Callable[[int], Draft]:
-    """Common words extraction: 10 words come back often, the others (the units) seldom, after a solved example.
+    """Common words extraction: 10 words occur often, the others (the units) rarely, after a solved example.
 
-    A common word stands 30 times and another one 3 times; 6 times and once in prompts under 4,096 tokens.
+    A common word occurs 30 times and another one 3 times; 6 times and once in prompts under 4,096 tokens.
     """
     short = length < SHORT
     often, seldom = (6, 1) if short else (30, 3)
@@ -60,9 +60,9 @@ def common_words(rng: random.Random, split: Split, length: int) -> Callable[[int
         return [words.pop() for _ in range(count)]
 
     shown, common = take(COMMON), take(COMMON)
-    told = numbered(shown, take(10 if short else 30), *((3, 1) if short else (10, 3)))
+    listing = numbered(shown, take(10 if short else 30), *((3, 1) if short else (10, 3)))
     solved = " ".join(f"{i}. {word}" for i, word in enumerate(shown, 1))
-    example = f"An example: {told}{text.COMMON_QUESTION}{text.COMMON_PREFIX} {solved}\nNow the list.\n"
+    example = f"An example: {listing}{text.COMMON_QUESTION}{text.COMMON_PREFIX} {solved}\nNow the list.\n"
     others, taken = list(words), set(words)
 
     def draft(units: int) -> Draft:
@@ -75,9 +75,9 @@ def common_words(rng: random.Random, split: Split, length: int) -> Callable[[int
 
 
 def coded_words(rng: random.Random, split: Split, length: int, alpha: float = 2.0) -> Callable[[int], Draft]:
-    """Frequent words extraction: code words of six letters in Zeta(alpha) frequencies; the units are words.
+    """Frequent words extraction: code words of six letters with Zeta(alpha) frequencies; the units are words.
 
-    The most frequent rank is a row of dots; the three code words after it are asked for.
+    The most frequent word is a row of dots; the next three are the answer.
     """
     taken: set[str] = set()
     count = max(5, length // 50)
@@ -88,8 +88,8 @@ def coded_words(rng: random.Random, split: Split, length: int, alpha: float = 2.
     order = rng.getrandbits(64)
 
     def draft(units: int) -> Draft:
-        told = [w for k, w in enumerate(vocabulary, 1) for _ in range(int(units * k**-alpha / zeta))]
-        random.Random(order).shuffle(told)
-        return Draft(text.CODED_INTRO + " ".join(told), text.CODED_QUESTION, text.CODED_PREFIX, vocabulary[1:4])
+        words = [w for k, w in enumerate(vocabulary, 1) for _ in range(int(units * k**-alpha / zeta))]
+        random.Random(order).shuffle(words)
+        return Draft(text.CODED_INTRO + " ".join(words), text.CODED_QUESTION, text.CODED_PREFIX, vocabulary[1:4])
 
     return draft

@@ -1,4 +1,4 @@
-"""RULER's needles in a haystack: keys and values noted among noise, essays or other needles."""
+"""RULER's needles in a haystack: keys and values among noise, essays or other needles."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -19,10 +19,10 @@ DEPTHS = [round(100 * i / 39) for i in range(40)]
 
 @dataclass(frozen=True)
 class Needles:
-    """A needle task: `keys` keys with `values` values each, of which `queries` keys are asked for.
+    """A needle task: `keys` keys with `values` values each; the question is about `queries` of the keys.
 
-    Calling it draws everything random and returns the draft of any number of haystack units: words of an essay,
-    sentences of noise, or needles with keys that nobody asks for.
+    A call samples all random parts and returns drafts with any number of haystack units: words of an essay, sentences
+    of noise, or distractor needles.
     """
 
     haystack: Literal["noise", "essay", "needle"] = "essay"
@@ -37,8 +37,8 @@ class Needles:
         taken: set[str] = set()
         keys = [value(self.key_kind, rng, split, taken) for _ in range(max(self.keys, self.queries))]
         noted = {key: [value(self.value_kind, rng, split, taken) for _ in range(self.values)] for key in keys}
-        asked = rng.sample(keys, self.queries)
-        answers = [answer for key in asked for answer in noted[key]]
+        queried = rng.sample(keys, self.queries)
+        answers = [answer for key in queried for answer in noted[key]]
         wording = TEMPLATES[self.template](self.value_kind, many=len(answers) > 1)
         needles = [wording.needle(key, noted_value) for key, values in noted.items() for noted_value in values]
         rng.shuffle(needles)
@@ -46,11 +46,13 @@ class Needles:
         hay = self._haystack(random.Random(rng.getrandbits(64)), wording, split, taken, essay_file)
 
         def draft(units: int) -> Draft:
-            told = hay(units)
-            size = len(told)
+            parts = hay(units)
+            size = len(parts)
             for depth, needle in zip(reversed(depths), reversed(needles), strict=True):
-                told.insert(round(size * depth / 100), needle)
-            return Draft(wording.intro + " ".join(told), wording.question(asked), wording.answer_prefix(asked), answers)
+                parts.insert(round(size * depth / 100), needle)
+            return Draft(
+                wording.intro + " ".join(parts), wording.question(queried), wording.answer_prefix(queried), answers
+            )
 
         return draft
 
@@ -80,10 +82,10 @@ def noise(units: int) -> list[str]:
 
 
 def _first_words(text: Iterator[str], count: int) -> list[str]:
-    """Sentences of `text` up to `count` words in all, the last one cut short."""
-    told: list[str] = []
+    """Sentences of `text` up to `count` words in total, the last one truncated."""
+    taken: list[str] = []
     while count > 0:
         words = next(text).split(" ")[:count]
-        told.append(" ".join(words))
+        taken.append(" ".join(words))
         count -= len(words)
-    return told
+    return taken

@@ -1,4 +1,4 @@
-"""RULER's question answering: the paragraphs that answer a question among other paragraphs of the same file."""
+"""RULER's question answering: the paragraphs with the answer among other paragraphs of the same file."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ Layout = Literal["squad", "hotpotqa"]
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers that count, and the indices of its own documents."""
+    """A question, its accepted answers, and the indices of the documents with the answer."""
 
     question: str
     answers: list[str]
@@ -35,7 +35,7 @@ class Documents:
 
 @lru_cache(maxsize=4)
 def read_documents(path: str) -> Documents:
-    """A .json or .json.gz file of SQuAD's or HotpotQA's layout. Raises ValueError for any other."""
+    """A .json or .json.gz file in SQuAD's or HotpotQA's layout. Raises UserError for any other."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
             data = json.load(file)
@@ -49,10 +49,10 @@ def _squad(data: dict[str, Any]) -> Documents:
     questions = []
     for paragraph in (paragraph for article in data["data"] for paragraph in article["paragraphs"]):
         own = place.setdefault(paragraph["context"], len(place))
-        for asked in paragraph["qas"]:
-            if not asked.get("is_impossible", False):
-                answers = list(dict.fromkeys(answer["text"] for answer in asked["answers"]))
-                questions.append(Question(asked["question"], answers, [own]))
+        for item in paragraph["qas"]:
+            if not item.get("is_impossible", False):
+                answers = list(dict.fromkeys(answer["text"] for answer in item["answers"]))
+                questions.append(Question(item["question"], answers, [own]))
     return Documents("squad", list(place), questions)
 
 
@@ -69,16 +69,16 @@ def _hotpotqa(data: list[dict[str, Any]]) -> Documents:
     return Documents("hotpotqa", list(place), questions)
 
 
-def documents(rng: random.Random, data: Documents, asked: Question) -> tuple[Callable[[int], Draft], int]:
+def documents(rng: random.Random, data: Documents, question: Question) -> tuple[Callable[[int], Draft], int]:
     """Drafts of a question with any number of other documents (the units), and how many there are."""
-    others = [i for i in range(len(data.texts)) if i not in set(asked.own)]
+    others = [i for i in range(len(data.texts)) if i not in set(question.own)]
     rng.shuffle(others)
     order = rng.getrandbits(64)
 
     def draft(units: int) -> Draft:
-        chosen = asked.own + others[:units]
+        chosen = question.own + others[:units]
         random.Random(order).shuffle(chosen)
         context = text.DOCUMENTS_INTRO + "".join(text.document(n, data.texts[i]) for n, i in enumerate(chosen, 1))
-        return Draft(context, text.documents_question(asked.question), text.DOCUMENTS_PREFIX, asked.answers)
+        return Draft(context, text.documents_question(question.question), text.DOCUMENTS_PREFIX, question.answers)
 
     return draft, len(others)

@@ -1,4 +1,4 @@
-"""Wording of the RULER tasks: what a context, a needle, a question and an answer prefix say."""
+"""Wording of the RULER tasks: contexts, needles, questions and answer prefixes."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class NeedleWording:
 
 @dataclass(frozen=True)
 class MemoWording(NeedleWording):
-    """The same needles in words that nothing here was trained on: how much of a score is the template's."""
+    """Needles in another wording, which is not in any training data: measures the template's part of a score."""
 
     @property
     def intro(self) -> str:
@@ -69,7 +69,7 @@ def chain_statements(value: str, names: list[str]) -> list[str]:
 
 
 def chain_question(value: str) -> str:
-    """Asks for all variables that `value` was copied to, directly or through others."""
+    """Question about all variables that `value` was copied to, directly or through others."""
     return f"\nWhich variables hold {value} in the end?"
 
 
@@ -79,10 +79,10 @@ def chain_prefix(value: str, count: int) -> str:
 
 
 def chain_example(names: list[str], value: str = "12345") -> str:
-    """A solved chain that stands before the real one."""
-    told = " ".join(chain_statements(value, names))
-    asked = chain_question(value) + chain_prefix(value, len(names))
-    return f"An example: {told}{asked} {' '.join(names)}.\nNow the pages.\n"
+    """A solved chain, the example before the task."""
+    statements = " ".join(chain_statements(value, names))
+    question = chain_question(value) + chain_prefix(value, len(names))
+    return f"An example: {statements}{question} {' '.join(names)}.\nNow the pages.\n"
 
 
 COMMON_INTRO = "Here is a numbered list of words. A few of them come back more often than the others.\n"
@@ -103,5 +103,5 @@ def document(number: int, text: str) -> str:
 
 
 def documents_question(question: str) -> str:
-    """What follows the documents: how to answer, and the question itself."""
+    """Text after the documents: how to answer, and the question."""
     return f"\nAnswer from the documents above, in as few words as you can. Question: {question}"

@@ -1,4 +1,4 @@
-"""One evaluation prompt, cut where compression may cut it, and how an answer to it is scored."""
+"""One evaluation prompt in parts, and the score of an answer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ Metric = Literal["all", "part"]
 
 @dataclass(frozen=True)
 class Draft:
-    """The text of a prompt; the fields mean what they mean in `Sample`."""
+    """The text of a prompt; fields as in `Sample`."""
 
     context: str
     question: str
@@ -20,8 +20,8 @@ class Draft:
 class Sample(Draft):
     """A prompt of `task`: `context`, then `question`, then `answer_prefix`, then up to `max_new_tokens` of the model's.
 
-    The question holds nothing of the answer prefix and the context nothing of the question. `answers` are the strings
-    looked for: all of them, or any one of them where `metric` is "part".
+    The question contains no part of the answer prefix, and the context no part of the question. `answers` are the
+    expected strings: all of them, or any one of them where `metric` is "part".
     """
 
     task: str
@@ -29,7 +29,7 @@ class Sample(Draft):
     metric: Metric = "all"
 
     def score(self, prediction: str) -> float:
-        """Share of the answers that occur in `prediction`, whatever the case, 0 to 1; 1 for any with "part"."""
-        said = "".join(c if c.isprintable() else " " for c in prediction).lower()
-        found = [answer.lower() in said for answer in self.answers]
-        return float(any(found)) if self.metric == "part" else sum(found) / len(found)
+        """Share of the answers that occur in `prediction`, ignoring case, 0 to 1; with "part" 1 for any of them."""
+        text = "".join(c if c.isprintable() else " " for c in prediction).lower()
+        correct = [answer.lower() in text for answer in self.answers]
+        return float(any(correct)) if self.metric == "part" else sum(correct) / len(correct)

@@ -25,8 +25,8 @@ def text_windows(
 ) -> Any:
     """Windows of `window` token ids, column "input_ids", in the order of the text.
 
-    Documents are tokenised once (the result is cached on disk by `datasets`, unless streamed), joined by the
-    end-of-text token and cut; what is left over after every 1,000 documents is dropped. A window begins with the
+    Documents are tokenised once (`datasets` caches the result on disk, unless streamed), joined by the end-of-text
+    token and cut; the remainder after every 1,000 documents is dropped. A window begins with the
     beginning-of-text token if the tokenizer begins prompts with one.
 
     Args:
@@ -36,9 +36,9 @@ def text_windows(
         name: configuration of a data set on the hub.
         split: split of a data set on the hub; local files are one split.
         column: column with the text; .txt files have "text".
-        streaming: read and tokenise while iterating, for what is too large to be cached.
+        streaming: tokenise while iterating, for data sets too large to be cached.
 
-    Returns a `datasets.Dataset` or, streamed, a `datasets.IterableDataset`. Raises ValueError for a missing file, an
+    Returns a `datasets.Dataset` or, streamed, a `datasets.IterableDataset`. Raises UserError for a missing file, an
     unknown format, a missing column and a text without one whole window.
     """
     rows = _load(source, name, split, streaming)
@@ -51,8 +51,8 @@ def text_windows(
     options: dict[str, Any] = {}
     if not streaming:
         # The library's own hash of a tokenizer changes with its padding state, which would tokenise again.
-        facts = (rows._fingerprint, _identity(tokenizer), window, column)
-        options["new_fingerprint"] = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+        key = (rows._fingerprint, _identity(tokenizer), window, column)
+        options["new_fingerprint"] = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     windows = rows.map(
         _cut,
         batched=True,
@@ -72,10 +72,10 @@ def _load(source: str | Iterable[str], name: str | None, split: str, streaming: 
         if len(patterns) != 1:
             raise UserError(f"text {patterns}: expected local files, or one hub id alone")
         return datasets.load_dataset(patterns[0], name, split=split, streaming=streaming)
-    found = {pattern: sorted(glob(pattern)) for pattern in patterns}
-    if missing := [pattern for pattern, its_files in found.items() if not its_files]:
+    matches = {pattern: sorted(glob(pattern)) for pattern in patterns}
+    if missing := [pattern for pattern, paths in matches.items() if not paths]:
         raise UserError(f"text {', '.join(missing)}: no such file")
-    files = [file for its_files in found.values() for file in its_files]
+    files = [file for paths in matches.values() for file in paths]
     formats = {FORMATS[_suffix(file)] for file in files}
     if len(formats) > 1:
         raise UserError(f"text {', '.join(patterns)}: expected files of one format, found {', '.join(sorted(formats))}")
@@ -85,7 +85,7 @@ def _load(source: str | Iterable[str], name: str | None, split: str, streaming: 
 
 
 def _is_local(pattern: str) -> bool:
-    """Whether this names files rather than a data set on the hub; ValueError for a file of an unknown format."""
+    """Whether these are local files, not a data set on the hub. Raises UserError for a file of an unknown format."""
     if _suffix(pattern) in FORMATS:
         return True
     if Path(pattern).exists():
@@ -105,8 +105,8 @@ def _prompt_head(tokenizer: Any) -> list[int]:
 
 def _identity(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    said = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(said.encode()).hexdigest()
+    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _cut(rows: dict[str, list[str]], *, tokenizer: Any, window: int, column: str, head: list[int]) -> dict[str, Any]:
@@ -116,4 +116,4 @@ def _cut(rows: dict[str, list[str]], *, tokenizer: Any, window: int, column: str
         if text:
             ids += tokenizer(text, add_special_tokens=False)["input_ids"] + end
     body = window - len(head)
-    return {"input_ids": [head + ids[at : at + body] for at in range(0, len(ids) - body + 1, body)]}
+    return {"input_ids": [head + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]}

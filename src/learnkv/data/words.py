@@ -1,7 +1,7 @@
-"""Keys, values and variable names, each belonging to one split by a stable hash of its own string.
+"""Keys, values and variable names, each assigned to one split by a stable hash of its string.
 
-Evaluation and training draw from the same vocabulary of words, numbers, UUIDs and names and can never meet:
-`split_of` is the single rule, and every draw is repeated until the rule says `split`.
+Evaluation and training share a vocabulary of words, numbers, UUIDs and names, but never a string: `split_of` is the
+single rule, and sampling is repeated until the string belongs to the requested split.
 """
 
 import random
@@ -33,7 +33,7 @@ def draw(make: Callable[[], str], split: Split, taken: set[str] | None = None) -
             return text
 
 
-OTHER_LANGUAGES: dict[str, tuple[str, str]] = {  # adjectives and nouns; what is trained on is English
+OTHER_LANGUAGES: dict[str, tuple[str, str]] = {  # adjectives and nouns; training data is English
     "german": (
         "alt breit dunkel eng fern frisch früh glatt groß grün gütig hart heiß hell höflich jung kahl kalt kühn kurz "
         "lang laut leise müde mutig nah neu rasch rot sanft scharf schön schwer spät stark still süß tief treu weiß",
@@ -54,8 +54,8 @@ OTHER_LANGUAGES: dict[str, tuple[str, str]] = {  # adjectives and nouns; what is
 def word_list(kind: Literal["adjective", "noun", "verb"], split: Split) -> tuple[str, ...]:
     """Lower-case wonderwords of 3 to 10 letters that belong to `split`, sorted."""
     lines = (files("wonderwords") / "assets" / f"{kind}list.txt").read_text(encoding="utf-8").split("\n")
-    round_to_budget = {line.strip() for line in lines if re.fullmatch(r"[a-z]{3,10}", line.strip())}
-    return tuple(sorted(word for word in round_to_budget if split_of(word) == split))
+    words = {line.strip() for line in lines if re.fullmatch(r"[a-z]{3,10}", line.strip())}
+    return tuple(sorted(word for word in words if split_of(word) == split))
 
 
 def key_word(rng: random.Random, split: Split, taken: set[str] | None = None) -> str:

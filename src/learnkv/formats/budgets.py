@@ -1,4 +1,4 @@
-"""`budgets.csv` of an exported policy: the kept fraction of every head at some global ones."""
+"""`budgets.csv` of an exported policy: the kept fraction of every head at each global one."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ def text(fractions: Table) -> str:
     first = next(iter(fractions.values()))
     for layer, heads in enumerate(first):
         for head in range(len(heads)):
-            rows.writerow([layer, head, *(f"{own[layer][head]:.6f}" for own in fractions.values())])
+            rows.writerow([layer, head, *(f"{values[layer][head]:.6f}" for values in fractions.values())])
     return written.getvalue()
 
 
@@ -43,20 +43,20 @@ def read(path: str | Path) -> dict[float, list[list[float]]]:
         raise UserError(f"{path}: expected the budgets.csv of an exported policy") from None
     if not keeps or len(rows) != layers * heads:
         raise UserError(f"{path}: expected a row for each of {layers} layers of {heads} heads, got {len(rows)}")
-    held = table(path, numbers, "fractions").view(-1, layers, heads)
-    return dict(zip(fractions, held.tolist(), strict=True))
+    tables = table(path, numbers, "fractions").view(-1, layers, heads)
+    return dict(zip(fractions, tables.tolist(), strict=True))
 
 
-def at(fractions: Table, keep: float) -> Tensor:
-    """Fractions [L, H] at any global one, float64: linear between those known, nothing at 0 and everything at 1.
+def interpolate(fractions: Table, keep: float) -> Tensor:
+    """Fractions [L, H] at any global fraction, float64: linear between those of the table, all 0 at 0 and all 1 at 1.
 
-    Linear in the fraction itself, so that what is between spends what it should wherever its neighbours do.
+    Linear in the fraction itself, so that the mean over heads is `keep` wherever it is at both neighbours.
     """
-    one = torch.tensor(next(iter(fractions.values())), dtype=torch.float64)
-    known = {0.0: torch.zeros_like(one), **{k: torch.tensor(v, dtype=torch.float64) for k, v in fractions.items()}}
-    known |= {1.0: torch.ones_like(one)}
-    order = sorted(known)
-    right = next(at for at, one in enumerate(order) if one >= keep)
+    tables = {key: torch.tensor(values, dtype=torch.float64) for key, values in fractions.items()}
+    shape = next(iter(tables.values())).shape
+    tables = {0.0: torch.zeros(shape).double(), **tables, 1.0: torch.ones(shape).double()}
+    keys = sorted(tables)
+    right = next(index for index, key in enumerate(keys) if key >= keep)
     left = max(right - 1, 0)
-    share = 1.0 if left == right else (keep - order[left]) / (order[right] - order[left])
-    return known[order[left]] * (1 - share) + known[order[right]] * share
+    share = 1.0 if left == right else (keep - keys[left]) / (keys[right] - keys[left])
+    return tables[keys[left]] * (1 - share) + tables[keys[right]] * share

@@ -16,10 +16,10 @@ GATES, CONFIG = "full_attention_heads.tsv", "config.json"
 
 @dataclass(frozen=True)
 class Pattern:
-    """How much each kv head needs its whole cache, and what the others keep."""
+    """Gate of every kv head, and the tokens that streaming heads keep."""
 
     gates: Tensor
-    """[L, H] float64 as stored: 1 needs everything; published ones overstep [0, 1] a little."""
+    """[L, H] float64 as stored, 1 for full attention; published gates overstep [0, 1] a little."""
     sink: int
     """First tokens that a streaming head keeps."""
     recent: int
@@ -32,17 +32,17 @@ def read(folder: str | Path) -> Pattern:
     """The pattern in a folder.
 
     Raises:
-        UserError: a file is missing or is not what its name says.
+        UserError: a file is missing or has another format.
     """
-    where = Path(folder).expanduser()
-    lines = read_text(where / GATES).splitlines()
+    folder = Path(folder).expanduser()
+    lines = read_text(folder / GATES).splitlines()
     try:
         rows = [[float(word) for word in line.split("\t")] for line in lines if line]
     except ValueError as error:
-        raise UserError(f"{where / GATES}: expected numbers between tabs: {error}") from None
-    config = read_json(where / CONFIG)
-    sink, recent = (_size(where / CONFIG, config, key) for key in ("sink_size", "recent_size"))
-    return Pattern(table(where / GATES, rows, "gates"), sink, recent, config)
+        raise UserError(f"{folder / GATES}: expected numbers between tabs: {error}") from None
+    config = read_json(folder / CONFIG)
+    sink, recent = (_size(folder / CONFIG, config, key) for key in ("sink_size", "recent_size"))
+    return Pattern(table(folder / GATES, rows, "gates"), sink, recent, config)
 
 
 def _size(path: Path, config: object, key: str) -> int:
@@ -53,9 +53,9 @@ def _size(path: Path, config: object, key: str) -> int:
 
 
 def write(folder: str | Path, gates: Tensor, sink: int, recent: int, config: Mapping[str, Any] | None = None) -> Path:
-    """Write gates [L, H]; `config` holds what else config.json should say."""
-    where = Path(folder).expanduser()
+    """Write gates [L, H]; `config` has further keys of config.json."""
+    folder = Path(folder).expanduser()
     lines = ["\t".join(f"{gate:.18e}" for gate in row) for row in gates.double().tolist()]
-    write_text(where / GATES, "\n".join(lines) + "\n")
-    write_text(where / CONFIG, json.dumps({**(config or {}), "sink_size": sink, "recent_size": recent}))
-    return where
+    write_text(folder / GATES, "\n".join(lines) + "\n")
+    write_text(folder / CONFIG, json.dumps({**(config or {}), "sink_size": sink, "recent_size": recent}))
+    return folder

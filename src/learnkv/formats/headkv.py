@@ -21,28 +21,30 @@ def read(path: str | Path) -> list[list[list[float]]]:
     Raises:
         UserError: no such file, another format, a head that is missing or has no score.
     """
-    held = read_json(path)
-    if not isinstance(held, dict) or not held:
+    scores_of = read_json(path)
+    if not isinstance(scores_of, dict) or not scores_of:
         raise UserError(f'{path}: expected head scores {{"layer-head": [score, …], …}}')
-    found: dict[tuple[int, int], list[float]] = {}
-    for key, scores in held.items():
+    trials: dict[tuple[int, int], list[float]] = {}
+    for key, scores in scores_of.items():
         layer, _, head = key.partition("-")
         if not (layer.isdecimal() and head.isdecimal()):
             raise UserError(f'{path}: expected keys "layer-head", got {key!r}')
         if not isinstance(scores, list) or not scores or not all(map(_is_number, scores)):
             raise UserError(f"{path}: expected a list of finite numbers for head {key}")
-        found[int(layer), int(head)] = scores
-    layers, heads = (1 + max(key[at] for key in found) for at in (0, 1))
-    places = [(layer, head) for layer in range(layers) for head in range(heads)]
-    if missing := [place for place in places if place not in found]:
+        trials[int(layer), int(head)] = scores
+    layers, heads = (1 + max(numbers) for numbers in zip(*trials, strict=True))
+    keys = [(layer, head) for layer in range(layers) for head in range(heads)]
+    if missing := [key for key in keys if key not in trials]:
         raise UserError(f"{path}: head {missing[0][0]}-{missing[0][1]} of {layers} layers of {heads} is missing")
-    return [[found[layer, head] for head in range(heads)] for layer in range(layers)]
+    return [[trials[layer, head] for head in range(heads)] for layer in range(layers)]
 
 
 def write(path: str | Path, trials: Trials) -> Path:
     """Write trials [layer][head][trial]."""
-    held = {f"{layer}-{head}": list(scores) for layer, heads in enumerate(trials) for head, scores in enumerate(heads)}
-    return write_text(path, json.dumps(held))
+    scores_of = {
+        f"{layer}-{head}": list(scores) for layer, heads in enumerate(trials) for head, scores in enumerate(heads)
+    }
+    return write_text(path, json.dumps(scores_of))
 
 
 def mean_scores(trials: Trials) -> Tensor:

@@ -1,4 +1,4 @@
-"""One number per kv head, as KVzip's head-level scores are kept: `{"shape": [L, H], "score": [[…], …]}`."""
+"""One number per kv head, the format of KVzip's head-level scores: `{"shape": [L, H], "score": [[…], …]}`."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,17 @@ def read(path: str | Path) -> Tensor:
     """The numbers [L, H], float64.
 
     Raises:
-        UserError: no such file, another format, another shape than it says.
+        UserError: no such file, another format, a shape that contradicts its `shape`.
     """
-    held = read_json(path)
-    if not isinstance(held, dict) or not isinstance(held.get("score"), list) or not held["score"]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("score"), list) or not content["score"]:
         raise UserError(f'{path}: expected head scores {{"shape": [layers, kv heads], "score": [[…], …]}}')
-    rows = held["score"]
+    rows = content["score"]
     if not all(isinstance(row, list) for row in rows):
         raise UserError(f"{path}: expected one list of scores per layer")
     numbers = table(path, rows, "scores")
-    if held.get("shape", list(numbers.shape)) != list(numbers.shape):
-        raise UserError(f"{path}: says shape {held['shape']}, has {list(numbers.shape)}")
+    if content.get("shape", list(numbers.shape)) != list(numbers.shape):
+        raise UserError(f"{path}: expected shape {content['shape']}, got {list(numbers.shape)}")
     return numbers
 
 

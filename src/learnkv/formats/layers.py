@@ -16,10 +16,10 @@ def read(path: str | Path) -> Tensor:
     Raises:
         UserError: no such file, no list of numbers, a number below 0, or nothing above it.
     """
-    held = read_json(path)
-    if not isinstance(held, list) or not held:
-        raise UserError(f"{path}: expected a list of one number per layer, got {type(held).__name__}")
-    numbers = table(path, [held], "numbers")[0]
+    content = read_json(path)
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path}: expected a list of one number per layer, got {type(content).__name__}")
+    numbers = table(path, [content], "numbers")[0]
     if bool((numbers < 0).any()) or not bool(numbers.sum() > 0):
         raise UserError(f"{path}: expected numbers of at least 0, one of them above it")
     return numbers

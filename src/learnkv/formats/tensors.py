@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from learnkv.errors import UserError
+from learnkv.formats.files import output_file
 
 MOMENTS = {"mean": "LND", "covariance": "LNDD"}
 """Mean and covariance of the queries of N query heads before rotation."""
@@ -26,45 +27,41 @@ KVZIP_GATE = {
 
 
 def read(path: str | Path, shapes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors in float32, whose dimensions are named by the letters of `shapes` (1: one).
+    """Tensors in float32; the letters of `shapes` name their dimensions, equal letters equal sizes (1: size 1).
 
     Raises:
         UserError: no such file, another format, a tensor that is missing, sizes that contradict each other.
     """
     try:
-        held = load_file(Path(path).expanduser())
+        tensors = load_file(Path(path).expanduser())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
     sizes: dict[str, int] = {"1": 1}
     for name, letters in shapes.items():
-        have = tuple(held[name].shape) if name in held else ()
-        if len(have) != len(letters) or any(
-            sizes.setdefault(*one) != one[1] for one in zip(letters, have, strict=True)
+        shape = tuple(tensors[name].shape) if name in tensors else ()
+        if len(shape) != len(letters) or any(
+            sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)
         ):
-            raise UserError(f"{path}: expected {name} of shape [{', '.join(letters)}], got {list(have)}")
-    return {name: held[name].float() for name in shapes}
+            raise UserError(f"{path}: expected {name} of shape [{', '.join(letters)}], got {list(shape)}")
+    return {name: tensors[name].float() for name in shapes}
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Path:
     """Write tensors in one type."""
-    where = Path(path).expanduser()
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: one.detach().cpu().to(dtype).contiguous() for name, one in tensors.items()}, where)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {str(error).splitlines()[0]}") from None
-    return where
+    with output_file(path) as part:
+        save_file({name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in tensors.items()}, part)
+    return Path(path).expanduser()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hexadecimal digits that differ where names or values do."""
-    found = hashlib.sha256()
-    for name, one in sorted(tensors.items()):
-        found.update(f"{name} {tuple(one.shape)} {one.dtype}".encode())
-        found.update(one.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    """SHA-256 of names, shapes, types and values, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def stack(layers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of every layer, stacked."""
-    return {name: torch.stack([one[name] for one in layers]) for name in layers[0]}
+    return {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}

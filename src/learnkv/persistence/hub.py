@@ -1,4 +1,4 @@
-"""Trained policies on the Hugging Face hub: their files go there and come from there, and nothing else does."""
+"""Upload and download of trained policies on the Hugging Face hub."""
 
 import re
 from pathlib import Path
@@ -14,23 +14,23 @@ FILES = (
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )
-"""What is sent and fetched: text and safetensors, never code."""
+"""Files that are uploaded and downloaded: text and safetensors, never code."""
 
 
-def names_a_repository(path: str) -> bool:
-    """Whether `path` means `owner/name` or `owner/name@revision` on the hub.
+def is_repository(path: str) -> bool:
+    """Whether `path` is `owner/name` or `owner/name@revision` on the hub.
 
-    What would lie in a folder that exists here is a mistyped path: no network is asked about it.
+    A path in an existing local folder is a mistyped file name: it is not looked up on the network.
     """
-    fits = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", path) is not None
-    return fits and not path.endswith((".ckpt", ".yaml", ".yml")) and not Path(path).parent.exists()
+    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", path) is not None
+    return is_name and not path.endswith((".ckpt", ".yaml", ".yml")) and not Path(path).parent.exists()
 
 
 def fetch(name: str) -> Path:
-    """The folder of a policy that is called `owner/name` or `owner/name@revision` on the hub, fetched once.
+    """Local folder of the policy `owner/name` or `owner/name@revision`, downloaded once.
 
     Raises:
-        UserError: no such repository or revision, no network, or none of our files in it.
+        UserError: no such repository or revision, no network, or no policy in it.
     """
     from huggingface_hub import snapshot_download
 
@@ -39,7 +39,7 @@ def fetch(name: str) -> Path:
         folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"ckpt={name}: no such file or folder, and the hub has no such policy ({_why(error)})"
+            f"ckpt={name}: no such file or folder, and the hub has no such policy ({_first_line(error)})"
         ) from None
     if not (folder / "policy.yaml").is_file():
         raise UserError(f"ckpt={name}: expected the repository of an exported policy, it has no policy.yaml")
@@ -47,10 +47,10 @@ def fetch(name: str) -> Path:
 
 
 def push(folder: Path, repo_id: str) -> str:
-    """Send a policy's files to the hub, into a repository that is made where there is none; gives its address.
+    """Upload a policy's files to the hub; the repository is created where it is missing. Returns `repo_id`.
 
     Raises:
-        UserError: no network, not logged in, not allowed, or no valid name.
+        UserError: no network, no login, no permission, or an invalid name.
     """
     from huggingface_hub import HfApi
 
@@ -61,10 +61,10 @@ def push(folder: Path, repo_id: str) -> str:
             repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="KV-cache policy of learnkv"
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"push={repo_id}: {_why(error)}") from None
+        raise UserError(f"push={repo_id}: {_first_line(error)}") from None
     return repo_id
 
 
-def _why(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

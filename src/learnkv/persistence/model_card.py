@@ -1,4 +1,4 @@
-"""The page that an exported policy introduces itself with: `README.md` of its folder, the model card on a hub."""
+"""Model card of an exported policy: `README.md` of its folder."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,20 +7,21 @@ from typing import Any
 from learnkv.formats.budgets import Table
 
 
-def card(manifest: Mapping[str, Any], spec: Mapping[str, Any], budgets: Table) -> str:
-    """Text of the page.
+def model_card(manifest: Mapping[str, Any], spec: Mapping[str, Any], budgets: Table) -> str:
+    """Text of the model card.
 
     Args:
-        manifest: of the folder.
+        manifest: content of `manifest.json`.
         spec: the policy's arguments, as `Policy.spec()` gives them.
         budgets: kept fraction [L][H] at each global one.
     """
-    return "\n".join(_lines(manifest, spec, budgets)) + "\n"
+    lines = [*_introduction(manifest, spec), *_budget_table(manifest, budgets), *_metrics(manifest["metrics"])]
+    return "\n".join(lines) + "\n"
 
 
-def _lines(manifest: Mapping[str, Any], spec: Mapping[str, Any], budgets: Table) -> Iterator[str]:
+def _introduction(manifest: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
     model, shapes = str(manifest["model"]["id"]), manifest["model"]["shapes"]
-    named = Path(model).name if Path(model).is_absolute() else model
+    name = Path(model).name if Path(model).is_absolute() else model
     yield "---"
     yield "library_name: learnkv"
     yield "tags: [kv-cache, kv-cache-compression]"
@@ -28,10 +29,10 @@ def _lines(manifest: Mapping[str, Any], spec: Mapping[str, Any], budgets: Table)
         yield f"base_model: {model}"
     yield "---"
     yield ""
-    yield f"# KV-cache policy for {named}"
+    yield f"# KV-cache policy for {name}"
     yield ""
     yield (
-        f"Says which entries of the key-value cache of `{named}` to keep when a prompt is cut to a budget "
+        f"Chooses the entries of the key-value cache of `{name}` to keep within a budget "
         f"({shapes['layers']} layers of {shapes['heads']} kv heads). The language model itself is unchanged."
     )
     yield ""
@@ -44,13 +45,16 @@ def _lines(manifest: Mapping[str, Any], spec: Mapping[str, Any], budgets: Table)
     yield "```python"
     yield "from learnkv import load_model, load_policy, prefill"
     yield ""
-    yield f'model, tokenizer = load_model("{named}")'
+    yield f'model, tokenizer = load_model("{name}")'
     yield 'policy = load_policy("PATH")  # this folder, or owner/name on the hub'
     yield "cache = prefill(model, input_ids, policy=policy, keep=0.1)"
     yield "```"
     yield ""
-    yield f"`learnkv eval --ckpt PATH model={named} tasks=niah keep=0.1` compares it with other methods."
+    yield f"`learnkv eval --ckpt PATH model={name} tasks=niah keep=0.1` compares it with other methods."
     yield ""
+
+
+def _budget_table(manifest: Mapping[str, Any], budgets: Table) -> Iterator[str]:
     yield "## Budgets"
     yield ""
     how = "the same for every prompt" if manifest["budgets"] == "static" else "mean over the validation prompts"
@@ -60,23 +64,26 @@ def _lines(manifest: Mapping[str, Any], spec: Mapping[str, Any], budgets: Table)
     yield f"| ---: |{' ---: |' * len(budgets)}"
     for layer in range(len(next(iter(budgets.values())))):
         kept = (100 * sum(heads[layer]) / len(heads[layer]) for heads in budgets.values())
-        yield f"| {layer} | {' | '.join(f'{one:.1f}' for one in kept)} |"
+        yield f"| {layer} | {' | '.join(f'{share:.1f}' for share in kept)} |"
     yield ""
-    yield "## Measured"
+
+
+def _metrics(metrics: Mapping[str, float]) -> Iterator[str]:
+    yield "## Metrics"
     yield ""
-    if not (metrics := manifest["metrics"]):
+    if not metrics:
         yield "Nothing was measured when this was exported."
         return
-    yield "By the training run, at its end; `val/…_kl@keep` is the KL divergence to the full cache in nats per token."
+    yield "At the end of the training; `val/…_kl@keep` is the KL divergence to the full cache in nats per token."
     yield ""
-    yield "| figure | value |"
+    yield "| metric | value |"
     yield "| --- | ---: |"
     for name, value in sorted(metrics.items()):
         yield f"| {name} | {value:.4g} |"
 
 
 def _named(component: Mapping[str, Any] | None) -> str:
-    """Names of a component and of what it builds on, from the outside in."""
+    """Names of a component and of its base components, from the outside in."""
     if component is None:
         return "none"
     name = str(component["class_path"]).rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""YAML files that ship with the package, found by their bare names."""
+"""YAML files of the package, by name."""
 
 import difflib
 from collections.abc import Sequence
@@ -8,28 +8,29 @@ from learnkv.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if p.is_dir()), _PACKAGE / "configs")
-"""Folder of our YAML files: inside the package in an installed wheel, at the root in a checkout."""
+"""Folder of the YAML files: inside the package in an installed wheel, at the root in a checkout."""
 
 
 def find_config(kind: str, name: str, key: str = "config") -> Path:
-    """The YAML file that `key=name` means: a path, or the bare name of a file in `configs/<kind>/` or below it.
+    """The YAML file of `key=name`: a path, or the bare name of a file in `configs/<kind>/` or below it.
 
-    A file may name another one as its `config`, by a path that begins where it lies; its own keys replace
-    that one's, nested ones as a whole.
+    A file may extend another one by its key `config`, a path relative to the file; its own keys replace that one's,
+    nested ones as a whole.
 
-    Raises UserError, with the nearest known name, where there is none.
+    Raises:
+        UserError: there is no such file; with the nearest name.
     """
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    known = config_names(kind)
-    if name in known:
+    names = config_names(kind)
+    if name in names:
         return CONFIGS / kind / f"{name}.yaml"
     trained = (
         "a checkpoint, an exported folder, reference (the trained policy of this package), " if key == "ckpt" else ""
     )
     raise UserError(
-        f"{key}={name}: expected {trained}a YAML file or one of: {', '.join(known)}{nearest(path.stem, known)}"
+        f"{key}={name}: expected {trained}a YAML file or one of: {', '.join(names)}{nearest(path.stem, names)}"
     )
 
 
@@ -39,7 +40,7 @@ def config_names(kind: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean X?" for a mistyped name, nothing where no known one is near."""
-    near = difflib.get_close_matches(name, known, 1) or [k for k in known if k.endswith(f".{name}")]
-    return f"; did you mean {near[0]}?" if near else ""
+def nearest(name: str, names: Sequence[str]) -> str:
+    """ "; did you mean X?" for a mistyped name; empty where no name is similar."""
+    similar = difflib.get_close_matches(name, names, 1) or [k for k in names if k.endswith(f".{name}")]
+    return f"; did you mean {similar[0]}?" if similar else ""

@@ -1,43 +1,54 @@
-"""Policies on disk: heuristics as YAML, trained ones as checkpoints or exported folders. Never a pickle."""
+"""Policies on disk: heuristics as YAML, trained ones as checkpoints or exported folders."""
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from learnkv.core.adapter import Adapter
 from learnkv.errors import UserError
 from learnkv.formats import budgets as budget_table
+from learnkv.formats.files import atomic_write, write_text
 from learnkv.inference import lora as adapters
 from learnkv.ops.round_to_budget import round_to_budget
 from learnkv.persistence import hub
-from learnkv.persistence.model_card import card
+from learnkv.persistence.model_card import model_card
 from learnkv.persistence.named_configs import find_config
+from learnkv.persistence.stored_policy import (
+    FORMAT_VERSION,
+    StoredPolicy,
+    check_model,
+    read_spec,
+    stored_in_checkpoint,
+    stored_in_folder,
+)
 from learnkv.policy.policy import Policy
 
-FORMAT_VERSION = 1
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 """Kept fractions at which an export tabulates budgets."""
 SHIPPED = Path(__file__).resolve().parents[1] / "reference" / "policy"
 _NOMINAL_ENTRIES = 4096
-_Read = tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], Adapter | None]
-"""A policy's arguments, its weights, the model it was trained for, and the adapter that was trained beside it."""
+_SIZES = {
+    "num_layers": "layers",
+    "num_heads": "heads",
+    "num_groups": "groups",
+    "head_dim": "head_dim",
+    "hidden_size": "hidden_size",
+}
+"""Constructor arguments of learned components -> names of the model's shapes."""
 
 
 def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str = "policy") -> Policy:
     """A policy from the mapping of its constructor's arguments.
 
     Args:
-        spec: as `Policy.spec()` gives it, or as a YAML of `configs/policies` holds it.
+        spec: as `Policy.spec()` gives it, or as in a YAML of `configs/policies`.
         allow: module prefixes besides `learnkv` whose classes may be named.
-        where: what to call the mapping in an error.
+        where: name of the mapping in errors.
 
     Raises:
         UserError: a class that is not allowed, an unknown argument, a value of the wrong type.
@@ -59,7 +70,7 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
 
 
 def _one_line(message: str) -> str:
-    """What jsonargparse has to say, without the alternatives that were not meant."""
+    """jsonargparse's message without the alternatives that do not apply."""
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
@@ -79,6 +90,35 @@ def _check_classes(node: Any, allowed: Sequence[str], where: str) -> None:
             _check_classes(child, allowed, where)
 
 
+def modules_of(spec: Any) -> set[str]:
+    """Top-level modules of the classes in a policy's arguments: the `allow` of a spec that the user typed."""
+    if not isinstance(spec, Mapping):
+        return set()
+    top_level = {str(spec["class_path"]).split(".")[0]} if "class_path" in spec else set()
+    return top_level.union(*(modules_of(value) for value in spec.values()))
+
+
+def fill_sizes(spec: Any, shapes: Mapping[str, int]) -> Any:
+    """A policy's arguments with the model's sizes in place of zeros in learned components.
+
+    Args:
+        spec: `Policy.spec()`, or a part of it.
+        shapes: compressed layers, kv heads, query heads per kv head and other sizes (`describe_model`).
+    """
+    if not isinstance(spec, dict):
+        return spec
+    return {
+        key: shapes[_SIZES[key]] if key in _SIZES and value == 0 else fill_sizes(value, shapes)
+        for key, value in spec.items()
+    }
+
+
+def parameter_share(policy: Policy, model: nn.Module) -> float:
+    """Parameters of the policy over those of the model; tied weights count once. Both may be on the meta device."""
+    counts = [sum(weight.numel() for weight in module.parameters()) for module in (policy, model)]
+    return counts[0] / counts[1]
+
+
 def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str, Any] | None = None) -> Policy:
     """A policy from a Lightning checkpoint, an exported folder, a training run's folder, or a heuristic's YAML.
 
@@ -86,133 +126,66 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
         path: file or folder; a bare name finds `configs/policies/NAME.yaml`; `reference` is the shipped policy;
             `owner/name` or `owner/name@revision`, where there is no such path, a policy on the Hugging Face hub.
         allow: module prefixes besides `learnkv` whose classes the file may name.
-        model: description of the model it will serve (`describe_model`); a policy trained for another one is refused.
+        model: description of the model to use it with (`describe_model`); a policy trained for another one is refused.
 
     Raises:
         UserError: missing, corrupt or foreign file.
     """
-    where = Path(path).expanduser()
+    file = Path(path).expanduser()
     if (folder := policy_folder(path)) is not None:
-        spec, state, trained_for, adapter = _read_folder(folder)
-    elif where.suffix == ".ckpt":
-        spec, state, trained_for, adapter = _read_checkpoint(where)
+        stored = stored_in_folder(folder)
+    elif file.suffix == ".ckpt":
+        stored = stored_in_checkpoint(file)
     else:
-        file = find_config("policies", str(path), "ckpt")
-        spec, state, trained_for, adapter = _read_yaml(file), {}, None, None
-    policy = build_policy(spec, allow, str(path))
-    policy.adapter = adapter
-    _check_model(trained_for, model, str(path))
-    return _with_weights(policy, state, str(path))
+        stored = StoredPolicy(read_spec(find_config("policies", str(path), "ckpt")), {})
+    policy = build_policy(stored.spec, allow, str(path))
+    policy.adapter = stored.adapter
+    check_model(stored, model, str(path))
+    return _with_weights(policy, stored.state, str(path))
+
+
+def _with_weights(policy: Policy, state: Mapping[str, Tensor], name: str) -> Policy:
+    expected = {key: tuple(weight.shape) for key, weight in policy.state_dict().items()}
+    given = {key: tuple(weight.shape) for key, weight in state.items()}
+    if expected and not given:
+        raise UserError(f"{name}: has learned components without weights: train it with train.py, and name its run")
+    if expected != given:
+        key = min(set(expected.items()) ^ set(given.items()))[0]
+        raise UserError(f"{name}: weight {key} has shape {given.get(key)}, the policy expects {expected.get(key)}")
+    policy.load_state_dict(dict(state))
+    return policy.eval().requires_grad_(False)
 
 
 def policy_folder(path: str | Path) -> Path | None:
-    """The folder of a trained policy that `path` means (its own, a run's, the shipped one, one fetched from the hub),
-    None for a file."""
-    where = Path(path).expanduser()
-    if str(path) == "reference" and not where.exists():
+    """Folder of a trained policy: its own, the one in a run's folder, the shipped one, or a download from the hub.
+
+    None for a file.
+    """
+    folder = Path(path).expanduser()
+    if str(path) == "reference" and not folder.exists():
         return SHIPPED
-    if hub.names_a_repository(str(path)):
+    if hub.is_repository(str(path)):
         return hub.fetch(str(path))
-    if not where.is_dir():
+    if not folder.is_dir():
         return None
-    of_run = not (where / "policy.yaml").exists() and (where / "policy" / "policy.yaml").exists()
-    return where / "policy" if of_run else where
+    is_run = not (folder / "policy.yaml").exists() and (folder / "policy" / "policy.yaml").exists()
+    return folder / "policy" if is_run else folder
 
 
 def describe_policy_file(path: str | Path) -> str:
-    """The name a policy goes by in tables: a heuristic's file name, `learned` or `learned-RUN` for a trained one."""
-    where = Path(path).expanduser()
-    if str(path) == "reference" and not where.exists():
+    """Name of a policy in tables: the file name of a heuristic, `learned` or `learned-RUN` for a trained one."""
+    file = Path(path).expanduser()
+    if str(path) == "reference" and not file.exists():
         return "learned"
-    if hub.names_a_repository(str(path)):
+    if hub.is_repository(str(path)):
         name = str(path).partition("@")[0].rpartition("/")[2]
-    elif where.suffix != ".ckpt" and not where.is_dir():
-        return where.stem
+    elif file.suffix != ".ckpt" and not file.is_dir():
+        return file.stem
     else:
-        folder = where.resolve()
-        run = folder.parent.parent if where.suffix == ".ckpt" else folder.parent if folder.name == "policy" else folder
+        folder = file.resolve()
+        run = folder.parent.parent if file.suffix == ".ckpt" else folder.parent if folder.name == "policy" else folder
         name = run.name
     return name if name.startswith("learned") else f"learned-{name}"
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
-    if not isinstance(spec, dict):
-        raise UserError(f"{file}: expected a mapping of the policy's arguments, got {type(spec).__name__}")
-    return spec
-
-
-def _read_folder(folder: Path) -> _Read:
-    missing = [name for name in ("policy.yaml", "policy.safetensors", "manifest.json") if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder}: expected an exported policy, {missing[0]} is missing")
-    try:
-        manifest = _mapping(json.loads((folder / "manifest.json").read_text(encoding="utf-8")), "manifest.json")
-        trained_for = _mapping(manifest.get("model", {}), "its model")
-        state = load_file(folder / "policy.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be read: {str(error).splitlines()[0]}") from None
-    _check_version(manifest.get("format_version"), folder)
-    adapter = adapters.read(folder / adapters.FOLDER) if manifest.get("adapter") else None
-    return _read_yaml(folder / "policy.yaml"), state, trained_for, adapter
-
-
-def _mapping(held: Any, what: str) -> dict[str, Any]:
-    if not isinstance(held, dict):
-        raise TypeError(f"{what} is a {type(held).__name__}, expected a mapping")
-    return held
-
-
-def _read_checkpoint(file: Path) -> _Read:
-    if not file.is_file():
-        raise UserError(f"ckpt={file}: no such file")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        ours = _mapping(checkpoint["learnkv"], "its part for learnkv")
-        spec, trained_for = _mapping(ours["policy"], "its policy"), _mapping(ours.get("model", {}), "its model")
-        state = {
-            name.removeprefix("policy."): held
-            for name, held in checkpoint["state_dict"].items()
-            if name.startswith("policy.")
-        }
-        beside = ours.get("adapter")
-        adapter = beside and adapters.from_checkpoint(beside, checkpoint["state_dict"])
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"ckpt={file}: not a checkpoint of learnkv's train.py ({reason})") from None
-    _check_version(ours.get("format_version"), file)
-    return spec, state, trained_for, adapter
-
-
-def _check_version(version: object, where: Path) -> None:
-    if version != FORMAT_VERSION:
-        raise UserError(f"{where}: format version {version}, expected {FORMAT_VERSION}")
-
-
-def _check_model(trained_for: Mapping[str, Any] | None, model: Mapping[str, Any] | None, where: str) -> None:
-    if not trained_for or model is None:
-        return
-    if trained_for.get("config_hash") != model.get("config_hash"):
-        told = [
-            f"{one.get('id')} (hash {str(one.get('config_hash'))[:12]}, {one.get('shapes')})"
-            for one in (trained_for, model)
-        ]
-        raise UserError(f"ckpt={where}: trained for {told[0]}, the model is {told[1]}")
-
-
-def _with_weights(policy: Policy, state: Mapping[str, Tensor], where: str) -> Policy:
-    want = {name: tuple(held.shape) for name, held in policy.state_dict().items()}
-    have = {name: tuple(held.shape) for name, held in state.items()}
-    if want and not have:
-        raise UserError(f"{where}: names what is learned and has no weights: train it with train.py, and name its run")
-    if want != have:
-        name = next(iter(sorted(set(want.items()) ^ set(have.items()))))[0]
-        raise UserError(f"{where}: weight {name} has shape {have.get(name)}, the policy expects {want.get(name)}")
-    policy.load_state_dict(dict(state))
-    return policy.eval().requires_grad_(False)
 
 
 def save_policy(
@@ -229,18 +202,18 @@ def save_policy(
     Args:
         folder: created where it is missing; files of an older export are replaced.
         model: description of the model it was trained for (`learnkv.inference.models.describe_model`).
-        budgets: mean kept fraction [L][H] at each asked one, for policies whose budgets depend on the prompt; static
+        budgets: mean kept fraction [L][H] at each global one, for policies whose budgets depend on the prompt; static
             budgets are computed here.
         training: the training configuration, plain containers.
-        metrics: figures of the training run.
+        metrics: metrics of the training run.
     """
-    where = Path(folder).expanduser()
-    where.mkdir(parents=True, exist_ok=True)
+    path = Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
     table = dict(budgets) if budgets is not None else static_budgets(policy, model["shapes"])
-    save_file({k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()}, where / "policy.safetensors")
+    with atomic_write(path / "policy.safetensors") as part:
+        save_file({key: weight.detach().cpu().contiguous() for key, weight in policy.state_dict().items()}, part)
     if policy.adapter is not None:
-        adapters.write(policy.adapter, where / adapters.FOLDER)
-    _write(where / "policy.yaml", yaml.safe_dump(policy.spec(), sort_keys=False))
+        adapters.write(policy.adapter, path / adapters.FOLDER)
     manifest = {
         "format_version": FORMAT_VERSION,
         "model": dict(model),
@@ -249,17 +222,11 @@ def save_policy(
         "training": dict(training or {}),
         "metrics": dict(metrics or {}),
     }
-    _write(where / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    _write(where / "budgets.csv", budget_table.text(table))
-    _write(where / "README.md", card(manifest, policy.spec(), table))
-    return where
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a file, or leave the old one as it was."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    write_text(path / "policy.yaml", yaml.safe_dump(policy.spec(), sort_keys=False))
+    write_text(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_text(path / "budgets.csv", budget_table.text(table))
+    write_text(path / "README.md", model_card(manifest, policy.spec(), table))
+    return path
 
 
 def static_budgets(policy: Policy, shapes: Mapping[str, int]) -> dict[float, list[list[float]]]:
@@ -275,6 +242,6 @@ def static_budgets(policy: Policy, shapes: Mapping[str, int]) -> dict[float, lis
         with torch.no_grad():
             per_head = torch.tensor([total / (layers * heads)], dtype=torch.float64)
             wanted = policy.allocator(scores.expand(layers, 1, heads, n), None, per_head)
-        budgets = round_to_budget(wanted, *(torch.tensor([one]) for one in (n, total, protected)))
+        budgets = round_to_budget(wanted, *(torch.tensor([count]) for count in (n, total, protected)))
         table[keep] = (budgets[:, 0].double() / n).tolist()
     return table

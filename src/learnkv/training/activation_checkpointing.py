@@ -1,4 +1,4 @@
-"""Activation checkpointing of a student: what its layers and its scorer computed is computed again for the gradient."""
+"""Activation checkpointing of students: decoder layers and the scorer are recomputed in the backward pass."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ Method = Callable[..., Any]
 
 @contextmanager
 def recomputed(model: nn.Module, scorer: Scorer | None = None) -> Iterator[None]:
-    """Within the block, decoder layers that read a continuation with gradients, and the scorer, keep only their input.
+    """Activation checkpointing within the block, for decoder layers on continuations with gradients and for the scorer.
 
-    A layer appends what it reads to its cache, which must happen once: activations are computed again from a twin of
-    the cache as it was before. Prompts, read without gradients, are read as ever.
+    A layer appends to its cache, which must happen once: the recomputation uses a copy of the cache from before.
+    Prompts, which are read without gradients, are not affected.
     """
     methods = {(layer, "forward"): _of_layer(model, layer) for layer in decoder_layers(model)}
     if scorer is not None:
@@ -34,17 +34,17 @@ def recomputed(model: nn.Module, scorer: Scorer | None = None) -> Iterator[None]
     finally:
         for (owner, name), own in before.items():
             if own is None:
-                delattr(owner, name)  # the class's is seen again
+                delattr(owner, name)  # back to the method of the class
             else:
                 setattr(owner, name, own)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that an attention module with a number lies in."""
-    return [one for one in model.modules() if any(map(_attends, one.children()))]
+    """The modules that contain an attention module with a layer index."""
+    return [module for module in model.modules() if any(map(_is_attention, module.children()))]
 
 
-def _attends(module: nn.Module) -> bool:
+def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "layer_idx") and hasattr(module, "o_proj")
 
 
@@ -54,28 +54,28 @@ def _of_scorer(score: Method) -> Method:
 
 def _of_layer(model: nn.Module, layer: nn.Module) -> Method:
     forward = layer.forward
-    at: Any = next(child.layer_idx for child in layer.children() if _attends(child))
+    layer_idx: Any = next(child.layer_idx for child in layer.children() if _is_attention(child))
 
-    def read(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def checkpointed(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not isinstance(past_key_values, CompressedCache):
             return forward(*args, past_key_values=past_key_values, **kwargs)
-        as_it_was, first = _twin(past_key_values, at), [past_key_values]
+        before, first = _copy_of(past_key_values, layer_idx), [past_key_values]
 
-        def once_more(*args: Any) -> Any:
+        def run(*args: Any) -> Any:
             if first:
                 return forward(*args, past_key_values=first.pop(), **kwargs)
-            cache = _twin(as_it_was, at)
-            follow_cache(model, (), {"past_key_values": cache})  # another student may have been read since
+            cache = _copy_of(before, layer_idx)
+            follow_cache(model, (), {"past_key_values": cache})  # another student may have run since
             return forward(*args, past_key_values=cache, **kwargs)
 
-        return checkpoint(once_more, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
-    return read
+    return checkpointed
 
 
-def _twin(cache: CompressedCache, at: int) -> CompressedCache:
-    """A cache whose layer `at` may be added to while the other one's stays as it is."""
-    twin, layer = copy.copy(cache), cache.layers[at]
+def _copy_of(cache: CompressedCache, layer_idx: int) -> CompressedCache:
+    """A cache with its own copy of one layer; appending to that layer leaves the original unchanged."""
+    twin, layer = copy.copy(cache), cache.layers[layer_idx]
     twin.layers = list(cache.layers)
-    twin.layers[at] = layer.fork() if at in cache.compressible else copy.copy(layer)
+    twin.layers[layer_idx] = layer.fork() if layer_idx in cache.compressible else copy.copy(layer)
     return twin

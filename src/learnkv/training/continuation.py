@@ -1,4 +1,4 @@
-"""What the model says after a prompt, read as it would be said: a cache that evicts on the way does so on the way."""
+"""Outputs of the model on continuations, with online eviction as at deployment."""
 
 from typing import Any
 
@@ -9,23 +9,23 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.inference.generate import continuation, continuation_states
 
 
-def read_on(
+def continuation_outputs(
     model: Any, ids: Tensor, cache: CompressedCache, mask: Tensor, hidden: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Logits [R, T, V] of continuations [R, T] and, if asked for, hidden states [R, T, E] after every layer.
+    """Logits [R, T, V] of continuations [R, T] and, with `hidden`, hidden states [R, T, E] after every layer.
 
-    A cache that stays within its budget while tokens are added (`Policy(every=…)`) reads as many tokens at once as it
-    may hold beside it, and evicts before the next ones, students included. Other caches read all at once.
+    With online eviction (`Policy(evict_interval=…)`) continuations are read in chunks of `evict_interval` tokens; the
+    cache evicts before each chunk, students' caches too. Other caches read all tokens at once.
     """
     step = ids.shape[1] if cache.schedule is None else cache.schedule.evict_interval
     logits: list[Tensor] = []
     states: list[list[Tensor]] = []
-    for part, known in zip(ids.split(step, 1), mask.split(step, 1), strict=True):
+    for chunk, chunk_mask in zip(ids.split(step, 1), mask.split(step, 1), strict=True):
         cache.evict_if_due()
         if hidden:
-            said, after = continuation_states(model, part, cache, known)
-            states.append(after)
+            chunk_logits, chunk_states = continuation_states(model, chunk, cache, chunk_mask)
+            states.append(chunk_states)
         else:
-            said = continuation(model, part, cache, known)
-        logits.append(said)
-    return torch.cat(logits, 1), tuple(torch.cat(one, 1) for one in zip(*states, strict=True))
+            chunk_logits = continuation(model, chunk, cache, chunk_mask)
+        logits.append(chunk_logits)
+    return torch.cat(logits, 1), tuple(torch.cat(layer, 1) for layer in zip(*states, strict=True))

@@ -1,4 +1,4 @@
-"""Several processes that share the weights of the frozen model and have the trained parameters each."""
+"""FSDP2 for the frozen model and DDP for the trained parameters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,10 @@ from learnkv.training.activation_checkpointing import decoder_layers
 
 
 class Sharded(DDPStrategy):
-    """FSDP2 of what is frozen, layer by layer, and DDP of what is trained.
+    """Shards the frozen model layer by layer (FSDP2) and replicates the trained parameters (DDP).
 
-    A layer's weights are gathered from all processes whenever one reads with it, so they have to read equally often:
-    see `in_step`. Checkpoints hold what is trained, whole, as those of one process do.
+    A layer's weights are gathered from all processes in every forward pass, so all processes must run equally many: see
+    `in_step`. Checkpoints contain the trained parameters unsharded, as those of one process do.
     """
 
     def model_to_device(self) -> None:
@@ -27,27 +27,27 @@ class Sharded(DDPStrategy):
         super().model_to_device()
 
     def _setup_model(self, model: nn.Module) -> nn.parallel.DistributedDataParallel:
-        frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+        frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
         return super()._setup_model(model)
 
 
 def shard(model: Any, device: str, processes: int) -> None:
-    """Cut the frozen parameters of a language model into one part per process, each decoder layer by itself."""
+    """Shard the frozen parameters of a language model over processes, one FSDP group per decoder layer."""
     mesh = init_device_mesh(device, (processes,))
-    trained = {one for one in model.parameters() if one.requires_grad}
+    trained = {weight for weight in model.parameters() if weight.requires_grad}
     for part in (*decoder_layers(model), model):
         fully_shard(part, mesh=mesh, ignored_params=trained)
-    # A student that keeps everything has no gradient to pass on; its backward pass must gather weights all the same.
+    # A student that keeps everything has no gradient, but its backward pass must gather weights, too.
     model.enable_input_require_grads()
 
 
 @contextmanager
 def in_step(model: Any) -> Iterator[None]:
-    """Within the block processes that share a model may read unequally often: those that are through read along.
+    """Lets processes with a sharded model run different numbers of forward passes within the block.
 
-    Before every reading all are told that someone reads; at the end of the block, until no one does, a token is read
-    for nothing.
+    Before every forward pass, and at the end of the block, an all-reduce finds out whether any process still runs one;
+    processes that are done join it with a dummy token.
     """
     if not isinstance(model, FSDPModule):
         yield
@@ -55,19 +55,19 @@ def in_step(model: Any) -> Iterator[None]:
     language_model: Any = model
     device = next(language_model.parameters()).device
 
-    def anyone(reads: bool) -> bool:
-        told = torch.tensor([float(reads)], device=device)
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-        return bool(told)
+    def any_process(running: bool) -> bool:
+        flag = torch.tensor([float(running)], device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
 
-    def tell(*_: Any) -> None:
-        anyone(True)
+    def announce(*_: Any) -> None:
+        any_process(True)
 
-    hook = language_model.register_forward_pre_hook(tell, prepend=True)
+    hook = language_model.register_forward_pre_hook(announce, prepend=True)
     try:
         yield
     finally:
         hook.remove()
     with torch.no_grad():
-        while anyone(False):
+        while any_process(False):
             language_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)

@@ -1,4 +1,4 @@
-"""Noise on scores, so that entries which the policy would never keep show what they are worth."""
+"""Gumbel noise on scores: exploration of entries that the policy would not keep."""
 
 from dataclasses import replace
 
@@ -9,10 +9,10 @@ from learnkv.ops.normal_scores import unit_scale
 
 
 def with_gumbel_noise(plan: Plan, scale: float, seed: int) -> Plan:
-    """The plan with Gumbel noise of this scale on the scores in question; budgets stay as they are.
+    """The plan with Gumbel noise of this scale on the scores of unprotected entries; budgets are unchanged.
 
-    The entries kept are then a sample without replacement, with probabilities in proportion to exp(score / scale) at
-    every draw (Gumbel top-k: Kool et al., arXiv 1903.06059). Protected entries stay protected.
+    The kept entries are then a sample without replacement, with probabilities in proportion to exp(score / scale) at
+    every draw (Gumbel top-k: Kool et al., arXiv 1903.06059).
     """
     scores = unit_scale(plan.scores)
     generator = torch.Generator(scores.device).manual_seed(seed)

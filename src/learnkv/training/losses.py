@@ -1,4 +1,4 @@
-"""Divergences between the full cache and the compressed one token by token, and means over the tokens of a prompt."""
+"""Per-token divergences between the full and the compressed cache, and means over the tokens of a prompt."""
 
 from typing import Literal
 
@@ -28,9 +28,9 @@ def _log_probabilities(teacher: Tensor, student: Tensor, temperature: float) -> 
 
 
 def context_weights(lost: Tensor, sample: Tensor, samples: int) -> Tensor:
-    """Weights [N] of tokens by how much they need the context, of mean about 1 within every sample.
+    """Weights [N] of tokens in proportion to how much they need the context, with mean about 1 in every sample.
 
-    Few tokens of natural text need what lies far back; the others teach a policy nothing but noise.
+    Few tokens of natural text depend on distant entries; the gradient of the others is noise.
 
     Args:
         lost: [N] KL to the full cache when only the protected entries are kept.
@@ -42,7 +42,7 @@ def context_weights(lost: Tensor, sample: Tensor, samples: int) -> Tensor:
 
 
 def sample_means(values: Tensor, sample: Tensor, samples: int, weights: Tensor | None = None) -> Tensor:
-    """(Weighted) means [samples] of `values` [N] within each sample, so that no sample depends on its neighbours."""
+    """(Weighted) means [samples] of `values` [N] within each sample, independent of the other samples."""
     weights = torch.ones_like(values) if weights is None else weights
     total = values.new_zeros(samples).index_add(0, sample, values * weights)
     return total / values.new_zeros(samples).index_add(0, sample, weights).clamp_min(1e-9)

@@ -12,110 +12,77 @@ import torch
 from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.core.observation import SAMPLED_TOKENS, HiddenSample
+from learnkv.core.observation import HiddenSample
 from learnkv.core.plan import Plan
 from learnkv.errors import RunError, UserError
 from learnkv.inference import lora as adapters
 from learnkv.inference.extra_passes import scores_of
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import GRID
-from learnkv.policy.policy import TEMPERATURE, Policy
+from learnkv.policy.policy import Policy
 from learnkv.scorers.streaming_llm import StreamingLLM
-from learnkv.training import seeding as seeding
+from learnkv.training import seeding
 from learnkv.training.activation_checkpointing import recomputed
-from learnkv.training.continuation import read_on
+from learnkv.training.continuation import continuation_outputs
 from learnkv.training.data.batches import Batch
-from learnkv.training.data.self_generated import Answers
+from learnkv.training.data.self_generated import AnswerCache
 from learnkv.training.fsdp import in_step
 from learnkv.training.gumbel_noise import with_gumbel_noise
-from learnkv.training.losses import Weighting, context_weights, forward_kl
+from learnkv.training.keep_sampling import sample_keeps
+from learnkv.training.losses import context_weights, forward_kl
 from learnkv.training.objectives import Comparison, ForwardKL, Objective, Outputs
-from learnkv.training.seeding import Draw
+from learnkv.training.settings import DistillationSettings
 from learnkv.training.validation import VALIDATION_KEEPS, measure
+
+WARMUP, FINAL_RATE = 0.03, 0.1
 
 
 class Distillation(L.LightningModule):
-    """Trains `policy` so that the frozen model says after compression what it says with the full cache.
+    """Trains a policy so that the model's next-token distributions after compression match those of the full cache.
 
-    A batch is read once, without gradients. Every student is a fork of that prompt in which attention computes the
-    deployed result, after `soft_steps`; gradients pass through the tokens of the continuation to the masks of kept and
-    evicted entries.
+    A batch's prompts are read once, without gradients. Every student is a fork of that cache in which attention
+    computes the deployed result (after `soft_steps`); gradients pass through the continuation's tokens to the masks of
+    kept and evicted entries.
 
     Args:
         model: frozen causal language model.
-        policy: what is trained.
-        steps: length of the schedule: 3 % warm-up, then a cosine down to a tenth.
-        keep: kept fractions to draw from; empty: log-uniform in `keep_range`.
-        keep_range: lowest and highest kept fraction.
-        students: kept fractions per batch.
-        weights: `uniform`, or `context` for tokens that need the context to count more.
-        objective: what is minimised; forward KL if not given.
-        draw: of kept fractions: `spread`, one in each equal part of the range, or `sandwich`, always the lowest and the
-            highest and at random between them. From a list, all at random, or its two ends and the others at random.
-        temperature: of the soft top-k at the first and at the last step.
-        soft_steps: steps at the beginning in which students attend to every entry as much as its soft gate says.
-        exploration: scale of Gumbel noise on the scores of one student, in temperatures; 0: none.
-        lr: peak learning rate of networks.
-        budget_lr: peak learning rate of budget logits.
-        lora_lr: peak learning rate of the adapter that `policy` names and the model has.
-        chunk_size: tokens of a prompt that are read at once; None: all.
-        checkpointing: compute activations of a student again for its gradient instead of holding them.
-        gradient_tokens: tokens of a prompt, drawn for each batch, whose hidden states predictors learn from.
-        seed: of everything drawn here.
-        answers: folder where the model's own answers are kept; None: they are given anew each time.
-        description: plain values that belong into a checkpoint beside the weights.
+        policy: policy to train, with its adapter if there is one.
+        settings: objective, kept fractions, learning rates and memory options.
+        steps: length of the learning-rate schedule: 3 % warm-up, then a cosine down to a tenth.
+        seed: seed of all random numbers.
+        description: plain values to store in checkpoints beside the weights.
 
     `budgets` is the mean kept fraction [L][H] over the last validation's prompts at each fraction of the export's grid,
-    `marginal` the mean value [L][H] of one more entry per head at each fraction that is validated.
+    `marginal` the mean value [L][H] of one more entry per head at each validated fraction.
     """
 
     def __init__(
         self,
         model: nn.Module,
         policy: Policy,
+        settings: DistillationSettings,
         *,
         steps: int,
-        keep: Sequence[float] = (),
-        keep_range: tuple[float, float] = (0.02, 0.6),
-        students: int = 2,
-        weights: Weighting = "uniform",
-        objective: Objective | None = None,
-        draw: Draw = "spread",
-        temperature: tuple[float, float] = (TEMPERATURE, TEMPERATURE),
-        soft_steps: int = 0,
-        exploration: float = 0.0,
-        lr: float = 5e-3,
-        budget_lr: float = 0.1,
-        lora_lr: float = 1e-3,
-        chunk_size: int | None = None,
-        checkpointing: bool = False,
-        gradient_tokens: int = SAMPLED_TOKENS,
         seed: int = 0,
-        answers: Path | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # checkpoints hold the policy, the model comes from its own files
+        self.strict_loading = False  # checkpoints contain the policy, the model comes from its own files
         self.model = model.eval().requires_grad_(False)
-        self.policy = policy
-        self.steps, self.students, self.weights = steps, students, weights
-        self.objective = objective or ForwardKL()
-        self.keep, self.keep_range, self.draw = tuple(keep), keep_range, draw
-        self.temperature, self.soft_steps, self.exploration = temperature, soft_steps, exploration
-        self.lr, self.budget_lr, self.lora_lr, self.seed = lr, budget_lr, lora_lr, seed
-        self.chunk_size, self.checkpointing = chunk_size, checkpointing
-        self.gradient_tokens = gradient_tokens
-        self.answers = Answers(answers, seed)
+        self.policy, self.settings = policy, settings
+        self.steps, self.seed = steps, seed
         self.description = dict(description or {})
-        self.measured: list[Tensor] = []
-        self.slopes: list[Tensor] = []
+        self.objective = settings.objective or ForwardKL()
+        self.answers = AnswerCache(Path(settings.answers).expanduser() if settings.answers else None, seed)
         self.budgets: dict[float, list[list[float]]] | None = None
         self.marginal: dict[float, list[list[float]]] | None = None
-        self.local = Policy(StreamingLLM(), sinks=policy.sinks, recent=policy.recent)
+        self._shares: list[Tensor] = []  # of each validation batch, stacked over the grid
+        self._marginals: list[Tensor] = []
+        self.protected_only = Policy(StreamingLLM(), sinks=policy.sinks, recent=policy.recent)
         self.adapted = [] if policy.adapter is None else list(adapters.weights(model, policy.adapter).values())
         for weight in self.adapted:
             weight.requires_grad_(True)
-        self.trained = [*(one for one in policy.parameters() if one.requires_grad), *self.adapted]
+        self.trained = [*(weight for weight in policy.parameters() if weight.requires_grad), *self.adapted]
         if not self.trained:
             raise UserError("policy: has nothing to train; name a learned scorer or allocator")
 
@@ -125,147 +92,159 @@ class Distillation(L.LightningModule):
         return self
 
     def setup(self, stage: str) -> None:
-        self.answers.meet(self.model)  # before its weights are shared out
+        self.answers.digest_of(self.model)  # before its weights are sharded
 
     def keeps(self, index: int) -> list[float]:
         """Kept fractions of the students of batch `index`."""
-        rng = seeding.generator(self.seed, "keep", index)
-        if self.draw == "sandwich":
-            low, high = (min(self.keep), max(self.keep)) if self.keep else self.keep_range
-            between = [
-                rng.choice(self.keep) if self.keep else seeding.log_uniform(rng, low, high)
-                for _ in range(self.students - 2)
-            ]
-            return [low, *between, high]
-        if self.keep:
-            return [rng.choice(self.keep) for _ in range(self.students)]
-        return seeding.spread(rng, *self.keep_range, self.students)
+        return sample_keeps(self.settings, seeding.generator(self.seed, "keep", index))
 
     @property
-    def width(self) -> float:
-        """Temperature of the soft top-k at this step: from the first to the last one, evenly in its logarithm."""
-        first, last = self.temperature
+    def temperature(self) -> float:
+        """Temperature of the soft top-k at this step, log-linear from the first to the last step."""
+        first, last = self.settings.temperature
         return first * (last / first) ** min(1.0, self.global_step / max(1, self.steps - 1))
 
     @property
-    def asked(self) -> Objective:
-        """What is minimised at this step."""
-        return self.objective.at(self.global_step)
+    def step_objective(self) -> Objective:
+        """The objective that this step minimises."""
+        return self.objective.at_step(self.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        objective = self.asked
-        imitated = [Policy(target) for target in objective.targets]
-        with in_step(self.model):
-            cache = self._read(batch, [self.policy, *imitated], self.hidden_sample(batch.number))
-            batch = self.answers.complete(self.model, batch, cache)
-        seen = Comparison(len(batch.prompts), targets={one: scores_of(cache, one) for one in objective.targets})
-        if objective.reads:
-            with torch.no_grad():
-                teacher = self._said(cache.fork(), batch)
-            sample, weights = self._tokens(cache, batch, teacher.logits)
-            seen = replace(seen, sample=sample, weights=weights)
-        losses, spent, soft = [], [], self.global_step < self.soft_steps
-        keeps = self.keeps(batch.number)
-        for at, keep in enumerate(keeps if objective.budgets else keeps[:1]):
-            with self._recomputing():
-                plan = self._plan(cache, keep, batch.number, exploring=at == self.students // 2)
-                if objective.reads:
-                    student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.width, soft=soft)
-                    spent.append(sum(student.spent) / len(student.spent) / keep)
-                    seen = replace(seen, both=(teacher, self._said(student, batch)))
-            losses.append(objective(replace(seen, plan=plan)).mean())
+        cache, batch = self._prefill(batch)
+        inputs = self._inputs(cache, batch)
+        losses, spent = self._student_losses(cache, batch, inputs)
         loss = torch.stack(losses).mean()
         if not torch.isfinite(loss):
             raise RunError(
                 f"the loss of step {self.global_step} is {loss.item()}: the model's or policy's output is not finite"
             )
-        self.log(f"train/{objective.name}", loss.detach(), on_step=True, on_epoch=False)
+        self.log(f"train/{self.step_objective.name}", loss.detach(), on_step=True, on_epoch=False)
         if spent:
             self.log("train/spent_over_asked", sum(spent) / len(spent), on_step=True, on_epoch=False)
-        # What this batch did not reach has a gradient of 0, too: other processes wait for it. A student that keeps
-        # everything reaches nothing.
-        return loss + sum(0.0 * one.sum() for one in self.trained)
+        # Parameters without a gradient in this batch get a gradient of 0: other processes wait for it. A student that
+        # keeps everything reaches no parameter.
+        return loss + sum(0.0 * weight.sum() for weight in self.trained)
+
+    def _prefill(self, batch: Batch) -> tuple[CompressedCache, Batch]:
+        """The prompts' cache with the objective's targets, and the batch with its answers."""
+        targets = [Policy(target) for target in self.step_objective.targets]
+        with in_step(self.model):
+            cache = self._read(batch, [self.policy, *targets], self.hidden_sample(batch.number))
+            return cache, self.answers.complete(self.model, batch, cache)
+
+    def _inputs(self, cache: CompressedCache, batch: Batch) -> Comparison:
+        """What all students of a batch are compared with."""
+        objective = self.step_objective
+        targets = {target: scores_of(cache, target) for target in objective.targets}
+        inputs = Comparison(len(batch.prompts), targets=targets)
+        if not objective.reads:
+            return inputs
+        with torch.no_grad():
+            teacher = self._outputs(cache.fork(), batch)
+        sample, weights = self._tokens(cache, batch, teacher.logits)
+        return replace(inputs, sample=sample, weights=weights, teacher=teacher)
+
+    def _student_losses(
+        self, cache: CompressedCache, batch: Batch, inputs: Comparison
+    ) -> tuple[list[Tensor], list[float]]:
+        """Mean loss of each student, and what each one spends over what was requested."""
+        objective, soft = self.step_objective, self.global_step < self.settings.soft_steps
+        keeps = self.keeps(batch.number)
+        losses: list[Tensor] = []
+        spent: list[float] = []
+        for index, keep in enumerate(keeps if objective.budgets else keeps[:1]):
+            with self._recomputing():
+                plan = self._plan(cache, keep, batch.number, noisy=index == self.settings.students // 2)
+                student_inputs = replace(inputs, plan=plan)
+                if objective.reads:
+                    student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.temperature, soft=soft)
+                    spent.append(sum(student.spent) / len(student.spent) / keep)
+                    student_inputs = replace(student_inputs, student=self._outputs(student, batch))
+            losses.append(objective(student_inputs).mean())
+        return losses, spent
 
     def hidden_sample(self, number: int) -> HiddenSample:
-        """Tokens of batch `number` whose hidden states predictors learn from."""
-        return HiddenSample(self.gradient_tokens, seeding.generator(self.seed, "gradient", number).getrandbits(32))
+        """Tokens of batch `number` whose hidden states predictors get gradients from."""
+        seed = seeding.generator(self.seed, "gradient", number).getrandbits(32)
+        return HiddenSample(self.settings.gradient_tokens, seed)
 
     def _read(self, batch: Batch, policies: Sequence[Policy], sample: HiddenSample | None = None) -> CompressedCache:
-        """The prompts, with what these policies read beside keys and values."""
-        chunks, prompts = self.chunk_size, (batch.prompts, batch.prompt_mask)
-        return prefill(self.model, *prompts, chunk_size=chunks, policies=policies, sample=sample)
+        """The prompts' cache, with the observations that these policies need."""
+        chunk_size, prompts = self.settings.chunk_size, (batch.prompts, batch.prompt_mask)
+        return prefill(self.model, *prompts, chunk_size=chunk_size, policies=policies, sample=sample)
 
     def _recomputing(self) -> AbstractContextManager[None]:
-        """Within it, a student's activations are held or computed again, as `checkpointing` says."""
-        return recomputed(self.model, self.policy.scorer) if self.checkpointing else nullcontext()
+        """Activation checkpointing of a student, where `checkpointing` is set."""
+        return recomputed(self.model, self.policy.scorer) if self.settings.checkpointing else nullcontext()
 
-    def _plan(self, cache: CompressedCache, keep: float, number: int, exploring: bool) -> Plan | None:
-        """What a student keeps; None where that is everything and nobody asks."""
-        if keep == 1 and not self.asked.plans:
+    def _plan(self, cache: CompressedCache, keep: float, number: int, noisy: bool) -> Plan | None:
+        """A student's plan; None where everything is kept and the objective needs no plan."""
+        if keep == 1 and not self.step_objective.plans:
             return None
         plan = self.policy.plan(cache, keep=keep)
-        if not exploring or self.exploration == 0:
+        if not noisy or self.settings.gumbel_noise == 0:
             return plan
-        noise = seeding.generator(self.seed, "exploration", number).getrandbits(63)
-        return with_gumbel_noise(plan, self.exploration * self.width, noise)
+        seed = seeding.generator(self.seed, "exploration", number).getrandbits(63)
+        return with_gumbel_noise(plan, self.settings.gumbel_noise * self.temperature, seed)
 
     def _tokens(self, cache: CompressedCache, batch: Batch, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sample of each counted token and its weight."""
+        """Sample [N] of each counted token and its weight [N]."""
         copies = len(batch.continuations) // len(batch.prompts)
         sample = batch.counted.nonzero()[:, 0] // copies
-        if self.weights == "uniform":
+        if self.settings.weights == "uniform":
             return sample, None
         with torch.no_grad():
-            local = self.local.compress(cache.fork(), keep=self.keep_range[0])
-            lost = forward_kl(teacher, self._logits(local, batch))
+            without_context = self.protected_only.compress(cache.fork(), keep=self.settings.keep_range[0])
+            lost = forward_kl(teacher, self._logits(without_context, batch))
         return sample, context_weights(lost, sample, len(batch.prompts))
 
-    def _said(self, cache: CompressedCache, batch: Batch) -> Outputs:
-        """What an objective looks at of the counted tokens; `cache` is used up."""
+    def _outputs(self, cache: CompressedCache, batch: Batch) -> Outputs:
+        """Outputs at the counted tokens; `cache` is consumed."""
         copies = len(batch.continuations) // len(batch.prompts)
-        if cache.schedule is None:  # nobody judges it again: what scorers read is not copied row by row
+        if cache.schedule is None:  # never evicts again: observations are not copied for every row
             for layer in cache.compressed_layers():
                 layer.capture.forget()
         if copies > 1:  # a row for every continuation
             cache.batch_repeat_interleave(copies)
-        logits, hidden = read_on(self.model, batch.continuations, cache, batch.continuation_mask, self.asked.hidden)
+        logits, hidden = continuation_outputs(
+            self.model, batch.continuations, cache, batch.continuation_mask, self.step_objective.hidden
+        )
         return Outputs(logits[batch.counted], tuple(state[batch.counted] for state in hidden))
 
     def _logits(self, cache: CompressedCache, batch: Batch) -> Tensor:
-        """Logits [N, V] of the counted tokens; `cache` is used up."""
-        return self._said(cache, batch).logits
+        """Logits [N, V] of the counted tokens; `cache` is consumed."""
+        return self._outputs(cache, batch).logits
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The deployed policy, its heuristic and its soft gates, at fixed kept fractions."""
+        """KL of the deployed policy, of its base policy and of its soft gates, at fixed kept fractions."""
         with in_step(self.model):
-            cache = self._read(batch, [self.policy], HiddenSample(self.gradient_tokens))
+            cache = self._read(batch, [self.policy], HiddenSample(self.settings.gradient_tokens))
             batch = self.answers.complete(self.model, batch, cache)
         teacher = self._logits(cache.fork(), batch)
 
         def divergence(student: CompressedCache) -> Tensor:
             return forward_kl(teacher, self._logits(student, batch)).mean()
 
-        slopes = []
+        marginals = []
         for keep in VALIDATION_KEEPS:
             with self._recomputing():
-                found = measure(self.policy, cache, keep, self.width, divergence)
-            named = {"learned_kl": found.learned, "heuristic_kl": found.heuristic, "soft_kl": found.soft}
-            for name, value in {**named, "gap": found.gap, "changed": found.changed}.items():
+                result = measure(self.policy, cache, keep, self.temperature, divergence)
+            for name, value in result.metrics().items():
                 self.log(f"val/{name}@{keep:g}", value, on_epoch=True, sync_dist=True, batch_size=len(batch.prompts))
-            slopes.append(found.marginal)
-        self.slopes.append(torch.stack(slopes))
+            marginals.append(result.marginal)
+        self._marginals.append(torch.stack(marginals))
         lengths = torch.tensor(cache.prompt_lengths, device=teacher.device).view(1, -1, 1)
         shares = [(self.policy.plan(cache, keep=keep).budgets / lengths).mean(1) for keep in GRID]  # [L, H] each
-        self.measured.append(torch.stack(shares))
+        self._shares.append(torch.stack(shares))
 
     def on_validation_epoch_start(self) -> None:
-        self.measured.clear()
-        self.slopes.clear()
+        self._shares.clear()
+        self._marginals.clear()
 
     def on_validation_epoch_end(self) -> None:
         mean, marginal = (
-            self.trainer.strategy.reduce(torch.stack(found).mean(0), reduce_op="mean")
-            for found in (self.measured, self.slopes)
+            self.trainer.strategy.reduce(torch.stack(tables).mean(0), reduce_op="mean")
+            for tables in (self._shares, self._marginals)
         )
         self.budgets = dict(zip(GRID, mean.tolist(), strict=True))
         self.marginal = dict(zip(VALIDATION_KEEPS, marginal.tolist(), strict=True))
@@ -274,27 +253,29 @@ class Distillation(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
+        settings, lora = self.settings, self.settings.lora
         groups = [
-            {"params": [p for name, p in named if name.endswith("logits")], "lr": self.budget_lr},
-            {"params": [p for name, p in named if not name.endswith("logits")], "lr": self.lr},
-            {"params": self.adapted, "lr": self.lora_lr},
+            {"params": [p for name, p in named if name.endswith("logits")], "lr": settings.budget_lr},
+            {"params": [p for name, p in named if not name.endswith("logits")], "lr": settings.lr},
+            {"params": self.adapted, "lr": 0.0 if lora is None else lora.lr},
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _rate(self, step: int) -> float:
-        warm = max(1, round(0.03 * self.steps))
-        return min(1.0, (step + 1) / warm) * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / self.steps))))
+        warmup, progress = max(1, round(WARMUP * self.steps)), min(1.0, step / self.steps)
+        cosine = (1 - FINAL_RATE) / 2 * (1 + math.cos(math.pi * progress))
+        return min(1.0, (step + 1) / warmup) * (FINAL_RATE + cosine)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {
             name: value for name, value in state.items() if name.startswith("policy.") or adapters.in_training(name)
         }
-        beside = None if self.policy.adapter is None else adapters.description(self.policy.adapter)
-        found = {"budgets": self.budgets, "marginal": self.marginal}
-        checkpoint["learnkv"] = {**self.description, **found, "adapter": beside}
+        adapter = None if self.policy.adapter is None else adapters.description(self.policy.adapter)
+        tables = {"budgets": self.budgets, "marginal": self.marginal}
+        checkpoint["learnkv"] = {**self.description, **tables, "adapter": adapter}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.budgets, self.marginal = (checkpoint["learnkv"][key] for key in ("budgets", "marginal"))

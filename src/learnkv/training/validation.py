@@ -1,4 +1,4 @@
-"""What a policy is worth as it would be deployed, beside its heuristic and beside its own soft gates."""
+"""KL of the deployed policy, of its base policy and of its soft gates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,27 +14,32 @@ VALIDATION_KEEPS = (0.5, 0.25, 0.1, 0.05)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A batch at one kept fraction; divergences from the full cache in nats per token."""
+class ValidationResult:
+    """Results of a batch at one kept fraction; divergences from the full cache in nats per token."""
 
     learned: Tensor
-    """[] divergence of the deployed set."""
+    """[] divergence of the deployed policy."""
     heuristic: Tensor
-    """[] divergence of what the heuristic below the policy keeps."""
+    """[] divergence of the base policy, the heuristic that training starts from."""
     soft: Tensor
     """[] divergence with the soft gates of the same plan in the forward pass."""
     changed: Tensor
-    """[] fraction of what the policy keeps that its heuristic does not keep."""
+    """[] fraction of the kept entries that the base policy evicts."""
     marginal: Tensor
-    """[L, H] how much one more entry for a head would lower `learned`, to first order, mean over prompts.
+    """[L, H] first-order decrease of `learned` per additional entry of a head, mean over prompts.
 
-    At the best split of a budget all heads have the same.
+    Equal for all heads at the optimal split of a budget.
     """
 
     @property
     def gap(self) -> Tensor:
-        """[] what hard sets lose against the soft gates that gradients come from."""
+        """[] divergence of hard eviction above that of the soft gates."""
         return self.learned - self.soft
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The scalars by their names in logs."""
+        kl = {"learned_kl": self.learned, "heuristic_kl": self.heuristic, "soft_kl": self.soft}
+        return {**kl, "gap": self.gap, "changed": self.changed}
 
 
 def measure(
@@ -43,25 +48,26 @@ def measure(
     keep: float,
     temperature: float,
     divergence: Callable[[CompressedCache], Tensor],
-) -> Measured:
-    """Compare what `policy` keeps of the prompts in `cache` with its heuristic and with its soft gates.
+) -> ValidationResult:
+    """Compare a policy with its base policy and with its soft gates, on the prompts in `cache`.
 
     Args:
-        cache: B prompts, complete, read for `policy`; it is left as it was.
-        keep: fraction of a prompt's entries that stays.
+        cache: B complete prompts with the observations that `policy` needs; unchanged.
+        keep: kept fraction of a prompt's entries.
         temperature: of the soft top-k.
-        divergence: mean [] over the tokens that are read after a student's cache, which it uses up.
+        divergence: mean [] over the tokens of the continuations after a student's cache, which it consumes.
     """
-    start = policy.base_policy()
-    with torch.enable_grad():  # learned scores have a scale of their own, which their gradient tells relax
+    base = policy.base_policy()
+    with torch.enable_grad():  # relax takes the scale of learned scores from their gradient
         plan = policy.plan(cache, keep=keep)
     with torch.no_grad():
-        plain = start.plan(cache, keep=keep)
-        heuristic = divergence(start.relax(cache, keep=keep, plan=plain))
+        base_plan = base.plan(cache, keep=keep)
+        heuristic = divergence(base.relax(cache, keep=keep, plan=base_plan))
         soft = divergence(policy.relax(cache, keep=keep, plan=plan, temperature=temperature, soft=True))
     wanted = plan.wanted.detach().requires_grad_(True)
     with torch.enable_grad():
-        asked = replace(plan, wanted=wanted)
-        learned = divergence(policy.relax(cache, keep=keep, plan=asked, temperature=temperature))
+        differentiable = replace(plan, wanted=wanted)
+        learned = divergence(policy.relax(cache, keep=keep, plan=differentiable, temperature=temperature))
         (slope,) = torch.autograd.grad(learned, wanted)
-    return Measured(learned.detach(), heuristic, soft, changed(plan, plain).mean(), -slope.sum(1).float())
+    difference = changed(plan, base_plan).mean()
+    return ValidationResult(learned.detach(), heuristic, soft, difference, -slope.sum(1).float())

@@ -106,8 +106,8 @@ def test_the_shipped_study_names_every_variant_and_every_method():
 def test_the_text_protocol_fits_a_small_model():
     config, _ = parse(StudyConfig, ["config=text"], "study")
     ((keys, _),) = trainings(config).values()
-    assert (keys.mixture.retrieval, keys.mixture.text, keys.lengths) == (0, 2, (128, 192))
-    assert keys.lengths[1] + keys.continuation_tokens <= config.length
+    assert (keys.data.mixture.retrieval, keys.data.mixture.text, keys.data.lengths) == (0, 2, (128, 192))
+    assert keys.data.lengths[1] + keys.data.continuation_tokens <= config.length
     assert 2 * config.length * 3 / 4 + KVzip().repetition.overlap < 512  # the last quarter is continued
     assert "kvzip" in config.baselines
     assert (config.tasks, config.samples.text, config.samples.judged) == ((), 100, 200)
@@ -116,8 +116,9 @@ def test_the_text_protocol_fits_a_small_model():
 def test_variants_share_the_recipe_and_differ_in_what_they_are_named_for():
     config, _ = parse(StudyConfig, ["config=study"], "study")
     found = {name: keys for name, (keys, _) in trainings(config).items()}
+    flat = {name: {**vars(keys), **vars(keys.data), **vars(keys.distillation)} for name, keys in found.items()}
     recipe, apart = (
-        found["learned"],
+        flat["learned"],
         {
             "learned-only-0.25": {"keep", "students"},
             "learned-only-0.1": {"keep", "students"},
@@ -129,13 +130,13 @@ def test_variants_share_the_recipe_and_differ_in_what_they_are_named_for():
         },
     )
     shares = {f"learned-{name}": {"budget_lr"} for name in ("layer", "head", "both", "conditioned")}
-    for name, keys in found.items():
+    for name, keys in flat.items():
         changed = {
             key
-            for key, value in vars(keys).items()
-            if key not in ("policy", "objective", "output") and value != vars(recipe)[key]
+            for key, value in keys.items()
+            if key not in ("policy", "objective", "output", "data", "distillation") and value != recipe[key]
         }
-        assert changed - {"draw"} == {**apart, **shares}.get(name, set())  # one fraction has no draw to make
+        assert changed - {"keep_sampling"} == {**apart, **shares}.get(name, set())  # one fraction is not sampled
     specs = {name: keys.policy.spec() for name, keys in found.items()}
     switches = ("heads", "layers", "conditioned")
     assert all(specs[name] == specs["learned"] for name in apart)

@@ -1,43 +1,44 @@
-"""Checkpoints that replace each other only when they are complete."""
+"""Checkpoints, replaced atomically, and the end of a run on SIGTERM."""
 
 import errno
-import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from learnkv.errors import Preempted, RunError
+from learnkv.formats.files import atomic_write
 
 
 class Checkpoints(Callback):
-    """Writes `last.ckpt` every so many steps or minutes, and at the end of the training or when it is asked to end.
+    """Writes `last.ckpt` at intervals, at the end of the training and on SIGTERM.
 
-    It is written beside the previous one and then takes its place: on a full disk the previous one survives. SIGTERM to
-    one of several processes ends all of them after the step that is being made.
+    It replaces the previous checkpoint atomically: on a full disk that one survives. SIGTERM to one of several
+    processes ends all of them after the current step.
 
     Args:
-        folder: of the checkpoint.
-        every: steps between checkpoints.
-        minutes: longest time between checkpoints.
-        validates: steps between validations, whose results belong to the checkpoint of that step.
+        folder: folder of the checkpoint.
+        save_steps: steps between checkpoints.
+        save_minutes: longest time between checkpoints.
+        validation_steps: steps between validations, whose results belong to the checkpoint of that step.
 
     Raises:
         Preempted: after SIGTERM, once the checkpoint is written.
     """
 
-    def __init__(self, folder: Path, every: int, minutes: float, validates: int) -> None:
+    def __init__(self, folder: Path, save_steps: int, save_minutes: float, validation_steps: int) -> None:
         self.file = folder / "last.ckpt"
-        self.every, self.minutes, self.validates = every, minutes, validates
+        self.save_steps, self.save_minutes, self.validation_steps = save_steps, save_minutes, validation_steps
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.last_step = -1
-        self.asked_to_end = self.ends = False
+        self.terminated = self.ends = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Count batches as this run does, whose steps may be made of more or fewer of them than those that are done."""
+        """Convert batch counts to this run's batches per step, which may differ from the checkpoint's."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         more = checkpoint["global_step"] * trainer.accumulate_grad_batches - progress["total"]["ready"]
         for counts in (progress["total"], progress["current"]):
@@ -47,23 +48,23 @@ class Checkpoints(Callback):
         self.saved_step = self.last_step = trainer.global_step
         self.saved_at = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            # In the place of Lightning's, which talks to the other processes in the midst of whatever they say. It puts
-            # back at the end what was there before both.
+            # Replaces Lightning's handler, which communicates with the other processes in the middle of a step.
+            # Lightning restores the original handler at the end.
             signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
-        self.asked_to_end = True
+        self.terminated = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if self.ends:  # and not before: what the last step found has been logged by now
-            raise Preempted(f"ended by SIGTERM after step {trainer.global_step}; the same command goes on from there")
+        if self.ends:  # here, as the last step has been logged by now
+            raise Preempted(f"ended by SIGTERM after step {trainer.global_step}; the same command resumes it")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        # In the middle of an accumulated step nothing is saved: a resumed run begins a step.
+        # Not in the middle of an accumulated step: a resumed run begins a step.
         if trainer.global_step == self.last_step:
             return
         self.last_step = trainer.global_step
-        if trainer.global_step % self.validates:
+        if trainer.global_step % self.validation_steps:
             self._after_step(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,9 +72,9 @@ class Checkpoints(Callback):
             self._after_step(trainer)
 
     def _after_step(self, trainer: Trainer) -> None:
-        overdue = time.monotonic() - self.saved_at > 60 * self.minutes
-        self.ends = trainer.strategy.reduce_boolean_decision(self.asked_to_end, all=False)
-        if self.ends or trainer.global_step % self.every == 0 or trainer.strategy.broadcast(overdue):
+        overdue = time.monotonic() - self.saved_at > 60 * self.save_minutes
+        self.ends = trainer.strategy.reduce_boolean_decision(self.terminated, all=False)
+        if self.ends or trainer.global_step % self.save_steps == 0 or trainer.strategy.broadcast(overdue):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,13 +82,11 @@ class Checkpoints(Callback):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        part = self.file.with_name(self.file.name + ".part")
+        writes = trainer.is_global_zero  # the other processes take part in collecting the state
         try:
-            trainer.save_checkpoint(part)
-            if trainer.is_global_zero:
-                os.replace(part, self.file)
+            with atomic_write(self.file) if writes else nullcontext(self.file) as path:
+                trainer.save_checkpoint(path)
         except (OSError, RuntimeError) as error:
-            part.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             if isinstance(error, RuntimeError) and "write" not in str(error):

@@ -1,4 +1,4 @@
-"""Metrics of a run as a table that survives interruptions."""
+"""Metrics of a run as a CSV file."""
 
 import csv
 from pathlib import Path
@@ -7,15 +7,17 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from learnkv.formats.files import atomic_write
+
 
 class CsvTable(Logger):
     """`metrics.csv`: a row per logged step, a column per metric.
 
-    A run that continues keeps the rows up to the step it continues from.
+    A resumed run keeps the rows before the step that it resumes from.
 
     Args:
-        file: where the table is.
-        resumed_at: step that the run continues from; 0: a new run.
+        file: path of the table.
+        resumed_at: step that the run resumes from; 0: a new run.
     """
 
     def __init__(self, file: Path, resumed_at: int = 0) -> None:
@@ -38,27 +40,25 @@ class CsvTable(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's `config.yaml` holds them."""
+        """Nothing: the run's `config.yaml` has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        shown = {key: f"{value:.6g}" for key, value in metrics.items() if key != "epoch"}
-        if not shown:
+        values = {key: f"{value:.6g}" for key, value in metrics.items() if key != "epoch"}
+        if not values:
             return
         if not self.rows or int(self.rows[-1]["step"]) != step:
             self.rows.append({"step": step})
-        self.rows[-1].update(shown)
-        self.columns += [key for key in shown if key not in self.columns]
+        self.rows[-1].update(values)
+        self.columns += [key for key in values if key not in self.columns]
 
     @rank_zero_only
     def save(self) -> None:
-        """Replace the file by the table as it is now."""
-        part = self.file.with_name(self.file.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as table:
+        """Write the table."""
+        with atomic_write(self.file) as part, part.open("w", newline="", encoding="utf-8") as table:
             writer = csv.DictWriter(table, self.columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        part.replace(self.file)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

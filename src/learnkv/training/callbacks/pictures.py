@@ -1,4 +1,4 @@
-"""What curves do not show: budgets and marginal values by layer and head, what is lost and changed by kept fraction."""
+"""Heat maps of budgets and marginal values by layer and head, and validation results by kept fraction."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -18,16 +18,16 @@ STUDENTS = {"heuristic": "heuristic", "learned": "deployed", "soft": "soft gates
 
 
 class WandbTables(Callback):
-    """After every validation: heat maps of budgets and marginal values, tables of what is lost and changed."""
+    """Logs heat maps of budgets and marginal values and tables of validation results after every validation."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distillation)
         run, budgets, marginal = _run(trainer), pl_module.budgets, pl_module.marginal
         if run is None or budgets is None or marginal is None:
             return
-        measured = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         rows = [
-            [name, keep, measured[f"val/{name}_kl@{keep:g}"]]
+            [name, keep, metrics[f"val/{name}_kl@{keep:g}"]]
             for name in ("heuristic", "learned", "soft")
             for keep in VALIDATION_KEEPS
         ]
@@ -37,14 +37,14 @@ class WandbTables(Callback):
             for layer, heads in enumerate(table)
             for head, share in enumerate(heads)
         ]
-        kept = {f"budget heat map/keep {keep:g}": budget_map(table, keep) for keep, table in budgets.items()}
-        worth = {f"marginal value/keep {keep:g}": marginal_map(table, keep) for keep, table in marginal.items()}
+        budget_maps = {f"budget heat map/keep {keep:g}": budget_map(table, keep) for keep, table in budgets.items()}
+        marginal_maps = {f"marginal value/keep {keep:g}": marginal_map(table, keep) for keep, table in marginal.items()}
         run.log(
             {
                 "pareto": wandb.Table(columns=["policy", "keep", "kl"], data=rows),
                 "budgets": wandb.Table(columns=["keep", "layer", "head", "kept"], data=shares),
-                "validation": wandb.Image(by_keep(measured)),
-                **{name: wandb.Image(figure) for name, figure in (kept | worth).items()},
+                "validation": wandb.Image(by_keep(metrics)),
+                **{name: wandb.Image(figure) for name, figure in (budget_maps | marginal_maps).items()},
             }
         )
 
@@ -59,8 +59,8 @@ def log_policy(trainer: Trainer, folder: Path) -> None:
         run.finish()
 
 
-def draw(module: Distillation, output: Path) -> None:
-    """Write what the last validation found: `validation.png`, and marginal values as `marginal.png` and a table."""
+def write_pictures(module: Distillation, output: Path) -> None:
+    """Write the last validation's results: `validation.png`, and marginal values as `marginal.png` and a table."""
     if module.marginal is None:
         return
     with (output / "metrics.csv").open(newline="", encoding="utf-8") as table:
@@ -81,18 +81,18 @@ def draw(module: Distillation, output: Path) -> None:
                 writer.writerow([layer, head, *(f"{values[layer][head]:.6g}" for values in maps.values())])
 
 
-def by_keep(measured: Mapping[str, float]) -> Figure:
-    """What the policy, its soft gates and its heuristic lose, and how much of the set changed, by kept fraction."""
+def by_keep(metrics: Mapping[str, float]) -> Figure:
+    """KL of the policy, its soft gates and its base policy, and the fraction of changed entries, by kept fraction."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    lost, changed = figure.subplots(1, 2)
+    divergence, changed = figure.subplots(1, 2)
     for name, label in STUDENTS.items():
-        values = [measured[f"val/{name}_kl@{keep:g}"] for keep in VALIDATION_KEEPS]
-        lost.plot(VALIDATION_KEEPS, values, marker="o", linestyle="--" if name == "soft" else "-", label=label)
-    lost.set(xscale="log", yscale="log", xlabel="kept fraction", ylabel="KL to the full cache, nats per token")
-    lost.legend(frameon=False)
-    changed.plot(VALIDATION_KEEPS, [measured[f"val/changed@{keep:g}"] for keep in VALIDATION_KEEPS], marker="o")
+        values = [metrics[f"val/{name}_kl@{keep:g}"] for keep in VALIDATION_KEEPS]
+        divergence.plot(VALIDATION_KEEPS, values, marker="o", linestyle="--" if name == "soft" else "-", label=label)
+    divergence.set(xscale="log", yscale="log", xlabel="kept fraction", ylabel="KL to the full cache, nats per token")
+    divergence.legend(frameon=False)
+    changed.plot(VALIDATION_KEEPS, [metrics[f"val/changed@{keep:g}"] for keep in VALIDATION_KEEPS], marker="o")
     changed.set(xscale="log", ylim=(0, 1), xlabel="kept fraction", ylabel="kept entries that the heuristic evicts")
-    for axis in (lost, changed):
+    for axis in (divergence, changed):
         axis.set_xticks(VALIDATION_KEEPS, [f"{keep:g}" for keep in VALIDATION_KEEPS])
         axis.set_xticks([], minor=True)
     return figure
@@ -128,7 +128,7 @@ def _sized(values: Table) -> Figure:
 
 
 def _run(trainer: Trainer) -> Any:
-    """The run on W&B, on the one process that has it."""
+    """The W&B run, on the process that has it."""
     if not trainer.is_global_zero:
         return None
     return next((logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from learnkv.training import seeding as seeding
+from learnkv.training import seeding
 from learnkv.training.data.sources import Passage, Source
 
 
 class Batch(NamedTuple):
-    """B prompts with C continuations each, continuations of one prompt adjacent."""
+    """B prompts with C continuations each; continuations of one prompt are adjacent."""
 
     number: int
     prompts: Tensor
@@ -26,22 +26,22 @@ class Batch(NamedTuple):
     continuation_mask: Tensor
     """[B*C, T] 1 for tokens."""
     counted: Tensor
-    """[B*C, T] True where the prediction made there is one of the answer."""
-    to_say: int = 0
-    """Tokens of the answers that the model has still to give itself; 0: the answers are there."""
+    """[B*C, T] True where the next token belongs to the answer: these predictions are in the loss."""
+    tokens_to_generate: int = 0
+    """Length of the answers that the model has yet to generate; 0: the continuations are complete."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How batches are drawn.
+class BatchSampler:
+    """Makes batches from weighted sources.
 
     Args:
-        sources: where passages come from, with weights.
+        sources: sources of passages, with weights.
         lengths: shortest and longest context in tokens; log-uniform between them.
-        batch_size: contexts in a batch.
+        batch_size: contexts per batch.
         query_aware: fraction of the batches whose prompts end with the question.
-        seed: another seed, another order and other passages.
-        part: name of the stream, "train" or "validation"; streams have nothing in common.
+        seed: seed of order and passages.
+        part: "train" or "validation", which have independent random numbers.
     """
 
     sources: Sequence[tuple[float, Source]]
@@ -52,9 +52,9 @@ class Drawing:
     part: str = "train"
 
     def batch(self, index: int) -> Batch:
-        """The batch with this index."""
+        """Batch number `index`."""
         rng = seeding.generator(self.seed, self.part, index)
-        source = seeding.pick(rng, self.sources)
+        source = seeding.weighted_choice(rng, self.sources)
         length = round(seeding.log_uniform(rng, *self.lengths))
         aware = rng.random() < self.query_aware
         rows = range(index * self.batch_size, (index + 1) * self.batch_size)
@@ -63,53 +63,53 @@ class Drawing:
 
 
 class Batches(Dataset[Batch]):
-    """The batches of a drawing with these numbers, in their order."""
+    """A data set of a sampler's batches with these numbers, in order."""
 
-    def __init__(self, drawing: Drawing, numbers: range) -> None:
-        self.drawing, self.numbers = drawing, numbers
+    def __init__(self, sampler: BatchSampler, numbers: range) -> None:
+        self.sampler, self.numbers = sampler, numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> Batch:
-        return self.drawing.batch(self.numbers[index])
+        return self.sampler.batch(self.numbers[index])
 
 
-def collate(index: int, passages: list[Passage], aware: random.Random | None) -> Batch:
-    """Tensors of some passages; with `aware`, one question of each is drawn and put into the prompt.
+def collate(index: int, passages: list[Passage], query_aware: random.Random | None) -> Batch:
+    """Tensors of passages; with `query_aware`, a random question of each is moved into the prompt.
 
     The last token of the question stays outside, as the first token of the answer is predicted there.
     """
     prompts, rows = [], []
     for context, continuations, _ in passages:
         prompt = list(context)
-        if aware is not None:
-            question, answer = aware.choice(continuations)
+        if query_aware is not None:
+            question, answer = query_aware.choice(continuations)
             prompt += question[:-1]
             continuations = [type(continuations[0])(question[-1:], answer)]
         prompts.append(prompt)
         rows.append(continuations)
     copies = min(len(continuations) for continuations in rows)
-    flat = [continuation for continuations in rows for continuation in continuations[:copies]]
-    return Batch(index, *pad(prompts, left=True), *following(flat), passages[0].to_say)
+    pairs = [continuation for continuations in rows for continuation in continuations[:copies]]
+    return Batch(index, *pad(prompts, left=True), *pad_continuations(pairs), passages[0].tokens_to_generate)
 
 
-def following(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Questions and answers as ids, mask and counted positions, [N, T] each; without its answer none is counted."""
-    # The last token of an answer predicts nothing that is known.
+def pad_continuations(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and counted positions [N, T] of (question, answer) pairs; nothing is counted without answers."""
+    # The last token of an answer has no next token to predict.
     ids, mask = pad([question + answer[:-1] for question, answer in pairs], left=False)
     counted = [[False] * (len(question) - 1) + [True] * len(answer) or [False] for question, answer in pairs]
-    there = pad(counted, left=False)[0].bool()
-    return ids, mask, torch.nn.functional.pad(there, (0, ids.shape[1] - there.shape[1]))
+    is_counted = pad(counted, left=False)[0].bool()
+    return ids, mask, torch.nn.functional.pad(is_counted, (0, ids.shape[1] - is_counted.shape[1]))
 
 
 def pad(rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as [N, longest] int64 and their mask; padding is 0."""
+    """Rows of different lengths as [N, longest] int64, padded with 0, and their mask."""
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
-        ids[i, place] = torch.tensor(row, dtype=torch.long)
-        mask[i, place] = 1
+        columns = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, columns] = torch.tensor(row, dtype=torch.long)
+        mask[i, columns] = 1
     return ids, mask

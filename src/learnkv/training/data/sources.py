@@ -1,4 +1,4 @@
-"""Where training contexts and their continuations come from."""
+"""Sources of training contexts and their continuations."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,30 +11,30 @@ from learnkv.training.data.text_windows import Text
 
 
 class Continuation(NamedTuple):
-    """Token ids read after a context; only the predictions of `answer` are distilled."""
+    """Token ids after a context; only the predictions of `answer` are distilled."""
 
     question: list[int]
     answer: list[int]
 
 
 class Passage(NamedTuple):
-    """Token ids of a context and of what may follow it."""
+    """Token ids of a context and of its possible continuations."""
 
     context: list[int]
     continuations: list[Continuation]
-    to_say: int = 0
-    """Tokens of the answers that the model has still to give itself; 0: the answers are there."""
+    tokens_to_generate: int = 0
+    """Length of the answers that the model has yet to generate; 0: the continuations are complete."""
 
 
 Source = Callable[[random.Random, int, int], Passage]
-"""From a generator, the number of the passage, and a length: a passage whose context has about so many tokens."""
+"""(generator, number of the passage, length) -> passage whose context has about `length` tokens."""
 
 
 class NextText:
-    """Natural text: the continuation is what really comes next.
+    """Natural text: the continuation is the text that follows.
 
     Args:
-        text: what is read.
+        text: source of contexts.
         tokens: length of the continuation.
     """
 
@@ -48,13 +48,13 @@ class NextText:
 
 
 class Spans:
-    """Reconstruction: spans of the context are read again; their first tokens are the question, the rest the answer.
+    """Reconstruction: spans of the context are repeated; their first tokens are the question, the rest the answer.
 
     Args:
-        text: what is read.
-        count: spans of one context.
+        text: source of contexts.
+        count: spans per context.
         tokens: length of a span.
-        cue: tokens of the span that are given.
+        cue: length of the question.
     """
 
     def __init__(self, text: Text, count: int, tokens: int = 40, cue: int = 8) -> None:
@@ -63,19 +63,20 @@ class Spans:
     def __call__(self, rng: random.Random, row: int, length: int) -> Passage:
         ids = self.text.read(rng, row, length)
         take = min(self.tokens, len(ids))
-        spans = [ids[at : at + take] for at in (rng.randrange(len(ids) - take + 1) for _ in range(self.count))]
+        starts = [rng.randrange(len(ids) - take + 1) for _ in range(self.count)]
+        spans = [ids[start : start + take] for start in starts]
         cue = min(self.cue, take - 1)
         return Passage(ids, [Continuation(span[:cue], span[cue:]) for span in spans])
 
 
 class Episodes:
-    """Built-in retrieval episodes of one kind, written the way the model expects prompts.
+    """Built-in retrieval episodes of one kind, in the model's prompt format.
 
     Args:
-        kind: of `Retrieval.KINDS`.
-        tokenizer: of the model.
-        count: most continuations of an episode.
-        hold_out: families, tasks or kinds of which nothing may be drawn; a kind that belongs to them is refused.
+        kind: one of `Retrieval.KINDS`.
+        tokenizer: the model's tokenizer.
+        count: maximum number of continuations per episode.
+        hold_out: excluded families, tasks or kinds; a kind that belongs to them is refused.
     """
 
     def __init__(self, kind: str, tokenizer: Any, count: int, hold_out: Sequence[str] = ()) -> None:
@@ -93,8 +94,8 @@ class Episodes:
         episode = maker.episode(rng.getrandbits(32))
         context, continuations = "", []
         for question, answer in episode.continuations:
-            context, asked, prefix = format_prompt(self.tokenizer, episode.context, question)
-            continuations.append(Continuation(self._ids(asked + prefix), self._ids(answer)))
+            context, formatted, prefix = format_prompt(self.tokenizer, episode.context, question)
+            continuations.append(Continuation(self._ids(formatted + prefix), self._ids(answer)))
         return Passage(self._ids(context), continuations)
 
     def _ids(self, text: str) -> list[int]:
@@ -108,21 +109,21 @@ class Episodes:
 class OwnAnswers:
     """Documents and questions about them; the model answers from its full cache (self-study, arXiv 2506.06266).
 
-    A context and a question together have the length asked for.
+    Context and question together have the requested length.
 
     Args:
-        text: what is read.
-        tokenizer: of the model.
-        count: questions about one document.
-        tokens: longest answer.
+        text: source of documents.
+        tokenizer: the model's tokenizer.
+        count: questions per document.
+        tokens: maximum length of an answer.
     """
 
     def __init__(self, text: Text, tokenizer: Any, count: int, tokens: int) -> None:
         self.text, self.tokenizer, self.tokens = text, tokenizer, tokens
-        self.count = min(count, len(ASKS))
-        parts = [format_prompt(tokenizer, "", ask) for ask in ASKS]
+        self.count = min(count, len(QUESTIONS))
+        parts = [format_prompt(tokenizer, "", question) for question in QUESTIONS]
         self.template = len(self._ids(parts[0][0]))
-        self.longest = max(len(self._ids(asked + prefix)) for _, asked, prefix in parts)
+        self.longest = max(len(self._ids(question + prefix)) for _, question, prefix in parts)
 
     def __call__(self, rng: random.Random, row: int, length: int) -> Passage:
         room = length - self.longest
@@ -130,17 +131,18 @@ class OwnAnswers:
             raise UserError(f"lengths: {length} tokens leave no room for a document beside a question about it")
         ids = self.text.read(rng, row, room - self.template)
         document = self.tokenizer.decode(ids, skip_special_tokens=True)
-        parts = [format_prompt(self.tokenizer, document, ask) for ask in rng.sample(ASKS, self.count)]
+        chosen = rng.sample(QUESTIONS, self.count)
+        parts = [format_prompt(self.tokenizer, document, question) for question in chosen]
         context = self._ids(parts[0][0])[:room]
-        asked = [Continuation(self._ids(question + prefix), []) for _, question, prefix in parts]
-        return Passage(context, asked, self.tokens)
+        continuations = [Continuation(self._ids(question + prefix), []) for _, question, prefix in parts]
+        return Passage(context, continuations, self.tokens)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 
-ASKS = (
+QUESTIONS = (
     "\nWhat is this about?",
     "\nSum it up in a few words.",
     "\nWhich names and numbers occur?",

@@ -12,15 +12,15 @@ from learnkv.errors import UserError
 
 
 class Text(ABC):
-    """Gives consecutive token ids of a text."""
+    """A text as token ids."""
 
     @abstractmethod
     def read(self, rng: random.Random, row: int, tokens: int) -> list[int]:
-        """`tokens` consecutive ids, beginning as prompts begin; a function of the generator's state and of `row`."""
+        """`tokens` consecutive ids that begin as prompts do; a function of the generator's state and of `row`."""
 
 
 class Pool(Text):
-    """A text that fits into memory, read from random places.
+    """A text in memory, read from random positions.
 
     Args:
         ids: [N] token ids.
@@ -34,9 +34,9 @@ class Pool(Text):
         body = tokens - len(self.head)
         if body > len(self.ids):
             raise UserError(f"lengths: contexts and continuations of {tokens} tokens need a text longer than that")
-        at = rng.randrange(len(self.ids) - body + 1)
-        found: list[int] = self.ids[at : at + body].tolist()
-        return self.head + found
+        start = rng.randrange(len(self.ids) - body + 1)
+        window: list[int] = self.ids[start : start + body].tolist()
+        return self.head + window
 
 
 class Windows(Text):
@@ -50,34 +50,34 @@ class Windows(Text):
         self.rows = rows
 
     def read(self, rng: random.Random, row: int, tokens: int) -> list[int]:
-        found: list[int] = self.rows[rng.randrange(len(self.rows))]["input_ids"][:tokens].tolist()
-        return found
+        ids: list[int] = self.rows[rng.randrange(len(self.rows))]["input_ids"][:tokens].tolist()
+        return ids
 
 
 class Stream(Text):
-    """Windows of a streamed data set in its own order: row `row` is its `first + row`-th, over and over again.
+    """Windows of a streamed data set in its own order, repeated without end: row `row` is number `first + row`.
 
-    Rows are asked for in ascending order, or else the stream is read from its beginning again.
+    A row before the last one read restarts the stream.
 
     Args:
         rows: an iterable-style data set with the column "input_ids".
-        first: rows left out at the beginning.
-        count: rows that are read before starting over; None: all.
+        first: number of skipped rows.
+        count: rows per repetition; None: all.
     """
 
     def __init__(self, rows: Any, first: int = 0, count: int | None = None) -> None:
         self.rows = rows.skip(first)
         self.rows = self.rows if count is None else self.rows.take(count)
-        self.open: Iterator[Any] | None = None
-        self.next_row = 0
+        self._iterator: Iterator[Any] | None = None
+        self._next_row = 0
 
     def read(self, rng: random.Random, row: int, tokens: int) -> list[int]:
-        if self.open is None or row < self.next_row:
-            self.open, self.next_row = self._endless(), 0
-        window = next(islice(self.open, row - self.next_row, None))
-        self.next_row = row + 1
-        found: list[int] = window["input_ids"][:tokens].tolist()
-        return found
+        if self._iterator is None or row < self._next_row:
+            self._iterator, self._next_row = self._endless(), 0
+        window = next(islice(self._iterator, row - self._next_row, None))
+        self._next_row = row + 1
+        ids: list[int] = window["input_ids"][:tokens].tolist()
+        return ids
 
     def _endless(self) -> Iterator[Any]:
         while True:
@@ -86,4 +86,4 @@ class Stream(Text):
                 empty = False
                 yield row
             if empty:
-                raise UserError("text: the data set has no window of the length asked for")
+                raise UserError("text: the data set has no window of the requested length")

@@ -1,4 +1,4 @@
-"""Memory that tensors hold, counted where PyTorch makes them, on any device."""
+"""Memory of live tensors, counted at PyTorch's dispatcher, on any device."""
 
 import weakref
 from typing import Any
@@ -10,32 +10,32 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made within the block and are alive, `now` and at the `peak`.
+    """Bytes of live storages that were created within the block, `now` and at the `peak`.
 
-    What a fused operation keeps to itself is not seen.
+    Workspaces of fused operations are not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._counted: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(one.untyped_storage()) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        inputs = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and id(made.untyped_storage()) not in given:
-                self._note(made.untyped_storage())
+        for output in tree_leaves(result):
+            if isinstance(output, Tensor) and id(output.untyped_storage()) not in inputs:
+                self._count(output.untyped_storage())
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) in self._known:
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._counted:
             return
-        self._known.add(id(storage))
+        self._counted.add(id(storage))
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+        weakref.finalize(storage, self._discount, id(storage), storage.nbytes())
 
-    def _forget(self, which: int, size: int) -> None:
-        self._known.discard(which)
+    def _discount(self, storage_id: int, size: int) -> None:
+        self._counted.discard(storage_id)
         self.now -= size

@@ -1,47 +1,48 @@
-"""`learnkv memory config=NAME model=PATH [key=value …]`: the peak memory of a training run, predicted.
+"""`learnkv memory config=NAME model=PATH [key=value …]`: predicts the peak memory of a training run.
 
-Takes the keys of `train.py`. A step is made on the meta device, with the longest context and the longest continuations,
-and what its tensors hold is counted; of the model only its `config.json` is read. Validation, what CUDA and libraries
-keep for themselves, and fragmentation come on top: leave a tenth. Steps through soft gates (`soft_steps`) are counted
-as the others are; with kernels they hold less.
+Takes the keys of `train.py`. One step runs on the meta device, with the longest context and the longest continuations,
+and the memory of its tensors is counted; of the model only `config.json` is read. Validation, memory that CUDA and
+libraries reserve, and fragmentation are not included: leave a tenth. Steps through soft gates (`soft_steps`) are
+counted like the others; with kernels they need less.
 """
+
+from dataclasses import replace
 
 import torch
 
 from learnkv.errors import UserError
-from learnkv.inference.models import context_length, describe_model, empty_model
-from learnkv.persistence.policies import build_policy
-from learnkv.persistence.size import sized
+from learnkv.inference.models import describe_model, empty_model
+from learnkv.persistence.policies import build_policy, fill_sizes, modules_of
 from learnkv.policy.policy import Policy
 from learnkv.training.activation_checkpointing import decoder_layers
 from learnkv.training.config import TrainConfig
 from learnkv.training.data.batches import Batch
-from learnkv.training.data.datamodule import lengths_within
+from learnkv.training.data.datamodule import context_lengths
 from learnkv.training.memory.live_bytes import LiveBytes
 from learnkv.training.memory.meta_device import on_meta_device
 from learnkv.training.module import Distillation
-from learnkv.training.run import modules_of
 
 CONTEXTS, STEP = "keys and values of the contexts", "everything else of a step"
 
 
 def report(config: TrainConfig, resolved: str) -> None:
-    """Print what every process of the run holds at its peak."""
+    """Print the peak memory of every process of the run, by parts."""
     parts = predicted(config)
     width = max(map(len, parts))
-    whole = sum(parts.values())
-    unit, of = ("GB", 1e9) if whole >= 1e9 else ("MB", 1e6)
-    for name, size in [*parts.items(), ("peak of a process", whole)]:
-        print(f"{name:<{width}}  {size / of:8.2f} {unit}")
-    if config.objective is not None and config.objective.at(0).targets:
-        print("Steps of the first objective are not counted: what it has the model read again depends on values.")
+    total = sum(parts.values())
+    unit, divisor = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    for name, size in [*parts.items(), ("peak of a process", total)]:
+        print(f"{name:<{width}}  {size / divisor:8.2f} {unit}")
+    objective = config.distillation.objective
+    if objective is not None and objective.at_step(0).targets:
+        print("Steps of the first objective are not counted: the tokens of its extra passes depend on values.")
 
 
 def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
     """Bytes of each part at the peak of a process.
 
     Args:
-        kernels: whether operations run as kernels, as they do on a GPU; else as their references.
+        kernels: whether operations run as kernels, as on a GPU; otherwise as their references.
 
     Raises:
         UserError: as for `step_of`; for prompts that do not fit into the model's context with their continuations.
@@ -50,62 +51,55 @@ def predicted(config: TrainConfig, kernels: bool = True) -> dict[str, int]:
     dtype = ("bfloat16" if kernels else "float32") if config.dtype == "auto" else config.dtype
     model = empty_model(config.model, config.revision, dtype)
     shapes = describe_model(model)["shapes"]
-    spec = sized(config.policy.spec(), shapes)
+    spec = fill_sizes(config.policy.spec(), shapes)
     policy = build_policy(spec, allow=sorted(modules_of(spec))).to("meta").requires_grad_(True)
-    longest = lengths_within(context_length(model), config)[1]
+    longest = context_lengths(model, config.data)[1]
     module = step_of(config, model, policy)
-    with on_meta_device(shapes["layers"], config.batch_size, kernels), LiveBytes() as live:
-        module.training_step(batch(config, longest), 0).backward()
-    trained = sum(one.numel() * one.element_size() for one in policy.parameters())
-    bytes_of_token = 2 * shapes["layers"] * shapes["heads"] * shapes["head_dim"] * model.dtype.itemsize
-    held = config.batch_size * longest * bytes_of_token
-    several = _processes(config)
+    batch_size = config.data.batch_size
+    with on_meta_device(shapes["layers"], batch_size, kernels), LiveBytes() as live:
+        module.training_step(largest_batch(config, longest), 0).backward()
+    trained = _bytes_of(policy)
+    bytes_per_token = 2 * shapes["layers"] * shapes["heads"] * shapes["head_dim"] * model.dtype.itemsize
+    contexts = batch_size * longest * bytes_per_token
+    processes = _processes(config)
     return {
-        "weights of the model": _weights(model, several if config.trainer["strategy"] == "fsdp" else 1),
-        "what is trained, and its optimizer": 3 * trained + (trained if several > 1 else 0),
-        CONTEXTS: held,
-        STEP: live.peak - held,
+        "weights of the model": _weights(model, processes if config.trainer["strategy"] == "fsdp" else 1),
+        "what is trained, and its optimizer": 3 * trained + (trained if processes > 1 else 0),
+        CONTEXTS: contexts,
+        STEP: live.peak - contexts,
     }
 
 
 def step_of(config: TrainConfig, model: torch.nn.Module, policy: Policy) -> Distillation:
-    """What makes the steps of a run, its students keeping the most that they may.
+    """The module that runs the steps of a run, with students at the largest kept fractions.
 
     Raises:
-        UserError: for an objective (of several stages: the last one) with targets, as what they read depends on values.
+        UserError: for an objective (of several stages: the last one) with targets: their passes depend on values.
     """
-    keeps = sorted(config.keep or config.keep_range)
-    drawn = [keeps[0], *[keeps[-1]] * (config.students - 1)]  # no draw of a sandwich keeps more
-    objective = None if config.objective is None else config.objective.at(config.trainer["max_steps"])
-    module = Distillation(
-        model,
-        policy,
-        steps=1,
-        keep=keeps,
-        students=config.students,
-        weights=config.weights,
-        objective=objective,
-        chunk_size=config.chunk_size,
-        checkpointing=config.checkpointing,
-        gradient_tokens=config.gradient_tokens,
-    )
+    settings = config.distillation
+    low, high = settings.keep_bounds
+    objective = None if settings.objective is None else settings.objective.at_step(config.trainer["max_steps"])
     if objective is not None and objective.targets:
         raise UserError(
-            f"objective: what {type(objective).__name__} has the model read cannot be predicted; objective=null "
-            "predicts distillation"
+            f"objective: the extra passes of {type(objective).__name__} cannot be predicted; objective=null predicts "
+            "distillation"
         )
-    most = drawn if config.draw == "sandwich" else [keeps[-1]] * config.students
-    module.keeps = lambda index: most  # type: ignore[method-assign]
+    module = Distillation(model, policy, replace(settings, objective=objective, answers=None), steps=1)
+    others = [high] * (settings.students - 1)
+    keeps = [low if settings.keep_sampling == "sandwich" else high, *others]
+    module.keeps = lambda index: keeps  # type: ignore[method-assign]
     module.log = lambda *args, **keys: None
     return module
 
 
-def batch(config: TrainConfig, longest: int, device: str = "meta") -> Batch:
-    """The largest batch of a run: contexts and continuations as long as they may be, all tokens counted."""
-    rows, new = config.batch_size * config.continuations, config.continuation_tokens
-    prompts = torch.ones(config.batch_size, longest, dtype=torch.long, device=device)
-    said = torch.ones(rows, new, dtype=torch.long, device=device)
-    return Batch(0, prompts, torch.ones(prompts.shape, dtype=torch.long), said, said.clone(), said.bool())
+def largest_batch(config: TrainConfig, longest: int, device: str = "meta") -> Batch:
+    """The largest batch of a run: contexts and continuations of maximal length, all tokens counted."""
+    data = config.data
+    prompts = torch.ones(data.batch_size, longest, dtype=torch.long, device=device)
+    rows = data.batch_size * data.continuations
+    continuations = torch.ones(rows, data.continuation_tokens, dtype=torch.long, device=device)
+    mask = torch.ones(prompts.shape, dtype=torch.long)
+    return Batch(0, prompts, mask, continuations, continuations.clone(), continuations.bool())
 
 
 def _processes(config: TrainConfig) -> int:
@@ -115,9 +109,13 @@ def _processes(config: TrainConfig) -> int:
 
 
 def _weights(model: torch.nn.Module, processes: int) -> int:
-    """Bytes of the weights that a process holds: all, or its share, what lies outside of layers, and two layers."""
-    whole = sum(one.numel() * one.element_size() for one in model.parameters())
+    """Bytes of the weights per process: all, or its shard, the weights outside of layers, and two gathered layers."""
+    total = _bytes_of(model)
     if processes == 1:
-        return whole
-    layers = [sum(one.numel() * one.element_size() for one in part.parameters()) for part in decoder_layers(model)]
-    return whole // processes + whole - sum(layers) + 2 * max(layers)
+        return total
+    layers = [_bytes_of(layer) for layer in decoder_layers(model)]
+    return total // processes + total - sum(layers) + 2 * max(layers)
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())

@@ -1,4 +1,4 @@
-"""What training minimises; `objective.class_path` in a YAML names one of these, or one of your own."""
+"""Training objectives; `objective.class_path` in a YAML names one of these, or one of your own."""
 
 from learnkv.training.objectives.base import Comparison, Objective, Outputs
 from learnkv.training.objectives.budgets import BudgetRegression

@@ -1,4 +1,4 @@
-"""What a student is compared to its teacher by."""
+"""`Objective`, and its inputs: the outputs of one student and of its teacher."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from learnkv.training.losses import sample_means
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the model computed at the N counted tokens of a batch's continuations."""
+    """The model's outputs at the N counted tokens of a batch's continuations."""
 
     logits: Tensor
     """[N, V]."""
@@ -25,55 +25,58 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One student beside its teacher: the same prompts and continuations, read from all of the cache or from a part."""
+    """Inputs of an objective: the same prompts and continuations, read from the full cache and from a student's."""
 
     samples: int
     """B, prompts in the batch."""
     plan: Plan | None = None
-    """What the student keeps, with the gradient of its scores and budgets; None for an objective without `plans`."""
+    """The student's plan, with the gradient of its scores and budgets; None for an objective without `plans`."""
     targets: Mapping[Scorer, Tensor] = field(default_factory=dict)
-    """[L, B, H, S] what the objective's `targets` give the entries of the prompts, -inf at padding."""
+    """Scores [L, B, H, S] of the prompts' entries by each of the objective's `targets`, -inf at padding."""
     sample: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    """[N] number of the prompt that each counted token belongs to."""
+    """[N] index of the prompt that each counted token belongs to."""
     weights: Tensor | None = None
-    """[N] how much each counted token counts; None: all alike."""
-    both: tuple[Outputs, Outputs] | None = None
-    """Teacher and student; None for an objective that does not `read`."""
+    """[N] weight of each counted token; None: uniform."""
+    teacher: Outputs | None = None
+    """Outputs with the full cache; None for an objective that does not `read`."""
+    student: Outputs | None = None
+    """Outputs with the compressed cache."""
 
     @property
-    def said(self) -> tuple[Outputs, Outputs]:
+    def outputs(self) -> tuple[Outputs, Outputs]:
         """Teacher and student."""
-        assert self.both is not None
-        return self.both
+        assert self.teacher is not None
+        assert self.student is not None
+        return self.teacher, self.student
 
     def means(self, tokens: Tensor) -> Tensor:
-        """(Weighted) means [B] over the counted tokens of each prompt, from figures [N]."""
+        """(Weighted) means [B] over the counted tokens of each prompt, from values [N]."""
         return sample_means(tokens, self.sample, self.samples, self.weights)
 
 
 class Objective(Component, ABC):
     """A loss per prompt; its gradient reaches the student and the plan, never the teacher.
 
-    What a prompt's loss is must not depend on the other prompts of the batch: batches may be split over processes.
+    The loss of a prompt must not depend on the other prompts of the batch: batches may be split over processes.
     """
 
     name: str = "loss"
     """In metrics: `train/NAME`."""
     reads: bool = True
-    """Whether it looks at continuations; without them there is neither teacher nor student, only the plan."""
+    """Whether it needs continuations; without them there is no teacher and no student, only the plan."""
     hidden: bool = False
-    """Whether it looks at hidden states of the continuations."""
+    """Whether it needs hidden states of the continuations."""
     plans: bool = False
-    """Whether it looks at the plan, also at keep=1."""
+    """Whether it needs the plan, also at keep=1."""
     budgets: bool = True
-    """Whether it depends on how much is kept; otherwise one plan of a prompt says all."""
+    """Whether it depends on the kept fraction; otherwise a prompt is planned once."""
     targets: tuple[Scorer, ...] = ()
-    """Scorers whose scores of the prompt it looks at; extra passes that they ask for are made."""
+    """Scorers whose scores of the prompt it needs; their extra passes are run."""
 
-    def at(self, step: int) -> "Objective":
-        """What is minimised at an optimiser step."""
+    def at_step(self, step: int) -> "Objective":
+        """The objective that this optimiser step minimises."""
         return self
 
     @abstractmethod
-    def forward(self, seen: Comparison) -> Tensor:
+    def forward(self, inputs: Comparison) -> Tensor:
         """Loss [B] of each prompt."""

@@ -1,4 +1,4 @@
-"""Regression of a policy's budgets on those that one ranking of the whole model gives."""
+"""Regression of a policy's budgets on those of one top-k over all heads."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from learnkv.training.objectives.base import Comparison, Objective
 
 
 class BudgetRegression(Objective):
-    """KL between two splits of the budget over the heads: that of `target`'s scores, all ranked together, and ours.
+    """KL from the split of the budget by `target`'s scores to the policy's split, over the heads of all layers.
 
-    A head's share of the first is how many of its entries are among the best of the model (`Flat`, KVzip's own
-    allocation), a head's share of the second what the allocator wants for it.
+    A head's target share is its part of the top-k over all heads (`Flat`, KVzip's own allocation); its share in the
+    policy is the allocator's.
 
     Args:
-        target: gives the scores; it is not trained. They must be comparable between layers.
+        target: scorer of the target shares; it is not trained. Its scores must be comparable between layers.
     """
 
     name = "budget_kl"
@@ -27,12 +27,12 @@ class BudgetRegression(Objective):
         self.target = target.requires_grad_(False)
         self.targets = (target,)
 
-    def forward(self, seen: Comparison) -> Tensor:
-        assert seen.plan is not None
-        scores, wanted = seen.plan.scores.detach(), seen.plan.wanted.double()
-        ranked = torch.where(scores.isfinite(), seen.targets[self.target].float(), scores)
-        per_head = seen.plan.budgets.double().mean((0, 2))
-        share = Flat()(ranked, None, per_head)
-        share = share / share.sum((0, 2), keepdim=True)
-        ours = wanted / wanted.sum((0, 2), keepdim=True)
-        return torch.special.xlogy(share, share / ours.clamp_min(1e-12)).sum((0, 2)).float()
+    def forward(self, inputs: Comparison) -> Tensor:
+        assert inputs.plan is not None
+        scores, wanted = inputs.plan.scores.detach(), inputs.plan.wanted.double()
+        target_scores = torch.where(scores.isfinite(), inputs.targets[self.target].float(), scores)
+        per_head = inputs.plan.budgets.double().mean((0, 2))
+        target = Flat()(target_scores, None, per_head)
+        target = target / target.sum((0, 2), keepdim=True)
+        share = wanted / wanted.sum((0, 2), keepdim=True)
+        return torch.special.xlogy(target, target / share.clamp_min(1e-12)).sum((0, 2)).float()

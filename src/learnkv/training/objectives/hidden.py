@@ -10,13 +10,13 @@ from learnkv.training.objectives.base import Comparison, Objective
 
 
 class HiddenMSE(Objective):
-    """Squared distance of the continuation's hidden states from the full cache's, over their own mean square.
+    """Mean squared error of the continuation's hidden states against the full cache's, over the mean square of these.
 
-    0 where nothing is lost, about 1 where nothing is left. DuoAttention (arXiv 2410.10819) compares the last states
+    0 where they are equal, about 1 where they are unrelated. DuoAttention (arXiv 2410.10819) compares the last states
     and does not divide.
 
     Args:
-        layers: `last` compares what the output layer reads, `all` the states after every layer, averaged.
+        layers: `last` compares the inputs of the output layer, `all` the states after every layer, averaged.
     """
 
     name = "hidden_mse"
@@ -26,11 +26,11 @@ class HiddenMSE(Objective):
         super().__init__()
         self.layers = layers
 
-    def forward(self, seen: Comparison) -> Tensor:
-        teacher, student = seen.said
+    def forward(self, inputs: Comparison) -> Tensor:
+        teacher, student = inputs.outputs
         pairs = list(zip(teacher.hidden, student.hidden, strict=True))[-1 if self.layers == "last" else 0 :]
-        found = []
-        for full, held in ((a.detach().float(), b.float()) for a, b in pairs):
-            size = sample_means(full.square().mean(-1), seen.sample, seen.samples)
-            found.append(seen.means((held - full).square().mean(-1)) / size.clamp_min(1e-12))
-        return torch.stack(found).mean(0)
+        errors = []
+        for full, compressed in ((a.detach().float(), b.float()) for a, b in pairs):
+            mean_square = sample_means(full.square().mean(-1), inputs.sample, inputs.samples)
+            errors.append(inputs.means((compressed - full).square().mean(-1)) / mean_square.clamp_min(1e-12))
+        return torch.stack(errors).mean(0)

@@ -1,4 +1,4 @@
-"""Divergences of what the model says after compression from what it says with the full cache."""
+"""Divergences between the next-token distributions with the compressed and with the full cache."""
 
 from torch import Tensor
 
@@ -8,11 +8,11 @@ from learnkv.training.objectives.base import Comparison, Objective
 
 
 class ForwardKL(Objective):
-    """KL(teacher || student) of the next token in nats: what the full cache finds likely must stay likely.
+    """KL(teacher || student) of the next token in nats: covers every likely token of the teacher.
 
     Args:
-        temperature: divides the logits of both; the result is multiplied by its square, which keeps the gradient's
-            size (Hinton et al., arXiv 1503.02531).
+        temperature: divides the logits of both; the loss is multiplied by its square, which keeps the gradient's size
+            (Hinton et al., arXiv 1503.02531).
     """
 
     name = "kl"
@@ -21,16 +21,16 @@ class ForwardKL(Objective):
         super().__init__()
         self.temperature = _positive(temperature)
 
-    def forward(self, seen: Comparison) -> Tensor:
-        teacher, student = seen.said
-        return seen.means(forward_kl(teacher.logits, student.logits, self.temperature))
+    def forward(self, inputs: Comparison) -> Tensor:
+        teacher, student = inputs.outputs
+        return inputs.means(forward_kl(teacher.logits, student.logits, self.temperature))
 
 
 class ReverseKL(Objective):
-    """KL(student || teacher) of the next token in nats: nothing may become likely that the full cache finds unlikely.
+    """KL(student || teacher) of the next token in nats: penalises tokens that are unlikely for the teacher.
 
     Args:
-        temperature: as of `ForwardKL`.
+        temperature: as in `ForwardKL`.
     """
 
     name = "reverse_kl"
@@ -39,9 +39,9 @@ class ReverseKL(Objective):
         super().__init__()
         self.temperature = _positive(temperature)
 
-    def forward(self, seen: Comparison) -> Tensor:
-        teacher, student = seen.said
-        return seen.means(reverse_kl(teacher.logits, student.logits, self.temperature))
+    def forward(self, inputs: Comparison) -> Tensor:
+        teacher, student = inputs.outputs
+        return inputs.means(reverse_kl(teacher.logits, student.logits, self.temperature))
 
 
 def _positive(temperature: float) -> float:

@@ -15,18 +15,18 @@ _LEAST = 1e-6
 
 
 class ScoreRegression(Objective):
-    """Distance between the policy's scores and those of `target`, averaged over the entries that are in question.
+    """Distance between the policy's scores and those of `target`, averaged over the entries that may be evicted.
 
-    A scorer that reads the prompt again (KVzip) is imitated by one that does not: no continuation is read, and what
-    eviction does to the model's output is not asked. Fast KVzip and KVzap are trained in this way.
+    Distils a scorer with extra passes over the prompt (KVzip) into one without: no continuation is read, and the effect
+    of eviction on the model's output is not part of the loss. Fast KVzip and KVzap are trained in this way.
 
     Args:
-        target: gives the scores that are to be matched; it is not trained.
+        target: scorer to match; it is not trained.
         of: squares of differences to the normal scores of the target's `ranks` within its layer, the scale that
             `LearnedScorer` has, or to its own `scores` (KVzap: those of KVzip with `normalized` and `log`); or, for
             scores within [0, 1] such as KVzip's, their cross-entropy to the policy's as `probabilities` (Fast KVzip),
-            which must be within (0, 1], or to the sigmoid of the policy's, its `logits`: these can be compared
-            between layers, and entries that matter most weigh most.
+            which must be within (0, 1], or to the sigmoid of the policy's, its `logits`: these are comparable
+            between layers, and the most important entries have the largest weight.
     """
 
     name = "score_distance"
@@ -40,25 +40,25 @@ class ScoreRegression(Objective):
         self.targets = (target,)
         self.of = of
 
-    def forward(self, seen: Comparison) -> Tensor:
-        assert seen.plan is not None
-        scores, wanted = seen.plan.raw_scores, seen.targets[self.target].float()
-        asked = scores.isfinite()  # neither protected nor padding
+    def forward(self, inputs: Comparison) -> Tensor:
+        assert inputs.plan is not None
+        scores, target = inputs.plan.raw_scores, inputs.targets[self.target].float()
+        evictable = scores.isfinite()  # neither protected nor padding
         if self.of == "ranks":
-            wanted = torch.stack([normal_scores(one, free) for one, free in zip(wanted, asked, strict=True)])
+            target = torch.stack([normal_scores(*layer) for layer in zip(target, evictable, strict=True)])
         if self.of in ("logits", "probabilities"):
             if self.of == "probabilities":
-                inside = scores.detach()[asked]
+                inside = scores.detach()[evictable]
                 if bool(((inside <= 0) | (inside > 1)).any()):  # at 0 there would be no gradient
                     raise UserError(
                         "objective: of=probabilities expects scores above 0 and up to 1, as of a GateScorer over "
                         f"Constant with scaled=false; got {float(inside.min()):.3g} to {float(inside.max()):.3g}"
                     )
                 scores = scores.clamp(_LEAST, 1 - _LEAST).logit()
-            apart = F.binary_cross_entropy_with_logits(
-                scores.masked_fill(~asked, 0.0), wanted.masked_fill(~asked, 0.0).clamp(0, 1), reduction="none"
+            distance = F.binary_cross_entropy_with_logits(
+                scores.masked_fill(~evictable, 0.0), target.masked_fill(~evictable, 0.0).clamp(0, 1), reduction="none"
             )
-            apart = apart.masked_fill(~asked, 0.0)
+            distance = distance.masked_fill(~evictable, 0.0)
         else:
-            apart = torch.where(asked, scores - wanted, 0.0).square()
-        return apart.sum((0, 2, 3)) / asked.sum((0, 2, 3)).clamp_min(1)
+            distance = torch.where(evictable, scores - target, 0.0).square()
+        return distance.sum((0, 2, 3)) / evictable.sum((0, 2, 3)).clamp_min(1)

@@ -1,4 +1,4 @@
-"""One objective after another."""
+"""A schedule of objectives."""
 
 from collections.abc import Sequence
 
@@ -10,19 +10,19 @@ from learnkv.training.objectives.base import Comparison, Objective
 
 
 class Stages(Objective):
-    """Each objective for some steps, the last one until the end: what is cheap first, what counts last.
+    """Each objective for a number of steps, the last one until the end.
 
-    Regression on a slower scorer reads no continuation and says something of every entry, so that distillation starts
-    from scores that are right in most places.
+    A warm start: regression on the scores of a slower scorer needs no continuation and has a target for every entry;
+    distillation follows.
 
     Args:
         objectives: in their order.
-        steps: how many optimiser steps each of them lasts; none for the last one.
+        steps: optimiser steps of each objective but the last.
     """
 
     def __init__(self, objectives: Sequence[Objective], steps: Sequence[int]) -> None:
         super().__init__()
-        if not objectives or len(steps) != len(objectives) - 1 or any(one < 1 for one in steps):
+        if not objectives or len(steps) != len(objectives) - 1 or any(count < 1 for count in steps):
             raise UserError(
                 f"steps={list(steps)}: expected a number above 0 for each of {len(objectives)} objectives but the last"
             )
@@ -30,11 +30,11 @@ class Stages(Objective):
         self.steps = tuple(steps)
         self.name = objectives[-1].name
 
-    def at(self, step: int) -> Objective:
-        stage = sum(step >= sum(self.steps[: end + 1]) for end in range(len(self.steps)))
-        found = self.objectives[stage]
-        assert isinstance(found, Objective)
-        return found.at(step)
+    def at_step(self, step: int) -> Objective:
+        index = sum(step >= sum(self.steps[: end + 1]) for end in range(len(self.steps)))
+        stage = self.objectives[index]
+        assert isinstance(stage, Objective)
+        return stage.at_step(step)
 
-    def forward(self, seen: Comparison) -> Tensor:
-        raise AssertionError("a stage is asked, never all of them")
+    def forward(self, inputs: Comparison) -> Tensor:
+        raise AssertionError("call the objective of a step")

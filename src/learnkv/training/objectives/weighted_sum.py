@@ -1,4 +1,4 @@
-"""Several objectives at once."""
+"""A weighted sum of objectives."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ class WeightedSum(Objective):
     """Sum of objectives, each times its weight.
 
     Args:
-        objectives: what is added.
-        weights: one positive number for each.
+        objectives: terms of the sum.
+        weights: a positive number for each.
     """
 
     def __init__(self, objectives: Sequence[Objective], weights: Sequence[float]) -> None:
@@ -25,12 +25,12 @@ class WeightedSum(Objective):
             )
         self.objectives = torch.nn.ModuleList(objectives)
         self.weights = tuple(weights)
-        self.reads = any(one.reads for one in objectives)
-        self.hidden = any(one.hidden for one in objectives)
-        self.plans = any(one.plans for one in objectives)
-        self.budgets = any(one.budgets for one in objectives)
-        self.targets = tuple(target for one in objectives for target in one.targets)
+        self.reads = any(part.reads for part in objectives)
+        self.hidden = any(part.hidden for part in objectives)
+        self.plans = any(part.plans for part in objectives)
+        self.budgets = any(part.budgets for part in objectives)
+        self.targets = tuple(target for part in objectives for target in part.targets)
 
-    def forward(self, seen: Comparison) -> Tensor:
-        parts = [weight * one(seen) for weight, one in zip(self.weights, self.objectives, strict=True)]
-        return torch.stack(parts).sum(0)
+    def forward(self, inputs: Comparison) -> Tensor:
+        losses = [weight * part(inputs) for weight, part in zip(self.weights, self.objectives, strict=True)]
+        return torch.stack(losses).sum(0)

@@ -1,0 +1,96 @@
+"""Lightning's Trainer with the loggers and callbacks of a run."""
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from learnkv.training.callbacks import pictures
+from learnkv.training.callbacks.checkpoints import Checkpoints
+from learnkv.training.callbacks.logs import CsvTable
+from learnkv.training.callbacks.progress import ProgressLine
+from learnkv.training.config import TrainConfig, Wandb
+from learnkv.training.fsdp import Sharded
+from learnkv.training.resuming import RunFolder
+
+IRRELEVANT_WARNINGS = (
+    "does not have many workers",
+    "in eval mode at the start",
+    "LeafSpec",
+    "smaller than the logging",
+    "not resumable",
+    "returned a view tensor",
+)
+
+
+def build_trainer(config: TrainConfig, run: RunFolder, keys: Mapping[str, Any]) -> L.Trainer:
+    """The trainer of a run: `config.trainer` with its own settings for checkpoints, validation and logging.
+
+    Args:
+        keys: all keys of the run as plain containers, for W&B.
+    """
+    given = config.trainer
+    validation_steps = _validation_steps(config)
+    loggers: list[Logger] = [CsvTable(run.path / "metrics.csv", run.step)]
+    callbacks: list[L.Callback] = [
+        ProgressLine(),
+        Checkpoints(run.checkpoint.parent, config.save_every, config.save_minutes, validation_steps),
+        *(given["callbacks"] or []),
+    ]
+    if config.wandb is not None:
+        loggers.append(_wandb_logger(config.wandb, run, keys))
+        callbacks.append(pictures.WandbTables())
+    fixed = {
+        "strategy": Sharded() if given["strategy"] == "fsdp" else given["strategy"],
+        "accelerator": _accelerator(given["accelerator"]),
+        "logger": loggers,
+        "callbacks": callbacks,
+        "default_root_dir": run.path,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "max_epochs": -1,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": validation_steps * given["accumulate_grad_batches"],
+        "use_distributed_sampler": False,
+        "inference_mode": False,
+        "log_every_n_steps": given["log_every_n_steps"] or 10,
+        "gradient_clip_val": 1.0 if given["gradient_clip_val"] is None else given["gradient_clip_val"],
+    }
+    _silence()
+    return L.Trainer(**{**given, **fixed})
+
+
+def _validation_steps(config: TrainConfig) -> int:
+    """Optimiser steps between validations."""
+    steps: int = config.trainer["max_steps"]
+    return min(config.validate_every if config.data.validation_batches else 0, steps) or steps
+
+
+def _wandb_logger(options: Wandb, run: RunFolder, keys: Mapping[str, Any]) -> WandbLogger:
+    return WandbLogger(
+        name=options.name or run.path.resolve().name,
+        project=options.project,
+        entity=options.entity,
+        save_dir=run.path,
+        offline=options.mode == "offline",
+        config=dict(keys),
+    )
+
+
+def _accelerator(name: Any) -> Any:
+    """`auto` without Apple's GPUs: budgets are solved in float64, which these do not have."""
+    return "cpu" if name == "auto" and torch.backends.mps.is_available() else name
+
+
+def _silence() -> None:
+    """Turn off Lightning's banners, and warnings that do not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in IRRELEVANT_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
