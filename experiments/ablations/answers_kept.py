@@ -75,8 +75,8 @@ def measure(policies: Mapping[str, Policy], samples: int, setting: Setting) -> d
     found: dict[tuple[str, float], list[Figures]] = defaultdict(list)
     for prompt in ruler.prompts(EvalConfig(samples=samples, setting=(setting,)), TASKS, 1024, tokenizer):
         assert prompt.sample is not None
-        cache = prefill(model, torch.tensor([prompt.read]), window=0, policies=policies.values())
-        answer = answer_tokens([tokenizer.decode([token]) for token in prompt.read], prompt.sample.answers[0])
+        cache = prefill(model, torch.tensor([prompt.prefill_ids]), window=0, policies=policies.values())
+        answer = answer_tokens([tokenizer.decode([token]) for token in prompt.prefill_ids], prompt.sample.answers[0])
         for name, policy in policies.items():
             for keep in KEEPS:
                 found[name, keep].append(figures(policy.plan(cache.fork(), keep), heads, answer))

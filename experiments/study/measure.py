@@ -60,7 +60,7 @@ class Comparisons:
             if not (Path(earlier) / "samples.jsonl").is_file():
                 raise UserError(f"records={earlier}: expected a folder of eval.py, found no samples in it")
         self.earlier = [record for earlier in config.records for record in samples(Path(earlier))]
-        below = runner.starting_points({**self.learned, **self.baselines})
+        below = runner.baselines_of({**self.learned, **self.baselines})
         starts = {
             below[name]: self.baselines[below[name]] for name in self.learned if below.get(name) in self.baselines
         }

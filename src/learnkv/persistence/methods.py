@@ -24,16 +24,16 @@ class Method(NamedTuple):
 
 
 KINDS: dict[str, Callable[[Policy], bool]] = {
-    "trained": lambda policy: any(part.trained for part in components(policy)) or any(True for _ in policy.parameters()),
+    "trained": lambda policy: bool([*policy.parameters()]) or any(part.trained for part in components(policy)),
     "calibrated": lambda policy: any(map(_reads_a_table, components(policy))),
     "extra_passes": lambda policy: bool(policy.capture_spec.extra_passes),
     "online": lambda policy: policy.evict_interval > 0,
     "pages": lambda policy: policy.pages is not None,
     "observation_window": lambda policy: policy.capture_spec.window > 0,
 }
-"""Kinds of methods: trained by gradient descent; reads a table that was calibrated for one model; reads the prompt
-again in extra passes; evicts while tokens are generated; reads chosen pages; scores by the prompt's last queries, and so
-by the question where it is compressed with the context."""
+"""Kinds of methods: trained by gradient descent; reads a table calibrated for one model; reads the prompt again in extra
+passes; evicts while tokens are generated; reads selected pages; scores by the prompt's last queries, and so by the
+question where it is compressed with the context."""
 
 
 def kinds_of(policy: Policy) -> frozenset[str]:
