@@ -1,4 +1,4 @@
-"""`python -m learnkv.reference config=reference [text=FILES key=value ...]` trains the reference model."""
+"""`python -m experiments.reference_model config=reference [text=FILES key=value ...]` trains the reference model."""
 
 import sys
 

@@ -128,7 +128,10 @@ def test_bad_input_is_one_line_and_exit_code_2(words, capsys, word, line):
 
 def test_no_arguments_are_told_what_is_expected(capsys):
     assert eval([]) == 2
-    assert "expected config=NAME|PATH or key=value; names: method_comparison, quickstart, ruler, text" in capsys.readouterr().err
+    assert (
+        "expected config=NAME|PATH or key=value; names: method_comparison, quickstart, ruler, text"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):

@@ -100,7 +100,9 @@ def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(loaded, tmp_p
 
 def test_text_is_cut_before_a_last_quarter(loaded, text_file):
     found = prompts(load(loaded, tasks=("text",), text=str(text_file), lengths=(64,), samples=3))
-    assert [(len(p.prefill_ids), len(p.suffix_ids)) for p in found] == [(47, 17)] * 3  # 16 tokens are judged, and one is read first
+    assert [(len(p.prefill_ids), len(p.suffix_ids)) for p in found] == [
+        (47, 17)
+    ] * 3  # 16 tokens are judged, and one is read first
     assert {(p.setting, p.haystack, p.length) for p in found} == {("query_agnostic", "held_out.txt", 64)}
     again = prompts(load(loaded, tasks=("text",), text=str(text_file), lengths=(64,), samples=5))
     assert {p.digest for p in found} < {p.digest for p in again}

@@ -31,9 +31,9 @@ KINDS: dict[str, Callable[[Policy], bool]] = {
     "pages": lambda policy: policy.pages is not None,
     "observation_window": lambda policy: policy.capture_spec.window > 0,
 }
-"""Kinds of methods: trained by gradient descent; reads a table calibrated for one model; reads the prompt again in extra
-passes; evicts while tokens are generated; reads selected pages; scores by the prompt's last queries, and so by the
-question where it is compressed with the context."""
+"""Kinds of methods: trained by gradient descent; reads a table calibrated for one model; reads the prompt again in
+extra passes; evicts while tokens are generated; reads selected pages; scores by the last queries of the prompt, which
+are the question's where it is compressed with the context."""
 
 
 def kinds_of(policy: Policy) -> frozenset[str]:
