@@ -3,7 +3,8 @@
 Its answers are copied by a few heads: the three kv heads with the highest head scores have three quarters of their
 sum. For every method of the comparison, at a few budgets: the fraction of the answer's tokens that these heads keep,
 the rank of these tokens in their order (1: first), the fraction of all entries that these heads keep, and the score of
-the method on the same tasks. The context is compressed before the question is read, with `--setting query_aware` after it.
+the method on the same tasks. The context is compressed before the question is read, or
+after it with `--setting query_aware`.
 """
 
 import argparse

@@ -5,5 +5,7 @@ import sys
 from experiments.method_comparison.tables import write
 from learnkv.cli.parser import run_main
 
+PROG = "python -m experiments.method_comparison"
+
 if __name__ == "__main__":
-    raise SystemExit(run_main(write, sys.argv[1:] or ["results=runs/method_comparison"], "method_comparison"))
+    raise SystemExit(run_main(write, sys.argv[1:] or ["results=runs/method_comparison"], "eval", PROG))

@@ -13,4 +13,4 @@ def main(config: ReferenceConfig, resolved: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, None, "train"))
+    sys.exit(run_main(main, None, "train", "python -m experiments.reference_model"))

@@ -127,4 +127,4 @@ def main(config: CardConfig, resolved: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:] or ["model=reference"], "card"))
+    sys.exit(run_main(main, sys.argv[1:] or ["model=reference"], "train", "python -m experiments.reference_model.card"))

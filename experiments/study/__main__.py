@@ -26,8 +26,8 @@ from learnkv.evaluation.store import replacing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; gives the exit code."""
-    return run_main(study, argv, "study")
+    """Run the command; gives the exit code."""
+    return run_main(study, argv, "study", COMMAND)
 
 
 def study(config: StudyConfig, resolved: str) -> None:
