@@ -34,8 +34,8 @@ def sidecar_of(path: Path) -> dict[str, Any]:
 class Case:
     """One case of a golden file; a check must have read every output by its end.
 
-    `shared` holds the arrays that belong to the whole file, `path` is the file without its suffix. Inputs are in another
-    file, among the shared arrays, or among those of the case.
+    `shared` holds the arrays that belong to the whole file, `path` is the file without its suffix. Inputs are in
+    another file, among the shared arrays, or among those of the case.
     """
 
     def __init__(self, path: Path, number: int):
@@ -44,7 +44,9 @@ class Case:
         self.path, self.params, self.notes = path, record["params"], record.get("notes") or {}
         self.inputs = path.with_name(sidecar["inputs_file"]) if sidecar.get("inputs_file") else None
         self.shared = {name: array for name, array in arrays.items() if "__" not in name}
-        self.unread = {name: arrays[f"{record['id']}__{name}"] for name in record.get("outputs", record.get("arrays", ()))}
+        self.unread = {
+            name: arrays[f"{record['id']}__{name}"] for name in record.get("outputs", record.get("arrays", ()))
+        }
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.unread.pop(name)
