@@ -1,6 +1,7 @@
 """The heuristics as users name them."""
 
 import pytest
+import yaml
 
 from learnkv import allocators, scorers
 from learnkv.allocators import LUKV, AdaKV, DuoAttention, Flat, HeadKV, Pyramid, Uniform
@@ -60,16 +61,34 @@ MADE_OF = {
 }
 
 
-def test_these_are_all():
-    assert {path.stem for path in (CONFIGS / "policies").glob("*.yaml")} == set(MADE_OF)
+SHIPPED = {path.stem: path for path in (CONFIGS / "policies").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", MADE_OF)
-def test_a_heuristic_is_made_of_what_its_name_says_and_has_nothing_to_train(name):
+def test_a_heuristic_is_made_of_what_its_name_says(name):
     policy = load_policy(name)
     assert (type(policy.scorer), type(policy.allocator)) == MADE_OF[name]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_heuristic_has_nothing_to_train_and_is_what_its_yaml_says(name):
+    policy = load_policy(name)
     assert not list(policy.parameters())
     assert (policy.sinks, policy.recent) == (4, 8)
+    spec = yaml.safe_load(SHIPPED[name].read_text())
+    assert within(spec, policy.spec())
+
+
+def within(typed, built):
+    """Whether what a YAML says is part of what was built."""
+    if isinstance(typed, dict):
+        return typed.keys() <= built.keys() and all(within(value, built[key]) for key, value in typed.items())
+    return typed == built
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_first_line_of_a_yaml_says_what_the_method_is(name):
+    assert SHIPPED[name].read_text().startswith("# ")
 
 
 def test_comparisons_differ_in_one_thing_only():

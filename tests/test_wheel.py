@@ -50,6 +50,12 @@ def test_wheel_holds_the_package_and_the_configs_byte_for_byte(wheel):
     assert contents(wheel / "learnkv") == package | configs
 
 
+def test_wheel_leaves_out_experiments_benchmarks_and_tests(wheel):
+    packages = {path.name for path in wheel.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")}
+    assert packages == {"learnkv"}
+    assert not {"experiments", "benchmarks", "tests", "study"} & {path.name for path in (wheel / "learnkv").iterdir()}
+
+
 def test_package_is_imported_from_the_wheel_alone(wheel, tmp_path):
     code = "import learnkv; from learnkv import attach, prefill, load_policy; print(learnkv.__file__)"
     done = python("-c", code, cwd=tmp_path, path=str(wheel))

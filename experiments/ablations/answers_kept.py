@@ -1,9 +1,10 @@
 """`python -m experiments.ablations.answers_kept`: why methods score as they do on the reference model.
 
-Its answers are copied by a few heads: the three kv heads with the highest head scores hold three quarters of their
-sum. For every method of the zoo, at a few budgets: which part of the answer's tokens these heads keep, where the tokens
-stand in their order (1: first), which part of all entries these heads keep, and the zoo's score on the same tasks. The
-context is compressed before the question is known, with `--setting query_aware` after it has been read.
+Its answers are copied by a few heads: the three kv heads with the highest head scores have three quarters of their
+sum. For every method of the comparison, at a few budgets: the fraction of the answer's tokens that these heads keep,
+the rank of these tokens in their order (1: first), the fraction of all entries that these heads keep, and the score of
+the method on the same tasks. The context is compressed before the question is read, or
+after it with `--setting query_aware`.
 """
 
 import argparse
@@ -16,7 +17,6 @@ from statistics import correlation, fmean
 from typing import Any, get_args
 
 import torch
-import yaml
 
 from learnkv import load_policy, prefill
 from learnkv.core.plan import Plan
@@ -25,7 +25,7 @@ from learnkv.evaluation.tasks import ruler
 from learnkv.formats import headkv
 from learnkv.formats.files import locate
 from learnkv.inference.models import load_model
-from learnkv.persistence.named_configs import CONFIGS
+from learnkv.persistence.methods import select_methods
 from learnkv.policy.policy import Policy
 
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_multikey_2")
@@ -75,8 +75,8 @@ def measure(policies: Mapping[str, Policy], samples: int, setting: Setting) -> d
     found: dict[tuple[str, float], list[Figures]] = defaultdict(list)
     for prompt in ruler.prompts(EvalConfig(samples=samples, setting=(setting,)), TASKS, 1024, tokenizer):
         assert prompt.sample is not None
-        cache = prefill(model, torch.tensor([prompt.read]), window=0, policies=policies.values())
-        answer = answer_tokens([tokenizer.decode([token]) for token in prompt.read], prompt.sample.answers[0])
+        cache = prefill(model, torch.tensor([prompt.prefill_ids]), window=0, policies=policies.values())
+        answer = answer_tokens([tokenizer.decode([token]) for token in prompt.prefill_ids], prompt.sample.answers[0])
         for name, policy in policies.items():
             for keep in KEEPS:
                 found[name, keep].append(figures(policy.plan(cache.fork(), keep), heads, answer))
@@ -88,10 +88,10 @@ def ranks(values: Sequence[float]) -> list[float]:
     return [sum(x < value for x in values) + (sum(x == value for x in values) - 1) / 2 for value in values]
 
 
-def scores_of(zoo: Mapping[str, Any], setting: Setting) -> dict[tuple[str, float], float]:
+def scores_of(comparison: Mapping[str, Any], setting: Setting) -> dict[tuple[str, float], float]:
     """Scores by policy and fraction kept, over the same tasks."""
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
-    for row in zoo["rows"]:
+    for row in comparison["rows"]:
         if row["setting"] == setting and row["task"] in TASKS:
             found[row["policy"], row["keep"]].append(row["score"])
     return {which: fmean(each) for which, each in found.items()}
@@ -121,13 +121,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=5, help="prompts of every task")
     parser.add_argument("--setting", choices=get_args(Setting), default="query_agnostic")
     parser.add_argument(
-        "--zoo", type=Path, default=Path("docs/results/method_comparison.json"), help="scores to set beside"
+        "--comparison", type=Path, default=Path("docs/results/method_comparison.json"), help="file with the scores"
     )
-    asked = parser.parse_args(argv)
-    names = yaml.safe_load((CONFIGS / "eval" / "method_comparison.yaml").read_text(encoding="utf-8"))["ckpt"]
-    policies = {name: policy for name in names if (policy := load_policy(name)).scorer is not None}
-    scores = scores_of(json.loads(asked.zoo.read_text(encoding="utf-8")), asked.setting)
-    print("\n".join(table(measure(policies, asked.samples, asked.setting), scores)))
+    arguments = parser.parse_args(argv)
+    names = select_methods(["all", "-online", "-pages"])
+    scores = scores_of(json.loads(arguments.comparison.read_text(encoding="utf-8")), arguments.setting)
+    policies = {name: load_policy(name) for name in names}
+    print("\n".join(table(measure(policies, arguments.samples, arguments.setting), scores)))
 
 
 if __name__ == "__main__":

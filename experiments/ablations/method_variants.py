@@ -1,8 +1,8 @@
-"""`python -m experiments.ablations.method_variants`: methods of the zoo with one thing changed, on the reference model.
+"""`python -m experiments.ablations.method_variants`: methods with one thing changed, on the reference model.
 
-Each variant isolates what docs/results/method_comparison_findings.md blames or excuses. It is scored beside the method itself, on the
-same prompts, in both settings; the differences are paired. `--text FILES` adds ExpectedAttention with moments of that
-text. Samples are kept below `--output`, so that an interrupted run continues.
+Each variant isolates a cause that docs/results/method_comparison_findings.md names. It is scored beside the method
+itself, on the same prompts, in both settings; the differences are paired. `--text FILES` adds ExpectedAttention with
+moments of that text. Samples are kept below `--output`, so that an interrupted run continues.
 """
 
 import argparse
@@ -41,8 +41,8 @@ Variants = Mapping[str, tuple[str, Policy]]
 class LargestKeys(Scorer):
     """Knorm the other way round."""
 
-    def forward(self, seen: Observation) -> Tensor:
-        return seen.keys.float().norm(dim=-1)
+    def forward(self, obs: Observation) -> Tensor:
+        return obs.keys.float().norm(dim=-1)
 
 
 def variants(folder: Path, moments: Path | None = None) -> dict[str, tuple[str, Policy]]:
@@ -71,7 +71,7 @@ def table(records: Sequence[Record], beside: Mapping[str, str]) -> Iterator[str]
     yield f"| policy | beside | {' | '.join(f'keep {keep:g}: score · difference' for keep in KEEPS)} |"
     yield f"| --- | --- |{' ---: |' * len(KEEPS)}"
     for name in dict.fromkeys(policy for policy, _ in cells):
-        told = []
+        row = []
         for keep in KEEPS:
             by_task: dict[str, list[float]] = {}
             for record in cells[name, keep]:
@@ -81,8 +81,8 @@ def table(records: Sequence[Record], beside: Mapping[str, str]) -> Iterator[str]
             if name in beside:
                 apart = paired_difference(cells[name, keep], cells[beside[name], keep])
                 text += f" · {apart.mean:+.0f} ± {apart.stderr:.0f}"
-            told.append(text)
-        yield f"| {name} | {beside.get(name, '')} | {' | '.join(told)} |"
+            row.append(text)
+        yield f"| {name} | {beside.get(name, '')} | {' | '.join(row)} |"
 
 
 def measure(changed: Variants, samples: int, model: object, tokenizer: object, output: Path) -> list[Record]:
@@ -118,9 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = measure(changed, asked.samples, model, tokenizer, asked.output)
     text = f" --text {' '.join(Path(file).name for file in asked.text)}" if asked.text else ""
     lines = [
-        "# Methods of the zoo with one thing changed",
+        "# Methods with one thing changed",
         "",
-        f"Written by `python -m experiments.ablations.method_variants --samples {asked.samples}{text}` at commit {head()[:7]}:",
+        f"Written by `python -m experiments.ablations.method_variants --samples {asked.samples}{text}` at commit "
+        f"{head()[:7]}:",
         f"model `reference`, {asked.samples} prompts each of {', '.join(TASKS)}.",
         "Means over tasks of 0 to 100, and what a variant gains on its method on the same prompts, ± a standard error.",
     ]

@@ -1,4 +1,4 @@
-"""`python -m experiments.ablations.shuffled_orders --text FILES`: what the order within heads is worth on held-out text.
+"""`python -m experiments.ablations.shuffled_orders --text FILES`: the worth of the order within heads on held-out text.
 
 Each method beside itself with the heads of one layer at random: every head keeps as many entries as before, which ones
 is drawn. The table has the KL to the full cache's next-token distributions, on the reference model. Where a draw is
@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [
         "# What the order within heads is worth on held-out text",
         "",
-        f"Written by `python -m experiments.ablations.shuffled_orders --text {Path(asked.text).name}` at commit {head()[:7]}:",
+        f"Written by `python -m experiments.ablations.shuffled_orders --text {Path(asked.text).name}` at commit "
+        f"{head()[:7]}:",
         f"KL to the full cache in nats per token on the reference model, {asked.samples} windows, and what is added",
         "to it when the heads of one layer keep as many entries as before, drawn at random. ± is one standard error.",
         "",

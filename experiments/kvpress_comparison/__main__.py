@@ -121,11 +121,11 @@ def prepare(folder: Path, model: Any, prompts: list[Any], asked: argparse.Namesp
     ends = sorted(eos_tokens(model))
     told = []
     for prompt in prompts:
-        cache = prefill(model, torch.tensor([prompt.read]), window=0)
-        (said,) = generate(model, torch.tensor([prompt.then]), cache, max_new_tokens=32).tolist()
+        cache = prefill(model, torch.tensor([prompt.prefill_ids]), window=0)
+        (said,) = generate(model, torch.tensor([prompt.suffix_ids]), cache, max_new_tokens=32).tolist()
         said = said[: next((at + 1 for at, token in enumerate(said) if token in ends), len(said))]
         new = len(said) + 8
-        told.append({"read": prompt.read, "then": prompt.then, "answer": said, "new": new, "ends": ends})
+        told.append({"read": prompt.prefill_ids, "then": prompt.suffix_ids, "answer": said, "new": new, "ends": ends})
     ids = torch.randint(1, 128, (asked.long,), generator=torch.Generator().manual_seed(1)).tolist()
     request = {
         "methods": {name: method.press for name, method in METHODS.items()},

@@ -1,4 +1,4 @@
-"""The page that `kvpress_compare` writes."""
+"""The page of the comparison with kvpress."""
 
 import textwrap
 from collections.abc import Iterable, Iterator

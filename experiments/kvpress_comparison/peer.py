@@ -1,7 +1,8 @@
-"""kvpress's side of `kvpress_compare`: the same weights and prompts through its presses, answers left in files.
+"""kvpress's side of the comparison: the same weights and prompts through its presses, answers left in files.
 
-`python -m experiments.kvpress_comparison.peer FOLDER` in an environment of its own: kvpress 0.5.5 needs an older transformers than
-learnkv, which is not imported here. FOLDER holds `request.json` and models; `kept.npz` and `answer.json` are written.
+`python -m experiments.kvpress_comparison.peer FOLDER` in an environment of its own: kvpress 0.5.5 needs an older
+transformers than learnkv, which is not imported here. FOLDER has `request.json` and models; `kept.npz` and
+`answer.json` are written.
 """
 
 import copy

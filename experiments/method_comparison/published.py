@@ -1,9 +1,10 @@
-"""Orders of methods that others have published, and how a comparison of ours agrees with them."""
+"""Published orders of methods, and whether a comparison confirms them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import log
+from statistics import fmean
 from typing import Any
 
 from learnkv.evaluation.results import Record, paired_difference
@@ -11,7 +12,7 @@ from learnkv.evaluation.results import Record, paired_difference
 TIE = 1.0
 """Points of a published score below which no order is read from it: figures were read off plots."""
 CLEAR = 2.0
-"""Standard errors that a difference of ours has to exceed."""
+"""Standard errors that a measured difference has to exceed."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ ORDERS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods of a published order, the better one first, and what we find between them."""
+    """Two methods of a published order, the better one first, and their measured difference."""
 
     source: str
     setting: str
@@ -68,7 +69,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """`agrees` or `disagrees` where our difference is clear, else `undecided`; `tied` where theirs is none."""
+        """`agrees` or `disagrees` where the measured difference is clear, else `undecided`; `tied` as published."""
         if self.published[0] - self.published[1] < TIE:
             return "tied"
         if not abs(self.difference) > CLEAR * self.stderr:
@@ -78,19 +79,19 @@ class Pair:
 
 def pairs(records: Sequence[Record], orders: Sequence[Published] = ORDERS) -> Iterator[Pair]:
     """Every pair of every published order of which both methods are among the records, at the nearest fraction."""
-    found: dict[tuple[Any, ...], list[Record]] = {}
+    cells: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        found.setdefault((record["setting"], record["policy"], record["keep"]), []).append(record)
+        cells.setdefault((record["setting"], record["policy"], record["keep"]), []).append(record)
     for order in orders:
-        keeps = sorted({keep for setting, _, keep in found if setting == order.setting and keep and keep < 1})
+        keeps = sorted({keep for setting, _, keep in cells if setting == order.setting and keep and keep < 1})
         if not keeps:
             continue
-        keep = min(keeps, key=lambda one: abs(log(one / order.keep)))
+        keep = min(keeps, key=lambda fraction: abs(log(fraction / order.keep)))
         ranked = sorted(order.scores, key=lambda name: -order.scores[name])
-        present = [name for name in ranked if (order.setting, name, keep) in found]
+        present = [name for name in ranked if (order.setting, name, keep) in cells]
         for better, worse in combinations(present, 2):
-            upper, lower = (found[order.setting, name, keep] for name in (better, worse))
-            apart = paired_difference(upper, lower)
+            upper, lower = (cells[order.setting, name, keep] for name in (better, worse))
+            difference = paired_difference(upper, lower)
             yield Pair(
                 order.source,
                 order.setting,
@@ -100,9 +101,9 @@ def pairs(records: Sequence[Record], orders: Sequence[Published] = ORDERS) -> It
                 worse,
                 (order.scores[better], order.scores[worse]),
                 (_mean(upper), _mean(lower)),
-                apart.mean,
-                apart.stderr,
-                apart.n,
+                difference.mean,
+                difference.stderr,
+                difference.n,
             )
 
 
@@ -110,4 +111,4 @@ def _mean(records: Sequence[Record]) -> float:
     by_task: dict[str, list[float]] = {}
     for record in records:
         by_task.setdefault(record["task"], []).append(record["score"])
-    return sum(sum(each) / len(each) for each in by_task.values()) / len(by_task)
+    return sum(map(fmean, by_task.values())) / len(by_task)

@@ -1,10 +1,9 @@
-"""`python -m experiments.method_comparison.tables results=runs/method_comparison out=docs/results`: the table of all methods."""
+"""Tables of all methods from the samples of `python eval.py config=method_comparison`."""
 
 import dataclasses
 import json
 import math
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from typing import Any
 import yaml
 
 from experiments.method_comparison.published import CLEAR, TIE, Pair, pairs
-from learnkv.cli.parser import run_main
 from learnkv.errors import UserError
 from learnkv.evaluation import report
-from learnkv.evaluation.results import FULL, Record, rows_of
+from learnkv.evaluation.results import FULL, Record, prompt_key, rows_of
 from learnkv.evaluation.store import Store, replacing
+from learnkv.persistence.methods import select_methods
 from learnkv.persistence.policies import load_policy
 
 COMMAND = "python eval.py config=method_comparison"
@@ -29,13 +28,13 @@ VERDICTS = ("agrees", "disagrees", "undecided", "tied")
 
 
 @dataclass(frozen=True)
-class ZooConfig:
-    """Where a comparison lies and where its table goes.
+class TablesConfig:
+    """Write method_comparison.md and method_comparison.json from finished samples.
 
     Args:
         results: folder that `eval.py config=method_comparison` writes to, also while it runs.
-        out: folder for method_comparison.md and method_comparison.json; method_comparison.md links to a method_comparison_findings.md there, written by hand.
-        commit: that the comparison was run at; the one checked out here if not given.
+        out: folder for both files; the page links to a method_comparison_findings.md there, written by hand.
+        commit: commit of the comparison; default: the one that is checked out.
     """
 
     results: str = "runs/method_comparison"
@@ -43,34 +42,34 @@ class ZooConfig:
     commit: str | None = None
 
 
-def main(config: ZooConfig, resolved: str) -> None:
-    """Write the table of everything that all methods have finished."""
+def write(config: TablesConfig, resolved: str) -> None:
+    """Write the tables of the prompts that all methods have finished."""
     folder, out = Path(config.results), Path(config.out)
     if not (folder / "samples.jsonl").is_file() or not (folder / "config.yaml").is_file():
         raise UserError(f"results={config.results}: expected a folder of {COMMAND}, found no samples in it")
-    asked = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    comparison = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     records = complete(list(Store(folder / "samples.jsonl").records.values()))
-    records = _enough(records, min(LEAST, asked.get("samples", 1)))
+    records = _enough(records, min(LEAST, comparison.get("samples", 1)))
     if not records:
         raise UserError(f"results={config.results}: no prompt has been finished by all methods yet")
     commit = config.commit or head()
-    found = list(pairs(records))
+    orders = list(pairs(records))
     rows = rows_of(records)
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "method_comparison.md") as part:
         findings = FINDINGS if (out / FINDINGS).is_file() else None
-        part.write_text("\n".join(page(asked, records, found, commit, findings)), encoding="utf-8")
-    held = {
+        part.write_text("\n".join(page(comparison, records, orders, commit, findings)), encoding="utf-8")
+    report_json = {
         "schema": 1,
-        "model": asked["model"],
+        "model": comparison["model"],
         "command": COMMAND,
         "commit": commit,
-        "config": asked,
+        "config": comparison,
         "rows": rows,
-        "orders": [{**dataclasses.asdict(pair), "verdict": pair.verdict} for pair in found],
+        "orders": [{**dataclasses.asdict(pair), "verdict": pair.verdict} for pair in orders],
     }
     with replacing(out / "method_comparison.json") as part:
-        part.write_text(_json(held), encoding="utf-8")
+        part.write_text(_json(report_json), encoding="utf-8")
     print(f"{out / 'method_comparison.md'}\n{out / 'method_comparison.json'}")
 
 
@@ -80,54 +79,71 @@ def complete(records: Sequence[Record]) -> list[Record]:
     done: dict[tuple[object, ...], set[tuple[object, ...]]] = {}
     for record in records:
         jobs.setdefault(record["setting"], {})[_job(record)] = None
-        done.setdefault(_prompt(record), set()).add(_job(record))
-    order = {job: at for of_setting in jobs.values() for at, job in enumerate(of_setting)}
-    whole = [record for record in records if len(done[_prompt(record)]) == len(jobs[record["setting"]])]
+        done.setdefault(prompt_key(record), set()).add(_job(record))
+    order = {job: index for of_setting in jobs.values() for index, job in enumerate(of_setting)}
+    whole = [record for record in records if len(done[prompt_key(record)]) == len(jobs[record["setting"]])]
     return sorted(whole, key=lambda record: (order[_job(record)], record["task"], record["index"]))
 
 
 def _enough(records: Sequence[Record], least: int) -> list[Record]:
     """Records of the tasks of which a setting has `least` prompts: fewer would weigh as much in a mean over tasks."""
-    prompts = Counter((setting, task) for task, _, setting, _ in {_prompt(record) for record in records})
+    prompts = Counter((setting, task) for task, _, setting, _ in {prompt_key(record) for record in records})
     return [record for record in records if prompts[record["setting"], record["task"]] >= least]
 
 
 def page(
-    asked: Mapping[str, Any], records: Sequence[Record], found: Sequence[Pair], commit: str, findings: str | None
+    config: Mapping[str, Any], records: Sequence[Record], orders: Sequence[Pair], commit: str, findings: str | None
 ) -> Iterator[str]:
-    """Lines of method_comparison.md: what made it, the orders of others, then the tables."""
-    model = asked["model"]
+    """Lines of method_comparison.md: the command, published orders, then the tables.
+
+    Args:
+        config: keys of the comparison.
+        records: samples of the prompts that all methods have finished.
+        orders: pairs of published orders.
+        commit: commit of the comparison.
+        findings: page to link to.
+    """
+    model = config["model"]
     yield "# Every method on one model"
     yield ""
-    prompts = len({_prompt(record) for record in records})
-    yield f"Written by `python -m experiments.method_comparison.tables` from the results of `{COMMAND}` at commit"
+    prompts = len({prompt_key(record) for record in records})
+    yield f"Written by `python -m experiments.method_comparison` from the results of `{COMMAND}` at commit"
     yield f"{commit}: model `{model}`, {prompts:,} prompts that every method has finished,"
     yield f"of tasks with {LEAST} or more."
-    wanted = math.prod(len(asked.get(key, ())) for key in ("tasks", "lengths", "setting")) * asked.get("samples", 0)
+    wanted = math.prod(len(config.get(key, ())) for key in ("tasks", "lengths", "setting")) * config.get("samples", 0)
     if prompts < wanted:
-        yield f"{wanted:,} are asked for: the command continues where it was."
+        yield f"{wanted:,} are requested: the command continues where it was."
     if findings:
         yield f"What stands out, and why: [{findings}]({findings})."
     yield ""
-    yield from _protected(asked.get("ckpt", ()))
+    yield from _protected((*config.get("ckpt", ()), *select_methods(config.get("baselines", ()))))
     yield from _full(records)
     yield ""
+    yield from _orders(orders)
+    settings = dict.fromkeys(record["setting"] for record in records)
+    of_setting = [[record for record in records if record["setting"] == setting] for setting in settings]
+    tables = report.markdown(model, [row for some in of_setting for row in rows_of(some)], records, {})
+    yield tables.split("\n", 2)[2]
+
+
+def _orders(orders: Sequence[Pair]) -> Iterator[str]:
+    """Published orders of methods beside the measured ones."""
     yield "## The order of methods, beside the orders that others published"
     yield ""
     yield "Every pair of a published order, on the same prompts at our nearest fraction kept. Ours is clear beyond"
     yield f"{CLEAR:g} standard errors of the paired difference; published scores less than {TIE:g} point apart tie. The"
     yield "published models have 7 or 8 billion parameters: what disagrees is a property of this model, or an error."
     yield ""
-    sources = list(dict.fromkeys((pair.source, pair.setting, pair.published_keep, pair.keep) for pair in found))
+    sources = list(dict.fromkeys((pair.source, pair.setting, pair.published_keep, pair.keep) for pair in orders))
     yield f"| published by | setting | keep: theirs, ours | {' | '.join(VERDICTS)} |"
     yield f"| --- | --- | --- |{' ---: |' * len(VERDICTS)}"
     for source in sources:
-        of = [pair for pair in found if (pair.source, pair.setting, pair.published_keep, pair.keep) == source]
-        counts = (str(sum(pair.verdict == verdict for pair in of)) for verdict in VERDICTS)
+        same = [pair for pair in orders if (pair.source, pair.setting, pair.published_keep, pair.keep) == source]
+        counts = (str(sum(pair.verdict == verdict for pair in same)) for verdict in VERDICTS)
         yield f"| {source[0]} | {source[1]} | {source[2]:g}, {source[3]:g} | {' | '.join(counts)} |"
     yield ""
     for verdict in VERDICTS[:3]:
-        chosen = sorted((pair for pair in found if pair.verdict == verdict), key=lambda pair: -abs(pair.difference))
+        chosen = sorted((pair for pair in orders if pair.verdict == verdict), key=lambda pair: -abs(pair.difference))
         if chosen:
             yield f"### {verdict.capitalize()}: {len(chosen)}"
             yield ""
@@ -135,49 +151,45 @@ def page(
             yield "| --- | --- | ---: | ---: | ---: | ---: |"
             yield from map(_line, chosen)
             yield ""
-    settings = dict.fromkeys(record["setting"] for record in records)
-    of_setting = [[record for record in records if record["setting"] == setting] for setting in settings]
-    tables = report.markdown(model, [row for some in of_setting for row in rows_of(some)], records, {})
-    yield tables.split("\n", 2)[2]
 
 
 def _protected(names: Sequence[str]) -> Iterator[str]:
-    """What policies keep in any case, told once for those that keep the same."""
+    """Protected tokens, once for all policies with the same numbers."""
     alike: dict[tuple[int, int], list[str]] = {}
     for name in names:
         policy = load_policy(name)
         if policy.scorer is not None:
             alike.setdefault((policy.sinks, policy.recent), []).append(name)
-    for (sinks, recent), of in sorted(alike.items(), key=lambda item: -len(item[1])):
-        who = "every method that evicts" if len(alike) == 1 else ", ".join(of)
+    for (sinks, recent), policies in sorted(alike.items(), key=lambda item: -len(item[1])):
+        which = "every method that evicts" if len(alike) == 1 else ", ".join(policies)
         yield f"Kept in every head, within the budget and of at most half of it: the first {sinks} tokens of a prompt"
-        yield f"and the last {recent} ({who})."
+        yield f"and the last {recent} ({which})."
 
 
 def _full(records: Sequence[Record]) -> Iterator[str]:
-    """What the model answers with everything it has read."""
+    """Scores of the full cache."""
     by_task: dict[str, dict[str, list[float]]] = {}
     for record in records:
         if record["policy"] == FULL:
             by_task.setdefault(record["setting"], {}).setdefault(record["task"], []).append(record["score"])
     for setting, tasks in by_task.items():
-        told = (f"{task} {sum(scores) / len(scores):.1f}" for task, scores in tasks.items())
-        yield f"Full cache, {setting.replace('_', '-')}: {', '.join(told)}."
+        means = (f"{task} {sum(scores) / len(scores):.1f}" for task, scores in tasks.items())
+        yield f"Full cache, {setting.replace('_', '-')}: {', '.join(means)}."
 
 
 def _line(pair: Pair) -> str:
-    theirs, ours = (f"{one:.1f} : {other:.1f}" for one, other in (pair.published, pair.ours))
+    published, ours = (f"{better:.1f} : {worse:.1f}" for better, worse in (pair.published, pair.ours))
     aware = ", query-aware" if pair.setting == "query_aware" else ""
     return (
-        f"| {pair.better} | {pair.worse}{aware} | {pair.keep:g} | {theirs} | {ours} | "
+        f"| {pair.better} | {pair.worse}{aware} | {pair.keep:g} | {published} | {ours} | "
         f"{pair.difference:+.1f} ± {pair.stderr:.1f} |"
     )
 
 
-def _json(held: Mapping[str, Any]) -> str:
-    """With every row of a table on a line of its own, so that a change of one is a change of one line."""
+def _json(report: Mapping[str, Any]) -> str:
+    """JSON with a line per row of a table, so that a diff shows the rows that changed."""
     parts = []
-    for key, value in held.items():
+    for key, value in report.items():
         rows = ",\n".join(f"  {json.dumps(row)}" for row in value) if isinstance(value, list) else None
         parts.append(f" {json.dumps(key)}: " + (json.dumps(value) if rows is None else f"[\n{rows}\n ]"))
     return "{\n" + ",\n".join(parts) + "\n}\n"
@@ -187,18 +199,11 @@ def _job(record: Record) -> tuple[object, ...]:
     return record["policy"], record["keep"], record["budget"]
 
 
-def _prompt(record: Record) -> tuple[object, ...]:
-    return record["task"], record["length"], record["setting"], record["index"]
-
-
 def head() -> str:
-    """The commit that is checked out where this file lies."""
-    here = Path(__file__).parent
-    made = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    if made.returncode:
+    """The commit that is checked out."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    if git.returncode:
         raise UserError("commit=: expected the commit that the comparison was run at, this is not a checkout")
-    return made.stdout.strip()
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:] or ["results=runs/method_comparison"], "zoo"))
+    return git.stdout.strip()

@@ -1,4 +1,4 @@
-"""`python -m learnkv.reference config=reference [text=FILES key=value ...]` trains the reference model."""
+"""`python -m experiments.reference_model config=reference [text=FILES key=value ...]` trains the reference model."""
 
 import sys
 
@@ -13,4 +13,4 @@ def main(config: ReferenceConfig, resolved: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, None, "train"))
+    sys.exit(run_main(main, None, "train", "python -m experiments.reference_model"))

@@ -110,7 +110,7 @@ def main(config: CardConfig, resolved: str) -> None:
     figures, read = measure(config, lambda line: print(line, flush=True))
     below = missed(figures)
     verdict = (
-        f"Below its bar, and so left out of the quickstart's means: {', '.join(below)}. The zoo's means\n"
+        f"Below its bar, and so left out of the quickstart's means: {', '.join(below)}. The method comparison's means\n"
         "have every task with a bar, the study's those that the full cache can do on its prompts."
         if below
         else "Every task with a bar reaches it."
@@ -127,4 +127,4 @@ def main(config: CardConfig, resolved: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:] or ["model=reference"], "card"))
+    sys.exit(run_main(main, sys.argv[1:] or ["model=reference"], "train", "python -m experiments.reference_model.card"))

@@ -1,1 +1,1 @@
-"""A study: policies trained, compared with all other methods, and judged by bars set beforehand."""
+"""A study: policies trained, compared with all other methods, and held against criteria set beforehand."""

@@ -15,24 +15,24 @@ from experiments.study.config import StudyConfig
 from experiments.study.criteria import lines
 from experiments.study.measure import MAIN, TEXT, Comparisons
 from experiments.study.page import COMMAND, page
-from experiments.study.results import Evidence, gather, recorded
+from experiments.study.results import Results, gather, recorded
 from experiments.study.scores import LEARNED, best_of
 from experiments.study.variants import train_missing, trainings
 from learnkv.cli.parser import run_main
 from learnkv.errors import UserError
 from learnkv.evaluation import pictures
-from learnkv.evaluation.results import FULL, Record, rows_of
+from learnkv.evaluation.results import FULL, Record, prompt_key, rows_of
 from learnkv.evaluation.store import replacing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; gives the exit code."""
-    return run_main(study, argv, "study")
+    """Run the command; gives the exit code."""
+    return run_main(study, argv, "study", COMMAND)
 
 
 def study(config: StudyConfig, resolved: str) -> None:
     """Train what is missing, measure what is missing, write everything that has been measured."""
-    trainings(config)  # what is wrong with one of them is told before the first begins
+    trainings(config)  # an error in one of them comes before the first begins
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
@@ -48,49 +48,49 @@ def study(config: StudyConfig, resolved: str) -> None:
 
 def write(config: StudyConfig, resolved: str) -> None:
     """study.md, study.json and pictures, each file replaced in one step."""
-    found, out, commit = gather(config), Path(config.out), config.commit or head()
-    if not found.settings and found.text is None:
+    results, out, commit = gather(config), Path(config.out), config.commit or head()
+    if not results.settings and results.text is None:
         raise UserError(f"output={config.output}: nothing has been measured yet, expected stages=measure first")
     out.mkdir(parents=True, exist_ok=True)
-    bars = list(lines(found))
-    drawn = draw(config, found, out)
+    criteria = list(lines(results))
+    drawn = draw(config, results, out)
     with replacing(out / "study.md") as part:
-        part.write_text("\n".join(page(config, found, bars, commit, drawn)).rstrip() + "\n", encoding="utf-8")
-    held = {
+        part.write_text("\n".join(page(config, results, criteria, commit, drawn)).rstrip() + "\n", encoding="utf-8")
+    report = {
         "schema": 1,
         "model": config.model,
         "command": COMMAND,
         "commit": commit,
         "config": yaml.safe_load(resolved),
-        "must_hold": [dataclasses.asdict(one) for one in bars],
+        "must_hold": [dataclasses.asdict(line) for line in criteria],
         "rows": {
             name: rows_of(_with_full(recorded(config, name)))
-            for name in (MAIN, TEXT, *found.elsewhere)
+            for name in (MAIN, TEXT, *results.out_of_domain)
             if (config.folder / name / "samples.jsonl").is_file()
         },
-        "changed": found.changed,
+        "changed": results.changed,
     }
     with replacing(out / "study.json") as part:
-        part.write_text(json.dumps(held) + "\n", encoding="utf-8")
-    for one in bars:
-        print(f"{one.verdict:12} {one.about}: {one.measured}")
+        part.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    for line in criteria:
+        print(f"{line.verdict:12} {line.about}: {line.measured}")
     print("\n".join(str(out / name) for name in ("study.md", "study.json", *drawn)))
 
 
-def draw(config: StudyConfig, found: Evidence, out: Path) -> list[str]:
+def draw(config: StudyConfig, results: Results, out: Path) -> list[str]:
     """Score against bytes, budgets by layer and head, and what one more entry is worth; gives the files' names."""
     figures: dict[str, Figure | None] = {}
-    best = best_of(found.settings.values(), config.best)
-    shown = [record for scores in found.settings.values() for record in scores.records]
-    if found.text is not None:
-        shown += found.text.records
-    shown = [one for one in shown if one["policy"] in (FULL, found.judged, *best)]
+    best = best_of(results.settings.values(), config.best)
+    shown = [record for scores in results.settings.values() for record in scores.records]
+    if results.text is not None:
+        shown += results.text.records
+    shown = [one for one in shown if one["policy"] in (FULL, results.policy, *best)]
     if shown:
         figures["study-pareto.png"] = pictures.pareto(rows_of(_with_full(shown)))
-        figures["study-budgets.png"] = pictures.heatmap(shown, found.judged)
+        figures["study-budgets.png"] = pictures.heatmap(shown, results.policy)
     variants = [
         record
-        for scores in found.settings.values()
+        for scores in results.settings.values()
         for record in scores.records
         if record["policy"] == FULL or record["policy"].startswith(LEARNED)
     ]
@@ -101,7 +101,7 @@ def draw(config: StudyConfig, found: Evidence, out: Path) -> list[str]:
         if figure is not None:
             pictures.save(figure, out / name)
             names.append(name)
-    run = found.runs.get(found.judged)
+    run = results.runs.get(results.policy)
     for name in ("marginal.png", "validation.png"):
         if run is not None and (run / name).is_file():
             shutil.copyfile(run / name, out / f"study-{name}")
@@ -111,12 +111,8 @@ def draw(config: StudyConfig, found: Evidence, out: Path) -> list[str]:
 
 def _with_full(records: Sequence[Record]) -> list[Record]:
     """Records of the prompts that the full cache has finished, too."""
-    prompts = {_prompt(record) for record in records if record["policy"] == FULL}
-    return [record for record in records if _prompt(record) in prompts]
-
-
-def _prompt(record: Record) -> tuple[object, ...]:
-    return record["task"], record["length"], record["setting"], record["index"]
+    prompts = {prompt_key(record) for record in records if record["policy"] == FULL}
+    return [record for record in records if prompt_key(record) in prompts]
 
 
 if __name__ == "__main__":

@@ -87,5 +87,5 @@ def changes(model: Any, policy: Policy, prompts: Sequence[Prompt], keeps: Sequen
 
 
 def _read(model: Any, policy: Policy, prompts: Sequence[Prompt]) -> Any:
-    ids, mask = pad([prompt.read for prompt in prompts], "left", model.device)
+    ids, mask = pad([prompt.prefill_ids for prompt in prompts], "left", model.device)
     return prefill(model, ids, mask, window=0, policies=[policy])

@@ -6,6 +6,7 @@ from typing import Literal
 
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig, Setting
+from learnkv.persistence.methods import method, select_methods
 
 Stage = Literal["train", "measure", "write"]
 
@@ -15,17 +16,17 @@ class Samples:
     """Prompts per task and length.
 
     Args:
-        judged: of the policy that is judged and of the best other methods.
+        evaluated: of the policy under study and of the best other methods.
         ablations: of its variants.
         baselines: of every other method.
-        elsewhere: at other lengths, templates, haystacks and keys.
+        out_of_domain: for other lengths, templates, haystacks and keys.
         text: windows of held-out text.
     """
 
-    judged: int = 200
+    evaluated: int = 200
     ablations: int = 50
     baselines: int = 20
-    elsewhere: int = 25
+    out_of_domain: int = 25
     text: int = 60
 
 
@@ -36,15 +37,15 @@ class StudyConfig:
     Every training and every comparison continues where an earlier run of the same command ended.
 
     Args:
-        learned: training YAML (a path, or a name in configs/train) of the policy that is judged.
+        learned: training YAML (a path, or a name in configs/train) of the policy under study.
         ablations: training YAMLs of its parts; the table names them `learned-…`, as their files.
         objectives: training YAMLs of other objectives.
         single: training YAMLs with one kept fraction each.
         unseen: training YAML of a policy that never saw a retrieval task.
-        held_out: training YAMLs with `hold_out`; each is judged on the tasks of the families that it never saw.
+        held_out: training YAMLs with `hold_out`; each is scored on the tasks of the families that it never saw.
         shorter: training YAML of a policy trained on shorter prompts, compared at the longer ones.
-        baselines: the other methods: names in configs/policies, or paths.
-        trained: those of them whose weights were trained; bars are set by the rest, and these named beside them.
+        baselines: the other methods, as in eval: names in configs/policies or paths, `all`, or kinds; `-` leaves out.
+            Criteria are set by those without training; trained ones are named beside them.
         training: more words for every training, such as trainer.max_steps=100.
         training_text: files of text to train on, none of the held-out; docstrings of the standard library if not given.
         records: folders of earlier comparisons whose samples are used wherever they apply.
@@ -60,8 +61,8 @@ class StudyConfig:
         haystack: another text to hide needles in; those docstrings if not given.
         samples: how many prompts.
         batch_size: prompts read at once.
-        bar: score of the full cache below which a task does not count.
-        best: how many of the other methods are measured as often as the policy that is judged.
+        min_full_score: score of the full cache below which a task does not count.
+        best: how many of the other methods are measured as often as the policy under study.
         stages: train, measure, write, or some of them.
         output: folder of trainings and samples.
         out: folder for study.md, study.json and pictures; study.md links to a study_findings.md there, written by hand.
@@ -77,7 +78,6 @@ class StudyConfig:
     held_out: tuple[str, ...] = ()
     shorter: str | None = None
     baselines: tuple[str, ...] = ("snapkv",)
-    trained: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     training_text: tuple[str, ...] = ()
     records: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ class StudyConfig:
     haystack: str | None = None
     samples: Samples = field(default_factory=Samples)
     batch_size: int = 60
-    bar: float = 80.0
+    min_full_score: float = 80.0
     best: int = 5
     stages: tuple[Stage, ...] = ("train", "measure", "write")
     output: str = "runs/study"
@@ -107,9 +107,7 @@ class StudyConfig:
                 raise UserError(f"samples.{key}={count}: expected at least 1")
         if self.best < 1 or not self.baselines:
             raise UserError(f"best={self.best} baselines={','.join(self.baselines)}: expected at least one method")
-        for name in self.trained:
-            if name not in map(name_of, self.baselines):
-                raise UserError(f"trained={name}: expected one of baselines={','.join(self.baselines)}")
+        select_methods(self.baselines)  # a mistyped name is an error before anything is trained
         names = list(map(name_of, self.variants))
         for name in names:
             if not name.startswith("learned") or names.count(name) > 1:
@@ -117,9 +115,19 @@ class StudyConfig:
 
     @property
     def variants(self) -> list[str]:
-        """Every training YAML, the one that is judged first."""
+        """Every training YAML, the policy under study first."""
         others = [one for one in (self.unseen, self.shorter) if one is not None]
         return [self.learned, *self.ablations, *self.objectives, *self.single, *others, *self.held_out]
+
+    @property
+    def methods(self) -> list[str]:
+        """The other methods: names in configs/policies, or paths."""
+        return select_methods(self.baselines)
+
+    @property
+    def trained(self) -> list[str]:
+        """Those of them that were trained by gradient descent."""
+        return [name_of(path) for path in self.methods if "trained" in method(path).kinds]
 
     @property
     def folder(self) -> Path:

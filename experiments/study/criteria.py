@@ -1,11 +1,11 @@
-"""What must hold of a trained policy, line by line: the bar, what was measured, whether it is met."""
+"""Criteria for a trained policy: what must hold, what was measured, whether it is met."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from experiments.study.results import Evidence, last_validation
+from experiments.study.results import Results, last_validation
 from experiments.study.scores import Scores
 from learnkv.evaluation.results import Estimate
 
@@ -25,197 +25,201 @@ class Line:
     """One row of the table."""
 
     about: str
-    bar: str
+    criterion: str
     measured: str
     verdict: Verdict
 
 
-def lines(found: Evidence) -> Iterator[Line]:
-    """Every line, in the order in which they were set."""
-    agnostic, aware = (found.settings.get(f"query_{one}") for one in ("agnostic", "aware"))
-    if agnostic is not None or found.text is None:  # there are tasks
-        yield from (retains(found.judged, agnostic, keep, bar) for keep, bar in RETAINED.items())
+def lines(results: Results) -> Iterator[Line]:
+    """All lines, in the order in which the criteria were set."""
+    agnostic, aware = (results.settings.get(f"query_{one}") for one in ("agnostic", "aware"))
+    if agnostic is not None or results.text is None:  # there are tasks
+        yield from (retains(results.policy, agnostic, keep, percent) for keep, percent in RETAINED.items())
     if agnostic is not None:
-        yield from (beats_all(found.judged, agnostic, keep) for keep in agnostic.keeps)
+        yield from (beats_all(results.policy, agnostic, keep) for keep in agnostic.keeps)
     if aware is not None:
-        yield from (is_among_the_best(found.judged, aware, keep) for keep in aware.keeps)
-    for keep, bar in TEXT_RATIO.items():
-        yield loses_less_text(found.judged, found.text, keep, bar)
-    for name, keep in found.single.items():
-        yield serves_all_budgets(found.judged, name, agnostic, keep)
-    yield from conditioning_counts(found)
-    yield from families_held_out(found)
-    yield from generalises(found)
-    yield logs_and_draws(found)
+        yield from (is_among_the_best(results.policy, aware, keep) for keep in aware.keeps)
+    for keep, limit in TEXT_RATIO.items():
+        yield loses_less_text(results.policy, results.text, keep, limit)
+    for name, keep in results.single.items():
+        yield serves_all_budgets(results.policy, name, agnostic, keep)
+    yield from conditioning_counts(results)
+    yield from families_held_out(results)
+    yield from generalises(results)
+    yield logs_and_draws(results)
 
 
-def retains(judged: str, scores: Scores | None, keep: float, bar: float) -> Line:
+def retains(policy: str, scores: Scores | None, keep: float, percent: float) -> Line:
     """Percent of the full cache's score."""
-    about, limit = f"query-agnostic, keep {keep:g}: score beside the full cache", f"≥ {bar:g} %"
-    if scores is None or (judged, keep) not in scores.cells:
+    about, limit = f"query-agnostic, keep {keep:g}: score beside the full cache", f"≥ {percent:g} %"
+    if scores is None or (policy, keep) not in scores.cells:
         return Line(about, limit, "", "not measured")
-    own = scores.retained(judged, keep)
-    return Line(about, limit, f"{_pm(own)} %", _met(own.mean >= bar))
+    own = scores.retained(policy, keep)
+    return Line(about, limit, f"{_pm(own)} %", _met(own.mean >= percent))
 
 
-def beats_all(judged: str, scores: Scores, keep: float) -> Line:
+def beats_all(policy: str, scores: Scores, keep: float) -> Line:
     """Above every method without training by more than two paired standard errors, or nearly full."""
     about = f"query-agnostic, keep {keep:g}: above every method without training"
     limit = f"by more than {CLEAR:g} SE, or ≥ {NEARLY_FULL:g} % of full"
     rivals = scores.rivals(keep)
-    if (judged, keep) not in scores.cells or not rivals:
+    if (policy, keep) not in scores.cells or not rivals:
         return Line(about, limit, "", "not measured")
-    apart = {rival: scores.minus(judged, rival, keep) for rival in rivals}
-    short = [rival for rival, one in apart.items() if not _above(one)]
-    worst = min(apart, key=lambda rival: _in_errors(apart[rival]))
-    own = scores.retained(judged, keep)
-    told = f"{_pm(apart[worst], '+')} over {worst}; {own.mean:.1f} % of full"
+    difference = {rival: scores.minus(policy, rival, keep) for rival in rivals}
+    short = [rival for rival, one in difference.items() if not _above(one)]
+    worst = min(difference, key=lambda rival: _in_errors(difference[rival]))
+    own = scores.retained(policy, keep)
+    measured = f"{_pm(difference[worst], '+')} over {worst}; {own.mean:.1f} % of full"
     if short:
-        told += f"; not clearly above {', '.join(short[:4])}{' and others' if len(short) > 4 else ''}"
-    told += _beside_trained(judged, scores, keep)
-    return Line(about, limit, told, _met(not short or own.mean >= NEARLY_FULL))
+        measured += f"; not clearly above {', '.join(short[:4])}{' and others' if len(short) > 4 else ''}"
+    measured += _beside_trained(policy, scores, keep)
+    return Line(about, limit, measured, _met(not short or own.mean >= NEARLY_FULL))
 
 
-def is_among_the_best(judged: str, scores: Scores, keep: float) -> Line:
+def is_among_the_best(policy: str, scores: Scores, keep: float) -> Line:
     """At or above the best method, trained or not, within one paired standard error."""
     about = f"query-aware, keep {keep:g}: at or above the best method"
-    if (judged, keep) not in scores.cells or not scores.rivals(keep):
+    if (policy, keep) not in scores.cells or not scores.rivals(keep):
         return Line(about, "within 1 SE", "", "not measured")
-    rival, apart = scores.nearest(judged, keep)
-    told = f"{_pm(apart, '+')} over {rival}{_beside_trained(judged, scores, keep)}"
-    every = [scores.minus(judged, other, keep) for other in scores.others(keep)]
-    return Line(about, "within 1 SE", told, _met(all(one.mean >= -_error(one) for one in every)))
+    rival, difference = scores.nearest(policy, keep)
+    measured = f"{_pm(difference, '+')} over {rival}{_beside_trained(policy, scores, keep)}"
+    every = [scores.minus(policy, other, keep) for other in scores.others(keep)]
+    return Line(about, "within 1 SE", measured, _met(all(one.mean >= -_error(one) for one in every)))
 
 
-def loses_less_text(judged: str, text: Scores | None, keep: float, bar: float) -> Line:
+def loses_less_text(policy: str, text: Scores | None, keep: float, most: float) -> Line:
     """KL over that of the best method without training."""
-    about, limit = f"held-out text, keep {keep:g}: KL over the best method's without training", f"≤ {bar:g}"
-    if text is None or (judged, keep) not in text.cells or not text.rivals(keep):
+    about, limit = f"held-out text, keep {keep:g}: KL over the best method's without training", f"≤ {most:g}"
+    if text is None or (policy, keep) not in text.cells or not text.rivals(keep):
         return Line(about, limit, "", "not measured")
     best = text.rivals(keep)[0]
-    ratio = text.ratio(judged, best, keep)
-    own = text.of(judged, keep).mean
-    told = f"{ratio:.2f} ({own:.4f} nats per token) of {best}"
+    ratio = text.ratio(policy, best, keep)
+    own = text.of(policy, keep).mean
+    measured = f"{ratio:.2f} ({own:.4f} nats per token) of {best}"
     if trained := text.rivals(keep, trained=True):
-        told += f"; {text.ratio(judged, trained[0], keep):.2f} of {trained[0]} (trained)"
-    return Line(about, limit, told, _met(ratio <= bar))
+        measured += f"; {text.ratio(policy, trained[0], keep):.2f} of {trained[0]} (trained)"
+    return Line(about, limit, measured, _met(ratio <= most))
 
 
-def serves_all_budgets(judged: str, single: str, scores: Scores | None, keep: float) -> Line:
+def serves_all_budgets(policy: str, single: str, scores: Scores | None, keep: float) -> Line:
     """Not worse than a policy trained for this budget alone, within two paired standard errors."""
     about = f"query-agnostic, keep {keep:g}: one checkpoint beside one trained for this budget alone"
     limit = f"within {CLEAR:g} SE"
-    if scores is None or not {(judged, keep), (single, keep)} <= scores.cells.keys():
+    if scores is None or not {(policy, keep), (single, keep)} <= scores.cells.keys():
         return Line(about, limit, "", "not measured")
-    apart = scores.minus(judged, single, keep)
-    met = apart.mean >= -CLEAR * _error(apart)
-    return Line(about, limit, f"{_pm(apart, '+')} over {single}", _met(met))
+    difference = scores.minus(policy, single, keep)
+    met = difference.mean >= -CLEAR * _error(difference)
+    return Line(about, limit, f"{_pm(difference, '+')} over {single}", _met(met))
 
 
-def conditioning_counts(found: Evidence) -> Iterator[Line]:
+def conditioning_counts(results: Results) -> Iterator[Line]:
     """What own features change, and what those of other prompts cost."""
-    for name, of_keep in found.changed.items():
+    for name, of_keep in results.changed.items():
         shares = ", ".join(f"{100 * fmean(of_keep[keep]):.1f} % at {keep}" for keep in of_keep)
         yield Line(f"{name}: kept entries that mean features would not keep", "reported", shares, "reported")
-        other, scores = f"{name}-shuffled", found.shuffled
+        other, scores = f"{name}-shuffled", results.shuffled
         about, limit = f"{name}: score over the same with another prompt's features", f"above by {CLEAR:g} SE somewhere"
         if scores is None or other not in scores.policies:
             yield Line(about, limit, "", "not measured")
             continue
-        apart = {keep: scores.minus(name, other, keep) for keep in scores.keeps}
-        told = ", ".join(f"{_pm(one, '+')} at {keep:g}" for keep, one in apart.items())
-        below = any(_above(Estimate(-one.mean, one.stderr, one.n)) for one in apart.values())
-        yield Line(about, limit, told, _met(any(map(_above, apart.values())) and not below))
+        difference = {keep: scores.minus(name, other, keep) for keep in scores.keeps}
+        measured = ", ".join(f"{_pm(one, '+')} at {keep:g}" for keep, one in difference.items())
+        below = any(_above(Estimate(-one.mean, one.stderr, one.n)) for one in difference.values())
+        yield Line(about, limit, measured, _met(any(map(_above, difference.values())) and not below))
 
 
-def families_held_out(found: Evidence) -> Iterator[Line]:
+def families_held_out(results: Results) -> Iterator[Line]:
     """Every task by the policy that saw nothing of its family in training, beside the full cache and the rival."""
-    agnostic = found.settings.get("query_agnostic")
-    if agnostic is None or not found.held_out:
+    agnostic = results.settings.get("query_agnostic")
+    if agnostic is None or not results.held_out:
         return
     together = "held out"
     own = [
         {**record, "policy": together}
         for record in agnostic.records
-        for family in found.held_out.get(record["policy"], ())
+        for family in results.held_out.get(record["policy"], ())
         if record["task"] == family or record["task"].startswith(f"{family}_")
     ]
     tasks = {record["task"] for record in own}
     scores = Scores([*own, *(one for one in agnostic.records if one["task"] in tasks)], 0.0, trained=agnostic.trained)
     for keep in agnostic.keeps:
-        about = f"no episode of a task's family in training ({', '.join(found.held_out)}), keep {keep:g}: beside full"
+        about = f"no episode of a task's family in training ({', '.join(results.held_out)}), keep {keep:g}: beside full"
         limit = f"≥ {RETAINED[keep]:g} %" if keep in RETAINED else "reported"
         if (together, keep) not in scores.cells or (RIVAL, keep) not in scores.cells:
             yield Line(about, limit, "", "not measured")
             continue
         own_part = scores.retained(together, keep)
-        told = f"{_pm(own_part)} % of {len(tasks)} tasks; {_pm(scores.minus(together, RIVAL, keep), '+')} over {RIVAL}"
+        measured = (
+            f"{_pm(own_part)} % of {len(tasks)} tasks; {_pm(scores.minus(together, RIVAL, keep), '+')} over {RIVAL}"
+        )
         verdict: Verdict = _met(own_part.mean >= RETAINED[keep]) if keep in RETAINED else "reported"
-        yield Line(about, limit, told, verdict)
+        yield Line(about, limit, measured, verdict)
 
 
-def generalises(found: Evidence) -> Iterator[Line]:
-    """A policy that saw no retrieval beside the strongest rival; then everything that is elsewhere, as it is."""
-    agnostic = found.settings.get("query_agnostic")
-    if found.unseen is not None:
+def generalises(results: Results) -> Iterator[Line]:
+    """A policy that saw no retrieval beside the strongest rival; then the out-of-domain comparisons, as they are."""
+    agnostic = results.settings.get("query_agnostic")
+    if results.unseen is not None:
         for keep in agnostic.keeps if agnostic is not None else []:
             assert agnostic is not None
-            about = f"{found.unseen} (text and reconstruction only), keep {keep:g}: at or above {RIVAL}"
-            if not {(found.unseen, keep), (RIVAL, keep)} <= agnostic.cells.keys():
+            about = f"{results.unseen} (text and reconstruction only), keep {keep:g}: at or above {RIVAL}"
+            if not {(results.unseen, keep), (RIVAL, keep)} <= agnostic.cells.keys():
                 yield Line(about, "≥ 0", "", "not measured")
                 continue
-            apart = agnostic.minus(found.unseen, RIVAL, keep)
-            yield Line(about, "≥ 0", _pm(apart, "+"), _met(apart.mean >= 0))
-    for name, scores in found.elsewhere.items():
+            difference = agnostic.minus(results.unseen, RIVAL, keep)
+            yield Line(about, "≥ 0", _pm(difference, "+"), _met(difference.mean >= 0))
+    for name, scores in results.out_of_domain.items():
         if not scores.tasks:
-            told = "no task that the full cache answers"
-        elif found.judged not in scores.policies:
-            told = ""
+            measured = "no task that the full cache answers"
+        elif results.policy not in scores.policies:
+            measured = ""
         else:
-            own = (f"{_pm(scores.of(found.judged, keep))} at {keep:g}" for keep in scores.keeps)
+            own = (f"{_pm(scores.of(results.policy, keep))} at {keep:g}" for keep in scores.keeps)
             full = fmean(record["score"] for record in scores.full.values())
-            told = f"{', '.join(own)}; full cache {full:.1f}"
+            measured = f"{', '.join(own)}; full cache {full:.1f}"
             if RIVAL in scores.policies:
-                over = (f"{_pm(scores.minus(found.judged, RIVAL, keep), '+')} at {keep:g}" for keep in scores.keeps)
-                told += f"; over {RIVAL} {', '.join(over)}"
-        yield Line(f"elsewhere: {name}", "reported", told, "reported" if told else "not measured")
+                over = (f"{_pm(scores.minus(results.policy, RIVAL, keep), '+')} at {keep:g}" for keep in scores.keeps)
+                measured += f"; over {RIVAL} {', '.join(over)}"
+        yield Line(f"out of domain: {name}", "reported", measured, "reported" if measured else "not measured")
 
 
-def logs_and_draws(found: Evidence) -> Line:
-    """Whether the training of the policy left what a person needs to judge it."""
+def logs_and_draws(results: Results) -> Line:
+    """Whether the training of the policy left what a person needs to assess it."""
     about = "soft/hard gap, changed set against what it starts from, marginal value per head: logged and drawn"
-    run = found.runs.get(found.judged)
+    run = results.runs.get(results.policy)
     last = {} if run is None else last_validation(run)
     if run is None or not last:
         return Line(about, "there", "", "not measured")
     logged = {name: {key: value for key, value in last.items() if key.startswith(f"val/{name}@")} for name in LOGGED}
     drawn = [name for name in DRAWN if (run / name).is_file()]
-    told = "; ".join(
+    measured = "; ".join(
         f"{name} " + ", ".join(f"{value:.3g} at {key.split('@')[1]}" for key, value in of_keep.items())
         for name, of_keep in logged.items()
     )
-    return Line(about, "there", f"{told}; {', '.join(drawn)}", _met(all(logged.values()) and len(drawn) == len(DRAWN)))
+    return Line(
+        about, "there", f"{measured}; {', '.join(drawn)}", _met(all(logged.values()) and len(drawn) == len(DRAWN))
+    )
 
 
-def _beside_trained(judged: str, scores: Scores, keep: float) -> str:
-    """The difference to the nearest method that was trained, which is not part of a bar."""
+def _beside_trained(policy: str, scores: Scores, keep: float) -> str:
+    """The difference to the nearest method that was trained, which is not part of the criterion."""
     if not scores.rivals(keep, trained=True):
         return ""
-    rival, apart = scores.nearest(judged, keep, trained=True)
-    return f"; {_pm(apart, '+')} over {rival} (trained)"
+    rival, difference = scores.nearest(policy, keep, trained=True)
+    return f"; {_pm(difference, '+')} over {rival} (trained)"
 
 
-def _above(apart: Estimate) -> bool:
-    return apart.mean > CLEAR * _error(apart)
+def _above(difference: Estimate) -> bool:
+    return difference.mean > CLEAR * _error(difference)
 
 
-def _in_errors(apart: Estimate) -> float:
-    return apart.mean / max(_error(apart), 1e-9)
+def _in_errors(difference: Estimate) -> float:
+    return difference.mean / max(_error(difference), 1e-9)
 
 
-def _error(apart: Estimate) -> float:
+def _error(difference: Estimate) -> float:
     """Standard error, unknown for one sample: then nothing is clear."""
-    return apart.stderr if apart.stderr == apart.stderr else float("inf")
+    return difference.stderr if difference.stderr == difference.stderr else float("inf")
 
 
 def _met(yes: bool) -> Verdict:

@@ -24,7 +24,7 @@ from learnkv.inference.models import context_length, load_model
 from learnkv.policy.policy import Policy
 
 MAIN, TEXT, SHUFFLED = "main", "text", "shuffled"
-ELSEWHERE: dict[str, dict[str, Any]] = {
+OUT_OF_DOMAIN: dict[str, dict[str, Any]] = {
     "haystack": {},
     "memo": {"template": "memo"},
     "german": {"keys": "german"},
@@ -34,7 +34,7 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
 
 
 def differing(name: str, tasks: Iterable[str]) -> tuple[str, ...]:
-    """Those of RULER's tasks in which a comparison of `ELSEWHERE` differs from the main one."""
+    """Those of RULER's tasks in which a comparison of `OUT_OF_DOMAIN` differs from the main one."""
     needles = {task: NEEDLES[task] for task in tasks if task in NEEDLES}
     if name == "haystack":
         return tuple(task for task, needle in needles.items() if needle.haystack == "essay")
@@ -54,13 +54,13 @@ class Comparisons:
         self.context = context_length(self.model)
         folders = trained(config)
         self.learned = self._load(str(folder) for folder in folders.values())
-        self.baselines = self._load(config.baselines)
-        self.judged = name_of(config.learned)
+        self.baselines = self._load(config.methods)
+        self.policy = name_of(config.learned)
         for earlier in config.records:
             if not (Path(earlier) / "samples.jsonl").is_file():
                 raise UserError(f"records={earlier}: expected a folder of eval.py, found no samples in it")
         self.earlier = [record for earlier in config.records for record in samples(Path(earlier))]
-        below = runner.starting_points({**self.learned, **self.baselines})
+        below = runner.baselines_of({**self.learned, **self.baselines})
         starts = {
             below[name]: self.baselines[below[name]] for name in self.learned if below.get(name) in self.baselines
         }
@@ -72,29 +72,29 @@ class Comparisons:
         if config.tasks:
             self._measure(MAIN, self.baselines, config.comparison(samples=count.baselines))
             self._measure(MAIN, self.variants, config.comparison(samples=count.ablations))
-            chosen = {self.judged: self.learned[self.judged], **{name: self.baselines[name] for name in self.best()}}
-            self._measure(MAIN, chosen, config.comparison(samples=count.judged))
-            self._elsewhere(chosen)
+            chosen = {self.policy: self.learned[self.policy], **{name: self.baselines[name] for name in self.best()}}
+            self._measure(MAIN, chosen, config.comparison(samples=count.evaluated))
+            self._out_of_domain(chosen)
             self._conditioning()
         source = config.text or str(self._held_out("text.jsonl"))
         keys = config.comparison(tasks=("text",), text=source, samples=count.text, setting=("query_agnostic",))
         self._measure(TEXT, {**self.baselines, **self.learned}, keys)
 
     def best(self) -> list[str]:
-        """The other methods that are measured as often as the policy that is judged."""
+        """The other methods that are measured as often as the policy under study."""
         records = samples(self.config.folder / MAIN)
         of_setting = [
-            Scores((one for one in records if one["setting"] == setting), self.config.bar)
+            Scores((one for one in records if one["setting"] == setting), self.config.min_full_score)
             for setting in self.config.setting
         ]
         return best_of(of_setting, self.config.best)
 
-    def _elsewhere(self, chosen: Mapping[str, Policy]) -> None:
+    def _out_of_domain(self, chosen: Mapping[str, Policy]) -> None:
         config = self.config
         extra = {name_of(one): self.learned[name_of(one)] for one in (config.unseen,) if one is not None}
         policies = {**chosen, **extra}
-        about: dict[str, Any] = {"samples": config.samples.elsewhere, "setting": ("query_agnostic",)}
-        for name, different in ELSEWHERE.items():
+        about: dict[str, Any] = {"samples": config.samples.out_of_domain, "setting": ("query_agnostic",)}
+        for name, different in OUT_OF_DOMAIN.items():
             if name == "haystack":
                 different = {"haystack": config.haystack or str(self._held_out("haystack.txt"))}
             if of := differing(name, tasks_named(config.tasks, ())):

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from experiments.study.config import StudyConfig
 from experiments.study.criteria import Line
-from experiments.study.results import Evidence, last_validation
+from experiments.study.results import Results, last_validation
 from experiments.study.scores import LEARNED, Scores
 from experiments.study.variants import facts
 from learnkv.evaluation.report import TITLES, size, table
@@ -19,18 +19,18 @@ COMMAND = "python -m experiments.study"
 
 
 def page(
-    config: StudyConfig, found: Evidence, bars: Sequence[Line], commit: str, pictures: Sequence[str]
+    config: StudyConfig, results: Results, criteria: Sequence[Line], commit: str, pictures: Sequence[str]
 ) -> Iterator[str]:
     """Lines of the page; `pictures` lie beside it."""
     yield "# What learning is worth"
     yield ""
     yield f"Written by `{COMMAND}`, with the keys that study.json has, at commit {commit}, model `{config.model}`."
-    yield f"`{found.judged}` is the policy that is judged; the other `learned-…` are its variants."
+    yield f"`{results.policy}` is the policy under study; the other `learned-…` are its variants."
     yield ""
     yield "Disjoint from every training: the evaluation's wording, its words, numbers and codes (one split of"
     yield f"`learnkv.data.words`), its haystacks, held-out text, and its prompts, drawn with seed {config.seed}."
     yield "Families of tasks are disjoint only where that is said: trainings with retrieval have facts and chains to"
-    yield f"find, told in other words (`learnkv.data.retrieval`){''.join(_without(found))}."
+    yield f"find, in other words (`learnkv.data.retrieval`){''.join(_without(results))}."
     yield ""
     if (Path(config.out) / FINDINGS).is_file():
         yield f"What was learned from it: [{FINDINGS}]({FINDINGS})."
@@ -39,33 +39,34 @@ def page(
     yield ""
     yield "± is one standard error, of paired differences on the same prompts where two policies are compared."
     yield ""
-    yield from table(["", "bar", "measured", ""], ([one.about, one.bar, one.measured, one.verdict] for one in bars))
-    for setting, scores in found.settings.items():
-        yield from _setting(found, setting, scores, config)
-    if found.text is not None:
-        yield from _text(found.text, config.text or "docstrings that nothing is trained on")
-    for name, scores in found.elsewhere.items():
-        yield f"## Elsewhere: {name}"
+    lines = ([line.about, line.criterion, line.measured, line.verdict] for line in criteria)
+    yield from table(["", "criterion", "measured", ""], lines)
+    for setting, scores in results.settings.items():
+        yield from _setting(results, setting, scores, config)
+    if results.text is not None:
+        yield from _text(results.text, config.text or "docstrings that nothing is trained on")
+    for name, scores in results.out_of_domain.items():
+        yield f"## Out of domain: {name}"
         yield ""
         yield from _counted(scores)
         if scores.tasks:
             yield from _comparison(scores, _ordered(scores))
-    yield from _trainings(found)
+    yield from _trainings(results)
     if pictures:
         yield "## Pictures"
         yield ""
         yield from (f"![{name}]({name})" for name in pictures)
 
 
-def _without(found: Evidence) -> Iterator[str]:
+def _without(results: Results) -> Iterator[str]:
     """Which policies saw less of what they are asked."""
-    if found.unseen is not None:
-        yield f"; {found.unseen} has none of it"
-    for name, families in found.held_out.items():
+    if results.unseen is not None:
+        yield f"; {results.unseen} has none of it"
+    for name, families in results.held_out.items():
         yield f"; {name} has none of {', '.join(families)}"
 
 
-def _setting(found: Evidence, setting: str, scores: Scores, config: StudyConfig) -> Iterator[str]:
+def _setting(results: Results, setting: str, scores: Scores, config: StudyConfig) -> Iterator[str]:
     yield f"## {TITLES[setting]}"
     yield ""
     yield from _counted(scores)
@@ -73,14 +74,14 @@ def _setting(found: Evidence, setting: str, scores: Scores, config: StudyConfig)
         return
     learned = [name for name in scores.policies if name.startswith(LEARNED)]
     yield from _comparison(scores, _ordered(scores))
-    if found.judged not in learned:
+    if results.policy not in learned:
         return
-    yield f"### {found.judged} minus the others, paired by prompt"
+    yield f"### {results.policy} minus the others, paired by prompt"
     yield ""
-    others = [name for name in _ordered(scores) if name != found.judged]
+    others = [name for name in _ordered(scores) if name != results.policy]
     yield from table(
         ["minus", *(f"keep {keep:g}" for keep in scores.keeps)],
-        ([name, *(_apart(scores, found.judged, name, keep) for keep in scores.keeps)] for name in others),
+        ([name, *(_apart(scores, results.policy, name, keep) for keep in scores.keeps)] for name in others),
     )
 
 
@@ -113,18 +114,18 @@ def _counted(scores: Scores) -> Iterator[str]:
     by_task: dict[str, list[float]] = {}
     for record in scores.full.values():
         by_task.setdefault(record["task"], []).append(record["score"])
-    told = ", ".join(f"{task} {fmean(by_task[task]):.1f}" for task in scores.tasks)
-    if told:
-        yield f"Means over {len(scores.tasks)} tasks; the full cache has {told}."
+    full = ", ".join(f"{task} {fmean(by_task[task]):.1f}" for task in scores.tasks)
+    if full:
+        yield f"Means over {len(scores.tasks)} tasks; the full cache has {full}."
     if scores.left_out:
-        yield "Left out, because the full cache itself is below the bar: "
+        yield "Left out, because the full cache itself scores too low: "
         yield ", ".join(f"{task} {score:.1f}" for task, score in scores.left_out.items()) + "."
     yield ""
 
 
-def _trainings(found: Evidence) -> Iterator[str]:
+def _trainings(results: Results) -> Iterator[str]:
     """What every training was, and what it logged at its end."""
-    if not found.runs:
+    if not results.runs:
         return
     yield "## Trainings"
     yield ""
@@ -132,7 +133,7 @@ def _trainings(found: Evidence) -> Iterator[str]:
     yield "heuristic below the policy evicts; spread: standard deviation over heads of what one more entry is worth."
     yield ""
     body = []
-    for name, run in found.runs.items():
+    for name, run in results.runs.items():
         asked, last = facts(run), last_validation(run)
         cells = [
             "{learned_kl:.3f} ({soft_kl:.3f}), changed {changed:.2f}, spread {marginal_spread:.2g}".format(
@@ -161,7 +162,7 @@ def _ordered(scores: Scores) -> list[str]:
 def _full_cell(scores: Scores, name: str, keep: float) -> str:
     if (name, keep) not in scores.cells:
         return ""
-    spent, held = scores.held(name, keep, "spent"), size(scores.held(name, keep, "bytes"))
+    spent, held = scores.mean_of(name, keep, "spent"), size(scores.mean_of(name, keep, "bytes"))
     return f"{_cell(scores, name, keep)} · {scores.retained(name, keep).mean:.0f} % · {spent:.3f} · {held}"
 
 

@@ -1,4 +1,4 @@
-"""Everything that a study has measured, as its bars and its page read it."""
+"""Everything that a study has measured, as criteria and page read it."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.study.config import StudyConfig, name_of
-from experiments.study.measure import ELSEWHERE, MAIN, SHUFFLED, TEXT, samples
+from experiments.study.measure import MAIN, OUT_OF_DOMAIN, SHUFFLED, TEXT, samples
 from experiments.study.scores import Scores
 from experiments.study.variants import facts
 from learnkv.evaluation.results import FULL, Record
@@ -16,16 +16,16 @@ from learnkv.persistence.policies import describe_policy_file
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What was found."""
+class Results:
+    """Everything that was measured."""
 
-    judged: str
-    """Name of the policy that is judged."""
+    policy: str
+    """Name of the policy under study."""
     settings: Mapping[str, Scores] = field(default_factory=dict)
     """The main comparison, by setting."""
     text: Scores | None = None
     """KL on held-out text."""
-    elsewhere: Mapping[str, Scores] = field(default_factory=dict)
+    out_of_domain: Mapping[str, Scores] = field(default_factory=dict)
     """Other lengths, templates, haystacks and keys, query-agnostic."""
     shuffled: Scores | None = None
     """The main comparison, query-agnostic, with policies that see the features of other prompts."""
@@ -41,23 +41,23 @@ class Evidence:
     """Folders of trainings."""
 
 
-def gather(config: StudyConfig) -> Evidence:
+def gather(config: StudyConfig) -> Results:
     """What lies in a study's folder."""
     folder, main = config.folder, recorded(config, MAIN)
-    asked: list[str] = [setting for setting in config.setting if _of(main, setting)]
-    settings = {setting: _scores(main, config, setting) for setting in asked}
+    measured: list[str] = [setting for setting in config.setting if _of(main, setting)]
+    settings = {setting: _scores(main, config, setting) for setting in measured}
     shuffled = recorded(config, SHUFFLED)
     changed = folder / SHUFFLED / "changed.json"
-    names = [*ELSEWHERE, *(f"length-{length}" for length in config.longer)]
-    elsewhere = {name: found for name in names if (found := recorded(config, name))}
+    names = [*OUT_OF_DOMAIN, *(f"length-{length}" for length in config.longer)]
+    out_of_domain = {name: records for name in names if (records := recorded(config, name))}
     text = recorded(config, TEXT)
     runs = {name: folder / "train" / name for name in map(name_of, config.variants)}
     runs = {name: run for name, run in runs.items() if (run / "config.yaml").is_file()}
-    return Evidence(
-        judged=name_of(config.learned),
+    return Results(
+        policy=name_of(config.learned),
         settings=settings,
-        text=Scores(text, config.bar, "kl", config.trained) if text else None,
-        elsewhere={name: _scores(found, config, "query_agnostic") for name, found in elsewhere.items()},
+        text=Scores(text, config.min_full_score, "kl", config.trained) if text else None,
+        out_of_domain={name: _scores(records, config, "query_agnostic") for name, records in out_of_domain.items()},
         shuffled=_scores([*main, *shuffled], config, "query_agnostic") if shuffled else None,
         changed=json.loads(changed.read_text(encoding="utf-8")) if changed.is_file() else {},
         single={name: facts(runs[name])["keep"][0] for name in map(name_of, config.single) if name in runs},
@@ -70,8 +70,9 @@ def gather(config: StudyConfig) -> Evidence:
 def recorded(config: StudyConfig, name: str) -> list[Record]:
     """Samples of a comparison, without those of policies that are no longer in the study."""
     variants = list(map(name_of, config.variants))
-    known = {FULL, *map(describe_policy_file, config.baselines), *variants, *(f"{one}-shuffled" for one in variants)}
-    return [record for record in samples(config.folder / name) if record["policy"] in known]
+    shuffled = (f"{variant}-shuffled" for variant in variants)
+    policies = {FULL, *map(describe_policy_file, config.methods), *variants, *shuffled}
+    return [record for record in samples(config.folder / name) if record["policy"] in policies]
 
 
 def last_validation(run: Path) -> dict[str, float]:
@@ -90,4 +91,4 @@ def _of(records: Sequence[Record], setting: str) -> list[Record]:
 
 def _scores(records: Sequence[Record], config: StudyConfig, setting: str) -> Scores:
     unique: dict[Any, Record] = {record["fingerprint"]: record for record in _of(records, setting)}
-    return Scores(unique.values(), config.bar, trained=config.trained)
+    return Scores(unique.values(), config.min_full_score, trained=config.trained)

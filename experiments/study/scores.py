@@ -4,37 +4,37 @@ from collections.abc import Collection, Iterable
 from math import nan
 from statistics import fmean
 
-from learnkv.evaluation.results import FULL, Estimate, Record, estimate, mean_of_tasks, paired_difference
+from learnkv.evaluation.results import FULL, Estimate, Record, estimate, mean_of_tasks, paired_difference, prompt_key
 
 LEARNED = "learned"
 ROUNDING = 0.01
-"""Of the prompt: a method that holds more above what was asked is not compared."""
+"""Of the prompt: a method that keeps this much more than its budget is not compared."""
 
 
 class Scores:
-    """What policies said in one setting, at one length.
+    """Scores of all policies in one setting, at one length.
 
     Args:
         records: their samples, the full cache's among them.
-        bar: score of the full cache below which a task does not count.
+        min_full_score: score of the full cache below which a task does not count.
         value: `score`, or `kl` of held-out text, where less is better.
         trained: methods whose weights were trained.
     """
 
     def __init__(
-        self, records: Iterable[Record], bar: float, value: str = "score", trained: Collection[str] = ()
+        self, records: Iterable[Record], min_full_score: float, value: str = "score", trained: Collection[str] = ()
     ) -> None:
         self.value, self.trained = value, trained
-        every = list(records)
+        records = list(records)
         by_task: dict[str, list[float]] = {}
-        for record in every:
+        for record in records:
             if record["policy"] == FULL:
                 by_task.setdefault(record["task"], []).append(record["score"])
         full = {task: fmean(scores) for task, scores in by_task.items()}
-        self.tasks = [task for task in full if value != "score" or full[task] >= bar]
+        self.tasks = [task for task in full if value != "score" or full[task] >= min_full_score]
         self.left_out = {task: score for task, score in full.items() if task not in self.tasks}
-        self.records = [record for record in every if record["task"] in self.tasks]
-        self.full = {_prompt(record): record for record in self.records if record["policy"] == FULL}
+        self.records = [record for record in records if record["task"] in self.tasks]
+        self.full = {prompt_key(record): record for record in self.records if record["policy"] == FULL}
         self.cells: dict[tuple[str, float], list[Record]] = {}
         for record in self.records:
             if record["policy"] != FULL:
@@ -47,15 +47,15 @@ class Scores:
         return _over_tasks((record["task"], record[self.value]) for record in self.cells[policy, keep])
 
     def retained(self, policy: str, keep: float) -> Estimate:
-        """The same in percent of what the full cache has on the same prompts."""
+        """The same in percent of the full cache's score on the same prompts."""
         own, full = self.of(policy, keep), self.full_of(policy, keep)
         whole = full.mean or nan
         return Estimate(100 * own.mean / whole, 100 * own.stderr / whole, own.n)
 
     def full_of(self, policy: str, keep: float) -> Estimate:
-        """What the full cache has on the prompts of a cell."""
+        """Score of the full cache on the prompts of a cell."""
         cell = self.cells[policy, keep]
-        return _over_tasks((record["task"], self.full[_prompt(record)][self.value]) for record in cell)
+        return _over_tasks((record["task"], self.full[prompt_key(record)][self.value]) for record in cell)
 
     def minus(self, policy: str, other: str, keep: float) -> Estimate:
         """Mean over tasks of the difference on the prompts that both have."""
@@ -64,20 +64,20 @@ class Scores:
     def ratio(self, policy: str, other: str, keep: float) -> float:
         """`policy` over `other` on the prompts that both have."""
         both = self._common(policy, other, keep)
-        return fmean(one[self.value] for one, _ in both) / (fmean(theirs[self.value] for _, theirs in both) or nan)
+        return fmean(own[self.value] for own, _ in both) / (fmean(other[self.value] for _, other in both) or nan)
 
-    def held(self, policy: str, keep: float, key: str) -> float:
+    def mean_of(self, policy: str, keep: float, key: str) -> float:
         """Mean of `spent` or `bytes`."""
         return fmean(record[key] for record in self.cells[policy, keep])
 
     def others(self, keep: float) -> list[str]:
-        """Methods that are not ours and hold what was asked, the best first; trained ones are among them."""
+        """Other methods within the budget, trained ones too, the best first."""
         within = [
             policy
             for policy in self.policies
             if not policy.startswith(LEARNED)
             and (policy, keep) in self.cells
-            and self.held(policy, keep, "spent") <= keep + ROUNDING
+            and self.mean_of(policy, keep, "spent") <= keep + ROUNDING
         ]
         return sorted(within, key=lambda policy: self.of(policy, keep).mean * (-1 if self.value == "score" else 1))
 
@@ -87,13 +87,14 @@ class Scores:
 
     def nearest(self, policy: str, keep: float, trained: bool = False) -> tuple[str, Estimate]:
         """The rival that `policy` is ahead of by least, and by how much."""
-        apart = {rival: self.minus(policy, rival, keep) for rival in self.rivals(keep, trained)}
-        rival = min(apart, key=lambda one: apart[one].mean * (1 if self.value == "score" else -1))
-        return rival, apart[rival]
+        differences = {rival: self.minus(policy, rival, keep) for rival in self.rivals(keep, trained)}
+        nearest = min(differences, key=lambda rival: differences[rival].mean * (1 if self.value == "score" else -1))
+        return nearest, differences[nearest]
 
     def _common(self, policy: str, other: str, keep: float) -> list[tuple[Record, Record]]:
-        theirs = {_prompt(record): record for record in self.cells[other, keep]}
-        return [(one, theirs[_prompt(one)]) for one in self.cells[policy, keep] if _prompt(one) in theirs]
+        others = {prompt_key(record): record for record in self.cells[other, keep]}
+        own = ((prompt_key(record), record) for record in self.cells[policy, keep])
+        return [(record, others[key]) for key, record in own if key in others]
 
 
 def best_of(settings: Iterable[Scores], count: int) -> list[str]:
@@ -104,8 +105,8 @@ def best_of(settings: Iterable[Scores], count: int) -> list[str]:
             for rival in scores.others(keep):
                 total.setdefault(rival, []).append(scores.of(rival, keep).mean)
     complete = max(map(len, total.values()), default=0)
-    known = [rival for rival, found in total.items() if len(found) == complete]
-    return sorted(known, key=lambda rival: -fmean(total[rival]))[:count]
+    finished = [rival for rival, means in total.items() if len(means) == complete]
+    return sorted(finished, key=lambda rival: -fmean(total[rival]))[:count]
 
 
 def _over_tasks(values: Iterable[tuple[str, float]]) -> Estimate:
@@ -113,7 +114,3 @@ def _over_tasks(values: Iterable[tuple[str, float]]) -> Estimate:
     for task, value in values:
         by_task.setdefault(task, []).append(value)
     return mean_of_tasks(map(estimate, by_task.values()))
-
-
-def _prompt(record: Record) -> tuple[object, ...]:
-    return record["task"], record["length"], record["setting"], record["index"]

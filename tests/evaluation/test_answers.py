@@ -30,28 +30,28 @@ def test_the_question_is_read_after_compression_or_before(loaded):
     _, tokenizer = loaded
     agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
     aware = prompt_of(sample("123"), "query_aware", tokenizer)
-    assert text(tokenizer, agnostic.read) == "Red is 123. Blue is 45."
-    assert text(tokenizer, agnostic.then) == "\nWhat is red? It is"
-    assert text(tokenizer, aware.read) == "Red is 123. Blue is 45.\nWhat is red?"
-    assert text(tokenizer, aware.then) == " It is"
-    assert agnostic.read + agnostic.then == aware.read + aware.then
-    assert agnostic.room == len(agnostic.read) + len(agnostic.then) + 64
+    assert text(tokenizer, agnostic.prefill_ids) == "Red is 123. Blue is 45."
+    assert text(tokenizer, agnostic.suffix_ids) == "\nWhat is red? It is"
+    assert text(tokenizer, aware.prefill_ids) == "Red is 123. Blue is 45.\nWhat is red?"
+    assert text(tokenizer, aware.suffix_ids) == " It is"
+    assert agnostic.prefill_ids + agnostic.suffix_ids == aware.prefill_ids + aware.suffix_ids
+    assert agnostic.room == len(agnostic.prefill_ids) + len(agnostic.suffix_ids) + 64
     assert agnostic.digest != aware.digest
 
 
 def test_without_a_prefix_the_last_token_of_the_question_waits(loaded):
     _, tokenizer = loaded
     aware = prompt_of(sample("123", prefix=""), "query_aware", tokenizer)
-    assert text(tokenizer, aware.read + aware.then) == "Red is 123. Blue is 45.\nWhat is red?"
-    assert len(aware.then) == 1
+    assert text(tokenizer, aware.prefill_ids + aware.suffix_ids) == "Red is 123. Blue is 45.\nWhat is red?"
+    assert len(aware.suffix_ids) == 1
 
 
 def test_a_chat_template_stays_around_context_and_question(loaded, monkeypatch):
     _, tokenizer = loaded
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
-    assert text(tokenizer, agnostic.read) == "<s>user: Red is 123. Blue is 45."
-    assert text(tokenizer, agnostic.then) == "\nWhat is red?\nreply: It is"
+    assert text(tokenizer, agnostic.prefill_ids) == "<s>user: Red is 123. Blue is 45."
+    assert text(tokenizer, agnostic.suffix_ids) == "\nWhat is red?\nreply: It is"
 
 
 def ids(tokenizer, said):
@@ -134,7 +134,7 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
     def scripted(model, said, cache, mask, *, max_new_tokens):
         first, rows = not asked, [row for row in range(3) if len(asked) < (4, 1, 2)[row]]
         if first:
-            assert mask.sum(-1).tolist() == [len(prompt.then) for prompt in prompts]
+            assert mask.sum(-1).tolist() == [len(prompt.suffix_ids) for prompt in prompts]
         else:
             begin = len(asked) * max_new_tokens
             assert said.tolist() == [[script[row][begin - 1]] for row in rows]
@@ -144,7 +144,7 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
         return torch.tensor([script[row][begin : begin + max_new_tokens] for row in rows])
 
     monkeypatch.setattr(answers, "generate", scripted)
-    cache = prefill(model, *pad([prompt.read for prompt in prompts], "left", model.device))
+    cache = prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
     records, _ = Answers(prompts, tokenizer).measure(model, prompts, cache)
     assert asked == [[0, 1, 2], [0, 2], [0], [0]]
     assert [one["score"] for one in records] == pytest.approx([200 / 3, 100, 0])
@@ -153,9 +153,9 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
 def test_rounds_say_what_one_call_of_generate_says(loaded):
     model, tokenizer = loaded
     prompts = [prompt_of(sample("zz", limit=29), "query_agnostic", tokenizer)]
-    cache = prefill(model, *pad([prompt.read for prompt in prompts], "left", model.device))
+    cache = prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
     records, _ = Answers(prompts, tokenizer).measure(model, prompts, cache.fork())
-    whole = generate(model, torch.tensor([prompts[0].then]), cache, max_new_tokens=29)
+    whole = generate(model, torch.tensor([prompts[0].suffix_ids]), cache, max_new_tokens=29)
     assert records[0]["answer"] == tokenizer.decode(whole[0], skip_special_tokens=True)
     assert whole.shape[1] == 29
 
@@ -168,7 +168,7 @@ def test_a_batch_says_what_each_prompt_says_alone(loaded):
     family = Answers(prompts, tokenizer)
 
     def said(some):
-        cache = prefill(model, *pad([prompt.read for prompt in some], "left", model.device))
+        cache = prefill(model, *pad([prompt.prefill_ids for prompt in some], "left", model.device))
         return [one["answer"] for one in family.measure(model, some, cache)[0]]
 
     together = said(prompts)

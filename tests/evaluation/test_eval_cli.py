@@ -51,6 +51,11 @@ def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
     assert "results.md" in capsys.readouterr().out
 
 
+def test_baselines_are_compared_after_the_policies_of_ckpt(words, tmp_path):
+    assert eval([*words, "--ckpt", "knorm", "baselines=extra_passes,knorm,random,-kvzip", "samples=1"]) == 0
+    assert list(dict.fromkeys(row["policy"] for row in results(tmp_path)["rows"])) == ["full", "knorm", "random"]
+
+
 def test_the_resolved_config_alone_repeats_the_run(words, tmp_path, monkeypatch):
     assert eval([*words, "--ckpt", "snapkv"]) == 0
     first = values(tmp_path)
@@ -106,6 +111,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch,
         ("setting=aware", "setting=aware: expected one of"),
         ("ckpt=snapvk", "ckpt=snapvk: expected a checkpoint, an exported folder, reference"),
         ("ckpt=missing/last.ckpt", "missing/last.ckpt"),
+        ("baselines=all,-snapvk", "baselines=-snapvk: expected all, a kind (trained, calibrated, extra_passes, online"),
+        ("baselines=snapvk", "a method of configs/policies; did you mean snapkv?"),
         ("model=missing/folder/here", "model=missing/folder/here: expected `reference`"),
         ("dtype=fp8", "dtype=fp8: expected auto, float32"),
         ("lengths=4096", "lengths=4096: expected at most 512"),
@@ -121,7 +128,10 @@ def test_bad_input_is_one_line_and_exit_code_2(words, capsys, word, line):
 
 def test_no_arguments_are_told_what_is_expected(capsys):
     assert eval([]) == 2
-    assert "expected config=NAME|PATH or key=value; names: quickstart, ruler, text" in capsys.readouterr().err
+    assert (
+        "expected config=NAME|PATH or key=value; names: method_comparison, quickstart, ruler, text"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):

@@ -86,7 +86,7 @@ def test_learned_minus_heuristic_is_paired(both):
 def test_every_task_is_listed_once_per_policy_and_keep(both):
     details = report(both).split("## Every task")[1]
     agnostic = next(table for title, table in tables(details).items() if "Query-agnostic" in title)
-    assert agnostic[0] == ["policy", "asked", "bytes", "niah_single_1", "vt"]
+    assert agnostic[0] == ["policy", "budget", "bytes", "niah_single_1", "vt"]
     assert agnostic[1] == ["full", "keep 1", "2 MB", "94.0 ± 2.3", "95.0 ± 2.3"]
     assert len(agnostic) == 1 + 1 + 3 * 2
 

@@ -228,7 +228,7 @@ def test_budgets_are_recorded_for_policies_that_learned_them(loaded, tmp_path):
 def test_the_heuristic_below_a_learned_policy_is_found():
     learned = Policy(SnapKV(window=32), LearnedAllocator(AdaKV(), num_layers=2, num_heads=2))
     others = {"adakv": Policy(SnapKV(window=32), AdaKV()), "snapkv": Policy(SnapKV(window=32), Uniform())}
-    assert runner.starting_points({"learned": learned, **others}) == {"learned": "adakv"}
+    assert runner.baselines_of({"learned": learned, **others}) == {"learned": "adakv"}
 
 
 class HiddenSize(Scorer):

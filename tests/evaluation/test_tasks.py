@@ -52,7 +52,7 @@ def test_generated_prompts_fill_the_length_in_both_settings(loaded):
     assert all(320 < prompt.room <= 384 for prompt in found)
     by_text = {}
     for prompt in found:
-        by_text.setdefault((prompt.task, prompt.index), set()).add(tuple(prompt.read + prompt.then))
+        by_text.setdefault((prompt.task, prompt.index), set()).add(tuple(prompt.prefill_ids + prompt.suffix_ids))
     assert all(len(same) == 1 for same in by_text.values())
     assert {(p.task, p.haystack) for p in found} == {
         ("niah_single_1", "noise"),
@@ -86,7 +86,7 @@ def test_a_table_is_read_from_any_file(loaded, tmp_path, suffix):
     assert all(prompt.sample.answers == [str(prompt.index) * 3, "or this"] for prompt in found)
     assert {(prompt.task, prompt.sample.metric) for prompt in found} == {("qa_1", "part"), ("niah_single_1", "all")}
     assert {(prompt.length, prompt.sample.max_new_tokens) for prompt in found} == {(64, 8)}
-    assert all(loaded[1].decode(prompt.then) == "\nWhat is the code? It is" for prompt in found)
+    assert all(loaded[1].decode(prompt.suffix_ids) == "\nWhat is the code? It is" for prompt in found)
 
 
 def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(loaded, tmp_path):
@@ -100,7 +100,9 @@ def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(loaded, tmp_p
 
 def test_text_is_cut_before_a_last_quarter(loaded, text_file):
     found = prompts(load(loaded, tasks=("text",), text=str(text_file), lengths=(64,), samples=3))
-    assert [(len(p.read), len(p.then)) for p in found] == [(47, 17)] * 3  # 16 tokens are judged, and one is read first
+    assert [(len(p.prefill_ids), len(p.suffix_ids)) for p in found] == [
+        (47, 17)
+    ] * 3  # 16 tokens are judged, and one is read first
     assert {(p.setting, p.haystack, p.length) for p in found} == {("query_agnostic", "held_out.txt", 64)}
     again = prompts(load(loaded, tasks=("text",), text=str(text_file), lengths=(64,), samples=5))
     assert {p.digest for p in found} < {p.digest for p in again}
@@ -168,5 +170,5 @@ def test_budgets_are_asked_largest_first():
     assert [str(b) for b in EvalConfig(keep=(0.5,), budget=(64,)).budgets] == ["keep 0.5", "budget 64"]
     assert [b.keep for b in EvalConfig().budgets] == [0.5, 0.25, 0.1, 0.05]
     asked = EvalConfig(keep=(0.5,), budget=(64,)).budgets
-    assert [b.asked(256) for b in asked] == [0.5, 0.25]
-    assert asked[1].asked(32) == 1
+    assert [b.fraction(256) for b in asked] == [0.5, 0.25]
+    assert asked[1].fraction(32) == 1

@@ -17,13 +17,13 @@ def prompts_of(loaded, rows=3):
 
 
 def read(model, prompts):
-    return prefill(model, *pad([prompt.read for prompt in prompts], "left", model.device))
+    return prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
 
 
 def test_the_full_cache_gives_the_plain_models_loss(loaded):
     model, prompts = loaded[0], prompts_of(loaded)
     records, _ = Text(prompts).measure(model, prompts, read(model, prompts))
-    ids = torch.tensor([prompt.read + prompt.then for prompt in prompts])
+    ids = torch.tensor([prompt.prefill_ids + prompt.suffix_ids for prompt in prompts])
     logits, labels = model(ids).logits[:, 31:-1], ids[:, 32:]
     loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(-1)
     assert [one["loss"] for one in records] == pytest.approx(loss.tolist(), rel=1e-5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.models import build
 
-from experiments.kvpress_comparison import differing, mask
+from experiments.kvpress_comparison.__main__ import differing, mask
 from experiments.kvpress_comparison.methods import METHODS
 from learnkv import attach, prefill
 

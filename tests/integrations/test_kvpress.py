@@ -139,7 +139,7 @@ def test_what_kvpress_cannot_do_is_refused(press):
     adapted.adapter = Adapter(2, 4.0, ("q_proj",), {"x": torch.zeros(1)})
     for policy, word in (
         (Policy(None, pages=Quest()), "pages"),
-        (Policy(SnapKV(), evict_interval=8), "every"),
+        (Policy(SnapKV(), evict_interval=8), "evict_interval"),
         (Policy(SnapKV(), rerotate="start"), "rerotate"),
         (adapted, "an adapter"),
     ):

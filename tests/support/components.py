@@ -1,5 +1,6 @@
 """Every scorer and every allocator of the package, built for a model of any shape."""
 
+import inspect
 from collections.abc import Callable
 
 import learnkv.allocators
@@ -12,24 +13,6 @@ from support.tables import made_up
 
 SCORERS = subclasses(learnkv.scorers, Scorer)
 ALLOCATORS = subclasses(learnkv.allocators, Allocator)
-
-TABLES = {
-    learnkv.scorers.CompressKV: "heads",
-    learnkv.scorers.FastKVzip: "gate",
-    learnkv.allocators.HeadKV: "scores",
-    learnkv.allocators.LUKV: "curve",
-    learnkv.allocators.DuoAttention: "gates",
-    learnkv.allocators.CompressKV: "errors",
-    learnkv.allocators.FixedLayers: "budgets",
-}
-"""The argument that names a table, of those that read one."""
-
-WRAPPERS = {
-    learnkv.scorers.CriticalKV: lambda: learnkv.scorers.CriticalKV(SnapKV(window=8)),
-    learnkv.scorers.VaSE: lambda: learnkv.scorers.VaSE(SnapKV(window=8)),
-    learnkv.scorers.Chunked: lambda: learnkv.scorers.Chunked(SnapKV(window=8)),
-}
-"""Those that correct another's scores."""
 
 LEARNED: dict[type, Callable[[int, int, int, int, int], Component]] = {
     LearnedScorer: lambda layers, heads, group, dim, hidden: LearnedScorer(
@@ -67,11 +50,12 @@ KNOWS_ITS_HEAD = {
 
 
 def build(cls: type[Component], layers: int, heads: int, group: int, dim: int, hidden: int = 32) -> Component:
-    """One with its defaults, whatever was learned drawn at random and tables made up."""
-    if cls in TABLES:
-        return cls(made_up(TABLES[cls], layers, heads, group, dim, hidden))
-    if cls in WRAPPERS:
-        return WRAPPERS[cls]()
+    """A component with its defaults: learned parameters at random, tables made up, scores of SnapKV to correct."""
     if cls in LEARNED:
         return randomised(LEARNED[cls](layers, heads, group, dim, hidden))
+    arguments = inspect.signature(cls).parameters
+    if cls.table_argument and arguments[cls.table_argument].default is not None:
+        return cls(**{cls.table_argument: made_up(cls.table_argument, layers, heads, group, dim, hidden)})
+    if "base" in arguments and arguments["base"].default is inspect.Parameter.empty:
+        return cls(SnapKV(window=8))
     return cls()

@@ -159,10 +159,10 @@ def compressible(model: PreTrainedModel) -> list[int]:
     return CompressedCache(model.config).compressible
 
 
-EVICTS_NOTHING = {"full", "quest"}
 SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGURATIONS / "policies").glob("*.yaml")}
-DECODING = sorted(name for name, spec in SHIPPED.items() if spec.get("evict_interval"))
-HEURISTICS = sorted(SHIPPED.keys() - {*EVICTS_NOTHING, *DECODING})
+EVICTING = sorted(name for name, spec in SHIPPED.items() if spec["scorer"] is not None)
+DECODING = [name for name in EVICTING if SHIPPED[name].get("evict_interval")]
+HEURISTICS = [name for name in EVICTING if name not in DECODING]
 LEARNED = ["budgets", "conditioned", "tokens", "causal", "ranked", "sampled"]
 
 

@@ -35,6 +35,8 @@ class DuoAttention(Allocator):
             authors break ties by noise, kvpress by an unstable sort, we by layer and head.
     """
 
+    table_argument = "gates"
+    trained = True
     static = True
 
     def __init__(

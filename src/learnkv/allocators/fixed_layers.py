@@ -14,6 +14,7 @@ class FixedLayers(Allocator):
         budgets: JSON list of one number per layer, as `learnkv export format=layers` writes it.
     """
 
+    table_argument = "budgets"
     static = True
 
     def __init__(self, budgets: str) -> None:

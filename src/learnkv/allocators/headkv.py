@@ -31,6 +31,7 @@ class HeadKV(Allocator):
         rounding: `exact` spends the budget; `original` rounds as the published code does.
     """
 
+    table_argument = "scores"
     static = True
 
     def __init__(

@@ -25,6 +25,7 @@ class LUKV(Allocator):
         rounding: `exact` spends the budget; `original` rounds as kvpress does.
     """
 
+    table_argument = "curve"
     static = True
 
     def __init__(self, curve: str = "reference", rounding: Literal["exact", "original"] = "exact") -> None:

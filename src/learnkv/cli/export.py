@@ -1,4 +1,4 @@
-"""`learnkv export --ckpt PATH --out PATH [--format …]`: a trained policy, or its budgets, for others."""
+"""`learnkv export --ckpt PATH --out PATH [--format …]`: export a trained policy, or its budgets in another format."""
 
 import sys
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ class ExportConfig:
 
     Args:
         ckpt: checkpoint of `train.py`; for budgets and `push` also the folder of a policy or of a run, or `reference`.
-        out: what to write: a folder for `policy` (`policy.yaml`, `policy.safetensors`, `budgets.csv`, `manifest.json`,
+        out: output path: a folder for `policy` (`policy.yaml`, `policy.safetensors`, `budgets.csv`, `manifest.json`,
             `README.md`) and for `duo`, a file for the others.
         format: `policy`; or its budgets as HeadKV's head scores (`headkv`: kept fractions), as DuoAttention's pattern
             (`duo`: kept fractions over the largest), as LU-KV's curve (`lukv`), or as a JSON list of one kept fraction
-            per layer (`layers`); or what computes its budgets, as a program of torch.export (`torch-export`, .pt2).
-        keep: global kept fraction whose budgets are meant, for `headkv`, `duo` and `layers`.
-        group: how often to repeat the score of a kv head, for `headkv`: query heads per kv head for programs that
-            expect one score for each.
-        push: `owner/name` of the Hugging Face hub that a policy's folder is sent to; nothing is sent without it.
+            per layer (`layers`); or the program that computes its budgets, by torch.export (`torch-export`, .pt2).
+        keep: global kept fraction of the exported budgets, for `headkv`, `duo` and `layers`.
+        group: repetitions of the score of each kv head, for `headkv`: query heads per kv head where a program expects
+            one score per query head.
+        push: `owner/name` of the Hugging Face hub to upload the policy's folder to; default: no upload.
         allow: module prefixes besides learnkv whose classes the checkpoint may name.
     """
 
@@ -44,49 +44,51 @@ class ExportConfig:
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        sent = self.push and Path(self.ckpt).suffix != ".ckpt"  # a folder is sent as it is
-        for key in ("ckpt",) if sent else ("ckpt", "out"):
+        uploads_folder = self.push and Path(self.ckpt).suffix != ".ckpt"
+        for key in ("ckpt",) if uploads_folder else ("ckpt", "out"):
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected a path, got nothing")
         if not 0 < self.keep <= 1 or self.group < 1:
             raise UserError(f"keep={self.keep:g} group={self.group}: expected 0 < keep <= 1 and group >= 1")
-        if self.push and (self.format != "policy" or (sent and self.out)):
+        if self.push and (self.format != "policy" or (uploads_folder and self.out)):
             raise UserError(f"push={self.push}: sends the folder of a policy, expected no format= and no other out=")
 
 
 def export(config: ExportConfig, resolved: str) -> None:
-    """Write it and say where it is."""
+    """Write the export and print its path."""
     policy = load_policy(config.ckpt, config.allow)
     if config.format == "torch-export":
-        _say("torch-export", export_budgets(config.out, policy, _model(config.ckpt)["shapes"]))
+        _report("torch-export", export_budgets(config.out, policy, _model(config.ckpt)["shapes"]))
     elif config.format != "policy":
-        depend = "mean over the validation prompts, of each one they are others" * (not policy.allocator.static)
-        _say(config.format, _write_budgets(config, policy), f"budgets: {depend or 'the same for every prompt'}")
+        static = "the same for every prompt" if policy.allocator.static else "mean over the validation prompts"
+        _report(config.format, _write_budgets(config, policy), f"budgets: {static}")
     elif config.push:
-        folder = _policy(config, policy) if config.out else _trained(config.ckpt)
-        _say("pushed", hub.push(folder, config.push))
+        folder = _write_policy(config, policy) if config.out else _trained_folder(config.ckpt)
+        _report("pushed", hub.push(folder, config.push))
     else:
-        _say("policy", _policy(config, policy))
+        _report("policy", _write_policy(config, policy))
 
 
-def _say(what: str, where: object, more: str = "") -> None:
-    print(f"{what}: {where}" + (f" ({more})" if more else ""), file=sys.stderr)
+def _report(name: str, path: object, note: str = "") -> None:
+    print(f"{name}: {path}" + (f" ({note})" if note else ""), file=sys.stderr)
 
 
-def _policy(config: ExportConfig, policy: Policy) -> Path:
-    """The folder of a checkpoint's policy."""
+def _write_policy(config: ExportConfig, policy: Policy) -> Path:
+    """Write the policy of a checkpoint as a folder."""
     if Path(config.ckpt).suffix != ".ckpt":
         raise UserError(f"ckpt={config.ckpt}: expected a checkpoint (.ckpt) of train.py")
-    held, folder = _held(config.ckpt), make_folder(Path(config.out).expanduser(), "out")
-    return save_policy(policy, folder, model=held["model"], budgets=held.get("budgets"), training=held.get("training"))
+    stored, folder = _stored(config.ckpt), make_folder(Path(config.out).expanduser(), "out")
+    budgets, training = stored.get("budgets"), stored.get("training")
+    return save_policy(policy, folder, model=stored["model"], budgets=budgets, training=training)
 
 
-def _held(file: str) -> dict[str, Any]:
-    held: dict[str, Any] = load_checkpoint(file)["learnkv"]
-    return held
+def _stored(file: str) -> dict[str, Any]:
+    """learnkv's part of a checkpoint."""
+    stored: dict[str, Any] = load_checkpoint(file)["learnkv"]
+    return stored
 
 
-def _trained(path: str) -> Path:
+def _trained_folder(path: str) -> Path:
     """The folder of a trained policy."""
     folder = policy_folder(path)
     if folder is None:
@@ -95,29 +97,31 @@ def _trained(path: str) -> Path:
 
 
 def _model(path: str) -> dict[str, Any]:
-    """The model that a policy was trained for."""
-    of_run = Path(path).suffix == ".ckpt"
-    model: dict[str, Any] = (_held(path) if of_run else read_json(_trained(path) / "manifest.json"))["model"]
+    """Description of the model that a policy was trained for."""
+    is_checkpoint = Path(path).suffix == ".ckpt"
+    stored = _stored(path) if is_checkpoint else read_json(_trained_folder(path) / "manifest.json")
+    model: dict[str, Any] = stored["model"]
     return model
 
 
 def _write_budgets(config: ExportConfig, policy: Policy) -> Path:
-    known = _budgets(config.ckpt, policy)
-    kept = budgets.interpolate(known, config.keep)  # [L, H]
+    table = _budgets(config.ckpt, policy)
+    kept = budgets.interpolate(table, config.keep)  # [L, H]
     if config.format == "headkv":
-        return headkv.write(config.out, [[[one] for one in row for _ in range(config.group)] for row in kept.tolist()])
+        scores = [[[keep] for keep in layer for _ in range(config.group)] for layer in kept.tolist()]
+        return headkv.write(config.out, scores)
     if config.format == "duo":
-        told = {"keep": config.keep, "policy": config.ckpt, "static": policy.allocator.static}
-        return duo.write(config.out, kept / kept.max(), policy.sinks, policy.recent, told)
+        source = {"keep": config.keep, "policy": config.ckpt, "static": policy.allocator.static}
+        return duo.write(config.out, kept / kept.max(), policy.sinks, policy.recent, source)
     if config.format == "layers":
-        return layers.write(config.out, [round(one, 6) for one in kept.mean(-1).tolist()])
-    evicted = [1 - budgets.interpolate(known, 1 - target / 100) for target in range(1, lukv.TARGETS + 1)]
+        return layers.write(config.out, [round(keep, 6) for keep in kept.mean(-1).tolist()])
+    evicted = [1 - budgets.interpolate(table, 1 - target / 100) for target in range(1, lukv.TARGETS + 1)]
     return lukv.write(config.out, torch.stack(evicted).float())
 
 
 def _budgets(path: str, policy: Policy) -> budgets.Table:
     """The budgets that training measured, or those of a policy for which they do not depend on the prompt."""
     if Path(path).suffix == ".ckpt":
-        held = _held(path)
-        return held.get("budgets") or static_budgets(policy, held["model"]["shapes"])
-    return budgets.read(_trained(path) / "budgets.csv")
+        stored = _stored(path)
+        return stored.get("budgets") or static_budgets(policy, stored["model"]["shapes"])
+    return budgets.read(_trained_folder(path) / "budgets.csv")

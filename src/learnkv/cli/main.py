@@ -10,17 +10,18 @@ from learnkv.persistence.named_configs import nearest
 
 
 class Command(NamedTuple):
-    """A subcommand: the function it calls, and where its named configs are."""
+    """A subcommand."""
 
     module: str
     function: str
+    """Takes a config dataclass and its resolved YAML."""
     configs: str
-    """Folder below `configs/` that `config=NAME` is looked up in."""
+    """Folder of `configs/` where `config=NAME` is looked up."""
     extra: str
-    """What to install for it: `pip install 'learnkv[EXTRA]'`; empty: nothing more."""
+    """Extra with its dependencies, for `pip install 'learnkv[EXTRA]'`; empty: none."""
     about: str
     default: tuple[str, ...] = ()
-    """Words that stand for an empty command line."""
+    """Words in place of an empty command line."""
 
 
 COMMANDS = {
@@ -37,10 +38,13 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand that the first word names; gives the exit code.
+    """Run the subcommand that the first word names.
 
     Args:
         argv: words of the command line without the program's name; None: those of this process.
+
+    Returns:
+        Exit code.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] in (["-h"], ["--help"]):
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         install = f"pip install 'learnkv[{command.extra}]'"
         return report_error(f"learnkv {name} needs {missing}, which is not installed: {install}", 2)
-    return run_main(function, rest or command.default, command.configs, name)
+    return run_main(function, rest or command.default, command.configs, f"learnkv {name}")
 
 
 def _usage() -> str:

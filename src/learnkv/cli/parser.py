@@ -1,4 +1,4 @@
-"""The one config system: `config=NAME|PATH key=value …` and `--key value …`, parsed into frozen dataclasses."""
+"""Command lines as frozen dataclasses: `config=NAME|PATH key=value …` and `--key value …`."""
 
 import dataclasses
 import errno
@@ -13,47 +13,41 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from learnkv.errors import Preempted, RunError, UserError
 from learnkv.persistence.named_configs import config_names, find_config, nearest
 
+Words = dict[str, list[str]]
+"""Keys of a command line and their values, as typed."""
 
-def parse(schema: type[Any], argv: Sequence[str], kind: str, name: str = "") -> tuple[Any, str]:
-    """An instance of the dataclass `schema` from command line words, and its complete resolved YAML.
+
+def parse(schema: type[Any], argv: Sequence[str], kind: str, prog: str = "") -> tuple[Any, str]:
+    """An instance of a dataclass from command line words, and its complete resolved YAML.
 
     Words are `key=value`, `--key=value` or `--key value`; keys of nested dataclasses are dotted; `config=` is read
-    first wherever it stands. Lists (fields of tuple or list type) are written `keep=0.5,0.25`, `--keep 0.5 0.25` or by
-    repeating the key. A dict field with the metadata `arguments_of` takes the constructor arguments of that class
-    (Lightning's Trainer), checked but not built. A dataclass field with the metadata `flat` has its keys typed without
-    its name. Every field has a default. Raises UserError where a word does not fit.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
+    first wherever it is typed. Lists (fields of tuple or list type) are written `keep=0.5,0.25`, `--keep 0.5 0.25` or
+    by repeating the key.
 
-    about = (inspect.getdoc(schema) or "").split("\n\n")[0]
-    parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, prog=f"learnkv {name or kind}", description=about, print_config=None
-    )
-    parser.add_argument("--config", action="config", help=f"YAML file, or a name in configs/{kind}/")
+    Args:
+        schema: a dataclass whose fields all have defaults. A dict field with the metadata `arguments_of` takes the
+            constructor arguments of that class (Lightning's Trainer), which are checked and not instantiated. Keys of
+            a dataclass field with the metadata `flat` are typed without the field's name.
+        argv: words of the command line.
+        kind: folder of `configs/` where `config=NAME` is looked up.
+        prog: the command in its help; default: `learnkv KIND`.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, a file that cannot be read.
+    """
     foreign = {f.name: f.metadata["arguments_of"] for f in dataclasses.fields(schema) if "arguments_of" in f.metadata}
     groups = _flat_groups(schema)
-    parser.add_class_arguments(schema, None, as_group=False, skip={*foreign, *groups})
-    for group in groups.values():
-        parser.add_class_arguments(group, None, as_group=False)
-    for name, owner in foreign.items():
-        parser.add_class_arguments(owner, name, instantiate=False)
+    parser = _parser(schema, foreign, kind, prog or f"learnkv {kind}")
     if not {"-h", "--help"}.isdisjoint(argv):
         parser.parse_args(["--help"])
     fields = dict(_fields(schema))
-    known = [*fields, *(key for key, _ in parser.get_defaults().items() if key not in fields), *_within(schema)]
-    lists, typed = {key for key, is_list in fields.items() if is_list}, dict[str, list[str]]()
+    keys = [*fields, *(key for key, _ in parser.get_defaults().items() if key not in fields), *_component_keys(schema)]
+    lists = {key for key, is_list in fields.items() if is_list}
+    typed: Words = {}
     for key, values in _pairs(argv, lists):
         typed[key] = typed.get(key, []) + values if key in lists or key == "config" else values
-    files = [f"--config={find_config(kind, name)}" for name in typed.get("config", [])]
-    words = [f"--{k}={json.dumps(v) if k in lists else v[0]}" for k, v in typed.items() if k != "config"]
-    try:
-        at = f"config={','.join(typed.get('config', []))}: "
-        parser.parse_args(files)  # alone first: what is wrong here was not typed
-        at = ""
-        parsed = parser.parse_args(files + words)
-    except ArgumentError as error:
-        raise UserError(at + _explain(str(error), {} if at else typed, known)) from None
-    built = _instantiated(parser, parsed)  # indexed: as attributes, keys and items would be its methods
+    parsed = _parse(parser, typed, lists, keys, kind)
+    built = _instantiated(parser, parsed)  # indexed: attributes named keys and items would be its methods
     arguments = {
         name: group(**{f.name: built[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
     }
@@ -77,8 +71,41 @@ def _typed_hints(schema: type[Any]) -> dict[str, Any]:
     return hints | {name: hint for group in groups.values() for name, hint in get_type_hints(group).items()}
 
 
+def _parser(schema: type[Any], foreign: dict[str, Any], kind: str, prog: str) -> Any:
+    """The ArgumentParser of a dataclass, with the arguments of the classes in `foreign`."""
+    from jsonargparse import ArgumentParser
+
+    about = (inspect.getdoc(schema) or "").split("\n\n")[0]
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, prog=prog, description=about, print_config=None)
+    parser.add_argument("--config", action="config", help=f"YAML file, or a name in configs/{kind}/")
+    groups = _flat_groups(schema)
+    parser.add_class_arguments(schema, None, as_group=False, skip={*foreign, *groups})
+    for group in groups.values():
+        parser.add_class_arguments(group, None, as_group=False)
+    for name, owner in foreign.items():
+        parser.add_class_arguments(owner, name, instantiate=False)
+    return parser
+
+
+def _parse(parser: Any, typed: Words, lists: set[str], keys: list[str], kind: str) -> Any:
+    """The namespace of config files and typed words, words last."""
+    from jsonargparse import ArgumentError
+
+    configs = typed.get("config", [])
+    files = [f"--config={find_config(kind, name)}" for name in configs]
+    words = [f"--{k}={json.dumps(v) if k in lists else v[0]}" for k, v in typed.items() if k != "config"]
+    try:
+        parser.parse_args(files)  # alone first, to tell errors in a file from errors in a word
+    except ArgumentError as error:
+        raise UserError(f"config={','.join(configs)}: {_explain(str(error), {}, keys)}") from None
+    try:
+        return parser.parse_args(files + words)
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), typed, keys)) from None
+
+
 def _instantiated(parser: Any, parsed: Any) -> Any:
-    """What was parsed, built; what a component says of its arguments is told as it said it."""
+    """The parsed namespace with its components built; a component's own UserError is raised as it is."""
     try:
         return parser.instantiate(parsed)
     except ValueError as error:
@@ -88,11 +115,18 @@ def _instantiated(parser: Any, parsed: Any) -> Any:
         raise cause or error from None
 
 
-def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, kind: str, name: str = "") -> int:
-    """Call `function(config, resolved_yaml)`, its first annotation being the schema of `argv`; gives the exit code.
+def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, kind: str, prog: str = "") -> int:
+    """Call `function(config, resolved_yaml)`, whose first annotation is the schema of `argv`.
 
-    Bad input is one line and 2; a run that cannot go on is one line and 1, one that was asked to end and can be
-    continued one line and 143; a bug keeps its traceback.
+    Args:
+        function: the command.
+        argv: words of the command line; None: those of this process.
+        kind: folder of `configs/` where `config=NAME` is looked up.
+        prog: the command in its help.
+
+    Returns:
+        Exit code: 2 for bad input, 1 for a run that cannot go on, 143 for one that was preempted and can be continued,
+        130 where it was interrupted, each with one line on stderr. Other exceptions keep their traceback.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -100,7 +134,7 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
             raise UserError(
                 f"no arguments: expected config=NAME|PATH or key=value; names: {', '.join(config_names(kind))}"
             )
-        function(*parse(next(iter(get_type_hints(function).values())), words, kind, name))
+        function(*parse(next(iter(get_type_hints(function).values())), words, kind, prog))
     except UserError as error:
         return report_error(error, 2)
     except RunError as error:
@@ -115,7 +149,7 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
 
 
 def report_error(error: Exception | str, code: int) -> int:
-    """Print one line; gives the exit code."""
+    """Print one line to stderr and return the exit code."""
     print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return code
 
@@ -130,12 +164,12 @@ def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
                 yield from _fields(part, f"{prefix}{name}.")
 
 
-def _within(schema: type[Any]) -> Iterator[str]:
-    """Dotted names of the arguments of fields that hold a component."""
+def _component_keys(schema: type[Any]) -> Iterator[str]:
+    """Dotted names of the constructor arguments of fields that are components."""
     for name, hint in _typed_hints(schema).items():
         for part in get_args(hint):
             if inspect.isclass(part) and part.__module__.startswith("learnkv.") and not dataclasses.is_dataclass(part):
-                yield from (f"{name}.init_args.{one}" for one in inspect.signature(part).parameters)
+                yield from (f"{name}.init_args.{argument}" for argument in inspect.signature(part).parameters)
 
 
 def _pairs(argv: Sequence[str], lists: set[str]) -> Iterator[tuple[str, list[str]]]:
@@ -151,13 +185,12 @@ def _pairs(argv: Sequence[str], lists: set[str]) -> Iterator[tuple[str, list[str
             del words[: len(values)]
             if not word.startswith("--") or not values or values[0].startswith("--"):
                 raise UserError(f"{word}: expected key=value or --key value")
-        yield (
-            key,
-            [p for v in values for p in map(str.strip, v.strip("[]").split(",")) if p] if key in lists else values,
-        )
+        if key in lists:
+            values = [part for value in values for part in map(str.strip, value.strip("[]").split(",")) if part]
+        yield key, values
 
 
-def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str:
+def _explain(message: str, typed: Words, keys: list[str]) -> str:
     """One line from jsonargparse's message: the key as typed, what was expected, what came."""
     path = list(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
     unknown = re.search(r"unrecognized arguments: --([^\s=]+)|Option '([^']+)' is not accepted", message)
@@ -166,7 +199,7 @@ def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str
     key = ".".join(path)
     shown = f"{key}={','.join(typed[key])}" if key in typed else key
     if unknown:
-        return f"{shown}: unknown key{_meant(key, message, known)}"
+        return f"{shown}: unknown key{_suggestion(key, message, keys)}"
     if key and (absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)):
         return f"{shown}: {absent[1]} has no {absent[2]}{nearest(absent[2], dir(sys.modules.get(absent[1])))}"
     if key and (count := re.search(r"Expected a tuple with (\d+) elements", message)):
@@ -182,17 +215,17 @@ def _explain(message: str, typed: dict[str, list[str]], known: list[str]) -> str
     return f"{shown}: {message}" if key else message
 
 
-def _meant(key: str, message: str, known: list[str]) -> str:
-    """The name that a mistyped key stands for, among ours or among the arguments of a component."""
+def _suggestion(key: str, message: str, keys: list[str]) -> str:
+    """The nearest key of the schema, or the nearest argument of the component that the key is below."""
     above, _, last = key.rpartition(".")
-    if above and not any(one.startswith(f"{above}.") for one in known) and (of_class := _arguments(message)):
-        return nearest(last, of_class)
-    component = [one for one in known if one.endswith(f".init_args.{key.partition('.')[0]}")]
-    return f"; did you mean {component[0]}?" if component else nearest(key, known)
+    if above and not any(name.startswith(f"{above}.") for name in keys) and (arguments := _arguments(message)):
+        return nearest(last, arguments)
+    component = [name for name in keys if name.endswith(f".init_args.{key.partition('.')[0]}")]
+    return f"; did you mean {component[0]}?" if component else nearest(key, keys)
 
 
 def _arguments(message: str) -> list[str]:
-    """What the constructor takes of the class that jsonargparse speaks of last."""
+    """Constructor arguments of the last class that jsonargparse's message names."""
     named = re.findall(r"given class_path '([\w.]+)\.(\w+)'", message)
-    found = getattr(sys.modules.get(named[-1][0]), named[-1][1], None) if named else None
-    return list(inspect.signature(found).parameters) if inspect.isclass(found) else []
+    cls = getattr(sys.modules.get(named[-1][0]), named[-1][1], None) if named else None
+    return list(inspect.signature(cls).parameters) if inspect.isclass(cls) else []

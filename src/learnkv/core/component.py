@@ -10,6 +10,11 @@ from torch import nn
 class Component(nn.Module):
     """Base of scorers, allocators and policies: the constructor's signature is the configuration's schema."""
 
+    table_argument: str = ""
+    """Constructor argument that names a table calibrated for one model; empty: the component reads none."""
+    trained: bool = False
+    """Whether the table was trained by gradient descent."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:

@@ -1,4 +1,4 @@
-"""What a comparison of policies consists of: the keys of `eval.py`."""
+"""The keys of `learnkv eval`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ Setting = Literal["query_agnostic", "query_aware"]
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of a prompt to keep: a fraction of its entries, or entries per head on average."""
+    """A fraction of the prompt's entries to keep, or entries per head on average."""
 
     keep: float | None = None
     tokens: int | None = None
@@ -20,8 +20,8 @@ class Budget:
     def __str__(self) -> str:
         return f"keep {self.keep:g}" if self.keep is not None else f"budget {self.tokens}"
 
-    def asked(self, entries: int) -> float:
-        """Asked fraction of a prompt of `entries` tokens."""
+    def fraction(self, entries: int) -> float:
+        """The budget as a fraction of a prompt of `entries` tokens."""
         return self.keep if self.keep is not None else min(1.0, (self.tokens or 0) / entries)
 
 
@@ -32,6 +32,8 @@ class EvalConfig:
     Args:
         ckpt: policies: Lightning checkpoint, folder of an exported policy or of a run, heuristic's YAML or its bare
             name, `reference`, or `owner/name` of a policy on the Hugging Face hub.
+        baselines: methods of configs/policies to compare with: names, `all`, or kinds (trained, calibrated,
+            extra_passes, online, pages, observation_window); `-` before a word leaves out, as in `all,-online`.
         model: hub id, folder, or `reference`.
         revision: branch, tag or commit of a hub id.
         dtype: auto, float32, bfloat16 or float16.
@@ -43,19 +45,20 @@ class EvalConfig:
             or parquet file with the columns context, question, answer_prefix, answer, task, max_new_tokens.
         lengths: prompt lengths in tokens, the answer included.
         setting: query_agnostic reads the question after compression, query_aware before it.
-        samples: per task and length.
-        batch_size: prompts read at once.
+        samples: prompts per task and length.
+        batch_size: prompts per prefill.
         text: hub id or text, jsonl or parquet file for the task `text`.
-        haystack: text file that needles are hidden in; CPython's help topics if not given.
-        template: what needles and the questions about them say: secret, or memo, of which nothing was trained on.
+        haystack: text file that needles are hidden in; default: CPython's help topics.
+        template: wording of needles and questions: secret, or memo, which no training uses.
         keys: language of the needles' keys, where they are words: english, german or greek.
         qa: files for qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout).
-        output: folder for results; the same command continues what it holds.
-        seed: of everything drawn.
+        output: folder for results; the same command continues an interrupted run.
+        seed: random seed.
         allow: module prefixes besides learnkv whose classes a policy's file may name.
     """
 
     ckpt: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
     model: str = "reference"
     revision: str | None = None
     dtype: str = "auto"
@@ -92,7 +95,7 @@ class EvalConfig:
 
     @property
     def budgets(self) -> list[Budget]:
-        """Everything that is asked of every policy, largest first."""
+        """The budgets of every policy, largest first."""
         keeps = self.keep or (() if self.budget else (0.5, 0.25, 0.1, 0.05))
         fractions = [Budget(keep=keep) for keep in sorted(set(keeps), reverse=True)]
         return fractions + [Budget(tokens=tokens) for tokens in sorted(set(self.budget), reverse=True)]

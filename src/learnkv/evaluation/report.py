@@ -1,4 +1,4 @@
-"""What a person reads: `results.md` from the rows and samples of a comparison."""
+"""`results.md`: tables of a comparison."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ LEARNED = "learned"
 EVERY_TASK = "## Every task"
 
 
-def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], starts: Mapping[str, str]) -> str:
+def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselines: Mapping[str, str]) -> str:
     """Tables per setting and length: mean over tasks, learned minus heuristic paired by prompt; then every task.
 
     Args:
-        model: its name.
-        rows: of `rows_of(records)`.
+        model: name of the model.
+        rows: `rows_of(records)`.
         records: finished samples.
-        starts: for a learned policy, the heuristic that it is on top of.
+        baselines: for a learned policy, the heuristic that it starts from.
     """
     lines = [f"# Compressed caches of {model}", ""]
     details: list[str] = []
@@ -32,11 +32,11 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], starts:
         if is_text:
             lines += [f"## Text, {length:,} tokens: KL to the full cache in nats per token", ""]
             lines += _comparison(chosen, _text_cell, "KL · perplexity")
-            lines += _differences(samples, starts, "Text: KL")
+            lines += _differences(samples, baselines, "Text: KL")
         else:
             lines += [f"## {TITLES[setting]}, {length:,} tokens", ""]
             lines += _comparison(chosen, _score_cell, "score ± standard error")
-            lines += _differences(samples, starts, TITLES[setting].split(":")[0])
+            lines += _differences(samples, baselines, TITLES[setting].split(":")[0])
             details += [f"### {TITLES[setting]}, {length:,} tokens", "", *_per_task(chosen)]
     if details:
         lines += [EVERY_TASK, "", *details]
@@ -45,19 +45,19 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], starts:
 
 def panels(rows: Iterable[Row]) -> dict[tuple[bool, str, int], list[Row]]:
     """Rows that may be compared with each other: by kind (text or not), setting and length."""
-    found: dict[tuple[bool, str, int], list[Row]] = {}
+    groups: dict[tuple[bool, str, int], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["kl"] is not None, row["setting"], row["length"]), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])))
+        groups.setdefault((row["kl"] is not None, row["setting"], row["length"]), []).append(row)
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])))
 
 
-def asked(row: Row) -> str:
-    """What was asked of a policy, as a column's head."""
+def budget_label(row: Row) -> str:
+    """The budget of a row or record as the heading of a column."""
     return f"keep {row['keep']:g}" if row["budget"] is None else f"budget {row['budget']}"
 
 
 def size(count: float) -> str:
-    """Bytes as a person reads them."""
+    """Bytes with a unit."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
@@ -75,11 +75,11 @@ def mean(rows: Sequence[Row], key: str) -> float:
 
 
 def grouped(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """Rows by policy, then by what was asked."""
-    found: dict[str, dict[str, list[Row]]] = {}
+    """Rows by policy, then by budget."""
+    groups: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        found.setdefault(row["policy"], {}).setdefault(asked(row), []).append(row)
-    return found
+        groups.setdefault(row["policy"], {}).setdefault(budget_label(row), []).append(row)
+    return groups
 
 
 def _number(stderr: float | None) -> float:
@@ -96,14 +96,14 @@ def _text_cell(rows: Sequence[Row]) -> str:
 
 
 def _kept(rows: Sequence[Row]) -> str:
-    """Fraction of entries kept, and of those read by a step where that is another one."""
+    """Fraction of entries kept and, where it differs, the fraction that a decode step reads."""
     spent, read = (mean(rows, key) for key in ("spent", "read"))
     return f"{spent:.3f}" if read == spent else f"{spent:.3f} ({read:.3f} read)"
 
 
-def _pm(one: Estimate, sign: str = "", digits: int = 1) -> str:
-    spread = "" if one.stderr != one.stderr else f" ± {one.stderr:.{digits}f}"
-    return f"{one.mean:{sign}.{digits}f}{spread}"
+def _pm(value: Estimate, sign: str = "", digits: int = 1) -> str:
+    spread = "" if value.stderr != value.stderr else f" ± {value.stderr:.{digits}f}"
+    return f"{value.mean:{sign}.{digits}f}{spread}"
 
 
 def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what: str) -> Iterator[str]:
@@ -119,26 +119,26 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
     yield ""
     if not by_policy:
         return
-    columns = list(dict.fromkeys(column for found in by_policy.values() for column in found))
+    columns = list(dict.fromkeys(column for cells in by_policy.values() for column in cells))
     yield from table(
         ["policy", *columns],
-        ([name, *(cell(found[column]) for column in columns)] for name, found in by_policy.items()),
+        ([name, *(cell(cells[column]) for column in columns)] for name, cells in by_policy.items()),
     )
-    for name, found in by_policy.items():
-        times = max(mean(cells, "prefills") for cells in found.values())
+    for name, cells in by_policy.items():
+        times = max(mean(rows, "prefills") for rows in cells.values())
         if times > 1:
             yield f"{name} reads every prompt {times:.2f} times before it evicts."
             yield ""
 
 
-def _differences(records: Sequence[Record], starts: Mapping[str, str], title: str) -> Iterator[str]:
-    """Every learned policy against every heuristic at the same budget."""
+def _differences(records: Sequence[Record], baselines: Mapping[str, str], title: str) -> Iterator[str]:
+    """Learned policies minus heuristics at the same budgets."""
     value = "kl" if "loss" in records[0] else "score"
     by_policy: dict[str, dict[tuple[Any, Any], list[Record]]] = {}
     for record in records:
         if record["policy"] != FULL:
-            found = by_policy.setdefault(record["policy"], {})
-            found.setdefault((record["keep"], record["budget"]), []).append(record)
+            by_budget = by_policy.setdefault(record["policy"], {})
+            by_budget.setdefault((record["keep"], record["budget"]), []).append(record)
     heuristics = [name for name in by_policy if not name.startswith(LEARNED)]
     for name in by_policy:
         if name in heuristics or not heuristics:
@@ -148,30 +148,30 @@ def _differences(records: Sequence[Record], starts: Mapping[str, str], title: st
         columns = list(by_policy[name])
         rows = []
         for other in heuristics:
-            label = f"{other} (it starts from this)" if starts.get(name) == other else other
+            label = f"{other} (it starts from this)" if baselines.get(name) == other else other
             pairs = [paired_difference(by_policy[name][c], by_policy[other][c], value) for c in columns]
             rows.append([label, *(_pm(pair, "+", 4 if value == "kl" else 1) for pair in pairs)])
         best = max if value == "score" else min
-        of = [best(heuristics, key=lambda other: _mean(by_policy[other][c], value)) for c in columns]
-        rows.append(["best heuristic", *of])
-        heads = [f"keep {keep:g}" if keep is not None else f"budget {tokens}" for keep, tokens in columns]
-        yield from table(["minus", *heads], rows)
+        winners = [best(heuristics, key=lambda other: _mean(by_policy[other][c], value)) for c in columns]
+        rows.append(["best heuristic", *winners])
+        headings = [budget_label(by_policy[name][c][0]) for c in columns]
+        yield from table(["minus", *headings], rows)
 
 
 def _per_task(rows: Sequence[Row]) -> Iterator[str]:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     yield from table(
-        ["policy", "asked", "bytes", *tasks],
+        ["policy", "budget", "bytes", *tasks],
         (
-            [name, column, size(mean(found, "bytes")), *(_pm(score_of([row])) for row in found)]
+            [name, column, size(mean(cells, "bytes")), *(_pm(score_of([row])) for row in cells)]
             for name, columns in grouped(rows).items()
-            for column, found in columns.items()
+            for column, cells in columns.items()
         ),
     )
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table and an empty one."""
+    """Lines of a Markdown table, then an empty line."""
     yield f"| {' | '.join(head)} |"
     yield f"| --- |{' ---: |' * (len(head) - 1)}"
     for cells in body:

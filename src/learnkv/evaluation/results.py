@@ -25,10 +25,10 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def mean_of_tasks(tasks: Iterable[Estimate]) -> Estimate:
-    """Plain mean over tasks, every task counting the same however many samples it has."""
-    each = list(tasks)
-    spread = sqrt(sum(one.stderr**2 for one in each)) / len(each)
-    return Estimate(fmean(one.mean for one in each), spread, sum(one.n for one in each))
+    """Unweighted mean over tasks, whatever their numbers of samples."""
+    estimates = list(tasks)
+    spread = sqrt(sum(task.stderr**2 for task in estimates)) / len(estimates)
+    return Estimate(fmean(task.mean for task in estimates), spread, sum(task.n for task in estimates))
 
 
 def rows_of(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -41,32 +41,32 @@ def rows_of(records: Iterable[Record]) -> list[dict[str, Any]]:
     for record in records:
         groups[tuple(record[key] for key in ("policy", "task", "length", "setting", "keep", "budget"))].append(record)
         if record["policy"] == FULL:
-            full[_sample(record)] = record
-    return [_row(found, [full[_sample(record)] for record in found]) for found in groups.values()]
+            full[prompt_key(record)] = record
+    return [_row(group, [full[prompt_key(record)] for record in group]) for group in groups.values()]
 
 
-def _row(found: list[Record], full: list[Record]) -> dict[str, Any]:
-    first, score = found[0], estimate([record["score"] for record in found])
+def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
+    first, score = group[0], estimate([record["score"] for record in group])
     text = "loss" in first
     return {
         "policy": first["policy"],
         "task": first["task"],
         "length": first["length"],
         "setting": first["setting"],
-        "keep": first["keep"] if first["keep"] is not None else fmean(record["asked"] for record in found),
+        "keep": first["keep"] if first["keep"] is not None else fmean(record["asked"] for record in group),
         "budget": first["budget"],
-        "spent": fmean(record["spent"] for record in found),
-        "read": fmean(record.get("read", record["spent"]) for record in found),
-        "prefills": fmean(record.get("prefills", 1.0) for record in found),
-        "bytes": round(fmean(record["bytes"] for record in found)),
-        "bytes_full": round(fmean(record["bytes_full"] for record in found)),
+        "spent": fmean(record["spent"] for record in group),
+        "read": fmean(record.get("read", record["spent"]) for record in group),
+        "prefills": fmean(record.get("prefills", 1.0) for record in group),
+        "bytes": round(fmean(record["bytes"] for record in group)),
+        "bytes_full": round(fmean(record["bytes_full"] for record in group)),
         "n": score.n,
         "score": score.mean,
         "score_full": fmean(record["score"] for record in full),
-        "kl": fmean(record["kl"] for record in found) if text else None,
+        "kl": fmean(record["kl"] for record in group) if text else None,
         "stderr": None if score.n < 2 else score.stderr,
         "haystack": first["haystack"],
-        "perplexity": exp(fmean(record["loss"] for record in found)) if text else None,
+        "perplexity": exp(fmean(record["loss"] for record in group)) if text else None,
         "perplexity_full": exp(fmean(record["loss"] for record in full)) if text else None,
     }
 
@@ -76,15 +76,16 @@ def paired_difference(rows_a: Iterable[Record], rows_b: Iterable[Record], value:
 
     Prompts that only one of them has are left out; ValueError if there is no common one.
     """
-    other = {_sample(record): record[value] for record in rows_b}
+    other = {prompt_key(record): record[value] for record in rows_b}
     by_task: dict[str, list[float]] = defaultdict(list)
     for record in rows_a:
-        if _sample(record) in other:
-            by_task[record["task"]].append(record[value] - other[_sample(record)])
+        if (key := prompt_key(record)) in other:
+            by_task[record["task"]].append(record[value] - other[key])
     if not by_task:
         raise ValueError("paired_difference: the two have no prompt in common")
     return mean_of_tasks(map(estimate, by_task.values()))
 
 
-def _sample(record: Record) -> tuple[Any, ...]:
+def prompt_key(record: Record) -> tuple[Any, ...]:
+    """Identity of the prompt that a record is about, whatever the policy and the budget."""
     return record["task"], record["length"], record["setting"], record["index"]

@@ -16,6 +16,7 @@ from learnkv.evaluation.results import FULL, Record, rows_of
 from learnkv.evaluation.store import Store, replacing
 from learnkv.inference.attention import attach
 from learnkv.inference.models import context_length, describe_model, load_model
+from learnkv.persistence.methods import select_methods
 from learnkv.persistence.policies import describe_policy_file, load_policy
 from learnkv.policy.policy import Policy
 
@@ -23,10 +24,10 @@ from learnkv.policy.policy import Policy
 def evaluate(config: EvalConfig, resolved: str) -> None:
     """Run a comparison and write `config.yaml`, `samples.jsonl`, `results.json`, `results.md` and pictures.
 
-    The report is written too when the run is interrupted, from what is finished by then.
+    An interrupted run writes a report of its finished samples.
     """
-    for path in config.ckpt:
-        load_policy(path, config.allow)  # what is missing is told before a large model is loaded
+    for path in policy_paths(config):
+        load_policy(path, config.allow)  # a missing file is an error before a large model is loaded
     model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
     attach(model)
     policies = load_policies(config, model)
@@ -43,37 +44,43 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
     try:
         runner.run(model, families, jobs, store, config.batch_size)
     except (KeyboardInterrupt, RunError):
-        if done := runner.finished(families, jobs, store):
-            write_report(output, model, policies, done)
+        if records := runner.finished(families, jobs, store):
+            write_report(output, model, policies, records)
         raise
     write_report(output, model, policies, runner.finished(families, jobs, store))
 
 
+def policy_paths(config: EvalConfig) -> list[str]:
+    """Paths and names of the policies to compare, each once."""
+    return list(dict.fromkeys((*config.ckpt, *select_methods(config.baselines))))
+
+
 def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
-    """Every policy that `config.ckpt` names, by the name it has in tables; the full cache is always compared to."""
-    found: dict[str, Policy] = {}
-    for path in dict.fromkeys(config.ckpt):
+    """The policies of `ckpt` and `baselines` by their names in tables, without the full cache, which is always run."""
+    policies: dict[str, Policy] = {}
+    for path in policy_paths(config):
         policy = load_policy(path, config.allow, describe_model(model)).to(model.device)
         name = describe_policy_file(path)
         if name == FULL:
             continue
-        if name in found:
+        if name in policies:
             raise UserError(f"ckpt={path}: a second policy that is called {name}, expected files of different names")
-        found[name] = policy
-    return found
+        policies[name] = policy
+    return policies
 
 
 def write_report(output: Path, model: Any, policies: Mapping[str, Policy], records: Sequence[Record]) -> None:
-    """Results for machines and for people, each file replaced in one step."""
+    """Write `results.json`, `results.md` and pictures, each replaced in one step."""
     rows = rows_of(records)
     name = describe_model(model)["id"]
     result = {"schema": 1, "model": name, "environment": environment(model), "rows": rows}
     with replacing(output / "results.json") as part:
         part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     with replacing(output / "results.md") as part:
-        part.write_text(report.markdown(name, rows, records, runner.starting_points(policies)), encoding="utf-8")
+        part.write_text(report.markdown(name, rows, records, runner.baselines_of(policies)), encoding="utf-8")
     figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
-    figures |= {f"heatmap-{policy}.png": found for policy in policies if (found := pictures.heatmap(records, policy))}
+    heatmaps = {name: pictures.heatmap(records, name) for name in policies}
+    figures |= {f"heatmap-{name}.png": figure for name, figure in heatmaps.items() if figure is not None}
     for file, figure in figures.items():
         pictures.save(figure, output / file)
     print((output / "results.md").read_text(encoding="utf-8").split(report.EVERY_TASK)[0])
@@ -81,7 +88,7 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
 
 
 def environment(model: Any) -> dict[str, str]:
-    """What else a result depends on."""
+    """Versions, device and dtype that results depend on."""
     versions = {}
     for package in ("learnkv", "torch", "transformers"):
         try:

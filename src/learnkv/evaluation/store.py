@@ -1,4 +1,4 @@
-"""Finished samples, appended to a file as they come, so that an interrupted run loses nothing."""
+"""Finished samples, appended to a file at once, so that an interrupted run loses none."""
 
 import json
 from collections.abc import Collection, Iterable, Iterator
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 SLOT = ("policy", "task", "length", "setting", "index", "keep", "budget")
-"""What a record is about; `fingerprint` says under which conditions it was found."""
+"""Keys that identify a sample; its `fingerprint` is a hash of the conditions under which it was measured."""
 
 
 class Store:
     """Records by fingerprint, backed by a file of JSON lines.
 
-    A fingerprint covers everything that determines a record (model, prompt, policy, budget), so that records from
-    earlier runs are used wherever they apply and nowhere else.
+    A fingerprint covers everything that determines a record (model, prompt, policy, budget), so that records of
+    earlier runs are reused exactly where they apply.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +30,11 @@ class Store:
         return self.records[fingerprint]
 
     def forget_outdated(self, wanted: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
-        """Drop records that are about the same slot as one of the wanted ones but were found under other conditions."""
+        """Drop records of a wanted slot that were measured under other conditions.
+
+        Args:
+            wanted: fingerprint and slot of every sample of this run.
+        """
         fingerprints: set[str] = set()
         slots: set[tuple[Any, ...]] = set()
         for fingerprint, slot in wanted:
@@ -46,14 +50,14 @@ class Store:
                 part.write_text("".join(map(_line, self.records.values())), encoding="utf-8")
 
     def add(self, records: Collection[dict[str, Any]]) -> None:
-        """Append records; they are on disk when this returns."""
+        """Append records to the file."""
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(map(_line, records))
         self.records.update((record["fingerprint"], record) for record in records)
 
 
 def slot_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What a record is about."""
+    """The values of `SLOT` in a record."""
     return tuple(record[key] for key in SLOT)
 
 
@@ -72,7 +76,7 @@ def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when it is complete."""
+    """A temporary file beside `path`, which replaces it when the block ends without an error."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     yield part
     part.replace(path)

@@ -1,4 +1,4 @@
-"""A press that keeps in kvpress what a policy keeps in learnkv: `pip install learnkv[kvpress]`."""
+"""Policies of learnkv as presses of kvpress: `pip install learnkv[kvpress]`."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -28,17 +28,16 @@ except ImportError as error:
 
 @dataclass
 class LearnKVPress(BasePress):
-    """A trained policy, or a heuristic of learnkv, as a press: kept is exactly what `Policy.compress` keeps.
+    """A policy of learnkv as a press: the kept entries are those of `Policy.compress`.
 
-    A prompt is read through learnkv, which plans once for all layers and heads when the last layer has read it. The
-    caller's cache then gets the whole prompt, and each attention layer the indices of what counts as evicted: kvpress's
-    `masked_key_indices`, whose keys its attention replaces by one that no query matches. So the full cache stays in
-    memory and steps are not faster; learnkv itself frees what is evicted. kvpress looks for one such key for all tokens
-    that are read at once, so that a long question may still see a little of what was evicted.
+    The prompt is prefilled through learnkv, then evicted entries are masked by kvpress's `masked_key_indices`: its
+    attention replaces their keys by one that no query matches. The full cache stays in memory and decoding is not
+    faster; learnkv itself frees evicted entries. kvpress uses one such key for all tokens that are read at once, so
+    that a long question may still attend a little to evicted entries.
 
     Args:
         policy: a policy, or what `load_policy` takes: an exported folder, the name of a heuristic, an id of the hub.
-        compression_ratio: fraction of the prompt's entries that counts as evicted, at least 0 and below 1.
+        compression_ratio: fraction of the prompt's entries to evict, at least 0 and below 1.
         allow: module prefixes besides learnkv whose classes the policy's file may name.
     """
 
@@ -48,78 +47,90 @@ class LearnKVPress(BasePress):
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within it, every prompt that `model` reads into an empty cache is compressed."""
+        """Compress every prompt that `model` reads into an empty cache within this context."""
         if not 0 <= self.compression_ratio < 1:
             raise UserError(f"compression_ratio={self.compression_ratio:g}: expected at least 0 and less than 1")
         if is_attached(model):
             raise UserError(
-                "the model computes through learnkv, which does not know kvpress's masks: detach(model) first"
+                "the model is attached to learnkv, which does not apply kvpress's masks: detach(model) first"
             )
         if model.config._attn_implementation == "eager":
             raise UserError("attn_implementation=eager: kvpress does not mask keys there, expected sdpa")
-        policy = self._fitting(model)
-        reader = getattr(model.model, "language_model", model.model)
-        reader.forward = functools.partial(self._forward, model, policy, reader, reader.forward)
+        policy = self._loaded(model)
+        decoder = getattr(model.model, "language_model", model.model)
+        decoder.forward = functools.partial(self._forward, model, policy, decoder, decoder.forward)
         try:
             yield
         finally:
-            del reader.forward
+            del decoder.forward
 
-    def _fitting(self, model: PreTrainedModel) -> Policy:
-        """The policy, refused where it does more than kvpress can follow."""
+    def _loaded(self, model: PreTrainedModel) -> Policy:
+        """The policy on the model's device; UserError for options that a press does not have."""
         policy = self.policy
         if not isinstance(policy, Policy):
             policy = load_policy(policy, self.allow, describe_model(model))
-        more = {
+        options = {
             "pages": policy.pages,
-            "every": policy.evict_interval,
+            "evict_interval": policy.evict_interval,
             "rerotate": policy.rerotate,
             "an adapter": policy.adapter,
         }
-        if found := [name for name, used in more.items() if used]:
-            raise UserError(f"policy: has {', '.join(found)}; a press can only leave out entries of the prompt")
+        if unsupported := [name for name, value in options.items() if value]:
+            raise UserError(f"policy: has {', '.join(unsupported)}; a press can only evict entries of the prompt")
         return policy.to(model.device)
 
     def _forward(
         self,
         model: PreTrainedModel,
         policy: Policy,
-        reader: Any,
+        decoder: Any,
         forward: Callable[..., Any],
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Of a prompt the reading, the plan and the masks; of anything else the model's own `forward`."""
-        theirs: Cache | None = kwargs.get("past_key_values")
+        """The decoder's `forward`; a prompt is also compressed and its evicted entries are masked."""
+        cache: Cache | None = kwargs.get("past_key_values")
         read = functools.partial(forward, input_ids=input_ids, attention_mask=attention_mask)
-        if isinstance(theirs, CompressedCache) or (theirs is not None and theirs.get_seq_length() > 0):
+        if isinstance(cache, CompressedCache) or (cache is not None and cache.get_seq_length() > 0):
             return read(**kwargs)
-        ours = CompressedCache(model.config, policy.capture_spec)
-        if ours.has_sliding_layers:
+        whole = CompressedCache(model.config, policy.capture_spec)
+        if whole.has_sliding_layers:
             raise UserError(f"{model.config.model_type}: a press does not support layers with a sliding window")
         attach(model)
         try:
             with torch.no_grad():
-                output = read(**{**kwargs, "past_key_values": ours, "use_cache": True})
-                for prompt_pass in policy.capture_spec.extra_passes:
-                    if input_ids is None:
-                        raise UserError("policy: reads the prompt again, expected input_ids")
-                    there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                    run_extra_pass(model, ours, prompt_pass, input_ids, there.bool())
-                small = policy.compress(ours.fork(), keep=round(1 - self.compression_ratio, 12))
+                output = read(**{**kwargs, "past_key_values": whole, "use_cache": True})
+                _run_extra_passes(model, policy, whole, input_ids, attention_mask)
+                kept = policy.compress(whole.fork(), keep=round(1 - self.compression_ratio, 12))
         finally:
             detach(model)
-        for layer, module in zip(ours.compressed_layers(), reader.layers, strict=True):
-            evicted = layer.prompt.entry_positions() >= 0
-            for row, heads in enumerate(evicted):
-                padding = heads.shape[-1] - int(heads[0].sum())
-                for head, one in enumerate(heads):
-                    one[small.layers[module.self_attn.layer_idx].kept_positions(row, head) + padding] = False
-            module.self_attn.masked_key_indices = evicted.nonzero(as_tuple=True) if bool(evicted.any()) else None
-        output.past_key_values = DynamicCache() if theirs is None else theirs
-        del small
-        for index in range(len(ours.layers)):  # one layer after the other, so that little is held twice
-            prompt = ours.layers.pop(0).prompt
+        _mask_evicted(decoder, whole, kept)
+        output.past_key_values = DynamicCache() if cache is None else cache
+        del kept
+        for index in range(len(whole.layers)):  # layer by layer, so that no second copy of the cache is made
+            prompt = whole.layers.pop(0).prompt
             output.past_key_values.update(prompt.keys, prompt.values, index)
         return output
+
+
+def _run_extra_passes(
+    model: PreTrainedModel, policy: Policy, cache: CompressedCache, ids: Tensor | None, mask: Tensor | None
+) -> None:
+    """The passes over the prompt that the policy's scorers need."""
+    for prompt_pass in policy.capture_spec.extra_passes:
+        if ids is None:
+            raise UserError("policy: reads the prompt again, expected input_ids")
+        valid = torch.ones_like(ids) if mask is None else mask
+        run_extra_pass(model, cache, prompt_pass, ids, valid.bool())
+
+
+def _mask_evicted(decoder: Any, whole: CompressedCache, kept: CompressedCache) -> None:
+    """Set kvpress's `masked_key_indices` of every attention module to the entries that `kept` lacks."""
+    for layer, module in zip(whole.compressed_layers(), decoder.layers, strict=True):
+        evicted = layer.prompt.entry_positions() >= 0  # [B, H, S]
+        for row, heads in enumerate(evicted):
+            padding = heads.shape[-1] - int(heads[0].sum())
+            for head, entries in enumerate(heads):
+                entries[kept.layers[module.self_attn.layer_idx].kept_positions(row, head) + padding] = False
+        module.self_attn.masked_key_indices = evicted.nonzero(as_tuple=True) if bool(evicted.any()) else None

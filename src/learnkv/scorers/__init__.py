@@ -25,6 +25,7 @@ from learnkv.scorers.rkv import RKV
 from learnkv.scorers.snapkv import SnapKV
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.scorers.tova import TOVA
+from learnkv.scorers.triattention import TriAttention
 from learnkv.scorers.vase import VaSE
 
 __all__ = [
@@ -53,5 +54,6 @@ __all__ = [
     "Scorer",
     "SnapKV",
     "StreamingLLM",
+    "TriAttention",
     "VaSE",
 ]

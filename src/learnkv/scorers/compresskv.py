@@ -25,6 +25,8 @@ class CompressKV(Scorer):
         pooling: mean or maximum over the neighbours.
     """
 
+    table_argument = "heads"
+
     def __init__(
         self,
         heads: str = "reference",

@@ -32,6 +32,7 @@ class ExpectedAttention(Scorer):
         moments: safetensors file with the moments of a model's queries, or `reference`; not given: those of the prompt.
     """
 
+    table_argument = "moments"
     needs = frozenset({"rope"})
 
     def __init__(

@@ -24,6 +24,9 @@ class FastKVzip(Tokenwise):
         bias: how often b is added.
     """
 
+    table_argument = "gate"
+    trained = True
+
     def __init__(self, gate: str = "reference", bias: Literal["once", "twice"] = "once") -> None:
         super().__init__()
         self.source = gate

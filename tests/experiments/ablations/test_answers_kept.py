@@ -1,4 +1,4 @@
-"""The figures behind the zoo's order, on plans by hand."""
+"""The figures behind the order of the methods, on plans by hand."""
 
 import pytest
 import torch

@@ -46,9 +46,9 @@ def words(model_folder, text_file, tmp_path, monkeypatch) -> list[str]:
         "keep": [0.5, 0.2],
         "length": 400,
         "longer": [],
-        "bar": 0,
+        "min_full_score": 0,
         "best": 1,
-        "samples": {"judged": 3, "ablations": 2, "baselines": 1, "elsewhere": 1, "text": 3},
+        "samples": {"evaluated": 3, "ablations": 2, "baselines": 1, "out_of_domain": 1, "text": 3},
     }
     file = Path(tmp_path / "tiny.yaml")
     file.write_text(yaml.safe_dump(keys))

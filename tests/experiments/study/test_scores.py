@@ -19,15 +19,15 @@ def records():
 
 
 def test_tasks_that_the_full_cache_cannot_do_are_left_out():
-    scores = Scores(records(), bar=80)
+    scores = Scores(records(), min_full_score=80)
     assert scores.tasks == ["vt", "niah"]
     assert scores.left_out == {"hard": 37.5}
     assert not any(one["task"] == "hard" for one in scores.records)
-    assert Scores(records(), bar=90).tasks == ["niah"]
+    assert Scores(records(), min_full_score=90).tasks == ["niah"]
 
 
 def test_means_shares_and_their_errors():
-    scores = Scores(records(), bar=80)
+    scores = Scores(records(), min_full_score=80)
     own = scores.of("learned", 0.1)
     spread = [np.std(OURS[task], ddof=1) / 2 for task in ("vt", "niah")]
     assert own.mean == pytest.approx((np.mean(OURS["vt"]) + np.mean(OURS["niah"])) / 2)
@@ -40,7 +40,7 @@ def test_means_shares_and_their_errors():
 
 
 def test_differences_are_paired_by_prompt():
-    apart = Scores(records(), bar=80).minus("learned", "kvzip", 0.1)
+    apart = Scores(records(), min_full_score=80).minus("learned", "kvzip", 0.1)
     by_task = [np.subtract(OURS[task][:3], THEIRS[task]) for task in ("vt", "niah")]
     assert apart.n == 6
     assert apart.mean == pytest.approx(np.mean([one.mean() for one in by_task]))
@@ -50,11 +50,11 @@ def test_differences_are_paired_by_prompt():
 def test_the_nearest_rival_is_not_one_that_holds_more_than_was_asked():
     found = [*records(), *(record("quest", "vt", index, 100.0, spent=1.0) for index in range(4))]
     found += [record("snapkv", "vt", index, 90.0) for index in range(4)]
-    scores = Scores(found, bar=80)
+    scores = Scores(found, min_full_score=80)
     assert scores.rivals(0.1) == ["snapkv", "kvzip"]
     rival, apart = scores.nearest("learned", 0.1)
     assert rival == "snapkv" and apart.mean == pytest.approx(75 - 90)
-    scores = Scores(found, bar=80, trained=("snapkv",))
+    scores = Scores(found, min_full_score=80, trained=("snapkv",))
     assert (scores.others(0.1), scores.rivals(0.1)) == (["snapkv", "kvzip"], ["kvzip"])
     assert scores.nearest("learned", 0.1)[0] == "kvzip"
     assert scores.nearest("learned", 0.1, trained=True)[0] == "snapkv"
@@ -67,7 +67,7 @@ def test_of_text_less_is_better():
         for name, each in kl.items()
         for index, one in enumerate(each)
     ]
-    text = Scores(found, bar=80, value="kl")
+    text = Scores(found, min_full_score=80, value="kl")
     assert text.rivals(0.25) == ["snapkv", "kvzip"]
     assert text.ratio("learned", "snapkv", 0.25) == pytest.approx(0.4 / 0.9)
     assert text.nearest("learned", 0.25)[0] == "snapkv"
@@ -78,7 +78,7 @@ def test_the_best_are_best_on_average_over_settings_and_fractions():
         found = [record("full", "vt", 0, 100.0, 1.0, setting)]
         for name, of_keep in scores.items():
             found += [record(name, "vt", 0, score, keep, setting) for keep, score in of_keep.items()]
-        return Scores(found, bar=80)
+        return Scores(found, min_full_score=80)
 
     agnostic = in_setting("query_agnostic", a={0.5: 90.0, 0.1: 10.0}, b={0.5: 60.0, 0.1: 50.0}, learned={0.5: 99.0})
     aware = in_setting("query_aware", a={0.5: 100.0, 0.1: 10.0}, b={0.5: 60.0, 0.1: 50.0}, c={0.5: 100.0})

@@ -84,8 +84,9 @@ def test_what_is_missing_is_one_line(words, tmp_path, capsys):
     assert "nothing has been measured yet" in capsys.readouterr().err.splitlines()[-1]
     assert main([*words, "single=no/learned-such"]) == 2
     assert "config=no/learned-such" in capsys.readouterr().err.splitlines()[-1]
-    assert main([*words, "trained=fast_kvzip"]) == 2
-    assert "trained=fast_kvzip: expected one of baselines=snapkv,knorm,random" in capsys.readouterr().err
+    assert main([*words, "baselines=knorm,snapkw"]) == 2
+    assert "baselines=snapkw: expected all, a kind" in (error := capsys.readouterr().err)
+    assert error.rstrip().endswith("did you mean snapkv?")
     (tmp_path / "mine.yaml").write_text("config: learned.yaml\n")
     assert main([*words, f"unseen={tmp_path / 'mine.yaml'}"]) == 2
     assert "mine: expected training YAMLs" in capsys.readouterr().err.splitlines()[-1]
@@ -95,12 +96,12 @@ def test_the_shipped_study_names_every_variant_and_every_method():
     config, _ = parse(StudyConfig, ["config=study"], "study")
     below = {f"study/{path.stem}" for path in (CONFIGS / "train" / "study").glob("*.yaml")}
     assert below == set(config.variants) - {"learned"}
-    zoo = yaml.safe_load((CONFIGS / "eval" / "method_comparison.yaml").read_text())
-    assert (set(config.baselines), list(config.tasks)) == (set(zoo["ckpt"]), zoo["tasks"])
-    gated = [name for name in config.baselines if "gate" in (CONFIGS / "policies" / f"{name}.yaml").read_text()]
+    comparison = yaml.safe_load((CONFIGS / "eval" / "method_comparison.yaml").read_text())
+    assert (list(config.baselines), list(config.tasks)) == (comparison["baselines"], comparison["tasks"])
+    gated = [name for name in config.methods if "gate" in (CONFIGS / "policies" / f"{name}.yaml").read_text()]
     assert sorted(config.trained) == gated == ["duo_attention", "fast_kvzip"]
     assert differing("haystack", ["niah_single_1", "niah_single_2", "vt"]) == ("niah_single_2",)
-    assert differing("greek", zoo["tasks"])[-1] == "niah_multiquery"
+    assert differing("greek", comparison["tasks"])[-1] == "niah_multiquery"
 
 
 def test_the_text_protocol_fits_a_small_model():
@@ -109,8 +110,8 @@ def test_the_text_protocol_fits_a_small_model():
     assert (keys.data.mixture.retrieval, keys.data.mixture.text, keys.data.lengths) == (0, 2, (128, 192))
     assert keys.data.lengths[1] + keys.data.continuation_tokens <= config.length
     assert 2 * config.length * 3 / 4 + KVzip().repetition.overlap < 512  # the last quarter is continued
-    assert "kvzip" in config.baselines
-    assert (config.tasks, config.samples.text, config.samples.judged) == ((), 100, 200)
+    assert {"kvzip", "snapkv"} <= set(config.methods) and not {"headkv", "quest", "h2o_decode"} & set(config.methods)
+    assert (config.tasks, config.samples.text, config.samples.evaluated) == ((), 100, 200)
 
 
 def test_variants_share_the_recipe_and_differ_in_what_they_are_named_for():

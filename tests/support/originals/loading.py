@@ -34,16 +34,19 @@ def sidecar_of(path: Path) -> dict[str, Any]:
 class Case:
     """One case of a golden file; a check must have read every output by its end.
 
-    `shared` holds the arrays that belong to the whole file, `path` is the file without its suffix.
+    `shared` holds the arrays that belong to the whole file, `path` is the file without its suffix. Inputs are in
+    another file, among the shared arrays, or among those of the case.
     """
 
     def __init__(self, path: Path, number: int):
         sidecar, arrays = sidecar_of(path), arrays_of(path.with_suffix(".npz"))
         record = sidecar["cases"][number]
         self.path, self.params, self.notes = path, record["params"], record.get("notes") or {}
-        self.inputs = path.with_name(sidecar["inputs_file"]) if sidecar["inputs_file"] else None
+        self.inputs = path.with_name(sidecar["inputs_file"]) if sidecar.get("inputs_file") else None
         self.shared = {name: array for name, array in arrays.items() if "__" not in name}
-        self.unread = {name: arrays[f"{record['id']}__{name}"] for name in record["outputs"]}
+        self.unread = {
+            name: arrays[f"{record['id']}__{name}"] for name in record.get("outputs", record.get("arrays", ()))
+        }
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.unread.pop(name)

@@ -1,4 +1,4 @@
-"""Task families, one file each, and which of them `tasks=` names."""
+"""Task families, one file each, selected by `tasks=`."""
 
 from typing import Any
 
@@ -15,36 +15,17 @@ __all__ = ["Answers", "Family", "Prompt", "Text", "load"]
 
 
 def load(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Family]:
-    """All prompts that `config` asks for, by family, length and setting.
+    """All prompts of a comparison, by family, length and setting.
 
     Args:
         context: longest prompt of the model in tokens, None if it has no limit.
 
     Raises:
-        UserError: an unknown task, a source that cannot be read, a length that the model does not have.
+        UserError: an unknown task, a source that cannot be read, a length above the model's context.
     """
-    tables = [name for name in config.tasks if table.is_table(name)]
-    ours = [name for name in config.tasks if name not in (*tables, "text")]
-    known = [*TASKS, *ruler.GROUPS, "text"]
-    for name in ours:
-        if name not in known:
-            raise UserError(f"tasks={name}: expected a table or one of: {', '.join(known)}{nearest(name, known)}")
-    if any(map(table.is_file, tables)) and len(config.lengths) > 1:
-        raise UserError(f"lengths={','.join(map(str, config.lengths))}: a table has one length, expected one")
-    for length in config.lengths:
-        if context is not None and length > context:
-            raise UserError(f"lengths={length}: expected at most {context}, the model's context")
-    families: list[Family] = []
+    _check(config, context)
     try:
-        for length in config.lengths:
-            found = ruler.prompts(config, ruler.tasks_named(ours, config.qa), length, tokenizer)
-            for source in tables:
-                found += table.prompts(config, source, length, tokenizer)
-            for setting in config.setting:
-                if chosen := [prompt for prompt in found if prompt.setting == setting]:
-                    families.append(Answers(chosen, tokenizer))
-            if "text" in config.tasks:
-                families.append(Text(text.prompts(config, length, tokenizer)))
+        families = [family for length in config.lengths for family in _families(config, length, tokenizer)]
     except UserError:
         raise
     except (ValueError, OSError) as error:  # from the data, whose errors are one line already
@@ -55,4 +36,32 @@ def load(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Family
                 f"{prompt.task}: prompt {prompt.index} has {prompt.room} tokens with room for the answer, "
                 f"the model's context is {context}"
             )
+    return families
+
+
+def _check(config: EvalConfig, context: int | None) -> None:
+    """UserError for a task or a length that cannot be measured."""
+    available = [*TASKS, *ruler.GROUPS, "text"]
+    for name in config.tasks:
+        if name not in available and not table.is_table(name):
+            expected = f"a table or one of: {', '.join(available)}"
+            raise UserError(f"tasks={name}: expected {expected}{nearest(name, available)}")
+    if any(map(table.is_file, config.tasks)) and len(config.lengths) > 1:
+        raise UserError(f"lengths={','.join(map(str, config.lengths))}: a table has one length, expected one")
+    for length in config.lengths:
+        if context is not None and length > context:
+            raise UserError(f"lengths={length}: expected at most {context}, the model's context")
+
+
+def _families(config: EvalConfig, length: int, tokenizer: Any) -> list[Family]:
+    """The families of one length: questions by setting, then text."""
+    tables = [name for name in config.tasks if table.is_table(name)]
+    generated = [name for name in config.tasks if name not in (*tables, "text")]
+    prompts = ruler.prompts(config, ruler.tasks_named(generated, config.qa), length, tokenizer)
+    for source in tables:
+        prompts += table.prompts(config, source, length, tokenizer)
+    by_setting = ([prompt for prompt in prompts if prompt.setting == setting] for setting in config.setting)
+    families: list[Family] = [Answers(group, tokenizer) for group in by_setting if group]
+    if "text" in config.tasks:
+        families.append(Text(text.prompts(config, length, tokenizer)))
     return families

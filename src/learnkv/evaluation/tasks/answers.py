@@ -1,4 +1,4 @@
-"""Questions with known answers: generated greedily, judged by which answers occur in what was said."""
+"""Questions with known answers: greedy generation, scored by the answers that occur in the generated text."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -31,31 +31,31 @@ class Answers(Family):
 
     def effort(self, prompt: Prompt) -> tuple[int, ...]:
         """Length of the answers, then of the prompt."""
-        return sum(map(len, _sample(prompt).answers)), len(prompt.read)
+        return sum(map(len, _sample(prompt).answers)), len(prompt.prefill_ids)
 
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
     ) -> tuple[list[dict[str, Any]], Any]:
-        """Score of what is said until the answer has ended; rows leave the batch as they end."""
+        """Generate until every answer has ended; finished rows leave the batch."""
         ends = EndOfAnswer(self.tokenizer, eos_tokens(model))
-        said: list[list[int]] = [[] for _ in prompts]
-        ids, mask = pad([prompt.then for prompt in prompts], "right", model.device)
-        read: Tensor | None = mask
-        live = list(range(len(prompts)))
+        generated: list[list[int]] = [[] for _ in prompts]
+        ids, padded = pad([prompt.suffix_ids for prompt in prompts], "right", model.device)
+        mask: Tensor | None = padded
+        rows = list(range(len(prompts)))  # prompts that are still in the batch
         while True:
-            new = generate(model, ids, cache, read, max_new_tokens=ROUND).tolist()
-            for row, tokens in zip(live, new, strict=True):
-                said[row] = ends.cut(said[row] + tokens, _sample(prompts[row]))
-            going = [at for at, row in enumerate(live) if not ends(said[row], _sample(prompts[row]))]
-            if not going:
+            new = generate(model, ids, cache, mask, max_new_tokens=ROUND).tolist()
+            for row, tokens in zip(rows, new, strict=True):
+                generated[row] = ends.cut(generated[row] + tokens, _sample(prompts[row]))
+            unfinished = [index for index, row in enumerate(rows) if not ends(generated[row], _sample(prompts[row]))]
+            if not unfinished:
                 break
-            if len(going) < len(live):
-                live = [live[at] for at in going]
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
-            # The next round reads what was said last; as an unread end of a turn it would be read twice.
+            if len(unfinished) < len(rows):
+                rows = [rows[index] for index in unfinished]
+                cache.batch_select_indices(torch.tensor(unfinished, device=model.device))
+            # The next round reads the last token; as the unread end of a turn it would be read twice.
             cache.pending = None
-            ids, read = torch.tensor([said[row][-1:] for row in live], device=model.device), None
-        texts = [ends.text(tokens) for tokens in said]
+            ids, mask = torch.tensor([generated[row][-1:] for row in rows], device=model.device), None
+        texts = [ends.text(tokens) for tokens in generated]
         return [
             {"score": 100 * _sample(prompt).score(text), "answer": text}
             for prompt, text in zip(prompts, texts, strict=True)
@@ -63,41 +63,41 @@ class Answers(Family):
 
 
 class EndOfAnswer:
-    """Says whether generated tokens are a complete answer.
+    """Whether generated tokens are a complete answer.
 
-    An answer ends at an EOS token, at its sample's token limit, where all answers have been found (nothing that may
-    still follow can change the score), and where a greedy model has run into a loop: the same thing three times over
-    and `LOOP` tokens long. A sentence or a line may end in the middle of an answer, so that neither counts.
+    An answer ends at an EOS token, at its sample's token limit, where it contains all expected answers (no further
+    token can change the score), and where greedy decoding repeats itself: the same tokens three times and `LOOP`
+    tokens in all. The end of a sentence or a line does not count, as it may lie in the middle of an answer.
     """
 
     def __init__(self, tokenizer: Any, eos: set[int]) -> None:
         self.tokenizer, self.eos = tokenizer, eos
 
-    def __call__(self, said: list[int], sample: Sample) -> bool:
-        limit = len(said) >= sample.max_new_tokens or said[-1] in self.eos
-        return limit or loops(said) or sample.score(self.text(said)) == 1
+    def __call__(self, tokens: list[int], sample: Sample) -> bool:
+        limit = len(tokens) >= sample.max_new_tokens or tokens[-1] in self.eos
+        return limit or loops(tokens) or sample.score(self.text(tokens)) == 1
 
-    def cut(self, said: list[int], sample: Sample) -> list[int]:
+    def cut(self, tokens: list[int], sample: Sample) -> list[int]:
         """Tokens up to the first EOS token and the sample's limit."""
-        end = next((at + 1 for at, token in enumerate(said) if token in self.eos), len(said))
-        return said[: min(end, sample.max_new_tokens)]
+        end = next((index + 1 for index, token in enumerate(tokens) if token in self.eos), len(tokens))
+        return tokens[: min(end, sample.max_new_tokens)]
 
-    def text(self, said: list[int]) -> str:
-        """What was said, without special tokens."""
-        return str(self.tokenizer.decode(said, skip_special_tokens=True))
+    def text(self, tokens: list[int]) -> str:
+        """Decoded tokens without special ones."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def loops(said: Sequence[int]) -> bool:
-    """Whether the last `LOOP` tokens or more are the same few tokens, verbatim, at least three times over."""
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether the last `LOOP` tokens or more are the same few tokens, at least three times in a row."""
     for period in range(1, LONGEST_PERIOD + 1):
         span = max(LOOP, 3 * period)
-        if len(said) >= span and said[len(said) - span + period :] == said[len(said) - span : -period]:
+        if len(tokens) >= span and tokens[len(tokens) - span + period :] == tokens[len(tokens) - span : -period]:
             return True
     return False
 
 
 def eos_tokens(model: Any) -> set[int]:
-    """The tokens at which `generate` ends a row."""
+    """End-of-sequence tokens of a model."""
     eos = model.generation_config.eos_token_id
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
@@ -105,7 +105,7 @@ def eos_tokens(model: Any) -> set[int]:
 def tokenised(
     samples: Iterable[tuple[int, Sample]], setting: Setting, length: int, tokenizer: Any, haystack: str | None = None
 ) -> Iterator[Prompt]:
-    """Prompts of numbered samples in one setting, tokenised part by part so that both settings read the same tokens."""
+    """Prompts of numbered samples in one setting, tokenised part by part: both settings have the same tokens."""
     for index, sample in samples:
         parts = format_prompt(tokenizer, sample.context, sample.question, sample.answer_prefix)
         context, question, prefix = (tokenizer(part, add_special_tokens=False).input_ids for part in parts)

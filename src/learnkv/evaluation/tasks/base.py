@@ -1,4 +1,4 @@
-"""What a task family is: prompts cut where compression cuts them, and how what comes after is measured."""
+"""Base of task families: prompts cut where the cache is compressed, and a measurement of the tokens that follow."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -17,55 +17,58 @@ from learnkv.evaluation.config import Setting
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: token ids `read` are read and compressed, token ids `then` are read afterwards.
+    """One prompt: `prefill_ids` are read and compressed, `suffix_ids` are read afterwards.
 
-    `sample` holds the answers of a question, None for text.
+    `sample` has the answers of a question; None for text.
     """
 
     task: str
     length: int
     setting: Setting
     index: int
-    read: list[int]
-    then: list[int]
+    prefill_ids: list[int]
+    suffix_ids: list[int]
     sample: Sample | None = None
     haystack: str | None = None
 
     @property
     def room(self) -> int:
         """Tokens of the complete prompt with room for an answer."""
-        return len(self.read) + len(self.then) + (self.sample.max_new_tokens if self.sample else 0)
+        return len(self.prefill_ids) + len(self.suffix_ids) + (self.sample.max_new_tokens if self.sample else 0)
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that the model is told and the answer is judged by."""
-        judged = (self.sample.answers, self.sample.max_new_tokens, self.sample.metric) if self.sample else None
-        return hashlib.sha256(repr((self.read, self.then, judged)).encode()).hexdigest()
+        """Hash of the tokens and of the answers and metric that score the output."""
+        scoring = (self.sample.answers, self.sample.max_new_tokens, self.sample.metric) if self.sample else None
+        return hashlib.sha256(repr((self.prefill_ids, self.suffix_ids, scoring)).encode()).hexdigest()
 
 
 class Family(ABC):
-    """Prompts of one kind and how they are measured."""
+    """Prompts of one kind and their measurement."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = list(prompts)
 
     needs_full: bool = False
-    """Whether a policy is measured against what the full cache said of the same batch."""
+    """Whether a policy is measured against the output of the full cache on the same batch."""
 
     def effort(self, prompt: Prompt) -> tuple[int, ...]:
         """Prompts of similar effort are measured in one batch."""
-        return (len(prompt.read),)
+        return (len(prompt.prefill_ids),)
 
     @abstractmethod
     def measure(
         self, model: nn.Module, prompts: Sequence[Prompt], cache: CompressedCache, full: Any
     ) -> tuple[list[dict[str, Any]], Any]:
-        """What a batch makes of what `cache` retains: a record of `score` (0 to 100), `kl` and more per prompt.
+        """Read the suffixes with the compressed prompts and score the output.
 
         Args:
             prompts: the rows of the batch.
-            cache: theirs, appended to.
+            cache: the compressed prompts; tokens are appended.
             full: second result of the same batch with the full cache, None for the full cache itself.
+
+        Returns:
+            A record with `score` (0 to 100), `kl` and more per prompt, and what other policies are measured against.
         """
 
 
@@ -74,8 +77,8 @@ def pad(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    for at, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-        ids[at, where] = torch.tensor(row, dtype=torch.long)
-        mask[at, where] = True
+    for row, tokens in enumerate(rows):
+        columns = slice(longest - len(tokens), longest) if side == "left" else slice(0, len(tokens))
+        ids[row, columns] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, columns] = True
     return ids.to(device), mask.to(device)

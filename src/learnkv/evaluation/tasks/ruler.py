@@ -14,21 +14,21 @@ GROUPS = {"niah": tuple(NEEDLES), "ruler": TASKS}
 
 
 def tasks_named(names: Sequence[str], qa: Sequence[str]) -> list[str]:
-    """RULER task names with groups written out; a group holds the QA tasks only if there are documents for them."""
-    found = [
+    """RULER task names with groups expanded; a group has the QA tasks only if there are documents for them."""
+    tasks = [
         task
         for name in names
         for task in GROUPS.get(name, (name,))
         if name not in GROUPS or qa or task not in QA_LAYOUT
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(tasks))
 
 
 def prompts(config: EvalConfig, tasks: Sequence[str], length: int, tokenizer: Any) -> list[Prompt]:
     """`config.samples` prompts of every task in every setting, at most `length` tokens with room for the answer."""
     head, tail, _ = format_prompt(tokenizer, "", "") if tokenizer.chat_template is not None else ("", "", "")
     template = len(tokenizer(head + tail, add_special_tokens=False).input_ids)
-    maker = Ruler(
+    generator = Ruler(
         tokenizer,
         length - template,
         seed=config.seed,
@@ -37,16 +37,16 @@ def prompts(config: EvalConfig, tasks: Sequence[str], length: int, tokenizer: An
         template=config.template,
         keys=config.keys,
     )
-    found: list[Prompt] = []
+    made: list[Prompt] = []
     for task in tasks:
-        numbered = [(index, maker.sample(task, index)) for index in range(config.samples)]
+        numbered = [(index, generator.sample(task, index)) for index in range(config.samples)]
         for setting in config.setting:
-            found += tokenised(numbered, setting, length, tokenizer, haystack=haystack(task, config.haystack))
-    return found
+            made += tokenised(numbered, setting, length, tokenizer, haystack=haystack(task, config.haystack))
+    return made
 
 
 def haystack(task: str, file: str | None) -> str | None:
-    """What a task hides its needles in, as results name it."""
+    """The haystack's name in results; None for a task without one."""
     if task not in NEEDLES:
         return "noise" if task == "vt" else None
     kind = NEEDLES[task].haystack

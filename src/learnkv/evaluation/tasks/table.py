@@ -19,7 +19,7 @@ FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parque
 
 
 def is_table(name: str) -> bool:
-    """Whether `tasks=name` means a table rather than a task of ours."""
+    """Whether `tasks=name` is a table rather than the name of a task."""
     return "/" in name or is_file(name)
 
 
@@ -31,7 +31,7 @@ def is_file(name: str) -> bool:
 def prompts(config: EvalConfig, source: str, length: int, tokenizer: Any) -> list[Prompt]:
     """Prompts of up to `config.samples` rows of every task in the table, drawn by `config.seed`, in every setting.
 
-    A hub data set holds prompts of each length in a folder of that name; a file's own length is what `lengths=` says.
+    A hub data set has a folder of prompts per length; the prompts of a file are reported with the length in `lengths=`.
     """
     numbered = list(_samples(_rows(source, length), source, config.samples, config.seed))
     return [p for setting in config.setting for p in tokenised(numbered, setting, length, tokenizer)]
@@ -50,14 +50,14 @@ def _samples(rows: Any, source: str, samples: int, seed: int) -> Iterator[tuple[
     if missing:
         raise UserError(f"tasks={source}: expected the columns {', '.join(COLUMNS)}; {', '.join(missing)} missing")
     by_task: dict[str, list[int]] = {}
-    for at, task in enumerate(rows["task"]):
-        by_task.setdefault(task, []).append(at)
-    for task, places in by_task.items():
-        random.Random(f"{seed}:{task}").shuffle(places)  # a larger `samples` extends a smaller one
-        for at in places[:samples]:
-            row = rows[at]
+    for index, task in enumerate(rows["task"]):
+        by_task.setdefault(task, []).append(index)
+    for task, indices in by_task.items():
+        random.Random(f"{seed}:{task}").shuffle(indices)  # a larger `samples` extends a smaller one
+        for index in indices[:samples]:
+            row = rows[index]
             yield (
-                at,
+                index,
                 Sample(
                     context=row["context"],
                     question=row["question"],
@@ -71,7 +71,7 @@ def _samples(rows: Any, source: str, samples: int, seed: int) -> Iterator[tuple[
 
 
 def _answers(cell: Any, source: str) -> list[str]:
-    """A list of answers, which a csv file can only hold as text."""
+    """A list of answers, which is text in a csv file."""
     if isinstance(cell, str) and cell.startswith("["):
         try:
             cell = ast.literal_eval(cell)

@@ -1,4 +1,4 @@
-"""Held-out text: how far the continuation's distribution moves when the cache before it is compressed."""
+"""Held-out text: KL divergence of the continuation with a compressed cache from that with the full cache."""
 
 import random
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ LONGEST_CONTINUATION = 128
 
 
 class Text(Family):
-    """KL (nats per token) from the full cache to the compressed one, perplexity, and next tokens guessed right."""
+    """KL (nats per token) from the full cache to the compressed one, perplexity, and next-token accuracy."""
 
     needs_full = True
 
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
     ) -> tuple[list[dict[str, Any]], Any]:
-        """`score` is the share of continuation tokens that are the model's first choice.
+        """`score` is the percentage of continuation tokens that the model ranks first.
 
-        Where tokens read chosen pages they come one by one, as in generation: several at once would read everything.
+        With page selection tokens are read one by one, as in generation: several at once would read all pages.
         """
-        ids = torch.tensor([prompt.then for prompt in prompts], device=model.device)
+        ids = torch.tensor([prompt.suffix_ids for prompt in prompts], device=model.device)
         parts = ids.split(ids.shape[1] if cache.read == cache.spent else 1, 1)
         with torch.no_grad():
             logits = torch.cat([continuation(model, part, cache) for part in parts], 1)[:, :-1]
@@ -43,20 +43,20 @@ class Text(Family):
 
     @staticmethod
     def _record(logits: Tensor, labels: Tensor, full: Tensor | None) -> dict[str, Any]:
-        said = logits.float().log_softmax(-1)
-        right = float((said.argmax(-1) == labels).float().mean())
-        loss = -float(said.gather(-1, labels.unsqueeze(-1)).mean())
+        log_probs = logits.float().log_softmax(-1)
+        accuracy = float((log_probs.argmax(-1) == labels).float().mean())
+        loss = -float(log_probs.gather(-1, labels.unsqueeze(-1)).mean())
         kl = 0.0
         if full is not None:
-            wanted = full.float().log_softmax(-1)
-            kl = float((wanted.exp() * (wanted - said)).sum(-1).mean())
-        return {"score": 100 * right, "loss": loss, "kl": kl}
+            teacher = full.float().log_softmax(-1)
+            kl = float((teacher.exp() * (teacher - log_probs)).sum(-1).mean())
+        return {"score": 100 * accuracy, "loss": loss, "kl": kl}
 
 
 def prompts(config: EvalConfig, length: int, tokenizer: Any) -> list[Prompt]:
-    """Windows of `length` tokens, drawn by `config.seed`; the last quarter of each, at most 128 tokens, is continued.
+    """Windows of `length` tokens, drawn by `config.seed`; the last quarter, at most 128 tokens, is the continuation.
 
-    The last token that is read before is not compressed, so that the first token of the continuation counts too.
+    The token before it is not compressed, so that the first token of the continuation is scored too.
     """
     if config.text is None:
         raise UserError("tasks=text: expected text=FILE with held-out text, got none")
@@ -66,10 +66,9 @@ def prompts(config: EvalConfig, length: int, tokenizer: Any) -> list[Prompt]:
     order = list(range(len(windows)))
     random.Random(config.seed).shuffle(order)
     cut = length - min(LONGEST_CONTINUATION, length // 4) - 1
-    found = []
-    for index in order[: config.samples]:
-        ids = windows[index]["input_ids"].tolist()
-        found.append(
-            Prompt("text", length, "query_agnostic", index, ids[:cut], ids[cut:], haystack=Path(config.text).name)
-        )
-    return found
+    source = Path(config.text).name
+    ids = {index: windows[index]["input_ids"].tolist() for index in order[: config.samples]}
+    return [
+        Prompt("text", length, "query_agnostic", index, tokens[:cut], tokens[cut:], haystack=source)
+        for index, tokens in ids.items()
+    ]

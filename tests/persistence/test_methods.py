@@ -1,0 +1,76 @@
+"""Shipped methods, their kinds, and selections of them."""
+
+import pytest
+
+from learnkv.allocators import LearnedAllocator, Uniform
+from learnkv.errors import UserError
+from learnkv.persistence.methods import FULL, KINDS, kinds_of, method, select_methods
+from learnkv.persistence.named_configs import CONFIGS
+from learnkv.persistence.policies import load_policy
+from learnkv.policy.policy import Policy
+from learnkv.scorers import ExpectedAttention, SnapKV
+
+
+def test_all_is_every_yaml_but_the_full_cache():
+    assert {*select_methods(), FULL} == {path.stem for path in (CONFIGS / "policies").glob("*.yaml")}
+    assert select_methods(["all"]) == sorted(select_methods())
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("knorm", set()),
+        ("snapkv", {"observation_window"}),
+        ("chunkkv", {"observation_window"}),
+        ("h2o_decode", {"online"}),
+        ("cake_decode", {"online", "observation_window"}),
+        ("kvzip", {"extra_passes"}),
+        ("quest", {"pages"}),
+        ("duo_attention", {"calibrated", "trained"}),
+        ("fast_kvzip", {"calibrated", "trained"}),
+        ("headkv", {"calibrated", "observation_window"}),
+        ("compresskv", {"calibrated", "observation_window"}),
+        ("expected_attention", set()),
+        ("expected_attention_measured", {"calibrated"}),
+    ],
+)
+def test_kinds_follow_from_the_components(name, kinds):
+    assert method(name).kinds == kinds
+
+
+def test_a_kind_of_a_component_within_another_counts():
+    wrapped = Policy(load_policy("criticalkv").scorer.__class__(ExpectedAttention(moments="reference")))
+    assert kinds_of(wrapped) == {"calibrated"}
+    assert kinds_of(Policy(SnapKV(), LearnedAllocator(Uniform(), 2, 2))) == {"trained", "observation_window"}
+    assert "trained" in kinds_of(load_policy("reference"))
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ([], []),
+        (["snapkv", "knorm", "snapkv"], ["snapkv", "knorm"]),
+        (["pages", "extra_passes"], ["quest", "kvzip"]),
+        (["trained", "-duo_attention"], ["fast_kvzip"]),
+        (["knorm", "all", "-all", "random"], ["random"]),
+        (["./mine.yaml", "full"], ["./mine.yaml", "full"]),
+    ],
+)
+def test_words_add_and_take_away_in_order(words, names):
+    assert select_methods(words) == names
+
+
+def test_a_selection_that_begins_by_taking_away_begins_with_all():
+    assert select_methods(["-online", "-random"]) == select_methods(["all", "-random", "-online"])
+    assert set(select_methods()) - set(select_methods(["-online", "-random"])) == {
+        *select_methods(["online"]),
+        "random",
+    }
+
+
+@pytest.mark.parametrize(("word", "near"), [("snapvk", "snapkv"), ("-snapvk", "snapkv"), ("trainde", "trained")])
+def test_a_mistyped_word_is_answered_with_the_nearest(word, near):
+    with pytest.raises(UserError) as error:
+        select_methods(["all", word], "methods")
+    assert str(error.value).startswith(f"methods={word}: expected all, a kind ({', '.join(KINDS)}) or a method")
+    assert str(error.value).endswith(f"; did you mean {near}?")
