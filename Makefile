@@ -5,7 +5,7 @@
 #   make lint            the first part of `make test`: ruff and mypy
 #   make docs            build the site in site/, strictly: a broken link is an error
 #   make house           figures of the structure: circles, lengths, names
-#   make walk            trace one prompt and one training step, write docs/walk.md
+#   make walk            trace one prompt and one training step, write it into docs/design.md
 #   make test-core       the package alone, without any extra, in .venv-core
 #   make test-compat     identities and generate() on the oldest transformers, in .venv-compat
 #   make test-kvpress    comparison with kvpress, in .venv-kvpress
