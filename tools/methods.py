@@ -33,7 +33,11 @@ READS = {  # attributes of an observation
     "rope": "rotations",
     "kept": "the budget",
 }
-HEAD = """# Methods
+HEAD = """---
+hide: [navigation]
+---
+
+# Methods
 
 Every row is a file in `configs/policies/`: `load_policy("snapkv")` in Python, `--ckpt snapkv` on the command line.
 All of them run through the same code: a **scorer** ranks the entries of every head, an **allocator** splits the budget
@@ -51,8 +55,8 @@ def page() -> str:
     """The Markdown of the page."""
     files = sorted((ROOT / "configs" / "policies").glob("*.yaml"))
     rows = [_row(file) for file in files]
-    head = ["name", "what it keeps", "paper", "scorer", "allocator", "reads", "needs"]
-    sections = [_table(head, rows)]
+    table = _table(["name, paper", "what it keeps", "scorer, allocator", "reads of a prompt"], rows)
+    sections = [f'<div class="methods" markdown>\n\n{table}\n</div>\n']
     for part, (module, title) in PARTS.items():
         names = sorted((name for name in module.__all__ if name not in ABSTRACT), key=str.lower)
         sections += [f"## {title}\n", *(_section(part, getattr(module, name)) for name in names)]
@@ -65,18 +69,17 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _row(file: Path) -> list[str]:
-    """One method: name, first sentence of its file, paper, parts, what it reads of a prompt, what it needs."""
-    spec, policy = yaml.safe_load(file.read_text(encoding="utf-8")), load_policy(str(file))
-    comment = " ".join(line.lstrip("# ") for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
-    components = [getattr(policy, part) for part in PARTS if isinstance(spec.get(part), dict)]
-    own = [_doc(component) for component in components if type(component) is not DEFAULT_ALLOCATOR]
-    papers = dict.fromkeys(paper for text in [comment, *own] for paper in _papers(text)[:1])
-    used = {part: _link(part, type(getattr(policy, part))) for part in PARTS if isinstance(spec.get(part), dict)}
-    scorer = used.get("scorer") or used.get("pages") or "–"
-    reads = ", ".join(dict.fromkeys(reads_of(policy))) or "–"
-    summary = re.split(r"[.;]\s", comment + " ", maxsplit=1)[0] + "."
-    allocator = used.get("allocator", "–")
-    return [f"`{file.stem}`", _prose(summary), " ".join(papers) or "–", scorer, allocator, reads, _needs(spec, policy)]
+    """One method: name and papers, the first sentence of its file, its parts, what it reads of a prompt and needs."""
+    text = file.read_text(encoding="utf-8")
+    spec, policy = yaml.safe_load(text), load_policy(str(file))
+    comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line[:1] == "#")
+    components = {part: getattr(policy, part) for part in PARTS if isinstance(spec.get(part), dict)}
+    own = [_doc(component) for component in components.values() if type(component) is not DEFAULT_ALLOCATOR]
+    papers = dict.fromkeys(paper for source in [comment, *own] for paper in _papers(source)[:1])
+    parts = [_link(part, type(component)) for part, component in components.items()]
+    reads = dict.fromkeys([*reads_of(policy), *_needs(spec, policy)])
+    summary = comment.partition(". ")[0].rstrip(".") + "."
+    return ["<br>".join([f"`{file.stem}`", *papers]), _prose(summary), " · ".join(parts), ", ".join(reads) or "–"]
 
 
 def reads_of(policy: Policy) -> Iterator[str]:
@@ -92,11 +95,11 @@ def reads_of(policy: Policy) -> Iterator[str]:
                 yield from reads_of_class(type(part))
 
 
-def _needs(spec: Any, policy: Policy) -> str:
-    needs = ["a second reading of the prompt"] if policy.capture_spec.extra_passes else []
+def _needs(spec: Any, policy: Policy) -> list[str]:
+    needs = ["**the prompt a second time**"] if policy.capture_spec.extra_passes else []
     if "reference" in _values(spec):
         needs.append("[a file measured of the model](howto/own_model.md#tables)")
-    return ", ".join(needs) or "–"
+    return needs
 
 
 def _values(node: Any) -> Iterator[Any]:
