@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tools import house
 from tools.banned_names import BANNED, KINDS
 

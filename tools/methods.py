@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+
 from learnkv import allocators, load_policy, pages, scorers
 from learnkv.core.component import Component
 from learnkv.policy.policy import Policy
@@ -134,7 +135,7 @@ def _section(part: str, kind: type) -> str:
 def _options(kind: type) -> str:
     """Table of the constructor's arguments with their defaults."""
     about = _arguments(_doc(kind))
-    given = [one for one in inspect.signature(kind).parameters.values() if one.kind is not one.VAR_KEYWORD]
+    given = [one for one in inspect.signature(kind).parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
     rows = [[f"`{one.name}`", _default(one), _prose(about.get(one.name, ""))] for one in given]
     return _table(["option", "default", "meaning"], rows) + "\n" if rows else ""
 

@@ -1,6 +1,6 @@
 """The picture of the README: score against the kept fraction, from `docs/results/study.json` or a `results.json`.
 
-    python -m tools.result_picture [--results FILE] [--policies learned,kvzip,…] [--out docs/assets/result.png]
+python -m tools.result_picture [--results FILE] [--policies learned,kvzip,…] [--out docs/assets/result.png]
 """
 
 import argparse
