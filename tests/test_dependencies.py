@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from learnkv.cli.main import OPTIONAL
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "learnkv"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -93,6 +95,11 @@ def test_what_is_declared_is_imported() -> None:
         if extra not in TOOLS:
             used = set().union(*(imported[file] for file in FILES if extra in extras_of(file)))
             assert declared <= used, f"{extra}: {', '.join(sorted(declared - used))} is never imported"
+
+
+def test_the_command_knows_what_the_extras_install() -> None:
+    """Names that are imported and names that are installed are the same here."""
+    assert EXTRA["train"] | EXTRA["eval"] == OPTIONAL
 
 
 def test_tools_are_pinned() -> None:
