@@ -59,6 +59,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy src
 
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.docs
 	$(VENV)/bin/python -m mkdocs build --strict
 

@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Add a method
 #
-# A scorer says how important each entry is; the policy keeps the highest scores of every head. Suppose that entries
+# A scorer gives every entry a score; the policy keeps the highest scores of every head. Suppose that entries
 # whose keys are unlike the keys before them are worth keeping.
 
 # %%
