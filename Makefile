@@ -1,5 +1,18 @@
 # Two commands do everything:  make quickstart [samples=N]   and   make test
-# Both create .venv when it is missing and install into it only when pyproject.toml or a constraints file changed.
+#
+#   make quickstart      install, train a policy on the bundled model, compare it with six heuristics
+#   make test            install, lint, type-check, run the tests
+#   make lint            the first part of `make test`: ruff and mypy
+#   make docs            build the site in site/, strictly: a broken link is an error
+#   make house           figures of the structure: circles, lengths, names
+#   make walk            trace one prompt and one training step, write it into docs/design.md
+#   make test-core       the package alone, without any extra, in .venv-core
+#   make test-compat     identities and generate() on the oldest transformers, in .venv-compat
+#   make test-kvpress    comparison with kvpress, in .venv-kvpress
+#   make format          apply ruff's fixes and formatting
+#   make clean           remove environments, caches and builds
+#
+# Environments are created when they are missing; they change only with pyproject.toml or a constraints file.
 #
 #   PYTHON=python3.12    interpreter that the environments are made with (3.11 or newer)
 #   TORCH_INDEX=URL      a further package index for torch, for a build that the default index does not offer
@@ -14,6 +27,7 @@ samples ?=
 workers ?= 2
 
 VENV := .venv
+CORE := .venv-core
 COMPAT := .venv-compat
 KVPRESS := .venv-kvpress
 # A file's tests stay together: what they share is made once.
@@ -21,7 +35,7 @@ PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help quickstart test test-compat test-kvpress format clean
+.PHONY: help quickstart test lint docs house walk test-core test-compat test-kvpress format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,29 +46,46 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
 # Nothing in the tests may reach for a network. Tests are small: processes of one thread are faster than one of many.
-test test-compat test-kvpress: export OMP_NUM_THREADS := 1
-test test-compat test-kvpress: export HF_HUB_OFFLINE := 1
-test test-compat test-kvpress: export WANDB_MODE := offline
-test test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
+test docs walk test-core test-compat test-kvpress: export OMP_NUM_THREADS := 1
+test docs walk test-core test-compat test-kvpress: export HF_HUB_OFFLINE := 1
+test docs walk test-core test-compat test-kvpress: export WANDB_MODE := offline
+test docs walk test-core test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
 
-test: $(VENV)/.dev
+test: lint
+	$(VENV)/bin/python -m pytest $(PARALLEL)
+
+lint: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy src
-	$(VENV)/bin/python -m pytest $(PARALLEL)
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m mkdocs build --strict
+
+house: $(VENV)/.dev
+	$(VENV)/bin/python -m tools.house
+
+walk: $(VENV)/.dev
+	$(VENV)/bin/python -m tools.walk --write
+
+# The installed wheel is tested, from a folder without the repository: the sources are built and installed each time.
+test-core: $(CORE)/.dev
+	$(CORE)/bin/python $(PIP_INSTALL) --quiet --force-reinstall --no-deps .
+	$(CORE)/bin/python -m pytest tests/core_only
 
 test-compat: $(COMPAT)/.dev
 	$(COMPAT)/bin/python -m pytest $(PARALLEL) -m compat
 
 test-kvpress: $(KVPRESS)/.dev
-	$(KVPRESS)/bin/python -m pytest tests/test_kvpress.py
+	$(KVPRESS)/bin/python -m pytest tests/integrations/test_kvpress.py
 
 format: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check --fix .
 	$(VENV)/bin/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(COMPAT) $(KVPRESS) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CORE) $(COMPAT) $(KVPRESS) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -68,19 +99,31 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e .
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[eval,train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.installed $@
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs,eval,train]'
+	touch $(VENV)/.installed $@
+
+$(CORE)/.torch: $(CORE)/.python constraints.txt
+	$(CORE)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	touch $@
+
+$(CORE)/.dev: $(CORE)/.torch pyproject.toml
+	$(CORE)/bin/python $(PIP_INSTALL) -c constraints.txt . pytest
+	touch $@
+
 $(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
 	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e . pytest pytest-xdist hypothesis
+	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e '.[eval,train]' pytest pytest-xdist hypothesis
 	touch $@
 
 $(KVPRESS)/.torch: $(KVPRESS)/.python constraints.txt

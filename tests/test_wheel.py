@@ -1,8 +1,10 @@
 """The wheel carries all that the package needs: it works in a folder that has no checkout near it."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -54,6 +56,21 @@ def test_wheel_leaves_out_experiments_benchmarks_and_tests(wheel):
     packages = {path.name for path in wheel.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")}
     assert packages == {"learnkv"}
     assert not {"experiments", "benchmarks", "tests", "study"} & {path.name for path in (wheel / "learnkv").iterdir()}
+
+
+def test_wheel_declares_command_requirements_and_extras(wheel):
+    (metadata,) = wheel.glob("learnkv-*.dist-info/METADATA")
+    fields = [line.partition(": ")[::2] for line in metadata.read_text(encoding="utf-8").split("\n\n")[0].splitlines()]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {value.split(";")[0] for name, value in fields if name == "Requires-Dist" and "extra ==" not in value}
+    assert {re.split(r"[ \[<>=;]", one)[0] for one in required} == {
+        re.split(r"[ \[<>=;]", one)[0] for one in project["dependencies"]
+    }
+    assert {value for name, value in fields if name == "Provides-Extra"} == set(project["optional-dependencies"])
+    assert {value.partition(", ")[0] for name, value in fields if name == "Project-URL"} >= {"Repository", "Issues"}
+    commands = (metadata.parent / "entry_points.txt").read_text(encoding="utf-8")
+    assert "learnkv = learnkv.cli.main:main" in commands
+    assert not (wheel / "experiments").exists()
 
 
 def test_package_is_imported_from_the_wheel_alone(wheel, tmp_path):

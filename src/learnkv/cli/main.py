@@ -28,13 +28,17 @@ COMMANDS = {
     "train": Command("learnkv.training.run", "train", "train", "train", "train a policy for a frozen model"),
     "eval": Command("learnkv.evaluation.run", "evaluate", "eval", "eval", "compare policies on one model"),
     "calibrate": Command(
-        "learnkv.calibration.run", "calibrate", "calibrate", "", "measure the tables that methods read", ("out=",)
+        "learnkv.calibration.run", "calibrate", "calibrate", "eval", "measure the tables that methods read", ("out=",)
     ),
     "memory": Command(
         "learnkv.training.memory.predict", "report", "train", "train", "predict the peak memory of a training run"
     ),
     "export": Command("learnkv.cli.export", "export", "export", "", "export a policy or its budgets", ("ckpt=",)),
 }
+
+
+OPTIONAL = frozenset({"datasets", "lightning", "matplotlib", "peft", "tqdm", "wandb", "wonderwords"})
+"""What the extras `train` and `eval` install."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         function = getattr(import_module(command.module), command.function)
-    except ModuleNotFoundError as error:
+        return run_main(function, rest or command.default, command.configs, f"learnkv {name}")
+    except ModuleNotFoundError as error:  # some are imported only when they are needed
         missing = str(error.name).partition(".")[0]
-        if missing == "learnkv" or not command.extra:
+        if missing not in OPTIONAL:
             raise
-        install = f"pip install 'learnkv[{command.extra}]'"
+        install = f"pip install 'learnkv[{command.extra or 'eval'}]'"
         return report_error(f"learnkv {name} needs {missing}, which is not installed: {install}", 2)
-    return run_main(function, rest or command.default, command.configs, f"learnkv {name}")
 
 
 def _usage() -> str:

@@ -1,0 +1,68 @@
+"""The notebooks in examples/ run as scripts, away from the repository, and show what they say."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NAMES = ["compress_and_ask", "train_a_policy", "add_a_method"]
+
+
+def output_of(name: str, folder: Path) -> str:
+    """What a notebook prints."""
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        cwd=folder,
+        env={**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets"), "TMPDIR": str(folder)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_compress_and_ask(tmp_path: Path) -> None:
+    shown = output_of("compress_and_ask", tmp_path)
+    (full,) = map(int, re.findall(r"full cache: (\d+) bytes", shown))
+    rows = {name: (int(size), answer) for name, size, answer in re.findall(r"(\w+): (\d+) bytes, answers (.*)", shown)}
+    assert set(rows) == {"reference", "kvzip", "snapkv", "streaming_llm"}
+    assert all(size < 0.12 * full for size, _ in rows.values())
+    assert "4817293" in rows["reference"][1]
+    assert "4817293" not in rows["streaming_llm"][1]
+    assert re.search(r"^Ben 7720815", shown, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_train_a_policy(tmp_path: Path) -> None:
+    losses = dict(re.findall(r"(\w+): ([\d.]+) nats per token", output_of("train_a_policy", tmp_path)))
+    assert 0 < float(losses["trained"]) < float(losses["snapkv"])
+
+
+@pytest.mark.slow
+def test_add_a_method(tmp_path: Path) -> None:
+    shares = dict(re.findall(r"([\w+ ]+): ([\d.]+) of the number", output_of("add_a_method", tmp_path)))
+    named = {name.strip(): float(share) for name, share in shares.items()}
+    assert named["novelty"] > named["random"] + 0.1
+    assert len(named) == 5
+
+
+def test_all_are_tested() -> None:
+    assert sorted(path.stem for path in EXAMPLES.glob("*.py")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_are_notebooks(name: str) -> None:
+    jupytext = pytest.importorskip("jupytext")
+    cells = jupytext.read(EXAMPLES / f"{name}.py").cells
+    assert [cell.cell_type for cell in cells[:2]] == ["markdown", "code"]
+    assert cells[0].source.startswith("# ")
+    assert len(cells) > 6
+    assert all(cell.source.strip() for cell in cells)

@@ -1,0 +1,177 @@
+"""The page of all methods, made from the YAML files of `configs/policies` and from the classes that these name."""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from learnkv import allocators, load_policy, pages, scorers
+from learnkv.core.component import Component
+from learnkv.policy.policy import Policy
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS: dict[str, tuple[ModuleType, str]] = {
+    "scorer": (scorers, "Scorers: how important is an entry"),
+    "allocator": (allocators, "Allocators: how the budget is split over layers and heads"),
+    "pages": (pages, "Page selectors: what a decode step reads"),
+}
+DEFAULT_ALLOCATOR = type(Policy(None).allocator)
+ABSTRACT = ("Scorer", "Allocator", "PageSelector")
+READS = {  # attributes of an observation
+    "keys": "keys",
+    "window_attention": "keys",
+    "values": "values",
+    "projection": "output projection",
+    "output_weight": "output projection",
+    "hidden": "hidden states",
+    "rope": "rotations",
+    "kept": "the budget",
+}
+HEAD = """---
+hide: [navigation]
+---
+
+# Methods
+
+Every row is a file in `configs/policies/`: `load_policy("snapkv")` in Python, `--ckpt snapkv` on the command line.
+All of them run through the same code: a **scorer** ranks the entries of every head, an **allocator** splits the budget
+over layers and heads, one function makes it exact, and the first 4 and last 8 tokens of a prompt are kept in any case.
+A **page selector** evicts nothing and chooses what each decode step reads. Trained policies are made of
+`LearnedScorer`, `HiddenScorer`, `GateScorer` and `LearnedAllocator`, which are listed below too.
+
+This page is generated from the classes when the site is built. How the methods compare:
+[method comparison](results/method_comparison.md).
+
+"""
+
+
+def page() -> str:
+    """The Markdown of the page."""
+    files = sorted((ROOT / "configs" / "policies").glob("*.yaml"))
+    rows = [_row(file) for file in files]
+    table = _table(["name, paper", "what it keeps", "scorer, allocator", "reads of a prompt"], rows)
+    sections = [f'<div class="methods" markdown>\n\n{table}\n</div>\n']
+    for part, (module, title) in PARTS.items():
+        names = sorted((name for name in module.__all__ if name not in ABSTRACT), key=str.lower)
+        sections += [f"## {title}\n", *(_section(part, getattr(module, name)) for name in names)]
+    return HEAD + "\n".join(sections)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _row(file: Path) -> list[str]:
+    """One method: name and papers, the first sentence of its file, its parts, what it reads of a prompt and needs."""
+    text = file.read_text(encoding="utf-8")
+    spec, policy = yaml.safe_load(text), load_policy(str(file))
+    comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line[:1] == "#")
+    components = {part: getattr(policy, part) for part in PARTS if isinstance(spec.get(part), dict)}
+    own = [_doc(component) for component in components.values() if type(component) is not DEFAULT_ALLOCATOR]
+    papers = dict.fromkeys(paper for source in [comment, *own] for paper in _papers(source)[:1])
+    parts = [_link(part, type(component)) for part, component in components.items()]
+    reads = dict.fromkeys([*reads_of(policy), *_needs(spec, policy)])
+    summary = comment.partition(". ")[0].rstrip(".") + "."
+    return ["<br>".join([f"`{file.stem}`", *papers]), _prose(summary), " · ".join(parts), ", ".join(reads) or "–"]
+
+
+def reads_of(policy: Policy) -> Iterator[str]:
+    """What a policy reads of a prompt, in words."""
+    recorded = policy.capture_spec
+    if recorded.window:
+        yield f"last {recorded.window} queries" if recorded.window > 1 else "last query"
+    if any(not statistic.for_gradients for statistic in recorded.statistics):
+        yield "all queries or tokens as they are read"
+    for component in (policy.scorer, policy.pages):
+        for part in component.modules() if component is not None else ():
+            if isinstance(part, Component):
+                yield from reads_of_class(type(part))
+
+
+def _needs(spec: Any, policy: Policy) -> list[str]:
+    needs = ["**the prompt a second time**"] if policy.capture_spec.extra_passes else []
+    if "reference" in _values(spec):
+        needs.append("[a file measured of the model](howto/own_model.md#tables)")
+    return needs
+
+
+def _values(node: Any) -> Iterator[Any]:
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    yield node if not isinstance(node, dict | list) else None
+    for child in children:
+        yield from _values(child)
+
+
+@cache
+def reads_of_class(kind: type) -> tuple[str, ...]:
+    """Attributes of an observation that the methods of a class use, in words."""
+    own = [one for one in kind.__mro__ if one.__module__.startswith("learnkv.") and one.__name__ not in ABSTRACT]
+    trees = [ast.parse(textwrap.dedent(inspect.getsource(one))) for one in own]
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    used = {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == "obs"}
+    return tuple(dict.fromkeys(word for attribute, word in READS.items() if attribute in used))
+
+
+def _section(part: str, kind: type) -> str:
+    """A class: what it is, where originals differ, what it reads, its options."""
+    summary, *rest = _doc(kind).split("\n\n")
+    prose = [block for block in rest if not block.startswith(("Args:", "Returns:", "Raises:"))]
+    reads = reads_of_class(kind) if part == "scorer" else ()
+    lines = [f"### {kind.__name__} {{ #{_anchor(part, kind)} }}\n", _prose(summary), ""]
+    lines += [f"{_prose(block)}\n" for block in prose]
+    if reads:
+        lines += [f"Reads: {', '.join(reads)}.\n"]
+    return "\n".join(lines) + "\n" + _options(kind)
+
+
+def _options(kind: type) -> str:
+    """Table of the constructor's arguments with their defaults."""
+    about = _arguments(_doc(kind))
+    given = [one for one in inspect.signature(kind).parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    rows = [[f"`{one.name}`", _default(one), _prose(about.get(one.name, ""))] for one in given]
+    return _table(["option", "default", "meaning"], rows) + "\n" if rows else ""
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    if parameter.default is parameter.empty:
+        return "required"
+    return f"`{'null' if parameter.default is None else parameter.default}`"
+
+
+def _arguments(doc: str) -> dict[str, str]:
+    """Names and descriptions of a docstring's `Args:`."""
+    block = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)*)", doc, re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): ((?:.|\n {8})*)", block[1], re.MULTILINE) if block else []
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _doc(component: Any) -> str:
+    return inspect.getdoc(component if inspect.isclass(component) else type(component)) or ""
+
+
+def _papers(text: str) -> list[str]:
+    return [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"arXiv (\d{4}\.\d{5})", text)]
+
+
+def _anchor(part: str, kind: type) -> str:
+    return f"{part}-{kind.__name__.lower()}"
+
+
+def _link(part: str, kind: type) -> str:
+    return f"[{kind.__name__}](#{_anchor(part, kind)})"
+
+
+def _prose(text: str) -> str:
+    """Plain text as Markdown: what is no code between backticks means itself, papers become links."""
+    pieces = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    escaped = [piece if piece.startswith("`") else re.sub(r"([\\*_<>\[\]])", r"\\\1", piece) for piece in pieces]
+    joined = "".join(escaped).replace("|", "\\|")
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", joined)
