@@ -111,11 +111,11 @@ def replay_us(graph: "torch.cuda.CUDAGraph") -> float:
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(__doc__, argv)
-    where = device(asked.dry_run)
-    part = Part(asked.out, "ceilings", asked.dry_run)
+    options = arguments(__doc__, argv)
+    where = device(options.dry_run)
+    part = Part(options.out, "ceilings", options.dry_run)
     for measure in (bandwidths, matrix, launches):
-        measure(part, where, asked.dry_run)
+        measure(part, where, options.dry_run)
     part.finish()
     return part
 

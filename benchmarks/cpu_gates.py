@@ -170,12 +170,12 @@ def table(rows: list[Row]) -> str:
 def main(argv: list[str] | None = None) -> Part:
     only = {"choices": ["kvpress"], "help": "measure nothing else, in an environment that has it"}
     kvpress_python = {"metavar": "PYTHON", "help": "interpreter of an environment with kvpress, measured too"}
-    asked = arguments(__doc__, argv, only=only, kvpress=kvpress_python)
-    part = Part(asked.out, "cpu_gates", dry_run=False)
+    options = arguments(__doc__, argv, only=only, kvpress=kvpress_python)
+    part = Part(options.out, "cpu_gates", dry_run=False)
     model = SHAPE.build(torch.device("cpu"), torch.float32)
-    for name, (run, keep) in contenders(asked.only).items():
+    for name, (run, keep) in contenders(options.only).items():
         part.add(**measure(model, name, run, keep))
-    for row in foreign(asked.kvpress) if asked.kvpress else ():
+    for row in foreign(options.kvpress) if options.kvpress else ():
         part.add(**row)
     part.finish()
     print(table(part.rows))

@@ -72,13 +72,13 @@ def dry_settings() -> list[Setting]:
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(
+    options = arguments(
         __doc__, argv, static={"action": "store_true", "help": "only transformers' StaticCache, which is compiled"}
     )
-    where = device(asked.dry_run)
-    part = Part(asked.out, "decode static" if asked.static else "decode", asked.dry_run)
-    clock = Clock(asked.seconds)
-    wanted = dry_settings() if asked.dry_run else static_settings() if asked.static else settings()
+    where = device(options.dry_run)
+    part = Part(options.out, "decode static" if options.static else "decode", options.dry_run)
+    clock = Clock(options.seconds)
+    wanted = dry_settings() if options.dry_run else static_settings() if options.static else settings()
     model: PreTrainedModel | None = None
     for at, setting in enumerate(wanted):
         if clock.over():
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> Part:
         assert model is not None
         for contender in setting.contenders:
             if not clock.over():
-                measure(part, model, setting, contender, asked.dry_run)
+                measure(part, model, setting, contender, options.dry_run)
     part.finish()
     return part
 

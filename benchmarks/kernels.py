@@ -8,13 +8,13 @@ SWEEPS = ("decode", "eviction", "pages", "training")
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(__doc__, argv, only={"choices": SWEEPS, "help": "one sweep"})
-    where = device(asked.dry_run)
-    names = [asked.only] if asked.only else SWEEPS
-    part = Part(asked.out, "kernels" + (f" {asked.only}" if asked.only else ""), asked.dry_run)
-    clock = Clock(asked.seconds)
+    options = arguments(__doc__, argv, only={"choices": SWEEPS, "help": "one sweep"})
+    where = device(options.dry_run)
+    names = [options.only] if options.only else SWEEPS
+    part = Part(options.out, "kernels" + (f" {options.only}" if options.only else ""), options.dry_run)
+    clock = Clock(options.seconds)
     for name in names:  # imported one by one: what is wrong with one costs the others nothing
-        importlib.import_module(f"benchmarks.sweeps.{name}").run(part, where, clock, asked.dry_run)
+        importlib.import_module(f"benchmarks.sweeps.{name}").run(part, where, clock, options.dry_run)
     part.finish()
     return part
 

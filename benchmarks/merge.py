@@ -113,18 +113,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--into", type=Path, required=True)
-    asked = parser.parse_args(argv)
-    document = merge(asked.folder)
+    options = parser.parse_args(argv)
+    document = merge(options.folder)
     found = document["environment"]
     gpu = re.sub(r"[^a-z0-9]+", "-", found["gpu"].lower().removeprefix("nvidia ")).strip("-")
     name = f"{'dry-run' if found['dry_run'] else gpu}-{found['sha']}.json"
-    asked.into.mkdir(parents=True, exist_ok=True)
-    (asked.into / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    options.into.mkdir(parents=True, exist_ok=True)
+    (options.into / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     for target in document["summary"]:
         value = "not measured" if target["value"] is None else f"{target['value']:.3g} {target['unit']}"
         verdict = {True: "pass", False: "FAIL", None: "-"}[target["pass"]]
         print(f"{verdict:5} {target['item']}, {target['condition']}: {value} (target {target['goal']:g})")
-    print(asked.into / name)
+    print(options.into / name)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,13 @@ PROMPTS = {32768: 2, 131072: 1}
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(__doc__, argv)
-    where = device(asked.dry_run)
-    part = Part(asked.out, "prefill", asked.dry_run)
-    clock = Clock(asked.seconds)
-    shape = LLAMA_8B.tiny() if asked.dry_run else LLAMA_8B
+    options = arguments(__doc__, argv)
+    where = device(options.dry_run)
+    part = Part(options.out, "prefill", options.dry_run)
+    clock = Clock(options.seconds)
+    shape = LLAMA_8B.tiny() if options.dry_run else LLAMA_8B
     model = attach(shape.build(where))
-    for prompt, times in ({96: 1} if asked.dry_run else PROMPTS).items():
+    for prompt, times in ({96: 1} if options.dry_run else PROMPTS).items():
         if clock.over():
             return part
         measure(part, model, shape, prompt, times, clock)

@@ -162,13 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")
-    asked = parser.parse_args(argv)
-    found = documents(asked.results)
-    before, _, rest = asked.document.read_text(encoding="utf-8").partition(BEGIN)
+    options = parser.parse_args(argv)
+    found = documents(options.results)
+    before, _, rest = options.document.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    asked.document.write_text(f"{before}{BEGIN}\n{text(found)}\n{END}{after}", encoding="utf-8")
-    print(asked.document)
-    for picture in charts(found[-1], asked.document.parent / "performance") if found else []:
+    options.document.write_text(f"{before}{BEGIN}\n{text(found)}\n{END}{after}", encoding="utf-8")
+    print(options.document)
+    for picture in charts(found[-1], options.document.parent / "performance") if found else []:
         print(picture)
 
 

@@ -26,20 +26,20 @@ ARGUMENTS = (
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(__doc__, argv)
-    where = device(asked.dry_run)
-    part = Part(asked.out, "step_memory", asked.dry_run)
-    clock = Clock(asked.seconds)
+    options = arguments(__doc__, argv)
+    where = device(options.dry_run)
+    part = Part(options.out, "step_memory", options.dry_run)
+    clock = Clock(options.seconds)
     missing = [name for name in ("lightning", "jsonargparse", "yaml") if importlib.util.find_spec(name) is None]
     if missing:
         part.add(f"not installed: {', '.join(missing)}", kernel="train: memory of a step")
         part.finish()
         return part
-    for shape, prompt, new in [(LLAMA_8B.tiny(), 200, 12)] if asked.dry_run else TRIED:
+    for shape, prompt, new in [(LLAMA_8B.tiny(), 200, 12)] if options.dry_run else TRIED:
         if clock.over():
             return part
         free()
-        model = attach(shape.build(where, torch.float32 if asked.dry_run else torch.bfloat16))
+        model = attach(shape.build(where, torch.float32 if options.dry_run else torch.bfloat16))
         about = {"kernel": "train: memory of a step", "model": shape.name, "T": prompt, "new": new, "continuations": 8}
         part.add(**about, **measure(model, prompt, new))
         del model

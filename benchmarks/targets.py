@@ -11,7 +11,7 @@ MB = 1e6
 
 
 def where(rows: Iterable[Row], /, **wanted: Any) -> list[Row]:
-    """The rows whose fields are what is asked for, or pass the test that is given."""
+    """Rows whose fields equal the wanted values, or pass the given test."""
 
     def fits(row: Row, key: str, want: Any) -> bool:
         value = row.get(key)

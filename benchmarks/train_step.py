@@ -24,11 +24,11 @@ TRIED = [(LLAMA_8B, 32768, 512), (QWEN_06B, 32768, 512), (LLAMA_8B, 8192, 512)]
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(__doc__, argv)
-    where = device(asked.dry_run)
-    part = Part(asked.out, "train_step", asked.dry_run)
-    clock = Clock(asked.seconds)
-    tried = [(LLAMA_8B.tiny(), 64, 5)] if asked.dry_run else TRIED
+    options = arguments(__doc__, argv)
+    where = device(options.dry_run)
+    part = Part(options.out, "train_step", options.dry_run)
+    clock = Clock(options.seconds)
+    tried = [(LLAMA_8B.tiny(), 64, 5)] if options.dry_run else TRIED
     model: PreTrainedModel | None = None
     for shape, prompt, new in tried:
         if clock.over():

@@ -29,18 +29,18 @@ KEEPS = (0.02, 0.11, 0.6)
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(__doc__, argv)
-    part = Part(asked.out, "training_cost", asked.dry_run)
+    options = arguments(__doc__, argv)
+    part = Part(options.out, "training_cost", options.dry_run)
     model, _ = load_model("reference", device="cpu")
     layer = attach(dataclasses.replace(LLAMA_8B, layers=1).build(torch.device("meta")))
     for name, policy in (("as shipped", shipped), ("on SnapKV", on_snapkv)):
-        for prompt, new in [(256, 16)] if asked.dry_run else [(512, 32), (1024, 32), (2048, 32)]:
+        for prompt, new in [(256, 16)] if options.dry_run else [(512, 32), (1024, 32), (2048, 32)]:
             found = step(model, policy(model), prompt, new)
             part.add(kernel="training step, counted", model="reference", policy=name, **found)
-        for prompt in () if asked.dry_run else (8192, 32768, 131072):
+        for prompt in () if options.dry_run else (8192, 32768, 131072):
             found = computed(layer, policy(layer), prompt, 256, LLAMA_8B.layers)
             part.add(kernel="training step, computed", model=LLAMA_8B.name, policy=name, **found)
-    for prompt in [256] if asked.dry_run else [512, 1024, 2048]:
+    for prompt in [256] if options.dry_run else [512, 1024, 2048]:
         found = regression(model, shipped(model), learned().distillation.objective, prompt)
         part.add(kernel="regression step, counted", model="reference", policy="as shipped", **found)
     part.finish()

@@ -23,11 +23,11 @@ PRESSES = {"none": None, "SnapKV": lambda: SnapKVPress(RATIO), "AdaKV": lambda: 
 
 
 def main(argv: list[str] | None = None) -> Part:
-    asked = arguments(__doc__, argv)
-    where = device(asked.dry_run)
-    part = Part(asked.out, "kvpress", asked.dry_run)
-    clock = Clock(asked.seconds)
-    shape, prompts = (LLAMA_8B.tiny(), ((2, 128),)) if asked.dry_run else (LLAMA_8B, ((1, 32768), (4, 32768)))
+    options = arguments(__doc__, argv)
+    where = device(options.dry_run)
+    part = Part(options.out, "kvpress", options.dry_run)
+    clock = Clock(options.seconds)
+    shape, prompts = (LLAMA_8B.tiny(), ((2, 128),)) if options.dry_run else (LLAMA_8B, ((1, 32768), (4, 32768)))
     model = shape.build(where)
     for batch, prompt in prompts:
         for name in PRESSES:

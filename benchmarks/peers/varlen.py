@@ -13,7 +13,7 @@ _NEEDS = {"query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "
 
 
 def missing() -> str | None:
-    """Why this torch cannot be asked, None where it can."""
+    """Why this torch cannot run it, None where it can."""
     schemas = [one for one in torch._C._jit_get_schemas_for_operator(_OP) if not one.overload_name]
     if not schemas:
         return f"{_OP} does not exist in torch {torch.__version__}"

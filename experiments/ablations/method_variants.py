@@ -104,34 +104,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", nargs="*", default=(), help="text, jsonl or parquet files")
     parser.add_argument("--output", type=Path, default=Path("runs/method_variants"), help="folder for samples")
     parser.add_argument("--out", type=Path, default=Path("docs/results/method_variants.md"), help="file for the tables")
-    asked = parser.parse_args(argv)
-    asked.output.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model("reference")
     attach(model)
     moments = None
-    if asked.text:
-        windows = text_windows(list(asked.text), tokenizer, 1024)
+    if options.text:
+        windows = text_windows(list(options.text), tokenizer, 1024)
         contexts = [windows[at * len(windows) // WINDOWS]["input_ids"][None] for at in range(WINDOWS)]
-        moments = asked.output / "moments.safetensors"
+        moments = options.output / "moments.safetensors"
         tensors.write(moments, query_moments(model, contexts), torch.float16)
-    changed = variants(asked.output, moments)
-    records = measure(changed, asked.samples, model, tokenizer, asked.output)
-    text = f" --text {' '.join(Path(file).name for file in asked.text)}" if asked.text else ""
+    changed = variants(options.output, moments)
+    records = measure(changed, options.samples, model, tokenizer, options.output)
+    text = f" --text {' '.join(Path(file).name for file in options.text)}" if options.text else ""
     lines = [
         "# Methods with one thing changed",
         "",
-        f"Written by `python -m experiments.ablations.method_variants --samples {asked.samples}{text}` at commit "
+        f"Written by `python -m experiments.ablations.method_variants --samples {options.samples}{text}` at commit "
         f"{head()[:7]}:",
-        f"model `reference`, {asked.samples} prompts each of {', '.join(TASKS)}.",
+        f"model `reference`, {options.samples} prompts each of {', '.join(TASKS)}.",
         "Means over tasks of 0 to 100, and what a variant gains on its method on the same prompts, ± a standard error.",
     ]
-    if asked.text:
+    if options.text:
         lines += [f'"Other text": moments of {WINDOWS} windows of 1,024 tokens, spread evenly over the text.']
     for setting in ("query_agnostic", "query_aware"):
         of_setting = [record for record in records if record["setting"] == setting]
         lines += ["", f"## {setting.replace('_', '-').capitalize()}", ""]
         lines += table(of_setting, {name: beside for name, (beside, _) in changed.items()})
-    asked.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

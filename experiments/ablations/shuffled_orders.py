@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", required=True, help="text, jsonl or parquet files")
     parser.add_argument("--output", type=Path, default=Path("runs/shuffled_orders"), help="folder for samples")
     parser.add_argument("--out", type=Path, default=Path("docs/results/shuffled_orders.md"), help="file for the tables")
-    asked = parser.parse_args(argv)
-    asked.output.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(argv)
+    options.output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model("reference")
     attach(model)
     layers = model.config.num_hidden_layers
@@ -122,19 +122,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = EvalConfig(
         model="reference",
         tasks=("text",),
-        text=asked.text,
-        samples=asked.samples,
+        text=options.text,
+        samples=options.samples,
         lengths=(LENGTH,),
         setting=("query_agnostic",),
-        batch_size=asked.samples,
+        batch_size=options.samples,
     )
-    records = measure(policies, config, model, tokenizer, asked.output)
+    records = measure(policies, config, model, tokenizer, options.output)
     lines = [
         "# What the order within heads is worth on held-out text",
         "",
-        f"Written by `python -m experiments.ablations.shuffled_orders --text {Path(asked.text).name}` at commit "
+        f"Written by `python -m experiments.ablations.shuffled_orders --text {Path(options.text).name}` at commit "
         f"{head()[:7]}:",
-        f"KL to the full cache in nats per token on the reference model, {asked.samples} windows, and what is added",
+        f"KL to the full cache in nats per token on the reference model, {options.samples} windows, and what is added",
         "to it when the heads of one layer keep as many entries as before, drawn at random. ± is one standard error.",
         "",
     ]
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert isinstance(scorer, LearnedScorer)
     start = f"{scorer.sampling:g} at the start"
     lines += [f"Scale of the noise that each head of `learned` has learned, beside {start}:", "", *scales(scorer)]
-    asked.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    options.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -51,24 +51,24 @@ class Side:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    asked, commit = arguments(argv), revision()
+    options, commit = arguments(argv), revision()
     torch.set_num_threads(1)
     model, tokenizer = load_model("reference", dtype="float32", device="cpu")
     attach(model)
-    config = EvalConfig(tasks=TASKS, samples=asked.samples, lengths=(1024,))
+    config = EvalConfig(tasks=TASKS, samples=options.samples, lengths=(1024,))
     prompts = ruler.prompts(config, TASKS, 1024, tokenizer)
     with tempfile.TemporaryDirectory() as name:
-        folder = asked.folder or Path(name)
-        request = prepare(folder, model, prompts, asked)
-        if asked.python is not None:
-            command = [str(asked.python), "-m", "experiments.kvpress_comparison.peer", str(folder)]
+        folder = options.folder or Path(name)
+        request = prepare(folder, model, prompts, options)
+        if options.python is not None:
+            command = [str(options.python), "-m", "experiments.kvpress_comparison.peer", str(folder)]
             subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         theirs = json.loads((folder / "answer.json").read_text())
         kept = dict(np.load(folder / "kept.npz"))
         rows = compare(model, tokenizer, prompts, request, theirs, kept)
         steps = timed(folder / "long", request["long"])
     report = {
-        "command": f"python -m {NAME} --python PATH --samples {asked.samples} --long {asked.long}",
+        "command": f"python -m {NAME} --python PATH --samples {options.samples} --long {options.long}",
         "commit": commit,
         "versions": theirs["versions"],
         "prompts": len(prompts),
@@ -76,19 +76,19 @@ def main(argv: list[str] | None = None) -> None:
         "steps": [
             {
                 "method": name,
-                "keep": 1.0 if name == "none" else asked.keep,
+                "keep": 1.0 if name == "none" else options.keep,
                 "theirs": theirs["steps"][name],
                 "ours": ours,
             }
             for name, ours in steps.items()
         ],
-        "long": {"prompt": asked.long, "layers": 8, "query_heads": 8, "kv_heads": 2, "head_dim": 64},
+        "long": {"prompt": options.long, "layers": 8, "query_heads": 8, "kv_heads": 2, "head_dim": 64},
         "notes": {name: method.note for name, method in METHODS.items()},
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "kvpress.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (asked.out / "kvpress.md").write_text("\n".join(page(report)).rstrip() + "\n", encoding="utf-8")
-    print(asked.out / "kvpress.md")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "kvpress.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.out / "kvpress.md").write_text("\n".join(page(report)).rstrip() + "\n", encoding="utf-8")
+    print(options.out / "kvpress.md")
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -102,7 +102,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(folder: Path, model: Any, prompts: list[Any], asked: argparse.Namespace) -> dict[str, Any]:
+def prepare(folder: Path, model: Any, prompts: list[Any], options: argparse.Namespace) -> dict[str, Any]:
     """Write both models and the request; the answer along which KL is measured is the full cache's own."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder / "model")
@@ -115,7 +115,7 @@ def prepare(folder: Path, model: Any, prompts: list[Any], asked: argparse.Namesp
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=2 * asked.long,
+        max_position_embeddings=2 * options.long,
     )
     AutoModelForCausalLM.from_config(shape).save_pretrained(folder / "long")
     ends = sorted(eos_tokens(model))
@@ -126,12 +126,12 @@ def prepare(folder: Path, model: Any, prompts: list[Any], asked: argparse.Namesp
         said = said[: next((at + 1 for at, token in enumerate(said) if token in ends), len(said))]
         new = len(said) + 8
         told.append({"read": prompt.prefill_ids, "then": prompt.suffix_ids, "answer": said, "new": new, "ends": ends})
-    ids = torch.randint(1, 128, (asked.long,), generator=torch.Generator().manual_seed(1)).tolist()
+    ids = torch.randint(1, 128, (options.long,), generator=torch.Generator().manual_seed(1)).tolist()
     request = {
         "methods": {name: method.press for name, method in METHODS.items()},
         "keeps": KEEPS,
         "prompts": told,
-        "long": {"read": ids, "keep": asked.keep, "steps": 16},
+        "long": {"read": ids, "keep": options.keep, "steps": 16},
     }
     (folder / "request.json").write_text(json.dumps(request))
     return request

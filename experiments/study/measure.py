@@ -108,8 +108,8 @@ class Comparisons:
         """The policies whose budgets depend on the prompt, with features of one prompt of each task in turn."""
         config = self.config
         agnostic: dict[str, Any] = {"setting": ("query_agnostic",)}
-        asked = {name: self.learned[name] for name in map(name_of, (config.learned, *config.ablations))}
-        own = {name: policy for name, policy in asked.items() if conditioning.conditioned(policy)}
+        learned = {name: self.learned[name] for name in map(name_of, (config.learned, *config.ablations))}
+        own = {name: policy for name, policy in learned.items() if conditioning.conditioned(policy)}
         if not own:
             return
         self.earlier += samples(config.folder / MAIN)  # the full cache's

@@ -59,7 +59,7 @@ def page(
 
 
 def _without(results: Results) -> Iterator[str]:
-    """Which policies saw less of what they are asked."""
+    """Which policies saw fewer kinds of tasks in training."""
     if results.unseen is not None:
         yield f"; {results.unseen} has none of it"
     for name, families in results.held_out.items():
@@ -134,7 +134,7 @@ def _trainings(results: Results) -> Iterator[str]:
     yield ""
     body = []
     for name, run in results.runs.items():
-        asked, last = facts(run), last_validation(run)
+        keys, last = facts(run), last_validation(run)
         cells = [
             "{learned_kl:.3f} ({soft_kl:.3f}), changed {changed:.2f}, spread {marginal_spread:.2g}".format(
                 **{key: last[f"val/{key}@{keep:g}"] for key in ("learned_kl", "soft_kl", "changed", "marginal_spread")}
@@ -143,9 +143,9 @@ def _trainings(results: Results) -> Iterator[str]:
             else ""
             for keep in VALIDATION_KEEPS
         ]
-        objective = (asked["objective"] or {"class_path": "ForwardKL"})["class_path"].split(".")[-1]
-        lengths = "-".join(map(str, asked["lengths"] or ())) or "default"
-        body.append([name, f"{objective}, {asked['trainer']['max_steps']} steps, lengths {lengths}", *cells])
+        objective = (keys["objective"] or {"class_path": "ForwardKL"})["class_path"].split(".")[-1]
+        lengths = "-".join(map(str, keys["lengths"] or ())) or "default"
+        body.append([name, f"{objective}, {keys['trainer']['max_steps']} steps, lengths {lengths}", *cells])
     yield from table(["policy", "training", *(f"keep {keep:g}" for keep in VALIDATION_KEEPS)], body)
 
 
