@@ -70,6 +70,7 @@ walk: $(VENV)/.dev
 	$(VENV)/bin/python -m tools.walk --write
 
 # The installed wheel is tested, from a folder without the repository: the sources are built and installed each time.
+test-core: export PYTHONPATH :=
 test-core: $(CORE)/.dev
 	$(CORE)/bin/python $(PIP_INSTALL) --quiet --force-reinstall --no-deps .
 	$(CORE)/bin/python -m pytest tests/core_only
