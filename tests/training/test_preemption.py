@@ -39,7 +39,7 @@ def test_a_run_that_is_asked_to_end_goes_on_later(run, tmp_path, monkeypatch, ca
             capsys.readouterr()
             assert train(cut) == 143
         assert capsys.readouterr().err.strip().splitlines()[-1] == (
-            f"error: ended by SIGTERM after step {step}; the same command goes on from there"
+            f"error: ended by SIGTERM after step {step}; the same command resumes it"
         )
         assert signal.getsignal(signal.SIGTERM) == handler
         assert torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["global_step"] == step
