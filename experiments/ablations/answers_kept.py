@@ -83,7 +83,7 @@ def measure(policies: Mapping[str, Policy], samples: int, setting: Setting) -> d
     return {which: _mean(each) for which, each in found.items()}
 
 
-def ranks(values: Sequence[float]) -> list[float]:
+def mean_ranks(values: Sequence[float]) -> list[float]:
     """Ranks from 0 on; equal values share the mean of theirs."""
     return [sum(x < value for x in values) + (sum(x == value for x in values) - 1) / 2 for value in values]
 
@@ -110,7 +110,9 @@ def table(found: Mapping[tuple[str, float], Figures], scores: Mapping[tuple[str,
         yield f"| {name} | {found[name, KEEPS[1]][1]:.2f} | {' | '.join(cells)} |"
     both = [which for which in found if which in scores]
     if len(both) > 1:
-        alike = correlation(ranks([found[which][0] for which in both]), ranks([scores[which] for which in both]))
+        alike = correlation(
+            mean_ranks([found[which][0] for which in both]), mean_ranks([scores[which] for which in both])
+        )
         yield ""
         yield f"Rank correlation of the answer's part that is kept with the score, over {len(both)} cells: {alike:.2f}."
 

@@ -231,14 +231,14 @@ def _row(name: str, keep: float, found: list[Row], sides: dict[Any, Side]) -> Ro
     return row
 
 
-def _logits(model: Any, cache: CompressedCache, told: Row) -> torch.Tensor:
+def _logits(model: Any, cache: CompressedCache, row: Row) -> torch.Tensor:
     """Log-probabilities [T, V] along the question and the full cache's answer."""
-    ids = torch.tensor([told["then"] + told["answer"][:-1]])
+    ids = torch.tensor([row["then"] + row["answer"][:-1]])
     return continuation(model, ids, cache)[0].log_softmax(-1)
 
 
-def _score(tokenizer: Any, prompt: Any, said: list[int]) -> float:
-    return 100 * float(prompt.sample.score(tokenizer.decode(said, skip_special_tokens=True)))
+def _score(tokenizer: Any, prompt: Any, generated: list[int]) -> float:
+    return 100 * float(prompt.sample.score(tokenizer.decode(generated, skip_special_tokens=True)))
 
 
 def _add(side: Side, kl: float, score: float, size: float) -> None:

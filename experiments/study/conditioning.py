@@ -34,11 +34,11 @@ class Strange(Allocator):
         self.static, self.window = base.static, base.window
         self.register_buffer("others", torch.zeros(others, 0, 0, 0))
 
-    def features(self, seen: Observation) -> Tensor | None:
-        found = self.base.features(seen)
+    def features(self, obs: Observation) -> Tensor | None:
+        found = self.base.features(obs)
         assert found is not None
         rows = torch.arange(len(found), device=found.device) % len(self.others)
-        other = self.others[:, seen.layer_idx].to(found.device)[rows]
+        other = self.others[:, obs.layer_idx].to(found.device)[rows]
         return torch.cat([other, found[..., other.shape[-1] :]], -1)
 
     def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def features_of(model: Any, policy: Policy, prompts: Sequence[Prompt]) -> Tensor
     found = []
     for begin in range(0, len(prompts), TOGETHER):
         cache = _read(model, policy, prompts[begin : begin + TOGETHER])
-        seen = [layer.observation() for layer in cache.compressed_layers()]
-        found.append(torch.stack([one for one in map(policy.allocator.features, seen) if one is not None], 1))
+        obs = [layer.observation() for layer in cache.compressed_layers()]
+        found.append(torch.stack([one for one in map(policy.allocator.features, obs) if one is not None], 1))
     return torch.cat(found)[..., : Conditioner.FEATURES]
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.reference_model.card import missed, table
 from experiments.reference_model.config import ReferenceConfig, Shape
 from experiments.reference_model.corpus import train_tokenizer
 from experiments.reference_model.measure import Figure, perplexity, ruler_figure
+from experiments.reference_model.model_card import missed, table
 from experiments.reference_model.questions import Difficulty
 from experiments.reference_model.rows import ASKED, IGNORE, READ, RowMaker, Stage
 from experiments.reference_model.training import ReferenceTraining, train

@@ -28,12 +28,12 @@ class Capture:
         self.scaling = 1.0
         self.aligned = True
 
-    def record(self, hidden: Tensor, decoding: bool = False) -> None:
-        """Append the attention block's input [B, T, E] to the prompt's, or to the tail's while `decoding`.
+    def record(self, hidden: Tensor, after_prompt: bool = False) -> None:
+        """Append the attention block's input [B, T, E] to the prompt's, or to the tail's with `after_prompt`.
 
         The prompt's is dropped when statistics have read it, unless all of it is required.
         """
-        name = "unread_hidden" if decoding else "hidden"
+        name = "unread_hidden" if after_prompt else "hidden"
         before, new = getattr(self, name), hidden.detach()
         setattr(self, name, new if before is None else torch.cat([before, new], 1))
 

@@ -52,7 +52,7 @@ class TriAttention(Scorer):
         standardise: whether scores of a query head are brought to mean 0 and standard deviation 1.
         trigonometric: whether the first term counts.
         concentration: whether |mu_f| is subtracted in the second term.
-        segments: equal parts of the prompt that evict equally many entries (a third party's variant); 0: no parts.
+        parts: equal parts of the prompt that evict equally many entries (a third party's variant); 0: no parts.
         queries: safetensors file with `mean` [L, N, D] and `magnitude` [L, N, F] of a model's queries; not given: those
             of the prompt.
     """
@@ -68,16 +68,16 @@ class TriAttention(Scorer):
         standardise: bool = True,
         trigonometric: bool = True,
         concentration: bool = True,
-        segments: int = 0,
+        parts: int = 0,
         queries: str | None = None,
     ) -> None:
         super().__init__()
-        if furthest < 1 or segments < 0:
-            raise UserError(f"furthest={furthest} segments={segments}: expected furthest >= 1 and segments >= 0")
+        if furthest < 1 or parts < 0:
+            raise UserError(f"furthest={furthest} parts={parts}: expected furthest >= 1 and parts >= 0")
         self.distances = [2**power for power in range(furthest.bit_length())]
         self.aggregation, self.group_reduce = aggregation, group_reduce
         self.standardise, self.trigonometric, self.concentration = standardise, trigonometric, concentration
-        self.segments = segments
+        self.parts = parts
         self.source = queries
         self.measured = None if queries is None else tensors.read(queries, QUERIES)
         if queries is None:
@@ -115,24 +115,24 @@ class TriAttention(Scorer):
 
     @property
     def refines(self) -> bool:
-        return self.segments > 0
+        return self.parts > 0
 
     def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
-        """1 for entries that are kept, 0 for others: every segment evicts its part, rounded by prefix sums."""
+        """1 for entries that are kept, 0 for others: every part evicts its part, rounded by prefix sums."""
         ranked = scores.isfinite()
         count = ranked.sum(-1, keepdim=True)  # [B, H, 1]
         evicted = count + (scores == torch.inf).sum(-1, keepdim=True) - budgets.unsqueeze(-1)
-        bounds = torch.arange(self.segments + 1, device=scores.device) * count // self.segments  # [B, H, segments + 1]
+        bounds = torch.arange(self.parts + 1, device=scores.device) * count // self.parts  # [B, H, parts + 1]
         quota = (bounds - evicted * bounds // count.clamp(min=1)).diff(dim=-1)
         place = ranked.cumsum(-1) - 1
-        segment = torch.searchsorted(bounds[..., 1:].contiguous(), place, right=True).clamp(0, self.segments - 1)
-        segment = torch.where(ranked, segment, self.segments)  # the others after all
+        part = torch.searchsorted(bounds[..., 1:].contiguous(), place, right=True).clamp(0, self.parts - 1)
+        part = torch.where(ranked, part, self.parts)  # the others after all
         by_score = scores.masked_fill(~ranked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        order = by_score.gather(-1, segment.gather(-1, by_score).argsort(dim=-1, stable=True))
+        order = by_score.gather(-1, part.gather(-1, by_score).argsort(dim=-1, stable=True))
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
-        inside = segment.clamp(max=self.segments - 1)
+        inside = part.clamp(max=self.parts - 1)
         return (rank - bounds.gather(-1, inside) < quota.gather(-1, inside)).float()
 
     def _queries(self, obs: Observation) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.ablations.answers_kept import answer_tokens, figures, ranks, retrieving, scores_of, table
+from experiments.ablations.answers_kept import answer_tokens, figures, mean_ranks, retrieving, scores_of, table
 from learnkv.core.plan import Plan
 
 
@@ -41,4 +41,4 @@ def test_scores_stand_beside_and_ranks_are_correlated():
     lines = list(table(found, scores))
     assert lines[2] == "| a | 0.50 | 1.00 · 0.50 · 90 | 1.00 · 0.25 · nan | 1.00 · 0.10 · nan |"
     assert lines[-1].endswith("over 3 cells: 0.50.")
-    assert ranks([3, 1, 3]) == [1.5, 0, 1.5]
+    assert mean_ranks([3, 1, 3]) == [1.5, 0, 1.5]

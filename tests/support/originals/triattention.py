@@ -107,7 +107,7 @@ def check_segments(case: Case) -> None:
     params = case.params
     scores = torch.from_numpy(case["sel_scores"]).view(1, 1, -1)
     scores[..., : params["prefix"]] = scores[..., scores.shape[-1] - params["recent"] :] = torch.inf
-    segmented = policy("triattention", scorer={"segments": params["segments"] if params["policy"] == "v3" else 0})
+    segmented = policy("triattention", scorer={"parts": params["segments"] if params["policy"] == "v3" else 0})
     wanted = budgets(segmented, scores, params["budget"])[0]
     obs = observation(torch.zeros(1, 1, 0, 2), *torch.zeros(2, 1, 1, scores.shape[-1], 2))
     if segmented.scorer.refines:

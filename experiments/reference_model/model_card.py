@@ -1,4 +1,4 @@
-"""`python -m experiments.reference_model.card [key=value ...]` measures the model and writes its card."""
+"""`python -m experiments.reference_model.model_card [key=value ...]` measures the model and writes its card."""
 
 import sys
 from collections.abc import Callable
@@ -115,7 +115,7 @@ def main(config: CardConfig, resolved: str) -> None:
         if below
         else "Every task with a bar reaches it."
     )
-    template = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
     lines = [
         f"- {name}: {r.model:.1f} per token of this tokenizer over {r.tokens:,} tokens; a unigram model of the same "
         f"text has {r.unigram:.1f}"
@@ -127,4 +127,6 @@ def main(config: CardConfig, resolved: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:] or ["model=reference"], "train", "python -m experiments.reference_model.card"))
+    sys.exit(
+        run_main(main, sys.argv[1:] or ["model=reference"], "train", "python -m experiments.reference_model.model_card")
+    )
