@@ -88,7 +88,7 @@ def reads_of(policy: Policy) -> Iterator[str]:
     recorded = policy.capture_spec
     if recorded.window:
         yield f"last {recorded.window} queries" if recorded.window > 1 else "last query"
-    if any(not statistic.for_gradients for statistic in recorded.statistics):
+    if recorded.statistics:
         yield "all queries or tokens as they are read"
     for component in (policy.scorer, policy.pages):
         for part in component.modules() if component is not None else ():
