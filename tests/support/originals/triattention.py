@@ -111,7 +111,7 @@ def check_segments(case: Case) -> None:
     wanted = budgets(segmented, scores, params["budget"])[0]
     obs = observation(torch.zeros(1, 1, 0, 2), *torch.zeros(2, 1, 1, scores.shape[-1], 2))
     if segmented.scorer.refines:
-        scores = segmented.scorer.refine(obs, scores, wanted)
+        scores = segmented.planner.refine(obs, scores, wanted)
     assert kept(scores, wanted)[0, 0].nonzero()[0].tolist() == case["keep"].tolist()
 
 
