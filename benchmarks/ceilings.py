@@ -111,6 +111,7 @@ def replay_us(graph: "torch.cuda.CUDAGraph") -> float:
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     options = arguments(__doc__, argv)
     where = device(options.dry_run)
     part = Part(options.out, "ceilings", options.dry_run)

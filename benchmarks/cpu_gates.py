@@ -37,7 +37,7 @@ Run = Callable[[PreTrainedModel, Tensor, int], tuple[Counts, int]]
 
 
 def dynamic(padded: bool) -> Run:
-    """transformers' default cache; with padding in the batch or without."""
+    """Default cache of transformers; with padding in the batch or without."""
 
     def run(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[Counts, int]:
         return _generated(model, ids, new, DynamicCache(config=model.config), padded)
@@ -46,7 +46,7 @@ def dynamic(padded: bool) -> Run:
 
 
 def static(model: PreTrainedModel, ids: Tensor, new: int) -> tuple[Counts, int]:
-    """transformers' preallocated cache, just as long as it has to be."""
+    """Preallocated cache of transformers, just as long as it has to be."""
     return _generated(model, ids, new, StaticCache(config=model.config, max_cache_len=ids.shape[1] + new), False)
 
 
@@ -146,7 +146,7 @@ def contenders(only: str | None) -> dict[str, tuple[Run, float]]:
 
 
 def foreign(python: str) -> Iterator[Row]:
-    """kvpress's rows, from its own environment."""
+    """Rows of kvpress, from its own environment."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kvpress.json"
         command = [python, "-m", "benchmarks.cpu_gates", "--only", "kvpress", "--out", str(out)]
@@ -168,6 +168,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     only = {"choices": ["kvpress"], "help": "measure nothing else, in an environment that has it"}
     kvpress_python = {"metavar": "PYTHON", "help": "interpreter of an environment with kvpress, measured too"}
     options = arguments(__doc__, argv, only=only, kvpress=kvpress_python)

@@ -58,7 +58,7 @@ def settings() -> list[Setting]:
 
 
 def static_settings() -> list[Setting]:
-    """transformers compiles the model for a StaticCache, for a minute or more: apart, and last."""
+    """Settings of StaticCache, for which transformers compiles the model for a minute or more: apart, and last."""
     return [Setting(LLAMA_8B, 8, 32768, 512, (transformers_caches.STATIC,))]
 
 
@@ -72,6 +72,7 @@ def dry_settings() -> list[Setting]:
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     options = arguments(
         __doc__, argv, static={"action": "store_true", "help": "only transformers' StaticCache, which is compiled"}
     )
@@ -228,7 +229,7 @@ def _host_us(step: Callable[[], None]) -> float:
 
 
 def dynamic(model: PreTrainedModel, setting: Setting, dry_run: bool) -> Step:
-    """transformers' `generate()` with its default cache."""
+    """`generate()` of transformers with its default cache."""
     cache = fill.dynamic(model, setting.shape, setting.batch, setting.prompt)
     steps = (2, 4) if dry_run else (4, 20)
 
@@ -242,7 +243,7 @@ def dynamic(model: PreTrainedModel, setting: Setting, dry_run: bool) -> Step:
 
 
 def static(model: PreTrainedModel, setting: Setting, dry_run: bool) -> Step:
-    """transformers' `generate()` with its cache of a fixed size, for which it compiles the model."""
+    """`generate()` of transformers with its cache of a fixed size, for which it compiles the model."""
     slots = setting.prompt + 64
     cache = fill.static(model, setting.shape, setting.batch, setting.prompt, slots)
     steps = (2, 4) if dry_run else (4, 20)

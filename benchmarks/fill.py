@@ -31,7 +31,7 @@ def compressed(model: PreTrainedModel, shape: Shape, batch: int, kept: int, skew
 
 
 def dynamic(model: PreTrainedModel, shape: Shape, batch: int, prompt: int) -> DynamicCache:
-    """transformers' default cache."""
+    """Default cache of transformers."""
     cache = DynamicCache(config=model.config)
     for at in range(shape.layers):
         cache.update(*_random(batch, shape, prompt, model.device, model.dtype), at)
@@ -39,7 +39,7 @@ def dynamic(model: PreTrainedModel, shape: Shape, batch: int, prompt: int) -> Dy
 
 
 def static(model: PreTrainedModel, shape: Shape, batch: int, prompt: int, slots: int) -> StaticCache:
-    """transformers' cache of a fixed size, `prompt` of its slots used."""
+    """Cache of transformers of a fixed size, `prompt` of its slots used."""
     cache = StaticCache(config=model.config, max_cache_len=slots)
     for at in range(shape.layers):
         cache.update(*_random(batch, shape, prompt, model.device, model.dtype), at)

@@ -8,6 +8,7 @@ SWEEPS = ("decode", "eviction", "pages", "training")
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     options = arguments(__doc__, argv, only={"choices": SWEEPS, "help": "one sweep"})
     where = device(options.dry_run)
     names = [options.only] if options.only else SWEEPS

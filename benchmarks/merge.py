@@ -110,6 +110,7 @@ def _cases(path: Path) -> list[ElementTree.Element]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Merge the parts of a folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--into", type=Path, required=True)

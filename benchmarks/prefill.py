@@ -26,6 +26,7 @@ PROMPTS = {32768: 2, 131072: 1}
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     options = arguments(__doc__, argv)
     where = device(options.dry_run)
     part = Part(options.out, "prefill", options.dry_run)

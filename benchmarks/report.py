@@ -159,6 +159,7 @@ def _save(figure: Any, axes: Any, title: str, found: dict[str, Any], path: Path)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write the tables of the results into the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "performance.md")

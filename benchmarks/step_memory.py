@@ -26,6 +26,7 @@ ARGUMENTS = (
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     options = arguments(__doc__, argv)
     where = device(options.dry_run)
     part = Part(options.out, "step_memory", options.dry_run)

@@ -29,6 +29,7 @@ KEEPS = (0.02, 0.11, 0.6)
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     options = arguments(__doc__, argv)
     part = Part(options.out, "training_cost", options.dry_run)
     model, _ = load_model("reference", device="cpu")
@@ -116,8 +117,7 @@ def computed(model: Any, policy: Policy, prompt: int, new: int, layers: int = 0)
 
 
 def _read(model: Any, policy: Policy, ids: torch.Tensor) -> tuple[float, float, float, float]:
-    """Operations of reading a prompt, of what the policy makes of its tokens meanwhile, of planning what to keep of
-    it, and of a plan with its gradient."""
+    """Operations of a prefill, of the policy's share in it, of a plan, and of a plan with its gradient."""
     reading = operations(lambda: prefill(model, ids))
     making = operations(lambda: prefill(model, ids, policies=[policy])) - reading
     cache = prefill(model, ids, policies=[policy])
@@ -153,8 +153,10 @@ def operations(run: Callable[[], Any]) -> float:
 
 
 class _FullAttention(TorchFunctionMode):
-    """Counts attention to prompts by the pairs that are read: FlopCounterMode does not know the CPU's, and would count
-    those that are masked."""
+    """Counts attention to prompts by the pairs that are read.
+
+    FlopCounterMode does not know the CPU's attention, and would count masked pairs.
+    """
 
     operations = 0
 

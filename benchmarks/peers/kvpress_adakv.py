@@ -23,6 +23,7 @@ PRESSES = {"none": None, "SnapKV": lambda: SnapKVPress(RATIO), "AdaKV": lambda: 
 
 
 def main(argv: list[str] | None = None) -> Part:
+    """Measure, and write the part of the report."""
     options = arguments(__doc__, argv)
     where = device(options.dry_run)
     part = Part(options.out, "kvpress", options.dry_run)

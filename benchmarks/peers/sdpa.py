@@ -65,7 +65,9 @@ def use(model: PreTrainedModel, backend: SDPBackend) -> None:
     """Let the model attend with `backend` and no mask."""
 
     def attention(module, query, key, value, attention_mask, scaling=None, **_: object):  # type: ignore[no-untyped-def]
-        assert attention_mask is None and scaling is not None and abs(scaling - query.shape[-1] ** -0.5) < 1e-6
+        assert attention_mask is None
+        assert scaling is not None
+        assert abs(scaling - query.shape[-1] ** -0.5) < 1e-6
         return attend(query, key, value, backend).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, attention)

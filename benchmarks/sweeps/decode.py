@@ -1,5 +1,7 @@
-"""Attention of one new token to ragged rows: ours, torch's flash attention on the same rows, a copy of the cache first,
-and SDPA where all rows hold a full prompt."""
+"""Attention of one new token to ragged rows.
+
+The op, torch's flash attention on the same rows, a copy of the cache first, and SDPA where all rows hold a full prompt.
+"""
 
 import math
 from collections.abc import Callable

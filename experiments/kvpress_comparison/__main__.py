@@ -51,6 +51,7 @@ class Side:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
+    """Compare and write the report."""
     options, commit = arguments(argv), revision()
     torch.set_num_threads(1)
     model, tokenizer = load_model("reference", dtype="float32", device="cpu")
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--python", type=Path, help="interpreter with kvpress; not given: --folder holds its answer")
     parser.add_argument("--samples", type=int, default=2, help="prompts per task")
@@ -182,8 +184,10 @@ def mask(cache: CompressedCache, entries: int) -> np.ndarray:
 
 
 def differing(mine: np.ndarray, theirs: np.ndarray, scores: np.ndarray) -> Row:
-    """How two kept sets [L, H, S] differ, and for how many entries scores tell why: those of entries that compete for
-    the last places of a head are closer than rounding."""
+    """How two kept sets [L, H, S] differ, and how many of the differences are ties.
+
+    Entries are tied where the scores that compete for the last places of a head are closer than rounding.
+    """
     other = mine != theirs
     least = np.where(mine, scores, np.inf).min(-1, keepdims=True)
     with np.errstate(invalid="ignore"):  # protected entries are above all others, and tied with nothing

@@ -31,6 +31,7 @@ class Method:
 
 
 def plain(name: str, **arguments: Any) -> dict[str, Any]:
+    """What builds a press of kvpress in its own environment."""
     return {"press": f"{name}Press", "arguments": arguments}
 
 

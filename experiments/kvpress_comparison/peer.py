@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 
 @torch.no_grad()
 def main(folder: Path) -> None:
+    """Answer the request in `folder` with kvpress."""
     torch.set_num_threads(1)
     request = json.loads((folder / "request.json").read_text())
     kept: dict[str, np.ndarray] = {}
@@ -56,6 +57,7 @@ def main(folder: Path) -> None:
 
 
 def load(folder: Path) -> PreTrainedModel:
+    """The model of the request, in float32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 

@@ -34,7 +34,8 @@ def test_parameters_are_those_that_are_built(shape):
     tiny = shape.tiny()
     model = tiny.build(torch.device("cpu"))
     assert sum(held.numel() for held in model.parameters()) == tiny.parameters
-    assert model.dtype == torch.bfloat16 and not any(held.requires_grad for held in model.parameters())
+    assert model.dtype == torch.bfloat16
+    assert not any(held.requires_grad for held in model.parameters())
     assert model.config.num_attention_heads // model.config.num_key_value_heads == shape.group
 
 
@@ -122,7 +123,9 @@ def test_the_slower_of_bytes_and_operations_counts():
 @pytest.mark.parametrize(("batch", "heads", "kept"), [(8, 8, 512), (1, 4, 13107), (32, 8, 128)])
 def test_unequal_heads_spend_the_same(skew, batch, heads, kept):
     lengths = row_lengths(batch, heads, kept, skew)
-    assert len(lengths) == batch * heads and sum(lengths) == batch * heads * kept and min(lengths) >= 1
+    assert len(lengths) == batch * heads
+    assert sum(lengths) == batch * heads * kept
+    assert min(lengths) >= 1
     if skew == "adakv":
         rows = [sum(lengths[at : at + heads]) for at in range(0, len(lengths), heads)]
         assert set(rows) == {heads * kept}

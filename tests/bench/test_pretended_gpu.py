@@ -99,12 +99,17 @@ def test_a_race_goes_round_the_input_sets(on_meta_device):
     calls = [lambda at=at: called.append(at) for at in range(3)]
     found = race({"ours": calls, "slow": [lambda: time.sleep(2e-3)] * 2})
     ours, slow = found["ours"], found["slow"]
-    assert isinstance(ours, Timing) and ours.how == "graph" and isinstance(slow, Timing) and slow.how == "do_bench"
+    assert isinstance(ours, Timing)
+    assert ours.how == "graph"
+    assert isinstance(slow, Timing)
+    assert slow.how == "do_bench"
     # Once more the first, all twice to warm up, then whole rounds of about 50 calls while capturing.
     assert called[:7] == [0, 0, 1, 2, 0, 1, 2]
     captured = called[7:]
-    assert captured == [0, 1, 2] * (len(captured) // 3) and len(captured) == pytest.approx(50, abs=3)
-    assert ours.us == pytest.approx(1e6 * 1e-4 / len(captured), rel=5) and slow.us >= 2000
+    assert captured == [0, 1, 2] * (len(captured) // 3)
+    assert len(captured) == pytest.approx(50, abs=3)
+    assert ours.us == pytest.approx(1e6 * 1e-4 / len(captured), rel=5)
+    assert slow.us >= 2000
 
 
 def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device):
@@ -115,7 +120,9 @@ def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device):
     found = race({"waits": [fail_in_capture], "not asked": [lambda: None]}, captured=False)
     assert {one.how for one in found.values() if isinstance(one, Timing)} == {"do_bench"}
     (one,) = race({"waits": [fail_in_capture]}).values()
-    assert isinstance(one, Timing) and one.how == "do_bench" and not Graph.capturing
+    assert isinstance(one, Timing)
+    assert one.how == "do_bench"
+    assert not Graph.capturing
 
 
 def test_ceilings(on_meta_device, monkeypatch):
@@ -154,7 +161,8 @@ def test_a_failure_is_a_row(on_meta_device, monkeypatch):
     monkeypatch.setattr(decode, "settings", lambda: decode.dry_settings()[:1])
     part = decode.main([])
     failed = {row["impl"]: row["failed"] for row in part.rows if "failed" in row}
-    assert set(failed) == {decode.OURS, decode.OURS_EAGER} and part.document["finished"]
+    assert set(failed) == {decode.OURS, decode.OURS_EAGER}
+    assert part.document["finished"]
     assert failed[decode.OURS].startswith("OutOfMemoryError: CUDA out of memory")
 
 
@@ -163,11 +171,14 @@ def test_prefill_and_training(on_meta_device, monkeypatch):
         monkeypatch.setattr(script, "LLAMA_8B", LLAMA_8B.tiny())
     monkeypatch.setattr(prefill, "PROMPTS", {120: 2, 130: 1})
     rows = prefill.main([]).rows
-    assert [row for row in rows if "failed" in row] == [] and len(rows) == 8
-    assert {row["how"] for row in rows} == {"events"} and {row["peak_gb"] for row in rows} == {1e-6}
+    assert [row for row in rows if "failed" in row] == []
+    assert len(rows) == 8
+    assert {row["how"] for row in rows} == {"events"}
+    assert {row["peak_gb"] for row in rows} == {1e-6}
     monkeypatch.setattr(train_step, "TRIED", [(LLAMA_8B.tiny(), 60, 5)])
     rows = train_step.main([]).rows
-    assert len(rows) == 3 and [row for row in rows if "failed" in row] == []
+    assert len(rows) == 3
+    assert [row for row in rows if "failed" in row] == []
 
 
 def test_rounds_are_whole_and_some_two_milliseconds_long():

@@ -46,7 +46,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_writes_all_of_its_rows(parts, name):
     part = json.loads((parts / f"{name}.json").read_text())
-    assert part["finished"] and part["environment"]["dry_run"]
+    assert part["finished"]
+    assert part["environment"]["dry_run"]
     assert {row["kernel"] for row in part["rows"]} == SCRIPTS[name][1]
     # What a CPU does not have.
     peers = ("Could not run 'aten::_flash_attention_forward'", "FlexAttention does not support backward on CPU")
@@ -77,7 +78,8 @@ def test_all_contenders_are_there(parts):
 def test_the_merged_document(parts):
     document = merge.merge(parts)
     found = document["environment"]
-    assert found["ceilings_measured"] and {"gpu", "sha", "torch", "triton", "transformers"} <= set(found)
+    assert found["ceilings_measured"]
+    assert {"gpu", "sha", "torch", "triton", "transformers"} <= set(found)
     assert all(part["finished"] for part in found["parts"].values())
     ours = [row for row in document["rows"] if row.get("impl") == "learnkv" and "bytes" in row]
     assert len(ours) >= 8
@@ -100,10 +102,13 @@ def test_limits_and_peers_of_a_row():
     for row in rows:
         merge.add_limit(row, merge.DATASHEET)
     merge.add_peers(rows)
-    assert rows[0]["share"] == pytest.approx(0.5) and rows[0]["frac"] == pytest.approx(0.74)
+    assert rows[0]["share"] == pytest.approx(0.5)
+    assert rows[0]["frac"] == pytest.approx(0.74)
     assert rows[0]["peer"] == pytest.approx({"flash varlen": 1.5, "sdpa flash": 0.4})
-    assert "peer" not in rows[1] and "peer" not in rows[3]
-    assert "above_limit" in rows[2] and "above_limit" not in rows[0]
+    assert "peer" not in rows[1]
+    assert "peer" not in rows[3]
+    assert "above_limit" in rows[2]
+    assert "above_limit" not in rows[0]
 
 
 def test_a_part_is_on_disk_after_every_row(tmp_path):
@@ -120,7 +125,8 @@ def test_a_part_is_on_disk_after_every_row(tmp_path):
     assert second["failed"] == "OutOfMemoryError: no"
     (tmp_path / "two.json").write_text((tmp_path / "one.json").read_text().replace('"one"', '"two"'))
     document = merge.merge(tmp_path)
-    assert not document["environment"]["ceilings_measured"] and len(document["rows"]) == 4
+    assert not document["environment"]["ceilings_measured"]
+    assert len(document["rows"]) == 4
 
 
 def test_a_contender_that_fails_does_not_stop_the_others():
@@ -129,7 +135,8 @@ def test_a_contender_that_fails_does_not_stop_the_others():
 
     found = race({"one": [lambda: None], "two": [fail], "three": [lambda: None]})
     assert found["two"] == "ValueError: no such thing"
-    assert isinstance(found["one"], Timing) and isinstance(found["three"], Timing)
+    assert isinstance(found["one"], Timing)
+    assert isinstance(found["three"], Timing)
 
 
 @pytest.mark.parametrize(("nbytes", "sets"), [(1e3, 251659), (16e6, 16), (128e6, 2), (5e9, 2)])
@@ -159,9 +166,11 @@ def test_targets_are_judged(tmp_path):
     assert file.name == "h200-abc1234.json"
     summary = {(one["item"], one["condition"]): one for one in json.loads(file.read_text())["summary"]}
     large = summary["decode attention", ">= 128 MB per call, equal heads"]
-    assert large["value"] == pytest.approx(134e6 / 4.3e6 / 35) and large["pass"] is True
+    assert large["value"] == pytest.approx(134e6 / 4.3e6 / 35)
+    assert large["pass"] is True
     skewed = summary["decode attention", "heads as unequal as AdaKV's, same entries"]
-    assert skewed["value"] == pytest.approx(50 / 35) and skewed["pass"] is False
+    assert skewed["value"] == pytest.approx(50 / 35)
+    assert skewed["pass"] is False
     assert summary["decode step", "Llama-3.1-8B, B=1, 128k, 2048 kept"]["value"] == pytest.approx(4.3)
     assert sum(one["pass"] is None for one in summary.values()) == len(TARGETS) - 3
 
@@ -169,8 +178,12 @@ def test_targets_are_judged(tmp_path):
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.main(["--results", str(tmp_path / "results"), "--document", str(page)])
     text = page.read_text()
-    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert "**missed**" in text and text.count("reached") == 2 and "NVIDIA H200, commit abc1234" in text
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "**missed**" in text
+    assert text.count("reached") == 2
+    assert "NVIDIA H200, commit abc1234" in text
     assert "| 2.00 of 2.10 |" in text  # what the bytes allow is 32.2 / 15.3
     assert "Ceilings were not measured in this run" in text
     assert "GPU tests: 1 passed, 1 failed, 0 skipped (t::b)." in text
@@ -221,4 +234,5 @@ def test_the_page_says_what_was_measured():
 
 
 def test_a_clock_runs_out():
-    assert Clock(-1).over() and not Clock(100).over()
+    assert Clock(-1).over()
+    assert not Clock(100).over()

@@ -124,7 +124,8 @@ def test_nothing_is_freed_and_the_bounds_are_counted():
     whole = prefill(model, tokens(2, 100))
     whole.seal()
     cache = quest().compress(whole.fork(), keep=0.25)
-    assert cache.spent == [1.0, 1.0] and cache.read == [0.24, 0.24]  # 25 tokens are six pages
+    assert cache.spent == [1.0, 1.0]
+    assert cache.read == [0.24, 0.24]
     assert cache.nbytes == whole.nbytes + bounds_nbytes(cache)
     pages = -(-(100 + 64) // PAGE)
     assert bounds_nbytes(cache) == 3 * (2 * 2 * 2 * pages * 16 * 4 + 16)
@@ -177,7 +178,8 @@ def test_pages_of_an_evicted_cache(steps):
     both = Policy(SnapKV(window=16), AdaKV(), pages=Quest(PAGE, dense_layers=0), read=0.75)
     cache = both.compress(whole.fork(), keep=0.2)
     assert cache.spent == [0.2, 0.2]
-    assert cache.budgets.min() == 9 and cache.budgets.max() == 15
+    assert cache.budgets.min() == 9
+    assert cache.budgets.max() == 15
     assert cache.read == pytest.approx([8 / 60, 8 / 60])
     said = generate(model, tokens(2, 3), cache, max_new_tokens=6)
     check_steps(steps, [9, 9])
@@ -189,7 +191,8 @@ def test_pages_of_an_evicted_cache(steps):
     check_steps(steps, [9, 9])
     wide = quest().compress(evicted, keep=0.2)
     some = wide.budgets.clamp(max=12).sum((0, 2)) / (60 * 6)  # a head of nine has no twelve to read
-    assert wide.read == pytest.approx(some.tolist()) and min(wide.read) < 0.2
+    assert wide.read == pytest.approx(some.tolist())
+    assert min(wide.read) < 0.2
 
 
 def test_pages_of_a_cache_that_evicts_while_it_is_added_to(steps):
@@ -208,7 +211,8 @@ def test_an_eviction_under_pages_keeps_them(steps):
     model = attached("llama")
     cache = quest().compress(prefill(model, tokens(1, 60), window=16), keep=0.25)
     Policy(SnapKV(window=16)).compress(cache, keep=0.5)
-    assert cache.spent == [0.5] and cache.read == pytest.approx([0.2])  # three pages of four, of 60 entries
+    assert cache.spent == [0.5]
+    assert cache.read == pytest.approx([0.2])
     continuation(model, tokens(1, 1), cache)
     check_steps(steps, [15])
 

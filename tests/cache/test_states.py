@@ -46,7 +46,8 @@ def test_continuations_share_a_relaxed_prompt_until_rows_are_selected():
     relaxed = read.relax(read.seal().segment, torch.rand(2, 3, 8))
     batch = torch.tensor([0, 0, 1, 1])
     repeated = relaxed.repeat(batch, 3, 2)
-    assert repeated.complete is read and repeated.copies == 2
+    assert repeated.complete is read
+    assert repeated.copies == 2
     assert repeated.segment.length.tolist() == [8] * 6 + [6] * 6
     selected = repeated.rows(torch.tensor([3, 0]), 3)
     assert selected.copies == 1
@@ -58,4 +59,5 @@ def test_rows_of_a_merged_prompt_have_their_own_positions():
     positions = torch.arange(48).view(2, 3, 8)
     merged = dataclasses.replace(prompt(), positions=positions, rotated=positions + 1)
     row = merged.rows(torch.tensor([1]), 3)
-    assert torch.equal(row.entry_positions(), positions[1:]) and torch.equal(row.key_positions(), positions[1:] + 1)
+    assert torch.equal(row.entry_positions(), positions[1:])
+    assert torch.equal(row.key_positions(), positions[1:] + 1)

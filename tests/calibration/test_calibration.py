@@ -50,7 +50,8 @@ def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(loaded):
     plain, chat = (next(sample_trials(one, 192, 1, seed=3)) for one in (loaded[1], tokenizer))
     asked = tokenizer.decode(chat.question[0])
     before, _, begun = asked.partition("</u><a>")
-    assert begun and tokenizer.decode(plain.question[0]).endswith(begun)
+    assert begun
+    assert tokenizer.decode(plain.question[0]).endswith(begun)
     assert not before.endswith(begun)
     sentences = [
         loaded[1].decode(trial.context[0, trial.needle[0] : trial.needle[1]]).strip(". ") for trial in (plain, chat)

@@ -20,10 +20,12 @@ def episodes(kind, length=220, count=20, **options):
 @pytest.mark.parametrize("kind", Retrieval.KINDS)
 def test_an_episode_fills_its_length_and_depends_on_seed_and_index(kind):
     made = episodes(kind)
-    assert made == episodes(kind) and made != episodes(kind, seed=1)
+    assert made == episodes(kind)
+    assert made != episodes(kind, seed=1)
     assert len({episode.context for episode in made}) == len(made)
     for episode in made:
-        assert episode.kind == kind and 1 <= len(episode.continuations) <= 4
+        assert episode.kind == kind
+        assert 1 <= len(episode.continuations) <= 4
         # One unit more would not have fitted: the longest is a fact of seven words.
         assert 213 <= count_words(episode.context) <= 220
 
@@ -32,14 +34,16 @@ def test_an_episode_fills_its_length_and_depends_on_seed_and_index(kind):
 def test_every_part_of_an_answer_stands_in_the_context(kind):
     for episode in episodes(kind):
         for question, answer in episode.continuations:
-            assert question.startswith("\n") and answer.startswith(" ")
+            assert question.startswith("\n")
+            assert answer.startswith(" ")
             told = answer.strip()
             if kind == "span":
                 assert question.split(": ")[-1].split("? ")[-1] + answer in " " + episode.context
             else:
                 parts = re.split(r",? ", told.removesuffix("."))
                 places = [episode.context.find(part) for part in parts]
-                assert -1 not in places and places == sorted(places)
+                assert -1 not in places
+                assert places == sorted(places)
                 assert {split_of(part) for part in parts} == {"train"}
 
 
@@ -48,20 +52,23 @@ def test_codes_are_asked_for_by_codes():
     for episode in episodes("codes", count=5):
         assert len(re.findall(code, episode.context)) >= 2 * len(episode.continuations)
         for question, answer in episode.continuations:
-            assert re.search(code, question) and re.fullmatch(f" {code}[.]", answer)
+            assert re.search(code, question)
+            assert re.fullmatch(f" {code}[.]", answer)
 
 
 def test_a_fact_and_its_question_share_the_words_before_the_value():
     for fact in retrieval_text.FACTS:
         before = fact.sentence.split("{value}")[0].rstrip()
-        assert fact.question.endswith(before) and fact.question_all.endswith(before)
+        assert fact.question.endswith(before)
+        assert fact.question_all.endswith(before)
 
 
 def test_next_text_continues_the_context():
     text = " ".join(" ".join(docstrings()).split())
     for episode in episodes("next", count=5):
         [(question, answer)] = episode.continuations
-        assert question == "" and len(answer.split()) == NEXT_WORDS
+        assert question == ""
+        assert len(answer.split()) == NEXT_WORDS
         joint = " ".join((episode.context + answer).split()[-NEXT_WORDS - 5 : -NEXT_WORDS + 5])
         assert joint in text + " " + text[:2000]
 
@@ -85,12 +92,14 @@ def literals(module):
 
 def test_training_and_evaluation_share_no_wording():
     training, evaluation = literals(retrieval_text), literals(ruler_text)
-    assert len(training) > 60 and len(evaluation) > 60
+    assert len(training) > 60
+    assert len(evaluation) > 60
     assert not training & evaluation
     assert not set(retrieval_text.FILLER) & set(sentences(NOISE))
     told = " ".join(episode.context for kind in Retrieval.KINDS for episode in episodes(kind, count=10))
     shown = [NeedleWording(kind).needle("", "").split(" of ")[0] for kind in ("words", "numbers", "uuids")]
-    assert len(fields(NeedleWording)) == 2 and not any(words in told for words in [*shown, "Copy "])
+    assert len(fields(NeedleWording)) == 2
+    assert not any(words in told for words in [*shown, "Copy "])
 
 
 def test_the_evaluations_essays_are_not_training_text():
@@ -98,7 +107,8 @@ def test_the_evaluations_essays_are_not_training_text():
     long = [sentence for sentence in essay() if len(sentence) > 60]
     shared = [sentence for sentence in long if sentence in seen]
     # The help topics quote a docstring here and there.
-    assert len(long) > 2000 and len(shared) < len(long) / 50
+    assert len(long) > 2000
+    assert len(shared) < len(long) / 50
 
 
 @pytest.mark.parametrize("kind", ["needle", "crowd", "codes"])
@@ -124,4 +134,5 @@ def test_one_line_says_what_is_wrong():
 def test_held_out_docstrings_are_of_no_text_that_is_trained_on():
     held_out = held_out_docstrings()
     assert not set(held_out) & set(docstrings())
-    assert len(held_out) > 300 and not any("pydoc_data" in text for text in held_out)
+    assert len(held_out) > 300
+    assert not any("pydoc_data" in text for text in held_out)

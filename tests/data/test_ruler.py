@@ -42,7 +42,8 @@ def test_a_prompt_fills_its_length_and_holds_its_answers(task, length):
         sample = Ruler(Letters(), length).sample(task, index)
         # One unit more would not have fitted: the largest is a needle of two UUIDs, or a common word's repetitions.
         assert length - 45 < size(sample) <= length
-        assert sample.max_new_tokens == NEW_TOKENS[task] and sample.task == task
+        assert sample.max_new_tokens == NEW_TOKENS[task]
+        assert sample.task == task
         assert all(answer in sample.context for answer in sample.answers)
         assert sample.score(" ".join(sample.answers).upper()) == 1.0
         assert sample.score("") == 0.0
@@ -64,17 +65,19 @@ def test_splits_never_meet(task, index):
     for split in ("train", "eval"):
         sample = Ruler(Letters(), 1200, split=split).sample(task, index)
         names = names_in(sample.context)
-        assert names and {split_of(name) for name in names} == {split}
+        assert names
+        assert {split_of(name) for name in names} == {split}
         assert {split_of(answer) for answer in sample.answers} == {split}
 
 
 @pytest.mark.parametrize(
-    "task, keys, values", [("niah_multikey_1", 4, 1), ("niah_multivalue", 1, 4), ("niah_multiquery", 4, 1)]
+    ("task", "keys", "values"), [("niah_multikey_1", 4, 1), ("niah_multivalue", 1, 4), ("niah_multiquery", 4, 1)]
 )
 def test_as_many_needles_as_the_task_says(task, keys, values):
     sample = Ruler(Letters(), 1500).sample(task, 0)
     told = re.findall(r"The secret number of (\S+) is (\d{7})\.", sample.context)
-    assert len(set(key for key, _ in told)) == keys and len(told) == keys * values
+    assert len({key for key, _ in told}) == keys
+    assert len(told) == keys * values
     assert len(sample.answers) == (1 if task == "niah_multikey_1" else 4)
     asked = [key for key in dict(told) if key in sample.question]
     assert sorted(value for key, value in told if key in asked) == sorted(sample.answers)
@@ -83,12 +86,15 @@ def test_as_many_needles_as_the_task_says(task, keys, values):
 def test_a_chain_is_told_in_order_and_its_example_is_another_one():
     sample = Ruler(Letters(), 1500).sample("vt", 0)
     links = re.findall(r"Copy (\w+) to (\w+)\.", sample.context.split("Now the pages.")[1])
-    assert [target for _, target in links] == sample.answers and len(links) == 5
+    assert [target for _, target in links] == sample.answers
+    assert len(links) == 5
     assert [source for source, _ in links[1:]] == sample.answers[:-1]
-    assert links[0][0] in sample.question and links[0][0].isdigit() and len(links[0][0]) == 5
+    assert links[0][0] in sample.question
+    assert links[0][0].isdigit()
+    assert len(links[0][0]) == 5
 
 
-@pytest.mark.parametrize("length, often, seldom", [(1500, 6, 1), (5200, 30, 3)])
+@pytest.mark.parametrize(("length", "often", "seldom"), [(1500, 6, 1), (5200, 30, 3)])
 def test_common_words_come_back_as_often_as_the_task_says(length, often, seldom):
     sample = Ruler(Letters(), length).sample("cwe", 0)
     listed = re.findall(r"\d+\. ([a-z-]+)", sample.context.split("Now the list.")[1])
@@ -101,7 +107,8 @@ def test_the_three_most_frequent_code_words_are_the_answers():
     sample = Ruler(Letters(), 1500).sample("fwe", 0)
     told = [word for word in sample.context.split("\n")[1].split() if word != "..."]
     ranked = sorted(set(told), key=told.count, reverse=True)
-    assert ranked[:3] == sample.answers and told.count(ranked[2]) > told.count(ranked[3])
+    assert ranked[:3] == sample.answers
+    assert told.count(ranked[2]) > told.count(ranked[3])
 
 
 SQUAD = {
@@ -140,8 +147,10 @@ def test_questions_stand_among_other_documents(tmp_path):
         samples = [ruler.sample(task, index) for index in range(questions)]
         assert len({sample.question for sample in samples}) == questions
         for sample in samples:
-            assert size(sample) <= 200 and sample.answers[0] in sample.context
-            assert sample.metric == "part" and sample.context.count("Document ") > 1
+            assert size(sample) <= 200
+            assert sample.answers[0] in sample.context
+            assert sample.metric == "part"
+            assert sample.context.count("Document ") > 1
         with pytest.raises(UserError, match=f"only {questions} questions fit"):
             ruler.sample(task, questions)
 
@@ -192,7 +201,8 @@ def test_keys_may_be_words_of_another_language(language, letters):
     for index in range(12):
         sample = Ruler(Letters(), 1500, keys=language).sample("niah_multikey_1", index)
         told = dict(re.findall(r"The secret number of (\S+) is (\d{7})\.", sample.context))
-        assert len(told) == 4 and {split_of(key) for key in told} == {"eval"}
+        assert len(told) == 4
+        assert {split_of(key) for key in told} == {"eval"}
         assert [told[key] for key in told if key in sample.question] == sample.answers
         seen |= set("".join(told))
     assert set(letters) <= seen

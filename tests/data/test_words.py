@@ -20,7 +20,9 @@ def test_drawn_keys_and_values_belong_to_their_split(seed, kind):
 def test_variables_belong_to_their_split(seed, letters):
     for split in SPLITS:
         name = words.variable(random.Random(seed), split, letters=letters)
-        assert split_of(name) == split and len(name) == letters and name.isupper()
+        assert split_of(name) == split
+        assert len(name) == letters
+        assert name.isupper()
 
 
 def test_word_lists_of_the_splits_are_disjoint_and_large():
@@ -44,4 +46,5 @@ def test_the_split_is_stable():
 def test_taken_strings_are_not_drawn_again():
     rng, taken = random.Random(0), set()
     drawn = [words.number(rng, "eval", taken, digits=2) for _ in range(15)]
-    assert len(set(drawn)) == 15 and set(drawn) == taken
+    assert len(set(drawn)) == 15
+    assert set(drawn) == taken

@@ -88,7 +88,8 @@ def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(l
     assert end.text(end.cut(said, sample("7"))) == "1"
     assert end(end.cut(said, sample("7")), sample("7"))
     limited = end.cut(ids(tokenizer, "1 2 3 7"), sample("7", limit=3))
-    assert len(limited) == 3 and end(limited, sample("7", limit=3))
+    assert len(limited) == 3
+    assert end(limited, sample("7", limit=3))
     assert not end(ids(tokenizer, "1"), sample("7"))
 
 
@@ -138,7 +139,8 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
         else:
             begin = len(asked) * max_new_tokens
             assert said.tolist() == [[script[row][begin - 1]] for row in rows]
-        assert len(cache.prompt_lengths) == len(rows) and cache.pending is None
+        assert len(cache.prompt_lengths) == len(rows)
+        assert cache.pending is None
         asked.append(rows)
         begin = (len(asked) - 1) * max_new_tokens
         return torch.tensor([script[row][begin : begin + max_new_tokens] for row in rows])
@@ -185,6 +187,8 @@ def test_rows_that_say_about_as_much_are_measured_together(loaded):
 
 def test_padding_goes_to_one_side():
     ids, mask = pad([[5, 6], [7]], "left", torch.device("cpu"))
-    assert ids.tolist() == [[5, 6], [0, 7]] and mask.tolist() == [[True, True], [False, True]]
+    assert ids.tolist() == [[5, 6], [0, 7]]
+    assert mask.tolist() == [[True, True], [False, True]]
     ids, mask = pad([[5, 6], [7]], "right", torch.device("cpu"))
-    assert ids.tolist() == [[5, 6], [7, 0]] and mask.tolist() == [[True, True], [True, False]]
+    assert ids.tolist() == [[5, 6], [7, 0]]
+    assert mask.tolist() == [[True, True], [True, False]]

@@ -127,7 +127,8 @@ def lines_of(axis):
 def test_pareto_shows_score_against_bytes_in_a_panel_per_setting(both):
     figure = pictures.pareto(rows_of(both + text_records()))
     agnostic, aware, text = figure.axes
-    assert agnostic.get_title().startswith("Query-agnostic") and aware.get_title().startswith("Query-aware")
+    assert agnostic.get_title().startswith("Query-agnostic")
+    assert aware.get_title().startswith("Query-aware")
     np.testing.assert_allclose(lines_of(agnostic)["snapkv"], [[1e6, 34.5], [2e5, 14.5]])
     np.testing.assert_allclose(lines_of(aware)["learned-mine"], [[1e6, 89.5], [2e5, 69.5]])
     np.testing.assert_allclose(lines_of(text)["adakv"], [[1e6, 0.21], [2e5, 0.21]])
@@ -152,7 +153,10 @@ def test_with_many_policies_names_stay_inside_and_who_holds_the_whole_cache_move
     assert ticks == ["keep 0.5\n1 MB", "keep 0.1\n200 kB"]
     figure.draw_without_rendering()
     names, page = figure.legends[0].get_window_extent(), figure.bbox
-    assert page.x0 <= names.x0 and names.x1 <= page.x1 and page.y0 <= names.y0 and names.y1 <= page.y1
+    assert page.x0 <= names.x0
+    assert names.x1 <= page.x1
+    assert page.y0 <= names.y0
+    assert names.y1 <= page.y1
     assert all(axis.get_window_extent().width > 300 for axis in figure.axes)
 
 

@@ -15,7 +15,8 @@ def record(policy, index, score, task="vt", keep=0.5, budget=None, **more):
 
 def test_estimate_is_mean_and_standard_error():
     found = estimate([1.0, 2.0, 6.0])
-    assert found.mean == 3 and found.n == 3
+    assert found.mean == 3
+    assert found.n == 3
     assert found.stderr == pytest.approx(sqrt(7 / 3))  # variance (4 + 1 + 9) / 2 over 3 samples
     assert isnan(estimate([4.0]).stderr)
 
@@ -59,7 +60,8 @@ def test_text_has_kl_and_perplexity_of_the_mean_loss():
     records = [record("full", i, 50, keep=1.0, loss=1.0 + i, kl=0.0) for i in range(2)]
     records += [record("snapkv", i, 25, loss=2.0 + i, kl=0.1 * (i + 1)) for i in range(2)]
     full, row = rows_of(records)
-    assert row["kl"] == pytest.approx(0.15) and full["kl"] == 0
+    assert row["kl"] == pytest.approx(0.15)
+    assert full["kl"] == 0
     assert row["perplexity"] == pytest.approx(exp(2.5))
     assert row["perplexity_full"] == pytest.approx(exp(1.5)) == full["perplexity"]
 

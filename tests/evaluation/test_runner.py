@@ -97,7 +97,8 @@ def test_bytes_of_unequal_prompts_go_by_what_each_keeps(loaded, tmp_path):
     records = compare(loaded, question_prompts(loaded[1], 3), tmp_path, ("snapkv",), KEEPS[:1], family=Answers)
     held = [one for one in records if one["policy"] == "snapkv"]
     lengths = [one["bytes_full"] for one in held]
-    assert lengths == sorted(lengths) and len(set(lengths)) == 3
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 3
     assert [one["bytes"] / held[0]["bytes"] for one in held] == pytest.approx(
         [n / lengths[0] for n in lengths], rel=0.05
     )
@@ -107,7 +108,8 @@ def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(loaded, tmp_path
     keeps = [Budget(keep=1.0), Budget(keep=0.7), Budget(keep=0.1)]
     rows = rows_of(compare(loaded, text_prompts(5), tmp_path, ("snapkv",), keeps))
     full, whole, most, least = rows
-    assert full["kl"] == 0 and whole["kl"] < 1e-8
+    assert full["kl"] == 0
+    assert whole["kl"] < 1e-8
     assert 1e-4 < most["kl"] < least["kl"]
     assert whole["perplexity"] == pytest.approx(full["perplexity"])
     assert {row["score_full"] for row in rows} == {full["score"]}
@@ -162,9 +164,10 @@ def test_an_interrupted_run_continues_where_it_was(loaded, tmp_path, prefills, m
             raise KeyboardInterrupt
         return plain(self, *given)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(Text, "measure", stops)
-        compare(loaded, prompts, tmp_path, batch_size=2)
+        with pytest.raises(KeyboardInterrupt):
+            compare(loaded, prompts, tmp_path, batch_size=2)
     done = Store(tmp_path / "samples.jsonl").records
     assert len(done) == 11 * 2
     prefills.clear()

@@ -1,6 +1,7 @@
 """Samples on disk: appended, read again after a cut, used only where they apply."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,8 @@ def test_a_line_that_was_cut_off_is_done_again_and_nothing_else(tmp_path):
     Store(path).add([record("a"), record("b", index=1)])
     path.write_bytes(path.read_bytes()[:-20])
     store = Store(path)
-    assert "a" in store and "b" not in store
+    assert "a" in store
+    assert "b" not in store
     store.forget_outdated([])
     store.add([record("b", index=1)])
     assert [one["fingerprint"] for one in lines(path)] == ["a", "b"]
@@ -44,12 +46,17 @@ def test_outdated_records_go_and_foreign_ones_stay(tmp_path):
     assert "old" not in store
 
 
+def _fail_within(path: Path) -> None:
+    with replacing(path) as part:
+        part.write_text("ne")
+        raise RuntimeError
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as part:
-        part.write_text("ne")
-        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        _fail_within(path)
     assert path.read_text() == "old"
     with replacing(path) as part:
         part.write_text("new")

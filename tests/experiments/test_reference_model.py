@@ -58,9 +58,11 @@ def test_single_digits_and_the_beginning_of_a_prompt(tokenizer):
 def test_a_row_has_its_length_and_asks_for_what_stands_there(tokenizer, pools, kind):
     for seed in range(5):
         ids, labels = RowMaker(tokenizer, pools, Difficulty(), random.Random(seed)).row(kind, 480)
-        assert ids.shape == labels.shape == (480,) and ids[0] == tokenizer.bos_token_id
+        assert ids.shape == labels.shape == (480,)
+        assert ids[0] == tokenizer.bos_token_id
         wanted = labels != IGNORE
-        assert wanted.sum() > 0 and (ids[wanted] == labels[wanted]).all()
+        assert wanted.sum() > 0
+        assert (ids[wanted] == labels[wanted]).all()
         assert (wanted[1:].all() and not wanted[0]) or kind != "text"
         if kind in ASKED:
             first = int(wanted.argmax())
@@ -68,7 +70,8 @@ def test_a_row_has_its_length_and_asks_for_what_stands_there(tokenizer, pools, k
             answers = [part for part in tokenizer.decode(labels[wanted]).split("</s>") if part]
             values = [word.strip(".,") for answer in answers for word in answer.split()]
             values = [value for value in values if value not in ("is", "first", "second", "third", "fourth")]
-            assert values and all(value in told for value in values)
+            assert values
+            assert all(value in told for value in values)
             assert {split_of(value) for value in values} == {"train"}
 
 
@@ -102,7 +105,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tokenizer, pools, tmp_path):
     first.save(tmp_path / "checkpoint.pt")
     resumed = ReferenceTraining(dataclasses.replace(CONFIG, seed=0), tokenizer, pools)
     resumed.load(tmp_path / "checkpoint.pt")
-    assert resumed.step == 2 and [resumed.train_step() for _ in range(3)] == seen[2:]
+    assert resumed.step == 2
+    assert [resumed.train_step() for _ in range(3)] == seen[2:]
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name]), name
     other = ReferenceTraining(dataclasses.replace(CONFIG, seed=1), tokenizer, pools)
@@ -119,13 +123,16 @@ def test_training_learns_and_exports_a_model_that_loads(tmp_path):
     told: list[str] = []
     folder = train(config, told.append)
     losses = [float(line.split("text ")[1].split("/")[0]) for line in told if line.startswith("step ")]
-    assert len(losses) == 2 and losses[1] < losses[0] - 0.3
+    assert len(losses) == 2
+    assert losses[1] < losses[0] - 0.3
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert model.dtype == torch.float16 and len(tokenizer) == 400
+    assert model.dtype == torch.float16
+    assert len(tokenizer) == 400
     assert "local" not in (folder / "tokenizer_config.json").read_text()
     told.clear()
     train(config, told.append)
-    assert told[0] == "resumed at step 25" and len(told) == 2
+    assert told[0] == "resumed at step 25"
+    assert len(told) == 2
 
 
 def test_perplexity_against_numbers_by_hand():
@@ -154,7 +161,8 @@ def test_the_card_names_what_misses_its_bar():
 
 def test_the_shipped_recipe_parses():
     config, resolved = parse(ReferenceConfig, ["config=reference", "text=a.txt,b.jsonl.gz"], "train")
-    assert config.text == ["a.txt", "b.jsonl.gz"] and config.stages[0].lengths == {96: 1.0}
+    assert config.text == ["a.txt", "b.jsonl.gz"]
+    assert config.stages[0].lengths == {96: 1.0}
     assert {length for stage in config.stages for length in stage.lengths} >= {1024, 2048}
     assert config.shape.num_hidden_layers * config.shape.num_key_value_heads >= 24
     assert "cooldown: 840" in resolved
@@ -165,7 +173,8 @@ def test_the_shipped_model_retrieves():
     assert weights.stat().st_size < 10_000_000
     model, tokenizer = load_model("reference")
     config = model.config
-    assert config.num_hidden_layers * config.num_key_value_heads >= 24 and config.max_position_embeddings >= 2048
+    assert config.num_hidden_layers * config.num_key_value_heads >= 24
+    assert config.max_position_embeddings >= 2048
     assert config.num_attention_heads > config.num_key_value_heads
     found = ruler_figure(model, tokenizer, Ruler(tokenizer, 512), "niah_multikey_1", samples=4, batch=4)
     assert found.score >= 75

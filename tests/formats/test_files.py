@@ -1,9 +1,17 @@
 """Files are replaced as a whole or not at all, and a path that cannot be written is one line."""
 
+from pathlib import Path
+
 import pytest
 
 from learnkv.errors import UserError
 from learnkv.formats.files import atomic_write, make_folder, output_file, write_text
+
+
+def _fail_within(file: Path) -> None:
+    with atomic_write(file) as part:
+        part.write_text("newer")
+        raise RuntimeError("halfway")
 
 
 def test_a_file_is_replaced_at_the_end_and_kept_on_an_error(tmp_path):
@@ -13,9 +21,8 @@ def test_a_file_is_replaced_at_the_end_and_kept_on_an_error(tmp_path):
         assert part.suffix == file.suffix
         assert not file.exists()
     assert file.read_text() == "new"
-    with pytest.raises(RuntimeError, match="halfway"), atomic_write(file) as part:
-        part.write_text("newer")
-        raise RuntimeError("halfway")
+    with pytest.raises(RuntimeError, match="halfway"):
+        _fail_within(file)
     assert file.read_text() == "new"
     assert list(tmp_path.iterdir()) == [file]
 

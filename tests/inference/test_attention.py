@@ -201,7 +201,7 @@ def test_compiled_models():
 @pytest.mark.parametrize("second", ["cpu", "disk"])
 def test_weights_placed_by_a_device_map(second, tmp_path):
     plain("llama").save_pretrained(tmp_path)
-    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {"model.layers.0": "cpu", "model.layers.1": second, "model.layers.2": "cpu"}
     model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
     whole = prefill(model, tokens(1, 30))

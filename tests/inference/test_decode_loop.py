@@ -81,7 +81,8 @@ def test_rows_that_end_between_two_checks(static, request):
     ends = ending_early(cache, question)
     told = one_by_one(question, cache, 40, ends, pad=0)
     longest = len(told[0])
-    assert 4 <= longest < 16 and len({row.count(0) for row in told}) == 2
+    assert 4 <= longest < 16
+    assert len({row.count(0) for row in told}) == 2
     ours, exact = cache.fork(), cache.fork()
     settings = {"eos_token_id": ends, "pad_token_id": 0}
     assert generate(attached("llama"), question, ours, max_new_tokens=40, **settings).tolist() == told
@@ -218,7 +219,8 @@ def test_a_static_step_repeats_itself_and_leaves_the_host_alone(way, family, len
     monkeypatch.setattr("learnkv.ops.decode_attention.reference._WORTH_A_CALL", 0)
     questions = padded([tokens(1, length, seed=6)[0] for length in lengths], "right")
     generate(attached(family), questions[0], cache, questions[1], max_new_tokens=7, eos_token_id=3, **way)
-    assert len(traces) == 6 and len(captured) == 1
+    assert len(traces) == 6
+    assert len(captured) == 1
     assert all(trace == traces[0] for trace in traces[1:])
     assert all(state == states[0] for state in states[1:])
     waits = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.lift_fresh.default"}

@@ -38,7 +38,7 @@ def tokenizer_of(begins: bool = True, template: str | None = None) -> PreTrained
 
 
 def config_of(**changes) -> LlamaConfig:
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaConfig(**{**sizes, "num_key_value_heads": 2, "vocab_size": len(WORDS), **changes})
 
 

@@ -23,7 +23,8 @@ def test_mean_is_met_and_bounds_hold(seed: int, heads: int, spread: float, low: 
     mean = floor + (1 - floor) * above
     shares = allocate(logits, mean, floor)
     torch.testing.assert_close(shares.mean(-1), mean, rtol=0, atol=1e-12)
-    assert (shares >= floor[:, None]).all() and (shares <= 1).all()
+    assert (shares >= floor[:, None]).all()
+    assert (shares <= 1).all()
     assert (shares.gather(-1, logits.argsort(dim=-1)).diff(dim=-1) >= 0).all()
 
 

@@ -39,5 +39,6 @@ def test_the_breach_is_found():
 
 def test_upload():
     one = upload([1, 2], torch.device("cpu"))
-    assert one.dtype == torch.int64 and one.tolist() == [1, 2]
+    assert one.dtype == torch.int64
+    assert one.tolist() == [1, 2]
     assert upload([0.1], torch.device("cpu"), torch.float64).item() == 0.1

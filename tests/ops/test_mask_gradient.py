@@ -79,8 +79,11 @@ def test_a_query_that_sees_nothing_has_no_gradient():
     given = double(case.inputs())
     given["tail_mask"][:] = False
     output, found = gradients(relaxed_attention, given, case.direction(torch.float64))
-    assert (output[:, :2] == 0).all() and (found["query"][:, :2] == 0).all() and (found["gates"][:, 0] == 0).all()
-    assert (found["tail_keys"] == 0).all() and (found["tail_values"] == 0).all()
+    assert (output[:, :2] == 0).all()
+    assert (found["query"][:, :2] == 0).all()
+    assert (found["gates"][:, 0] == 0).all()
+    assert (found["tail_keys"] == 0).all()
+    assert (found["tail_values"] == 0).all()
     assert all(held.isfinite().all() for held in found.values())
     assert found["gates"][:, 1].abs().min() > 0
 

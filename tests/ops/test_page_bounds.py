@@ -23,7 +23,8 @@ def in_loops(rows, page_size, pages):
 
 def test_empty_bounds_are_inside_out():
     bounds = empty_bounds(torch.zeros(1), 3, 2, 5, 4)
-    assert (bounds[:, 0] == torch.finfo(torch.float32).max).all() and (bounds[:, 1] == -bounds[:, 0]).all()
+    assert (bounds[:, 0] == torch.finfo(torch.float32).max).all()
+    assert (bounds[:, 1] == -bounds[:, 0]).all()
 
 
 @settings(max_examples=15)
@@ -107,7 +108,8 @@ def test_scores_within_the_error_budget(batch, heads, group, dim, dtype, reduce)
     bounds = bounds.double().nan_to_num()
     truth = page_scores(query.double(), bounds, pages, reduce, impl="reference")
     sizes = page_scores(query.double().abs(), bounds.abs().amax(1, True).expand_as(bounds), pages, reduce)
-    assert got.shape == truth.shape and got.dtype == torch.float32
+    assert got.shape == truth.shape
+    assert got.dtype == torch.float32
     there = truth > -torch.inf
     assert there.sum() == pages.sum() * (group if reduce == "none" else 1)
     assert (got[~there] == -torch.inf).all()

@@ -37,11 +37,14 @@ def test_protected_and_absent_entries() -> None:
     scores = torch.tensor([INF, 0.3, -0.2, -INF, 1.0, INF, -INF], requires_grad=True)
     count = torch.tensor(3.5, requires_grad=True)
     mask = soft_topk(scores, count, 0.5)
-    assert mask[[0, 5]].tolist() == [1, 1] and mask[[3, 6]].tolist() == [0, 0]
+    assert mask[[0, 5]].tolist() == [1, 1]
+    assert mask[[3, 6]].tolist() == [0, 0]
     assert mask.sum().item() == pytest.approx(3.5, abs=1e-5)
     (mask * torch.arange(7.0)).sum().backward()
-    assert scores.grad is not None and count.grad is not None
-    assert torch.isfinite(scores.grad).all() and scores.grad[[0, 3, 5, 6]].tolist() == [0, 0, 0, 0]
+    assert scores.grad is not None
+    assert count.grad is not None
+    assert torch.isfinite(scores.grad).all()
+    assert scores.grad[[0, 3, 5, 6]].tolist() == [0, 0, 0, 0]
     assert scores.grad.sum().item() == pytest.approx(0, abs=1e-6)  # the sum is fixed by the budget, not by the scores
     assert 1 <= count.grad.item() <= 4  # a mean of the weights of the free entries
 
@@ -52,7 +55,8 @@ def test_rows_without_a_choice_stay_finite() -> None:
     expected = torch.tensor([[1.0, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 1]])
     torch.testing.assert_close(mask, expected, rtol=0, atol=1e-5)
     mask.square().sum().backward()
-    assert scores.grad is not None and torch.isfinite(scores.grad).all()
+    assert scores.grad is not None
+    assert torch.isfinite(scores.grad).all()
 
 
 def test_gradient() -> None:

@@ -90,7 +90,8 @@ def check(case: Case) -> None:
     relative = 2 * score_error + sums
     if case.dtype == torch.bfloat16:
         relative += 2 * ROUNDING[case.dtype]  # weights are rounded before they meet the values
-    assert output.dtype == case.dtype and lse.dtype == torch.float32
+    assert output.dtype == case.dtype
+    assert lse.dtype == torch.float32
     assert_within(output, truth, relative * weighed + STORED[case.dtype] * truth.abs())
     assert_within(lse, log_mass, score_error + sums + unit * lse.abs())
 
@@ -141,7 +142,8 @@ def test_segments_without_a_single_entry_and_an_empty_pool():
 def test_every_run_gives_the_same_bits():
     given = Case([500, 3, 64, 129], group=4, dim=64, dtype=torch.bfloat16).inputs()
     first, again = (call(decode_attention, given, impl="triton") for _ in range(2))
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="counts the steps of the interpreter")
@@ -181,4 +183,5 @@ def test_one_graph_serves_a_whole_generation():
         given["length"].sub_(shorter).clamp_(min=0)
         graph.replay()
         eager = call(decode_attention, given, impl="triton")
-        assert torch.equal(output, eager[0]) and torch.equal(lse, eager[1])
+        assert torch.equal(output, eager[0])
+        assert torch.equal(lse, eager[1])

@@ -76,7 +76,8 @@ def check(case: Case, gated: bool = False) -> None:
     with poisoned():
         found = call(mask_gradient, given, impl="triton")
     truth = call(mask_gradient, double(given), impl="reference")
-    assert found[0].dtype == torch.float32 and {one.dtype for one in found[1:]} == {case.dtype}
+    assert found[0].dtype == torch.float32
+    assert {one.dtype for one in found[1:]} == {case.dtype}
     for got, told, budget in zip(found, truth, budgets(given, case), strict=True):
         stored = UNIT if got.dtype == torch.float32 else STORED[case.dtype]
         assert_within(got, told, budget + stored * told.abs())

@@ -43,14 +43,16 @@ def test_lists_are_ascending_and_as_long_as_announced(cls):
     selector = cls()
     query, bounds, entries, tokens, most = problem(selector, [130, 47, 5, 260], [64, 100])
     pages = selector(query, bounds, entries, tokens, most)
-    assert pages.dtype == torch.int32 and pages.shape[1] <= most
+    assert pages.dtype == torch.int32
+    assert pages.shape[1] <= most
     assert pages.shape[0] in (entries.numel(), entries.numel() * GROUP)
     lists = pages.shape[0] // entries.numel()
     held = -(-entries // selector.page_size).flatten().repeat_interleave(lists)
     count = selector.count(entries, tokens).flatten().repeat_interleave(lists)
     for row, many, there, numbers in zip(pages.tolist(), count.tolist(), held.tolist(), listed(pages), strict=True):
         assert len(numbers) == many >= 1
-        assert numbers == sorted(set(numbers)) and numbers[-1] < there
+        assert numbers == sorted(set(numbers))
+        assert numbers[-1] < there
         assert row == numbers + [-1] * (len(row) - len(numbers))
         assert many * selector.page_size <= 100 + selector.page_size
 

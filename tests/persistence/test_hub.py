@@ -107,7 +107,7 @@ def test_a_checkpoint_is_exported_and_sent(hub, tmp_path):
     assert export([f"ckpt={tmp_path / 'last.ckpt'}", f"out={tmp_path / 'out'}", "push=me/learned-x"]) == 0
     assert load_policy("me/learned-x").spec() == made.spec()
     assert describe_policy_file("me/learned-x") == "learned-x"
-    assert set(path.name for path in (tmp_path / "out").iterdir()) <= set(FILES)
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(FILES)
 
 
 @pytest.mark.parametrize(

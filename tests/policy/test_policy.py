@@ -131,7 +131,8 @@ def test_the_gradient_reaches_every_learned_parameter(name):
 
 def gated(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """What `attend` computes, by reading all of the prompt with gates of zero and one."""
-    assert isinstance(layer.state, Relaxed) and layer.tail is not None
+    assert isinstance(layer.state, Relaxed)
+    assert layer.tail is not None
     hard = torch.zeros_like(layer.state.gates)
     for prompt, positions in enumerate(layer.prompt.slot_positions()):
         for head in range(layer.heads):

@@ -99,7 +99,8 @@ def test_a_head_whose_hidden_units_died_still_learns():
     scorer.weight_out.data[:] = 1.0
     assert torch.equal(scorer(obs), before)
     scorer(obs)[..., :10].sum().backward()
-    assert scorer.weight_out.grad.eq(0).all() and scorer.weight_in.grad.eq(0).all()
+    assert scorer.weight_out.grad.eq(0).all()
+    assert scorer.weight_in.grad.eq(0).all()
     scorer.weight_direct.data += 0.01 * scorer.weight_direct.grad
     moved = scorer(obs) - before
     assert moved[..., :10].sum() > 1

@@ -73,7 +73,8 @@ def test_a_student_keeps_and_says_what_is_deployed(name):
 
 def straight(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """What `attend` computes, by reading all entries that could be kept with gates of zero and one."""
-    assert isinstance(layer.state, Relaxed) and layer.tail is not None
+    assert isinstance(layer.state, Relaxed)
+    assert layer.tail is not None
     if layer.decode_capture is not None:
         layer.capture.hold_back(query)
     hard = torch.zeros_like(layer.state.gates)

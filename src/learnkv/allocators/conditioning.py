@@ -70,8 +70,13 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, features: Tensor, keep: Tensor, entries: Tensor, first: int = 0) -> Tensor:
-        """Corrections [B, P] of features [B, P, F] at kept fractions [B] of prompts with [B] entries; place `first` and
-        those after it."""
+        """Corrections [B, P] of features [B, P, F].
+
+        Args:
+            keep: [B] kept fractions.
+            entries: [B] entries of the prompts.
+            first: place of the first of the P features.
+        """
         batch, places, _ = features.shape
         scalars = torch.stack(
             [keep.clamp_min(1e-6).log() / math.log(10), entries.clamp_min(1).log() / math.log(1e4)], -1

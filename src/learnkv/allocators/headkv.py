@@ -62,8 +62,10 @@ class HeadKV(Allocator):
         if self.rounding == "original":
             pool = torch.floor_divide(free, self.beta)
             table = (importance * (pool * self.importance.numel()) + (free - pool)).round()
-            return table.unflatten(-1, (-1, group)).mean(-1).round() + protected
+            per_head: Tensor = table.unflatten(-1, (-1, group)).mean(-1).round()
+            return per_head + protected
         free = free.clamp_min(0)
         pool = free / self.beta
         table = importance * pool * self.importance.numel() + (free - pool)
-        return table.unflatten(-1, (-1, group)).mean(-1) + protected
+        per_head = table.unflatten(-1, (-1, group)).mean(-1)
+        return per_head + protected

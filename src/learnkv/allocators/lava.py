@@ -41,4 +41,5 @@ class LAVa(Allocator):
         free = scores.isfinite()
         mass = torch.where(free, scores, 0.0).clamp_min(0).flatten(2)
         share = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
-        return -torch.special.xlogy(share, share).sum(-1) / free.flatten(2).sum(-1).clamp_min(2).float().log()
+        entropy: Tensor = -torch.special.xlogy(share, share).sum(-1)
+        return entropy / free.flatten(2).sum(-1).clamp_min(2).float().log()

@@ -30,8 +30,13 @@ class HeadImportance(nn.Module):
         self.conditioner = Conditioner(num_layers * num_heads) if conditioned else None
 
     def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor, layers: slice = slice(None)) -> Tensor:
-        """From features [L, B, H, 3] (None: unconditioned), kept fraction [B] and entries [B] of each prompt; for a
-        slice of `layers`, from the features of these."""
+        """Logits [L, B, H].
+
+        Args:
+            features: [L, B, H, 3] of these layers; None: unconditioned.
+            keep, entries: [B] kept fraction and entries of each prompt.
+            layers: which layers.
+        """
         logits = torch.einsum("bm,mlh->lbh", interpolation_weights(keep), self.logits[:, layers])
         if self.conditioner is not None:
             assert features is not None

@@ -63,7 +63,7 @@ class CompressedCache(Cache):
     @property
     def prompt_mask(self) -> Tensor:
         """[B, S] True where a slot of the prompt is a token."""
-        slots = self.layers[self.compressible[0]].prompt_slots
+        slots = self.compressed_layers()[0].prompt_slots
         return torch.arange(slots) >= slots - torch.tensor(self.prompt_lengths).unsqueeze(-1)
 
     def seal(self) -> None:
@@ -82,7 +82,7 @@ class CompressedCache(Cache):
     def evict(
         self, scores: Tensor, budgets: Tensor, total: int, first: int = 0, rerotate: Rerotate | None = None
     ) -> None:
-        """Keep the `budgets[l, b, h]` highest-scored entries of every head of layers first, first + 1, …
+        """Keep the `budgets[l, b, h]` highest-scored entries of every head of the layers from `first` on.
 
         Args:
             scores: [L, B, H, S] float32, +inf protected, -inf no entry.
@@ -117,12 +117,12 @@ class CompressedCache(Cache):
     @property
     def tail_length(self) -> int:
         """Slots read after the prompt, or after the last online eviction."""
-        return self.layers[self.compressible[0]].tail_length
+        return self.compressed_layers()[0].tail_length
 
     @property
     def continuation_length(self) -> int:
         """Slots read after the prompt."""
-        return self.layers[self.compressible[0]].merged_tokens + self.tail_length
+        return self.compressed_layers()[0].merged_tokens + self.tail_length
 
     def next_positions(self) -> Tensor:
         """[B] position of the next token of every row."""
@@ -164,14 +164,13 @@ class CompressedCache(Cache):
         """Whether new tokens need a mask: for padding in the tail or in sliding layers, or for online eviction."""
         if self.schedule is not None:
             return True
-        slots = self.layers[self.compressible[0]].prompt_slots
+        slots = self.compressed_layers()[0].prompt_slots
         return self.tail_padded or (self.has_sliding_layers and min(self.prompt_lengths) < slots)
 
     def decode_mask(self, slots: int) -> Tensor:
-        """Mask [B, 1, 1, slots] of a new token over a tail of so many slots, of which unused ones count as tokens; in a
-        hybrid model [B, S + slots] over everything."""
+        """Mask [B, 1, 1, slots] of a new token over a tail; in a hybrid model [B, S + slots] over everything."""
         is_token = self.is_token()
-        unused = is_token.new_ones(is_token.shape[0], slots - self.tail_length)
+        unused = is_token.new_ones(is_token.shape[0], slots - self.tail_length)  # count as tokens
         if self.has_sliding_layers:
             return torch.cat([self.prompt_mask.to(is_token.device), is_token, unused], 1)
         return torch.cat([is_token[:, is_token.shape[1] - self.tail_length :], unused], 1)[:, None, None]
@@ -295,4 +294,5 @@ class CompressedCache(Cache):
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""
-        return self.layers[layer_idx].kept_positions(row, head)
+        layer: CompressedLayer = self.layers[layer_idx]
+        return layer.kept_positions(row, head)

@@ -115,8 +115,12 @@ def _rerotated(
     slots: int,
     rerotate: Rerotate | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Positions [N] that the kept keys are rotated to so far, the new position [L, R] of the first of every row, and
-    the new positions [N] of all; the last is None where nothing is rotated."""
+    """Where kept keys are rotated from and to.
+
+    Returns:
+        Positions [N] that the kept keys are rotated to so far, the new position [L, R] of the first of every row, and
+        the new positions [N] of all; the last is None where nothing is rotated.
+    """
     first = torch.zeros_like(length)
     if rerotate is None:
         return positions, first, None

@@ -20,7 +20,9 @@ def merge_tail(layer: CompressedLayer, longest: int, positions: Tensor) -> None:
         positions: [B, M] position of each slot of the tail, negative for padding.
     """
     segment, tail, state = layer.segment, layer.tail, layer.state
-    assert segment is not None and tail is not None and state is not None
+    assert segment is not None
+    assert tail is not None
+    assert state is not None
     shape = (layer.batch, layer.heads, longest)
     index, valid = segment.padded(longest)
     of_kept = segment.positions[index].masked_fill(~valid, -1).view(shape).long()

@@ -39,7 +39,8 @@ def kvzip_gate(
                 inputs.append([])
                 targets.append([])
             obs = layer.observation()
-            assert obs.hidden is not None and kvzip.scorer is not None
+            assert obs.hidden is not None
+            assert kvzip.scorer is not None
             inputs[index].append(obs.hidden[0].float())
             targets[index].append(kvzip.scorer(obs)[0].clamp(0, 1))
             group = obs.num_key_value_groups

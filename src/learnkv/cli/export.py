@@ -83,7 +83,7 @@ def _write_policy(config: ExportConfig, policy: Policy) -> Path:
 
 
 def _stored(file: str) -> dict[str, Any]:
-    """learnkv's part of a checkpoint."""
+    """The part of a checkpoint that learnkv adds."""
     stored: dict[str, Any] = load_checkpoint(file)["learnkv"]
     return stored
 

@@ -1,6 +1,7 @@
 """How the budget is split over layers and heads."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Allocator(Component, ABC):
     """Whether budgets follow learned scores relative to their baseline (`split`)."""
     window: int = 0
     """Number of last prompt queries that `features` reads (0: none)."""
+    __call__: Callable[..., Tensor]
 
     @property
     def needs_scores(self) -> bool:

@@ -3,6 +3,7 @@
 import functools
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class Scorer(Component, ABC):
     """Extra passes of the model over the prompt whose results the scorer reads."""
     reads_budget: bool = False
     """Whether scores depend on how much will be kept (`obs.kept`); those of others serve all budgets."""
+    __call__: Callable[..., Tensor]
 
     @property
     def capture_spec(self) -> CaptureSpec:

@@ -71,7 +71,8 @@ def score_of(rows: Sequence[Row]) -> Estimate:
 
 def mean(rows: Sequence[Row], key: str) -> float:
     """Mean of a column over tasks."""
-    return sum(row[key] for row in rows) / len(rows)
+    values: list[float] = [row[key] for row in rows]
+    return sum(values) / len(rows)
 
 
 def grouped(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:

@@ -30,7 +30,7 @@ def compressed_attention(
     evict_if_due: Callable[[], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface; returns [B, T, H*G, D] and no weights.
+    """Attention interface of transformers; returns [B, T, H*G, D] and no weights.
 
     Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. `evict_if_due` is called after
     the last layer of a cache with online eviction.
@@ -45,13 +45,13 @@ def compressed_attention(
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:
-        output = sdpa_attention_forward(
+        unchanged: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         if cache_layer is not None:
             cache_layer.capture.scaling = scale
             cache_layer.observe(query, attention_mask)
-        return output
+        return unchanged
     output = cache_layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous()
     if evict_if_due is not None:
         evict_if_due()

@@ -115,7 +115,8 @@ def torch_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: expected auto, {', '.join(DTYPES)}")
-    return getattr(torch, dtype)
+    parsed: torch.dtype = getattr(torch, dtype)
+    return parsed
 
 
 def _reason(error: Exception, folder: Path | None) -> str:

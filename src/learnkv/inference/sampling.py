@@ -86,7 +86,7 @@ def beam_search(
     eos: list[int],
     pad: int,
 ) -> Tensor:
-    """transformers' beam search from left-padded questions [B, T]: [B, new]. The cache does not change."""
+    """Beam search of transformers from left-padded questions [B, T]: [B, new]. The cache does not change."""
     beams = cache.fork()
     tail_mask = cache.fork().extend_tail_mask(mask, padded=True)
     beams.batch_repeat_interleave(num_beams)
@@ -95,7 +95,7 @@ def beam_search(
         check_numbers(scores, all_ids.shape[1] - ids.shape[1])
         return scores
 
-    output = model.generate(
+    output: Tensor = model.generate(
         input_ids=ids,
         attention_mask=torch.cat([cache.prompt_mask.to(tail_mask.device), tail_mask], 1).long(),
         past_key_values=beams,

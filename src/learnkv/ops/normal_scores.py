@@ -20,7 +20,8 @@ def normal_scores(scores: Tensor, valid: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, flat)
     not_above = torch.searchsorted(ordered, flat, right=True).minimum(count)
     share = ((below + not_above).double() / 2 / count.clamp_min(1)).clamp(1e-9, 1 - 1e-9)
-    return torch.special.ndtri(share).float().view_as(scores)
+    quantiles: Tensor = torch.special.ndtri(share)
+    return quantiles.float().view_as(scores)
 
 
 def unit_scale(scores: Tensor) -> Tensor:

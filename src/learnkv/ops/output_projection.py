@@ -35,4 +35,5 @@ def projected_l2(values: Tensor, weight: Tensor) -> Tensor:
 def isometries(weight: Tensor, heads: int) -> Tensor:
     """Small matrices R_n [N, min(D, E), D] float32 with |R_n x|_2 = |W_n x|_2 for the `heads` parts of `weight`."""
     parts = weight.float().unflatten(1, (heads, -1)).permute(1, 0, 2)  # [N, E, D]
-    return torch.linalg.qr(parts, mode="r").R
+    triangular: Tensor = torch.linalg.qr(parts, mode="r").R
+    return triangular

@@ -25,7 +25,7 @@ class Rotary:
         return rotate(vectors.float(), cos / size, -sin / size)
 
     def after(self, lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, steps, R] in float64 of the positions that follow prompts of `lengths` [B] tokens."""
+        """Cosine and sine [B, steps, R] in float64 of the positions that follow prompts of `lengths` [B] tokens."""
         last = self._wave(-1)
         ahead = torch.arange(1, steps + 1, device=last.device).view(-1, 1)
         angle = last.angle().unsqueeze(1) + ahead * self._turn(lengths).unsqueeze(1)
@@ -55,7 +55,7 @@ class Rotary:
         return turn
 
     def _wave(self, slot: int) -> Tensor:
-        """cos + i sin of a slot, counted from the end, [B, R]."""
+        """Complex numbers cos + i sin [B, R] of a slot, counted from the end."""
         for cos, sin in reversed(self.parts):
             if -slot <= cos.shape[1]:
                 return torch.complex(cos[:, slot].double(), sin[:, slot].double())
@@ -63,7 +63,7 @@ class Rotary:
         raise IndexError(f"slot {slot} before the first")
 
     def _last(self, count: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [B, count, R] of the last slots."""
+        """Cosine and sine [B, count, R] of the last slots."""
         parts: list[tuple[Tensor, Tensor]] = []
         for cos, sin in reversed(self.parts):
             begin = max(0, cos.shape[1] - count)

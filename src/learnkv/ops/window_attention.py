@@ -38,8 +38,10 @@ def window_attention(
 def window_logits(
     queries: Tensor, keys: Tensor, *, query_positions: Tensor, positions: Tensor, valid: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Scaled products [B, H, G, W, S] in float32 or better, -inf where masked, and the mask [B, H, W, S]; arguments as
-    in `window_attention`."""
+    """Scaled products [B, H, G, W, S] in float32 or better, -inf where masked, and the mask [B, H, W, S].
+
+    Arguments as in `window_attention`.
+    """
     # In float64, float64 inputs give the truth that kernels are compared with.
     exact = torch.promote_types(keys.dtype, torch.float32)
     grouped = queries.to(exact).unflatten(1, (keys.shape[1], -1))  # [B, H, G, W, D]

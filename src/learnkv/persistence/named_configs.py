@@ -41,6 +41,6 @@ def config_names(kind: str) -> list[str]:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """ "; did you mean X?" for a mistyped name; empty where no name is similar."""
+    """The question "; did you mean X?" for a mistyped name; empty where no name is similar."""
     similar = difflib.get_close_matches(name, names, 1) or [k for k in names if k.endswith(f".{name}")]
     return f"; did you mean {similar[0]}?" if similar else ""

@@ -70,7 +70,7 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
 
 
 def _one_line(message: str) -> str:
-    """jsonargparse's message without the alternatives that do not apply."""
+    """A message of jsonargparse without the alternatives that do not apply."""
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))

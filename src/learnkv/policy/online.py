@@ -112,7 +112,9 @@ class OnlineEviction:
         a token trains the latest eviction before it.
         """
         schedule, budgets, merge = student.schedule, student.budgets, self._merge(student)
-        assert schedule is not None and schedule.wanted is not None and budgets is not None
+        assert schedule is not None
+        assert schedule.wanted is not None
+        assert budgets is not None
         longest = int(budgets.max())
         observations = [self._merged(student, layer_idx, longest, merge) for layer_idx in range(len(budgets))]
         plan = self.planner.plan(observations, student.lengths, merge.totals, merge.protected, budgets, merge.evicted)

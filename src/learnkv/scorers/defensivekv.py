@@ -82,8 +82,12 @@ class DefensiveKV(Scorer):
         return self._parts(obs, self.prepare(obs))
 
     def prepare(self, obs: Observation) -> tuple[Tensor, ...]:
-        """Average and defensive attention, factor, place of an entry by its average [B, H, S], bias [B], and [B, H] how
-        many entries hold `mass`."""
+        """What `forward` combines.
+
+        Returns:
+            Average and defensive attention, factor, place of an entry by its average [B, H, S], bias [B], and [B, H]
+            how many entries hold `mass`.
+        """
         weights, sees = obs.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
         inside = obs.in_window(self.window)
         past = obs.valid & ~inside

@@ -98,4 +98,5 @@ def gate_scores(weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
     key = F.rms_norm(key, (features,), weights["k_norm.weight"], eps=1e-6)  # [B, S, H, F]
     own = torch.einsum("bshgf,bshf->bshg", query, key) * features**-0.5 + weights["b"].squeeze(1)
     others = torch.einsum("bshgf,hnf->bshgn", query, weights["k_base"].squeeze(1)) * features**-0.5
-    return (own - others.logsumexp(-1)).sigmoid().mean(-1).transpose(1, 2)
+    share: Tensor = (own - others.logsumexp(-1)).sigmoid()
+    return share.mean(-1).transpose(1, 2)

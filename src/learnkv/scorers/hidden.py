@@ -79,7 +79,7 @@ class HiddenScorer(Residual):
 
     @staticmethod
     def _read(obs: Observation, source: Read) -> Tensor:
-        """[B, S, …]"""
+        """The inputs [B, S, …]."""
         if source == "hidden":
             assert obs.hidden is not None
             return obs.hidden

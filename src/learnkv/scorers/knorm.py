@@ -13,4 +13,5 @@ class Knorm(Scorer):
     """
 
     def forward(self, obs: Observation) -> Tensor:
-        return -obs.keys.float().norm(dim=-1)
+        norm: Tensor = obs.keys.float().norm(dim=-1)
+        return -norm

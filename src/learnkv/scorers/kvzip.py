@@ -92,7 +92,7 @@ class KVzip(Scorer):
         return scores.masked_fill(obs.positions < min(self.sinks, self.prefix), 1.0)
 
     def _of_head(self, obs: Observation) -> Tensor:
-        """[1, H, 1]"""
+        """Scores [1, H, 1] of the layer's heads."""
         assert self.heads is not None
         layers, heads = self.heads.shape
         if obs.layer_idx >= layers or obs.keys.shape[1] != heads:

@@ -114,8 +114,10 @@ class LearnedScorer(Residual):
         return torch.cat([unit(obs.keys), unit(obs.values)], -1)
 
     def _attention(self, obs: Observation) -> Tensor:
-        """Log attention over an even spread's: mean and maximum over the query heads of a kv head, and both smoothed
-        over neighbours as SnapKV does, [B, H, S, 4]."""
+        """Log attention relative to uniform attention, [B, H, S, 4].
+
+        Mean and maximum over the query heads of a kv head, and both smoothed over neighbours as SnapKV does.
+        """
         of_query_heads = window_scores(
             obs.queries[:, :, -self._own_window :],
             obs.keys,

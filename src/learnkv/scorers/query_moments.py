@@ -33,7 +33,8 @@ class QueryMoments(Statistic):
             part = number / (before + number).clamp(min=1)
             scatter = scatter + gathered[:, :, 1:] + before * part * shift.transpose(2, 3) * shift
             mean = gathered[:, :, :1] + part * shift
-        return torch.cat([mean, scatter], 2).unflatten(1, (chunk.keys.shape[1], -1))
+        moments: Tensor = torch.cat([mean, scatter], 2).unflatten(1, (chunk.keys.shape[1], -1))
+        return moments
 
     def moments(self, obs: Observation) -> tuple[Tensor, Tensor]:
         """Mean [B, H*G, D] and covariance [B, H*G, D, D], divided by the number of queries."""

@@ -108,4 +108,5 @@ class Repetition(PromptPass):
         if not self.normalized:
             return None
         assert obs.hidden is not None
-        return 1 / obs.hidden.float().norm(dim=-1).clamp(min=1e-12)  # padding may be read as zeros
+        norm: Tensor = obs.hidden.float().norm(dim=-1)
+        return 1 / norm.clamp(min=1e-12)  # padding may be read as zeros

@@ -25,7 +25,7 @@ class QueryFrequencies(Statistic):
         pairs = (chunk.queries.shape[3] if rope is None else rope.parts[0][0].shape[2]) // 2
         magnitude = torch.hypot(queries[..., :pairs], queries[..., pairs : 2 * pairs])
         valid = (chunk.query_positions >= 0)[:, None, :, None]  # [B, 1, T, 1]
-        sums = torch.cat([queries, magnitude], -1).masked_fill(~valid, 0.0).sum(2)
+        sums: Tensor = torch.cat([queries, magnitude], -1).masked_fill(~valid, 0.0).sum(2)
         sums = sums.unflatten(1, (chunk.keys.shape[1], -1))
         mean = torch.zeros_like(sums) if gathered is None else gathered
         count, length = valid.sum((1, 2, 3)).view(-1, 1, 1, 1), chunk.length.view(-1, 1, 1, 1).clamp(min=1)
@@ -155,7 +155,7 @@ class TriAttention(Scorer):
         )
 
     def _waves(self, obs: Observation, pairs: int) -> tuple[Tensor, Tensor]:
-        """s e^(i (t + d) w) [B, distances, F] complex, and s [B, 1, 1, F]."""
+        """Complex numbers s e^(i (t + d) w) [B, distances, F], and s [B, 1, 1, F]."""
         if obs.rope is None:
             ones = torch.ones(len(obs.keys), 1, pairs, device=obs.keys.device)
             return torch.complex(ones, torch.zeros_like(ones)), ones.unsqueeze(1)

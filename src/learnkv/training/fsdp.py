@@ -29,7 +29,8 @@ class Sharded(DDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.parallel.DistributedDataParallel:
         frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-        return super()._setup_model(model)
+        replicated: nn.parallel.DistributedDataParallel = super()._setup_model(model)
+        return replicated
 
 
 def shard(model: Any, device: str, processes: int) -> None:

@@ -102,7 +102,8 @@ class Distillation(L.LightningModule):
     def temperature(self) -> float:
         """Temperature of the soft top-k at this step, log-linear from the first to the last step."""
         first, last = self.settings.temperature
-        return first * (last / first) ** min(1.0, self.global_step / max(1, self.steps - 1))
+        temperature: float = first * (last / first) ** min(1.0, self.global_step / max(1, self.steps - 1))
+        return temperature
 
     @property
     def step_objective(self) -> Objective:

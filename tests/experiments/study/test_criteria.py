@@ -59,15 +59,15 @@ def test_a_trained_method_is_named_and_decides_only_where_every_method_counts():
         assert criterion("learned", scores(setting, learned=60.0, fast_kvzip=80.0), 0.1).verdict == "not measured"
     text = scores(value="kl", learned=0.1, kvzip=0.4, fast_kvzip=0.125)
     line = criteria.loses_less_text("learned", text, 0.25, 0.5)
-    assert line.verdict == "met" and line.measured.endswith(
-        "0.25 (0.1000 nats per token) of kvzip; 0.80 of fast_kvzip (trained)"
-    )
+    assert line.verdict == "met"
+    assert line.measured.endswith("0.25 (0.1000 nats per token) of kvzip; 0.80 of fast_kvzip (trained)")
 
 
 def test_one_method_that_is_not_beaten_is_enough_to_miss():
     line = criteria.beats_all("learned", scores(learned=60.0, kvzip=10.0, keydiff=60.0), 0.1)
     assert line.verdict == "missed"
-    assert "not clearly above keydiff" in line.measured and "+0.0 ± 0.0 over keydiff" in line.measured
+    assert "not clearly above keydiff" in line.measured
+    assert "+0.0 ± 0.0 over keydiff" in line.measured
 
 
 @pytest.mark.parametrize(
@@ -77,14 +77,16 @@ def test_one_method_that_is_not_beaten_is_enough_to_miss():
 def test_with_the_question_it_is_among_the_best(ours, verdict):
     """0 behind; 0.5 behind with an error of 0.65; 1.25 behind with an error of 0.32."""
     line = criteria.is_among_the_best("learned", scores("query_aware", learned=ours, snapkv=90.0, knorm=5.0), 0.1)
-    assert line.verdict == verdict and "over snapkv" in line.measured
+    assert line.verdict == verdict
+    assert "over snapkv" in line.measured
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(0.1, "met"), (0.15, "missed")])
 def test_text_is_moved_half_as_far(ours, verdict):
     text = scores(value="kl", learned=ours, kvzip=0.2, snapkv=0.9)
     line = criteria.loses_less_text("learned", text, 0.25, 0.5)
-    assert line.verdict == verdict and line.measured.endswith("of kvzip")
+    assert line.verdict == verdict
+    assert line.measured.endswith("of kvzip")
     assert criteria.loses_less_text("learned", None, 0.25, 0.5).verdict == "not measured"
 
 
@@ -148,7 +150,8 @@ def test_a_task_is_scored_by_the_policy_that_did_not_practise_it(needles, verdic
     )
     loose, tight = criteria.families_held_out(results)
     mean = (needles + 95) / 2
-    assert loose.verdict == "reported" and tight.verdict == verdict
+    assert loose.verdict == "reported"
+    assert tight.verdict == verdict
     assert tight.measured == f"{mean:.1f} ± 0.0 % of 2 tasks; {mean - 90:+.1f} ± 0.0 over kvzip"
     (none, _) = criteria.families_held_out(replace(results, held_out={"learned-c": ["niah"]}))
     assert none.verdict == "not measured"
@@ -174,4 +177,5 @@ def test_all_lines_stand_in_the_order_in_which_they_were_set():
     verdicts = [line.verdict for line in criteria.lines(results)]
     assert verdicts == ["met"] * 14 + ["not measured"]
     alone = [line.about for line in criteria.lines(replace(results, settings={}))]
-    assert alone[0].startswith("held-out text, keep 0.25") and len(alone) == 3
+    assert alone[0].startswith("held-out text, keep 0.25")
+    assert len(alone) == 3

@@ -53,7 +53,8 @@ def test_the_nearest_rival_is_not_one_that_holds_more_than_was_asked():
     scores = Scores(found, min_full_score=80)
     assert scores.rivals(0.1) == ["snapkv", "kvzip"]
     rival, apart = scores.nearest("learned", 0.1)
-    assert rival == "snapkv" and apart.mean == pytest.approx(75 - 90)
+    assert rival == "snapkv"
+    assert apart.mean == pytest.approx(75 - 90)
     scores = Scores(found, min_full_score=80, trained=("snapkv",))
     assert (scores.others(0.1), scores.rivals(0.1)) == (["snapkv", "kvzip"], ["kvzip"])
     assert scores.nearest("learned", 0.1)[0] == "kvzip"

@@ -24,7 +24,8 @@ def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, mon
     held = json.loads((docs / "study.json").read_text())
     counts = {(row["policy"], row["setting"], row["keep"], row["task"]): row["n"] for row in held["rows"]["main"]}
     best = {name for (name, *_), n in counts.items() if n == 3} - {"full", "learned"}
-    assert len(best) == 1 and best < {"snapkv", "knorm", "random"}
+    assert len(best) == 1
+    assert best < {"snapkv", "knorm", "random"}
     assert {n for (name, *_), n in counts.items() if name == "learned"} == {3}
     assert {n for (name, *_), n in counts.items() if name == "learned-only"} == {2}
     often = {"snapkv", *best}  # what the learned ones start from, and what is best
@@ -41,21 +42,25 @@ def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, mon
     )
     assert sum("trained for this budget alone" in about for about in lines) == 1
     page = (docs / "study.md").read_text()
-    assert "at commit 1234567" in page and "learned minus the others" in page
+    assert "at commit 1234567" in page
+    assert "learned minus the others" in page
     for name in ("study-pareto.png", "study-budgets.png", "study-variants.png", "study-marginal.png"):
-        assert (docs / name).read_bytes().startswith(b"\x89PNG") and f"]({name})" in page
+        assert (docs / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in page
 
     # The same command again: nothing is trained or measured, and the page is the same.
     with monkeypatch.context() as patched:
         patched.setattr(runner, "prefill", lambda *_, **__: 1 / 0)
         assert main(words) == 0
     said = capsys.readouterr()
-    assert said.err.count("finished before") == 2 and said.err.count(" 0 to measure") == 8
+    assert said.err.count("finished before") == 2
+    assert said.err.count(" 0 to measure") == 8
     assert (docs / "study.md").read_text() == page
 
     # A method that is left out leaves the tables, not the folder.
     assert main([*words, "stages=write", "baselines=snapkv,knorm"]) == 0
-    assert "| random |" in page and "random" not in (docs / "study.md").read_text()
+    assert "| random |" in page
+    assert "random" not in (docs / "study.md").read_text()
 
     # Samples of an earlier comparison are taken over, those that are missing in it are measured.
     samples = Store(folder / "main" / "samples.jsonl").records
@@ -110,7 +115,8 @@ def test_the_text_protocol_fits_a_small_model():
     assert (keys.data.mixture.retrieval, keys.data.mixture.text, keys.data.lengths) == (0, 2, (128, 192))
     assert keys.data.lengths[1] + keys.data.continuation_tokens <= config.length
     assert 2 * config.length * 3 / 4 + KVzip().repetition.overlap < 512  # the last quarter is continued
-    assert {"kvzip", "snapkv"} <= set(config.methods) and not {"headkv", "quest", "h2o_decode"} & set(config.methods)
+    assert {"kvzip", "snapkv"} <= set(config.methods)
+    assert not {"headkv", "quest", "h2o_decode"} & set(config.methods)
     assert (config.tasks, config.samples.text, config.samples.evaluated) == ((), 100, 200)
 
 

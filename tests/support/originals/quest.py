@@ -40,7 +40,8 @@ def check_quest(case: Case) -> None:
     assert theirs.shape == (q.shape[1], number)
     for mine, score, wanted in zip(pages.tolist(), golden, theirs, strict=True):
         listed = [page for page in mine if page >= 0]
-        assert listed == sorted(set(listed)) and len(listed) == number
+        assert listed == sorted(set(listed))
+        assert len(listed) == number
         assert set(listed) - set(range(ranked)) == set(wanted.tolist()) - set(range(ranked))
         assert_best(np.isin(np.arange(ranked), listed), score, np.count_nonzero(wanted < ranked))
     if "token_mask_count" in case:

@@ -18,6 +18,7 @@ def attention_columns(
     reduce: str,
     query_weight: Tensor | None,
 ) -> Tensor:
+    """`attention_columns` in PyTorch."""
     batch, heads, entries, _ = keys.shape
     total = queries.new_zeros(batch, heads, queries.shape[1] // heads, entries, dtype=torch.float32)
     keys = keys.float()

@@ -21,6 +21,7 @@ _WORTH_A_CALL = 8192
 def decode_attention(
     query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None
 ) -> tuple[Tensor, Tensor]:
+    """`decode_attention` in PyTorch."""
     if pages is not None:
         return _paged_attention(query, kept, tail, scaling, pages)
     batch, query_heads, new, dim = query.shape

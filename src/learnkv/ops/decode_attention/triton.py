@@ -22,6 +22,7 @@ _PROGRAMS_PER_PROCESSOR = 2  # two of them fit into shared memory, and one wave 
 def decode_attention(
     query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None
 ) -> tuple[Tensor, Tensor]:
+    """`decode_attention` in Triton."""
     batch, query_heads, new, dim = query.shape
     tail_keys, tail_values, _, used = tail
     slots = tail_keys.shape[2]

@@ -9,6 +9,7 @@ from learnkv.ops.mask_gradient import OVERFLOW_CLIP
 
 
 def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor, tail: Tail, scaling: float) -> Tensor:
+    """`gated_attention` in PyTorch."""
     rows, query_heads, new, dim = query.shape
     batch, heads, slots, _ = keys.shape
     copies, group, tail_slots = rows // batch, query_heads // heads, tail.keys.shape[2]

@@ -15,6 +15,7 @@ _LOG2E = 1.4426950408889634
 
 
 def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor, tail: Tail, scaling: float) -> Tensor:
+    """`gated_attention` in Triton."""
     output: Tensor = _GatedAttention.apply(
         query, gates, tail.keys, tail.values, keys.contiguous(), values.contiguous(), tail.mask, scaling
     )

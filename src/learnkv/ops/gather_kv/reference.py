@@ -14,6 +14,7 @@ def gather_kv(
     out: Ragged,
     rerotation: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
+    """`gather_kv` in PyTorch."""
     rows, slots, dim = keys.shape
     offset, length = out.offset, out.length
     if out.spans is not None:

@@ -19,9 +19,11 @@ def gather_kv(
     out: Ragged,
     rerotation: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
+    """`gather_kv` in Triton."""
     rows, slots, dim = keys.shape
     block_d = triton.next_power_of_2(dim)
-    assert out.keys.is_contiguous() and out.values.is_contiguous()
+    assert out.keys.is_contiguous()
+    assert out.values.is_contiguous()
     half = 0 if rerotation is None else len(rerotation[2])
     _gather[(_PROGRAMS_PER_PROCESSOR * processors(keys.device),)](
         keys.contiguous(),

@@ -20,6 +20,7 @@ def mask_gradient(
     scaling: float,
     kept_gates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mask_gradient` in PyTorch."""
     rows, query_heads, new, dim = query.shape
     batch, heads = keys.shape[:2]
     slots, packed = tail.keys.shape[2], query_heads // heads * new

@@ -26,6 +26,7 @@ def mask_gradient(
     scaling: float,
     kept_gates: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`mask_gradient` in Triton."""
     rows, query_heads, new, dim = query.shape
     batch, heads, slots, _ = keys.shape
     tail_keys, tail_values, tail_mask, _ = tail

@@ -7,6 +7,7 @@ from learnkv.ops.arguments import Ragged
 
 
 def page_bounds(entries: Ragged, first: Tensor, bounds: Tensor, page_size: int, slots: Tensor | None) -> None:
+    """`page_bounds` in PyTorch."""
     rows, _, pages, dim = bounds.shape
     keys, longest = entries.keys, entries.longest
     entry = torch.arange(longest, device=keys.device)
@@ -22,6 +23,7 @@ def page_bounds(entries: Ragged, first: Tensor, bounds: Tensor, page_size: int, 
 
 
 def page_scores(query: Tensor, bounds: Tensor, pages: Tensor, group_reduce: str) -> Tensor:
+    """`page_scores` in PyTorch."""
     rows, _, count, dim = bounds.shape
     # In float64, float64 inputs give the truth that kernels are compared with.
     exact = torch.promote_types(query.dtype, torch.float32)

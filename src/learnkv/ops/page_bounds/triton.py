@@ -11,8 +11,10 @@ _PAGES = 8  # of one program: fewer, and a thread would load less than 16 bytes 
 
 
 def page_bounds(entries: Ragged, first: Tensor, bounds: Tensor, page_size: int, slots: Tensor | None) -> None:
+    """`page_bounds` in Triton."""
     rows, _, pages, dim = bounds.shape
-    assert entries.keys.is_contiguous() and bounds.is_contiguous()
+    assert entries.keys.is_contiguous()
+    assert bounds.is_contiguous()
     touched = min(
         triton.cdiv(entries.longest, page_size) + 1, pages
     )  # one more, where the first entry is within a page
@@ -34,6 +36,7 @@ def page_bounds(entries: Ragged, first: Tensor, bounds: Tensor, page_size: int, 
 
 
 def page_scores(query: Tensor, bounds: Tensor, pages: Tensor, group_reduce: str) -> Tensor:
+    """`page_scores` in Triton."""
     rows, _, count, dim = bounds.shape
     assert bounds.is_contiguous()
     group = query.numel() // (rows * dim)

@@ -5,10 +5,12 @@ from torch import Tensor
 
 
 def select(scores: Tensor, budget: Tensor, total: int) -> Tensor:
+    """`select` in PyTorch."""
     return torch.nonzero_static(_kept(scores, budget).flatten(), size=total).squeeze(-1)
 
 
 def select_slots(scores: Tensor, budget: Tensor, most: int) -> Tensor:
+    """`select_slots` in PyTorch."""
     slots = scores.shape[-1]
     kept = _kept(scores, budget) & (scores != float("-inf"))
     slot = torch.where(kept, torch.arange(slots, device=scores.device), slots).sort(-1).values[:, :most]

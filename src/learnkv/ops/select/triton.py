@@ -13,6 +13,7 @@ _BLOCK = 4096  # slots per program: the histogram of a block costs its 256 atomi
 
 
 def select(scores: Tensor, budget: Tensor, total: int) -> Tensor:
+    """`select` in Triton."""
     rows, slots = scores.shape
     chosen = torch.empty(total, dtype=torch.int64, device=scores.device)
     if total == 0:
@@ -41,6 +42,7 @@ def select(scores: Tensor, budget: Tensor, total: int) -> Tensor:
 
 
 def select_slots(scores: Tensor, budget: Tensor, most: int) -> Tensor:
+    """`select_slots` in Triton."""
     rows, slots = scores.shape
     chosen = torch.empty(rows, most, dtype=torch.int32, device=scores.device)
     if most:

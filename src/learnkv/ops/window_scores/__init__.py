@@ -55,7 +55,7 @@ def window_scores(
         lse: [B, H*G, W] log-sum-exp of every query's masked scaled products, where attention to the prompt returned
             them; None: computed, with one more pass over the keys.
     """
-    assert kernel_size % 2 == 1 and queries.shape[1] % keys.shape[1] == 0, (kernel_size, queries.shape, keys.shape)
+    assert (kernel_size % 2, queries.shape[1] % keys.shape[1]) == (1, 0), (kernel_size, queries.shape, keys.shape)
     scores: Tensor = implementation("window_scores", impl, ("reference", "triton"), queries, keys).window_scores(
         queries,
         keys,

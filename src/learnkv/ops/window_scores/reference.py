@@ -33,6 +33,7 @@ def window_scores(
     group_first: bool,
     lse: Tensor | None,
 ) -> Tensor:
+    """`window_scores` in PyTorch."""
     per_head, slots = queries.shape[1] // keys.shape[1] * queries.shape[2], keys.shape[2]
     once = per_head * keys.shape[:3].numel() <= _FEW
     step = max(_SHORTEST, slots if once else 2 * slots // max(per_head, 1))

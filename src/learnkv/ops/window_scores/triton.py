@@ -11,6 +11,7 @@ from torch import Tensor
 
 from learnkv.ops.device import processors
 
+_Sizes = tuple[int, int, tuple[tuple[int, ...], ...]]
 _LOG2E = 1.4426950408889634
 _WAVES = 4  # programs per processor in the first pass
 
@@ -30,6 +31,7 @@ def window_scores(
     group_first: bool,
     lse: Tensor | None,
 ) -> Tensor:
+    """`window_scores` in Triton."""
     batch, heads, slots, dim = keys.shape
     group, window, apart = queries.shape[1] // heads, queries.shape[2], group_reduce == "none"
     shape = (batch, heads, group, slots) if apart else (batch, heads, slots)
@@ -70,7 +72,7 @@ def window_scores(
     return scores
 
 
-def _normalisers(inputs: tuple[Tensor, ...], sizes: tuple, scale: float, constants: dict[str, int]) -> Tensor:
+def _normalisers(inputs: tuple[Tensor, ...], sizes: _Sizes, scale: float, constants: dict[str, int]) -> Tensor:
     """Natural log-sum-exp [B, H*G, W] of every query over the entries it attends to."""
     queries, keys = inputs[:2]
     rows, slots = keys.shape[0] * keys.shape[1], keys.shape[2]
@@ -268,8 +270,10 @@ def _pool(
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Mean or maximum over neighbouring slots on the same side of the window's first query, then over heads, unless
-    GROUP_REDUCE is none."""
+    """Mean or maximum over neighbouring slots on the same side of the window's first query, then over heads.
+
+    With GROUP_REDUCE none, heads are not reduced.
+    """
     row = tl.program_id(1)
     batch, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
     w = tl.arange(0, WINDOW)

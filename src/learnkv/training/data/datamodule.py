@@ -119,8 +119,9 @@ class DataModule(L.LightningDataModule):
 
 
 def context_lengths(model: Any, settings: DataSettings) -> tuple[int, int]:
-    """Shortest and longest prompt; by default 512 to 1,024 tokens, or the upper half of what fits into the model's
-    context beside the continuation.
+    """Shortest and longest prompt in tokens.
+
+    By default 512 to 1,024, or the upper half of what fits into the model's context beside the continuation.
 
     Raises:
         UserError: the longest prompt does not fit.

@@ -1,6 +1,6 @@
 """Training steps on the meta device: shapes of all tensors without their values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +25,8 @@ def on_meta_device(layers: int, prompts: int, kernels: bool) -> Iterator[None]:
         prompts: number of prompts in the batch.
         kernels: operations allocate their results only, as kernels on a GPU do; otherwise as their references.
     """
-    attend: Any = attention.decode_attention
-    differentiate: Any = mask.mask_gradient
+    attend: Callable[..., tuple[Tensor, Tensor]] = attention.decode_attention
+    differentiate: Callable[..., tuple[Tensor, ...]] = mask.mask_gradient
 
     def equal_segments(rows: int, heads: int, pool: Tensor, slots: int) -> list[tuple[int, int]]:
         is_prompt = pool.shape[0] == prompts * heads * slots  # of one layer; kept entries of all layers share a pool

@@ -35,4 +35,5 @@ class BudgetRegression(Objective):
         target = Flat()(target_scores, None, per_head)
         target = target / target.sum((0, 2), keepdim=True)
         share = wanted / wanted.sum((0, 2), keepdim=True)
-        return torch.special.xlogy(target, target / share.clamp_min(1e-12)).sum((0, 2)).float()
+        divergence: Tensor = torch.special.xlogy(target, target / share.clamp_min(1e-12)).sum((0, 2))
+        return divergence.float()
