@@ -35,11 +35,14 @@ PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help quickstart test lint docs house walk test-core test-compat test-kvpress format clean
+.PHONY: help smollm2 quickstart test lint docs house walk test-core test-compat test-kvpress format clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+smollm2: $(VENV)/.installed
+	$(VENV)/bin/python -m learnkv fetch smollm2
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py config=quickstart
@@ -100,7 +103,7 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[eval,train]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[eval,gguf,train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
@@ -108,7 +111,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $(VENV)/.installed $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs,eval,train]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs,eval,gguf,train]'
 	touch $(VENV)/.installed $@
 
 $(CORE)/.torch: $(CORE)/.python constraints.txt
@@ -124,7 +127,7 @@ $(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
 	touch $@
 
 $(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e '.[eval,train]' pytest pytest-xdist hypothesis
+	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e '.[eval,gguf,train]' pytest pytest-xdist hypothesis
 	touch $@
 
 $(KVPRESS)/.torch: $(KVPRESS)/.python constraints.txt

@@ -22,6 +22,8 @@ class Command(NamedTuple):
     about: str
     default: tuple[str, ...] = ()
     """Words in place of an empty command line."""
+    positional: str = ""
+    """Key of a first word without `=`; empty: every word has a key."""
 
 
 COMMANDS = {
@@ -34,11 +36,16 @@ COMMANDS = {
         "learnkv.training.memory.predict", "report", "train", "train", "predict the peak memory of a training run"
     ),
     "export": Command("learnkv.cli.export", "export", "export", "", "export a policy or its budgets", ("ckpt=",)),
+    "fetch": Command(
+        "learnkv.cli.fetch", "fetch_model", "fetch", "gguf", "fetch a small model (smollm2)", ("model=",), "model"
+    ),
 }
 
 
-OPTIONAL = frozenset({"datasets", "lightning", "matplotlib", "peft", "tqdm", "wandb", "wonderwords"})
-"""What the extras `train` and `eval` install."""
+OPTIONAL = frozenset(
+    {"datasets", "filelock", "gguf", "lightning", "matplotlib", "peft", "platformdirs", "tqdm", "wandb", "wonderwords"}
+)
+"""What the extras `train`, `eval` and `gguf` install."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return report_error(f"{name}: expected one of {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}", 2)
     command = COMMANDS[name]
+    if command.positional and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+        rest = [f"{command.positional}={rest[0]}", *rest[1:]]
     try:
         function = getattr(import_module(command.module), command.function)
         return run_main(function, rest or command.default, command.configs, f"learnkv {name}")
