@@ -25,6 +25,12 @@ class Command(NamedTuple):
     positional: str = ""
     """Key of a first word without `=`; empty: every word has a key."""
 
+    def keyed(self, words: list[str]) -> list[str]:
+        """The words, each with its key; the default words where there are none."""
+        if self.positional and words and "=" not in words[0] and not words[0].startswith("-"):
+            return [f"{self.positional}={words[0]}", *words[1:]]
+        return words or list(self.default)
+
 
 COMMANDS = {
     "train": Command("learnkv.training.run", "train", "train", "train", "train a policy for a frozen model"),
@@ -67,11 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return report_error(f"{name}: expected one of {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}", 2)
     command = COMMANDS[name]
-    if command.positional and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        rest = [f"{command.positional}={rest[0]}", *rest[1:]]
     try:
         function = getattr(import_module(command.module), command.function)
-        return run_main(function, rest or command.default, command.configs, f"learnkv {name}")
+        return run_main(function, command.keyed(rest), command.configs, f"learnkv {name}")
     except ModuleNotFoundError as error:  # some are imported only when they are needed
         missing = str(error.name).partition(".")[0]
         if missing not in OPTIONAL:
