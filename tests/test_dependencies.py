@@ -21,6 +21,7 @@ DISTRIBUTION = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 """Where the name that is imported is not the name that is installed."""
 EXTRAS = {  # of a file or room; all others: the package alone
     "inference/lora.py": {"train", "eval"},  # of policies with an adapter, imported when one is loaded
+    "inference/known_models.py": {"gguf"},
     "data/*": {"train", "eval"},
     "calibration/*": {"eval"},
     "training/*": {"train"},
@@ -99,7 +100,7 @@ def test_what_is_declared_is_imported() -> None:
 
 def test_the_command_knows_what_the_extras_install() -> None:
     """Names that are imported and names that are installed are the same here."""
-    assert EXTRA["train"] | EXTRA["eval"] == OPTIONAL
+    assert EXTRA["train"] | EXTRA["eval"] | EXTRA["gguf"] == OPTIONAL
 
 
 def test_tools_are_pinned() -> None:

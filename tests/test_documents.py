@@ -88,7 +88,7 @@ def test_command_lines_are_understood(document: str, command: str, words: list[s
     about = COMMANDS[command]
     module = __import__(about.module, fromlist=["_"])
     schema = next(iter(get_type_hints(getattr(module, about.function)).values()))
-    parse(schema, words, about.configs, command)
+    parse(schema, about.keyed(words), about.configs, command)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -36,10 +36,10 @@ def test_the_help_of_a_command_names_it(name, capsys):
 
 def test_no_command_is_one_line_and_exit_code_2(capsys):
     assert main([]) == 2
-    assert error_of(capsys) == "error: no command: expected one of train, eval, calibrate, memory, export"
+    assert error_of(capsys) == "error: no command: expected one of train, eval, calibrate, memory, export, fetch"
 
 
-@pytest.mark.parametrize(("word", "end"), [("evla", "; did you mean eval?"), ("xyz", "memory, export")])
+@pytest.mark.parametrize(("word", "end"), [("evla", "; did you mean eval?"), ("xyz", "export, fetch")])
 def test_an_unknown_command_is_answered_with_the_nearest(word, end, capsys):
     assert main([word, "samples=3"]) == 2
     line = error_of(capsys)

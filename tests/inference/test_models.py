@@ -84,7 +84,9 @@ def test_dtype_and_attention_are_chosen(stored):
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "/missing", "", "~/nothing/here"])
 def test_a_missing_folder_is_named_and_the_network_left_alone(name, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("a local name reached for the network"))
-    assert complaint(lambda: load_model(name)).startswith(f"model={name}: expected `reference`, a model's folder")
+    assert complaint(lambda: load_model(name)).startswith(
+        f"model={name}: expected `reference`, smollm2, a model's folder"
+    )
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

@@ -22,6 +22,14 @@ class Command(NamedTuple):
     about: str
     default: tuple[str, ...] = ()
     """Words in place of an empty command line."""
+    positional: str = ""
+    """Key of a first word without `=`; empty: every word has a key."""
+
+    def keyed(self, words: list[str]) -> list[str]:
+        """The words, each with its key; the default words where there are none."""
+        if self.positional and words and "=" not in words[0] and not words[0].startswith("-"):
+            return [f"{self.positional}={words[0]}", *words[1:]]
+        return words or list(self.default)
 
 
 COMMANDS = {
@@ -34,11 +42,16 @@ COMMANDS = {
         "learnkv.training.memory.predict", "report", "train", "train", "predict the peak memory of a training run"
     ),
     "export": Command("learnkv.cli.export", "export", "export", "", "export a policy or its budgets", ("ckpt=",)),
+    "fetch": Command(
+        "learnkv.cli.fetch", "fetch_model", "fetch", "gguf", "fetch a small model (smollm2)", ("model=",), "model"
+    ),
 }
 
 
-OPTIONAL = frozenset({"datasets", "lightning", "matplotlib", "peft", "tqdm", "wandb", "wonderwords"})
-"""What the extras `train` and `eval` install."""
+OPTIONAL = frozenset(
+    {"datasets", "filelock", "gguf", "lightning", "matplotlib", "peft", "platformdirs", "tqdm", "wandb", "wonderwords"}
+)
+"""What the extras `train`, `eval` and `gguf` install."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     try:
         function = getattr(import_module(command.module), command.function)
-        return run_main(function, rest or command.default, command.configs, f"learnkv {name}")
+        return run_main(function, command.keyed(rest), command.configs, f"learnkv {name}")
     except ModuleNotFoundError as error:  # some are imported only when they are needed
         missing = str(error.name).partition(".")[0]
         if missing not in OPTIONAL:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from learnkv.errors import UserError
 from learnkv.inference import lora
+from learnkv.inference.known_models import KNOWN_MODELS, fetched_folder, read_gguf
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "model"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,8 +39,9 @@ def load_model(
     """Load a frozen causal language model in evaluation mode and its tokenizer (left padding).
 
     Args:
-        model: `reference` (the model in this package), a local folder, or a hub id. Local names need no network, and
-            code that comes with a model is never run.
+        model: `reference` (the model in this package), `smollm2` once it was fetched, a local folder, a GGUF file,
+            which is dequantised, or a hub id. Local names need no network, and code that comes with a model is never
+            run.
         revision: of a hub id: branch, tag or commit.
         dtype: float32, bfloat16, float16, or auto: as stored, but float32 on a CPU.
         device: cpu, cuda, cuda:N, mps, or auto: the first GPU if there is one.
@@ -49,18 +51,18 @@ def load_model(
         UserError: one line for a missing folder, missing or corrupt files, missing weights, not a causal LM.
     """
     target = torch_device(device)
-    folder = local_folder(model)
+    number_format = torch_dtype(dtype, target)
+    folder = None if _is_gguf(model) else local_folder(model)
     source = str(folder) if folder else model
     options = {"revision": revision, "local_files_only": folder is not None, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        lm, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch_dtype(dtype, target),
-            attn_implementation=attn,
-            output_loading_info=True,
-            **options,
-        )
+        if _is_gguf(model):
+            lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, attn)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            lm, report = AutoModelForCausalLM.from_pretrained(
+                source, dtype=number_format, attn_implementation=attn, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"model={model}: {_reason(error, folder)}") from error
     if report["missing_keys"]:
@@ -85,14 +87,23 @@ def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16"
     return lm.eval().requires_grad_(False)
 
 
+def _is_gguf(model: str) -> bool:
+    return model.endswith(".gguf") and Path(model).expanduser().is_file()
+
+
 def local_folder(model: str) -> Path | None:
     """The folder of `model=`, None for a hub id; UserError for a folder that does not exist."""
     folder = REFERENCE if model == "reference" else Path(model).expanduser()
+    if model in KNOWN_MODELS and not folder.exists():
+        if (fetched := fetched_folder(model)) is None:
+            raise UserError(f"model={model}: not fetched yet: learnkv fetch {model}")
+        return fetched
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or folder == REFERENCE or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model):
         fault = f"{folder} has no config.json" if folder.exists() else f"{folder} does not exist"
-        raise UserError(f"model={model}: expected `reference`, a model's folder or a hub id; {fault}")
+        names = ", ".join(["`reference`", *KNOWN_MODELS])
+        raise UserError(f"model={model}: expected {names}, a model's folder, a GGUF file or a hub id; {fault}")
     return None
 
 
@@ -143,6 +154,14 @@ def config_hash(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _known_name(path: str) -> str:
+    """The name that `model=` takes for the folder of a shipped or fetched model; other paths as they are."""
+    if path == str(REFERENCE):
+        return "reference"
+    fetched = (name for name in KNOWN_MODELS if Path(path).name == name and path == str(fetched_folder(name)))
+    return next(fetched, path)
+
+
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """The model as a policy's manifest has it: id, config hash, and the sizes that a policy needs."""
     config = model.config.get_text_config(decoder=True)
@@ -153,7 +172,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     )  # layers of a hybrid model that are not compressed
     name = model.config._name_or_path
     return {
-        "id": "reference" if name == str(REFERENCE) else name,
+        "id": _known_name(name),
         "config_hash": config_hash(model),
         "shapes": {
             "layers": config.num_hidden_layers - sliding,
