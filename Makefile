@@ -61,7 +61,7 @@ test: lint
 lint: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
-	$(VENV)/bin/python -m mypy src
+	$(VENV)/bin/python -m mypy src tools experiments benchmarks train.py eval.py
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.docs

@@ -38,7 +38,8 @@ def best_us(call: Callable[[], object], dry_run: bool) -> float:
         begin = time.perf_counter()
         call()
         return 1e6 * (time.perf_counter() - begin)
-    return 1e3 * triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median")
+    median: float = triton.testing.do_bench(call, warmup=25, rep=100, return_mode="median")
+    return 1e3 * median
 
 
 def bandwidths(part: Part, where: torch.device, dry_run: bool) -> None:
@@ -107,7 +108,8 @@ def replay_us(graph: "torch.cuda.CUDAGraph") -> float:
     graph.replay()
     end.record()
     end.synchronize()
-    return 1e3 * begin.elapsed_time(end)
+    elapsed: float = begin.elapsed_time(end)
+    return 1e3 * elapsed
 
 
 def main(argv: list[str] | None = None) -> Part:

@@ -129,7 +129,7 @@ def measure(model: PreTrainedModel, name: str, run: Run, keep: float) -> Row:
         held.append(bytes_held / len(ids))
         waits.append((sum(many.waits.values()) - sum(few.waits.values())) / steps)
         kernels.append((many.kernels - few.kernels) / steps)
-    at = [length * TOKEN for length in PROMPTS]
+    at = [float(length * TOKEN) for length in PROMPTS]
     figures = {"moved": slope(at, moved), "allocated": slope(at, made), "held": slope(at, held)}
     rounded = {name: round(figure, 4) + 0.0 for name, figure in figures.items()}
     return {"kernel": "decode step, counted", "impl": name, "keep": keep, **rounded, "waits": max(waits)} | {

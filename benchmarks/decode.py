@@ -217,7 +217,8 @@ def stepper(step: Callable[[], None], dry_run: bool) -> Callable[[], float]:
             graph.replay()
         end.record()
         end.synchronize()
-        return 1e3 * begin.elapsed_time(end) / STEPS
+        elapsed: float = begin.elapsed_time(end)
+        return 1e3 * elapsed / STEPS
 
     return replays
 

@@ -52,7 +52,7 @@ class Meter(TorchDispatchMode):
         self.counts = Counts()
         self._reads = _HostReads(self.counts)
 
-    def __enter__(self) -> Counts:  # type: ignore[override]
+    def __enter__(self) -> Counts:
         self._reads.__enter__()
         super().__enter__()
         return self.counts

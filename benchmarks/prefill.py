@@ -1,6 +1,7 @@
 """Reading a prompt with and without compression, time and peak memory: `python -m benchmarks.prefill --out FILE`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -108,7 +109,7 @@ def spent(call: Callable[[], Made], times: int) -> tuple[Timing | str, float | N
     try:
         for _ in range(times):
             made = None  # two of them may not fit
-            begin, end = (torch.cuda.Event(enable_timing=True) if cuda else _HostEvent() for _ in range(2))
+            begin, end = _events(cuda)
             begin.record()
             made = call()
             end.record()
@@ -118,6 +119,12 @@ def spent(call: Callable[[], Made], times: int) -> tuple[Timing | str, float | N
         return one_line(error), None, None
     peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
     return Timing(min(clocks), max(clocks), "events" if cuda else "host"), peak, made
+
+
+def _events(cuda: bool) -> tuple[Any, Any]:
+    """Events before and after what is timed."""
+    kind: Any = partial(torch.cuda.Event, enable_timing=True) if cuda else _HostEvent
+    return kind(), kind()
 
 
 class _HostEvent:

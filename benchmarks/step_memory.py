@@ -41,7 +41,13 @@ def main(argv: list[str] | None = None) -> Part:
             return part
         free()
         model = attach(shape.build(where, torch.float32 if options.dry_run else torch.bfloat16))
-        about = {"kernel": "train: memory of a step", "model": shape.name, "T": prompt, "new": new, "continuations": 8}
+        about: dict[str, Any] = {
+            "kernel": "train: memory of a step",
+            "model": shape.name,
+            "T": prompt,
+            "new": new,
+            "continuations": 8,
+        }
         part.add(**about, **measure(model, prompt, new))
         del model
     part.finish()
@@ -85,7 +91,8 @@ def _peak(where: torch.device, run: Any) -> int:
 
     with LiveBytes() as live:
         run()
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def race(contenders: Mapping[str, Sequence[Call]], captured: bool = True) -> dic
     for _ in range(2):
         for name, (measure, _how) in timers.items():
             turns[name].append(measure())
-    found: dict[str, Timing | str] = {name: Timing(*turns[name], timers[name][1]) for name in timers}
+    found: dict[str, Timing | str] = {
+        name: Timing(first, again, timers[name][1]) for name, (first, again) in turns.items()
+    }
     return {name: (found | failed)[name] for name in contenders}
 
 
@@ -107,7 +109,8 @@ def _warm_up(calls: Sequence[Call]) -> float:
         events[1].record()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    return 1e3 * events[0].elapsed_time(events[1]) / len(calls)
+    elapsed: float = events[0].elapsed_time(events[1])
+    return 1e3 * elapsed / len(calls)
 
 
 def _rounds(calls: Sequence[Call], estimate: float) -> list[Call]:
@@ -146,4 +149,5 @@ def _replay_us(graph: "torch.cuda.CUDAGraph", calls: int) -> float:
         end.record()
         spans.append((begin, end))
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(begin.elapsed_time(end) for begin, end in spans) / calls
+    elapsed: list[float] = [begin.elapsed_time(end) for begin, end in spans]
+    return 1e3 * statistics.median(elapsed) / calls

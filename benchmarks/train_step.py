@@ -4,6 +4,8 @@ The prompt is read once; a step attends to what the policy's plan keeps, reads a
 back, by way of every entry's mask, to the policy's parameters. The model is frozen.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -49,7 +51,14 @@ def measure(part: Part, model: PreTrainedModel, shape: Shape, prompt: int, new: 
     policy = Policy(SnapKV(window=window), allocator).to(model.device)
     ids = torch.randint(1, shape.vocabulary, (1, prompt), device=model.device)
     said = torch.randint(1, shape.vocabulary, (1, new), device=model.device)
-    about = {"model": shape.name, "B": 1, "T": prompt, "new": new, "dtype": "bfloat16", "impl": "learnkv"}
+    about: dict[str, Any] = {
+        "model": shape.name,
+        "B": 1,
+        "T": prompt,
+        "new": new,
+        "dtype": "bfloat16",
+        "impl": "learnkv",
+    }
 
     reading, peak, cache = spent(lambda: prefill(model, ids, window=window), 2)
     part.add(reading, kernel="train: prefill", peak_gb=peak, **about)

@@ -183,11 +183,12 @@ def _without_strings(text: str) -> list[str]:
     prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     lines = [line.encode() for line in text.splitlines()]  # columns are bytes
     for node in nodes:
-        is_string = isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-        if is_string and id(node) not in prose:
+        if id(node) in prose:
+            continue
+        if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
             for row in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 first = node.col_offset if row == node.lineno else 0
-                last = node.end_col_offset if row == node.end_lineno else len(lines[row - 1])
+                last = (node.end_col_offset or first) if row == node.end_lineno else len(lines[row - 1])
                 line = lines[row - 1]
                 lines[row - 1] = line[:first] + b" " * (last - first) + line[last:]
     return [line.decode() for line in lines]

@@ -93,7 +93,8 @@ def reads_of(policy: Policy) -> Iterator[str]:
     for component in (policy.scorer, policy.pages):
         for part in component.modules() if component is not None else ():
             if isinstance(part, Component):
-                yield from reads_of_class(type(part))
+                kind: type = type(part)
+                yield from reads_of_class(kind)
 
 
 def _needs(spec: Any, policy: Policy) -> list[str]:

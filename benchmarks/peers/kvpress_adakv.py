@@ -5,6 +5,7 @@ older transformers than learnkv, which is not imported here.
 """
 
 import time
+from typing import Any
 
 import torch
 from kvpress import AdaKVPress, SnapKVPress
@@ -42,7 +43,13 @@ def main(argv: list[str] | None = None) -> Part:
 @torch.no_grad()
 def measure(part: Part, model: PreTrainedModel, shape: Shape, name: str, batch: int, prompt: int) -> None:
     """Read a prompt of random tokens under a press, then decode."""
-    about = {"kernel": "kvpress step", "impl": f"kvpress {name}", "model": shape.name, "B": batch, "T": prompt}
+    about: dict[str, Any] = {
+        "kernel": "kvpress step",
+        "impl": f"kvpress {name}",
+        "model": shape.name,
+        "B": batch,
+        "T": prompt,
+    }
     about |= {"budget": prompt if name == "none" else round((1 - RATIO) * prompt), "dtype": "bfloat16"}
     try:
         ids = torch.randint(1, shape.vocabulary, (batch, prompt), device=model.device)
@@ -65,7 +72,11 @@ def measure(part: Part, model: PreTrainedModel, shape: Shape, name: str, batch: 
             _step(model, token, cache, prompt + len(spent))
         turns = [sorted(spent[at : at + 8])[4] for at in (4, 12)]
         timing: Timing | str = Timing(turns[0], turns[1], "host")
-        measured = {"moved": counts.nbytes, "waits": sum(counts.waits.values()), "cache_bytes": _held(model, cache)}
+        measured: dict[str, Any] = {
+            "moved": counts.nbytes,
+            "waits": sum(counts.waits.values()),
+            "cache_bytes": _held(model, cache),
+        }
     except Exception as error:
         timing, measured = one_line(error), {}
     part.add(timing, **about, **measured)

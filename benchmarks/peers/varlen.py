@@ -32,7 +32,7 @@ def attend(
     query: Tensor, keys: Tensor, values: Tensor, cum_q: Tensor, cum_k: Tensor, longest: int, scale: float
 ) -> Tensor:
     """Attention [R, G, D] of query [R, G, D] to the rows of keys and values [N, D] that `cum_k` bounds."""
-    return torch.ops.aten._flash_attention_forward(
+    output: Tensor = torch.ops.aten._flash_attention_forward(
         query,
         keys.unsqueeze(1),
         values.unsqueeze(1),
@@ -45,3 +45,4 @@ def attend(
         False,
         scale=scale,
     )[0]
+    return output

@@ -167,7 +167,7 @@ class Inputs:
 
     @property
     def scaling(self) -> float:
-        return self.case.shape.dim**-0.5
+        return 1 / math.sqrt(self.case.shape.dim)
 
     def ours(self) -> Callable[[], Tensor]:
         """The op as the decode loop calls it within a graph: a tail of fixed capacity, lengths on the device."""

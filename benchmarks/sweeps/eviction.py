@@ -29,7 +29,7 @@ def run(part: Part, device: torch.device, clock: Clock, dry_run: bool) -> None:
             if clock.over():
                 return
             if row < len(wanted):
-                measure(part, device, dry_run, *wanted[row])  # type: ignore[operator]
+                measure(part, device, dry_run, *wanted[row])
 
 
 def scores(part: Part, device: torch.device, dry_run: bool, shape: Shape, batch: int, slots: int) -> None:
@@ -127,7 +127,7 @@ def compaction(
         pools = [torch.full((rows * kept, dim), torch.nan, device=device, dtype=torch.bfloat16) for _ in range(2)]
 
         def gather(keys=keys, values=values, index=index, pools=pools) -> None:  # type: ignore[no-untyped-def]
-            gather_kv(keys, values, index, 0, Ragged(*pools, offset, length, kept), impl="triton")
+            gather_kv(keys, values, index, 0, Ragged(pools[0], pools[1], offset, length, kept), impl="triton")
 
         def copy(keys=keys, values=values, index=index, pools=pools) -> None:  # type: ignore[no-untyped-def]
             torch.index_select(keys.view(-1, dim), 0, index, out=pools[0])

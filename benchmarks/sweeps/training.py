@@ -87,7 +87,7 @@ class Inputs:
 
     @property
     def scaling(self) -> float:
-        return self.shape.dim**-0.5
+        return 1 / math.sqrt(self.shape.dim)
 
     def forward(self) -> Call:
         """Every entry in the forward."""
@@ -102,7 +102,7 @@ class Inputs:
         offset = length.cumsum(0) - length
         index = select(self.gates.view(rows, -1), length, rows * kept)
         pools = [self.keys.new_empty(rows * kept, dim) for _ in range(2)]
-        segment, tail = Ragged(*pools, offset, length, kept), Tail(*self.tails)
+        segment, tail = Ragged(pools[0], pools[1], offset, length, kept), Tail(*self.tails)
         gather_kv(self.keys[0], self.values[0], index, 0, segment)
         output, lse = decode_attention(self.query, segment, tail, self.scaling, impl="triton")
         given = (self.grad, self.query, output, lse, self.keys, self.values, segment, tail, self.scaling)

@@ -42,7 +42,8 @@ class LargestKeys(Scorer):
     """Knorm the other way round."""
 
     def forward(self, obs: Observation) -> Tensor:
-        return obs.keys.float().norm(dim=-1)
+        norm: Tensor = obs.keys.float().norm(dim=-1)
+        return norm
 
 
 def variants(folder: Path, moments: Path | None = None) -> dict[str, tuple[str, Policy]]:

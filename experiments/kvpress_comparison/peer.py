@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     """Answer the request in `folder` with kvpress."""
     torch.set_num_threads(1)
     request = json.loads((folder / "request.json").read_text())
-    kept: dict[str, np.ndarray] = {}
+    kept: dict[str, Any] = {}
     rows = []
     model = load(folder / "model")
     for at, prompt in enumerate(request["prompts"]):
@@ -83,7 +83,8 @@ def read(model: PreTrainedModel, ids: list[int], how: Any) -> DynamicCache:
 def step(model: PreTrainedModel, token: int, cache: DynamicCache, position: int) -> Tensor:
     """Logits [V] after one token: several at once leak attention to the keys that AdaKV masks."""
     ids, where = torch.tensor([[token]]), torch.tensor([[position]])
-    return model(input_ids=ids, position_ids=where, past_key_values=cache).logits[0, -1]
+    logits: Tensor = model(input_ids=ids, position_ids=where, past_key_values=cache).logits
+    return logits[0, -1]
 
 
 def answer(model: PreTrainedModel, cache: DynamicCache, prompt: dict[str, Any]) -> tuple[Tensor, list[int]]:

@@ -65,7 +65,8 @@ def answers(model: Any, tokenizer: Any, samples: list[Sample]) -> list[str]:
         max_new_tokens=max(sample.max_new_tokens for sample in samples),
         do_sample=False,
     )
-    return tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+    answers: list[str] = tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
+    return answers
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ class RowMaker:
 
     def _hay(self, length: int) -> Ids:
         if self.rng.random() < 0.2:
-            noise = self.encode(" " + NOISE)
+            noise: Ids = self.encode(" " + NOISE)
             at = self.rng.randrange(len(noise))
             return (noise[at:] + noise * (length // len(noise) + 1))[:length]
         return self._passage(length)
@@ -159,7 +159,8 @@ class RowMaker:
     def _passage(self, length: int) -> Ids:
         pool = self.pools[-1] if self.rng.random() < 0.3 else self.pools[0]
         at = self.rng.randrange(len(pool) - length)
-        return pool[at : at + length].tolist()
+        passage: Ids = pool[at : at + length].tolist()
+        return passage
 
 
 @lru_cache(maxsize=1)
