@@ -37,7 +37,7 @@ COMMANDS = {
 }
 
 
-OPTIONAL = frozenset({"datasets", "lightning", "matplotlib", "peft", "tqdm", "wandb", "wonderwords"})
+OPTIONAL = frozenset({"datasets", "lightning", "matplotlib", "peft", "pyarrow", "tqdm", "wandb", "wonderwords"})
 """What the extras `train` and `eval` install."""
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,12 +31,24 @@ def file_pieces(files: Iterable[str], column: str) -> Iterator[Piece]:
         UserError: a file that cannot be read, is not UTF-8, or has a broken row; it names file and line.
     """
     for file in files:
-        read = READERS[suffix(file)]
-        try:
-            yield from read(file, column)
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-            reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"text {file}: cannot be read: {reason}") from None
+        with _readable(f"text {file}"):
+            yield from READERS[suffix(file)](file, column)
+
+
+def read_document(file: str, key: str) -> str:
+    """A text file, which may be compressed (.gz), as a whole. Raises UserError as `file_pieces` does."""
+    with _readable(f"{key}={file}"):
+        return "".join(text for text, _ in _plain(file, "text", f"{key}={file}"))
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn errors of reading into a UserError that begins with `what`."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: cannot be read: {reason}") from None
 
 
 def row_pieces(rows: Iterable[Any], source: str, column: str) -> Iterator[Piece]:
@@ -71,7 +84,7 @@ def _open(file: str) -> IO[bytes]:
     return gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
 
 
-def _plain(file: str, column: str) -> Iterator[Piece]:
+def _plain(file: str, column: str, what: str | None = None) -> Iterator[Piece]:
     """A text file as one document."""
     if column != "text":
         raise UserError(f"column={column!r}: {file} has text")
@@ -82,7 +95,7 @@ def _plain(file: str, column: str) -> Iterator[Piece]:
                 *pieces, (rest, _) = split(rest + chunk)
                 yield from pieces
     except UnicodeDecodeError:
-        raise UserError(f"text {file}, line {_undecodable_line(file)}: is not UTF-8") from None
+        raise UserError(f"{what or f'text {file}'}, line {_undecodable_line(file)}: is not UTF-8") from None
     yield rest, True
 
 

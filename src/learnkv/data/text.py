@@ -196,9 +196,7 @@ def _cached(windows: Callable[[], Iterator[dict[str, Any]]], key: str, window: i
             datasets.enable_progress_bars()
 
 
-def _at_least_one(
-    windows: Callable[[], Iterator[dict[str, Any]]], name: str, window: int
-) -> Iterator[dict[str, Any]]:
+def _at_least_one(windows: Callable[[], Iterator[dict[str, Any]]], name: str, window: int) -> Iterator[dict[str, Any]]:
     empty = True
     for row in windows():
         empty = False
