@@ -49,7 +49,8 @@ COMMANDS = {
 
 
 OPTIONAL = frozenset(
-    {"datasets", "filelock", "gguf", "lightning", "matplotlib", "peft", "platformdirs", "tqdm", "wandb", "wonderwords"}
+    {"datasets", "filelock", "gguf", "lightning", "matplotlib", "peft", "platformdirs", "pyarrow", "tqdm", "wandb"}
+    | {"wonderwords"}
 )
 """What the extras `train`, `eval` and `gguf` install."""
 

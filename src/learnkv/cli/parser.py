@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from learnkv.errors import Preempted, RunError, UserError
-from learnkv.persistence.named_configs import config_names, find_config, nearest
+from learnkv.persistence.named_configs import checked_config, config_names, nearest
 
 Words = dict[str, list[str]]
 """Keys of a command line and their values, as typed."""
@@ -92,7 +92,7 @@ def _parse(parser: Any, typed: Words, lists: set[str], keys: list[str], kind: st
     from jsonargparse import ArgumentError
 
     configs = typed.get("config", [])
-    files = [f"--config={find_config(kind, name)}" for name in configs]
+    files = [f"--config={checked_config(kind, name)}" for name in configs]
     words = [f"--{k}={json.dumps(v) if k in lists else v[0]}" for k, v in typed.items() if k != "config"]
     try:
         parser.parse_args(files)  # alone first, to tell errors in a file from errors in a word
@@ -143,8 +143,8 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return report_error(f"no space left on disk for {error.filename or 'the output'}", 1)
-    except KeyboardInterrupt:
-        return report_error("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return report_error(str(error) or "interrupted", 130)
     return 0
 
 

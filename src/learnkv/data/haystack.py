@@ -1,12 +1,12 @@
 """Haystacks: sentences of noise, of essays, and of the documentation in every CPython."""
 
 import ast
-import gzip
 import re
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
 
+from learnkv.data.documents import read_document
 from learnkv.errors import UserError
 
 NOISE = "The lamp is lit. The kettle is warm. The street is quiet. Rain falls and stops. Nothing else happens here."
@@ -32,17 +32,14 @@ def essay(path: str | None = None) -> tuple[str, ...]:
     """Sentences of the evaluation's haystack: a .txt or .txt.gz file, or CPython's own help topics.
 
     The help topics (`pydoc_data.topics`, natural English of about 460 KB) are for evaluation only, never for training.
-    Raises UserError for a file without text and OSError for one that cannot be read.
+    Raises UserError, with file and line, for one that cannot be read, is not UTF-8 or has no text.
     """
     if path is None:
         from pydoc_data.topics import topics
 
         text = " ".join(topics[name] for name in sorted(topics))
     else:
-        with (
-            gzip.open(path, "rt", encoding="utf-8") if str(path).endswith(".gz") else open(path, encoding="utf-8") as f
-        ):
-            text = f.read()
+        text = read_document(str(path), "haystack")
     split = tuple(sentences(text))
     if not split:
         raise UserError(f"haystack={path}: expected a text file with at least one sentence, it is empty")

@@ -1,6 +1,5 @@
 """RULER's question answering: the paragraphs with the answer among other paragraphs of the same file."""
 
-import gzip
 import json
 import random
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from learnkv.data import ruler_text as text
+from learnkv.data.documents import read_document
 from learnkv.data.sample import Draft
 from learnkv.errors import UserError
 
@@ -37,10 +37,9 @@ class Documents:
 def read_documents(path: str) -> Documents:
     """A .json or .json.gz file in SQuAD's or HotpotQA's layout. Raises UserError for any other."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-            data = json.load(file)
+        data = json.loads(read_document(path, "qa"))
         return _squad(data) if isinstance(data, dict) else _hotpotqa(data)
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"qa={path}: expected JSON in SQuAD's or HotpotQA's layout ({error!r})") from error
 
 

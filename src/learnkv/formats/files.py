@@ -1,18 +1,28 @@
-"""Reading and writing files: shipped tables, atomic writes, and one-line errors."""
+"""Reading and writing files: bounded YAML, JSON and safetensors, shipped tables, atomic writes, one-line errors."""
 
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from learnkv.errors import UserError
 
 TABLES = Path(__file__).resolve().parents[1] / "reference" / "tables"
+TEXT_BYTES, YAML_BYTES = 1 << 28, 1 << 20
+"""Largest text or JSON file and largest YAML file that is read."""
+MAX_DEPTH, MAX_YAML_VALUES = 64, 100_000
+"""Deepest nesting of a YAML or JSON file, and most values of a YAML file with its aliases expanded."""
 
 
 def locate(path: str, shipped: str) -> Path:
@@ -21,22 +31,115 @@ def locate(path: str, shipped: str) -> Path:
     return TABLES / shipped if path == "reference" and not file.exists() else file
 
 
-def read_text(path: str | Path) -> str:
-    """Text of a file. Raises UserError where it is missing or not text."""
+def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:
+    """Text of a file of at most `limit` bytes. Raises UserError where it is missing, larger or not text."""
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        with Path(path).expanduser().open("rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise UserError(f"{path}: expected at most {limit:,} bytes")
+        return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text (UTF-8)"
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 
 def read_json(path: str | Path) -> Any:
-    """Content of a JSON file. Raises UserError where it is not JSON."""
+    """Content of a JSON file. Raises UserError where it is not JSON, or nested deeper than `MAX_DEPTH`."""
     text = read_text(path)
     try:
-        return json.loads(text)
-    except ValueError as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON: {error}") from None
+    _expanded(content, _parts, path)
+    return content
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Content of a YAML file as plain containers; tags of Python objects are refused.
+
+    Raises:
+        UserError: missing or broken file, more than `YAML_BYTES`, nesting deeper than `MAX_DEPTH`, an alias within its
+            own anchor, more than `MAX_YAML_VALUES` values once aliases are expanded.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(read_text(path, YAML_BYTES))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        check_size(node, path, _node_parts)
+        return loader.construct_document(node)
+    except UserError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}: expected YAML: {error.problem or error.context}{line}") from None
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: expected YAML: {str(error).splitlines()[0]}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def check_size(content: Any, path: str | Path, parts: Callable[[Any], Iterable[Any]] | None = None) -> None:
+    """Raise UserError for plain containers that are nested too deeply, contain themselves, or are too large when
+    everything that occurs twice is counted twice.
+    """
+    if _expanded(content, parts or _parts, path) > MAX_YAML_VALUES:
+        raise UserError(f"{path}: expected at most {MAX_YAML_VALUES:,} values, its aliases stand for more")
+
+
+def _expanded(content: Any, parts: Callable[[Any], Iterable[Any]], path: str | Path) -> int:
+    """Values in nested containers, shared ones counted wherever they occur."""
+    counted: dict[int, tuple[int, int]] = {}  # values and nesting of every container
+
+    def count(value: Any, depth: int) -> tuple[int, int]:
+        if id(value) not in counted:
+            inner = [count(part, depth + 1) for part in parts(value)] if depth <= MAX_DEPTH else [(1, MAX_DEPTH + 1)]
+            counted[id(value)] = 1 + sum(size for size, _ in inner), 1 + max((below for _, below in inner), default=0)
+        if depth + counted[id(value)][1] > MAX_DEPTH + 1:
+            raise UserError(f"{path}: is nested deeper than {MAX_DEPTH} levels")
+        return counted[id(value)]
+
+    return count(content, 0)[0]
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Containers and values in a plain container."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _node_parts(node: yaml.Node) -> Iterable[yaml.Node]:
+    """Children of a YAML node."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name. Raises UserError where it cannot be read."""
+    try:
+        tensors: dict[str, Tensor] = load_file(Path(path).expanduser())
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    return tensors
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's content, computed once per process while size, time and inode stay the same."""
+    file = Path(path).expanduser()
+    status = file.stat()
+    return _file_digest(str(file.resolve()), (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: str, identity: tuple[int, ...]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -59,14 +162,22 @@ def output_file(path: str | Path) -> Iterator[Path]:
 
     Raises:
         UserError: the path cannot be written.
+        OSError: the disk is full.
     """
     file = Path(path).expanduser()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as part:
             yield part
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+    except OSError as error:
+        if disk_is_full(error):
+            raise
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error means that there is no space left, which no other path would mend."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -77,10 +188,14 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def make_folder(path: Path, key: str) -> Path:
-    """Create a folder where it is missing. Raises UserError, naming the argument `key`, where that is not possible."""
+    """Create a folder where it is missing. Raises UserError, naming the argument `key`, where it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write, or a read-only file system", str(path))
+    except OSError as error:
+        if disk_is_full(error):
+            raise
         raise UserError(f"{key}={path}: expected a folder that can be written ({error})") from None
     return path
 

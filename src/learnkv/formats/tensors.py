@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from learnkv.errors import UserError
-from learnkv.formats.files import output_file
+from learnkv.formats.files import output_file, read_tensors
 
 MOMENTS = {"mean": "LND", "covariance": "LNDD"}
 """Mean and covariance of the queries of N query heads before rotation."""
@@ -32,10 +31,7 @@ def read(path: str | Path, shapes: Mapping[str, str]) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, another format, a tensor that is missing, sizes that contradict each other.
     """
-    try:
-        tensors = load_file(Path(path).expanduser())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    tensors = read_tensors(path)
     sizes: dict[str, int] = {"1": 1}
     for name, letters in shapes.items():
         shape = tuple(tensors[name].shape) if name in tensors else ()

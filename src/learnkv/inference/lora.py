@@ -1,20 +1,20 @@
 """LoRA adapters for tokens that are read from a compressed cache; prompts and full caches are read without them."""
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from learnkv.core.adapter import PREFIX, Adapter
 from learnkv.errors import UserError
+from learnkv.formats.files import read_json, read_tensors
 
 FOLDER = "adapter"
 """Folder of the adapter in an exported policy; peft reads it, too."""
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PEFT_PREFIX = "base_model.model."  # of the names of weights on disk
 
 
@@ -130,10 +130,10 @@ def write(adapter: Adapter, folder: Path) -> None:
 def read(folder: Path) -> Adapter:
     """Read what `write` stored. Raises UserError for missing or other files."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "adapter_config.json")
         rank, alpha, targets = int(config["r"]), float(config["lora_alpha"]), _names(config["target_modules"])
-        return Adapter(rank, alpha, targets, load_file(folder / "adapter_model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        return Adapter(rank, alpha, targets, read_tensors(folder / "adapter_model.safetensors"))
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: expected a LoRA adapter ({str(error).splitlines()[0]})") from None
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.errors import UserError
+from learnkv.formats.hub_network import hub_fault
 from learnkv.inference import lora
 from learnkv.inference.known_models import KNOWN_MODELS, fetched_folder, read_gguf
 
@@ -26,6 +28,8 @@ SHAPE_KEYS = (
     "num_key_value_heads",
     "head_dim",
 )
+_BROKEN = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, pickle.UnpicklingError)
+"""What transformers raises for a model that it cannot load."""
 _CUT = "\ue000\ue001"  # private use characters: no text has them
 
 
@@ -52,19 +56,23 @@ def load_model(
     """
     target = torch_device(device)
     number_format = torch_dtype(dtype, target)
-    folder = None if _is_gguf(model) else local_folder(model)
+    gguf = _is_gguf(model)
+    folder = Path(model).expanduser().parent if gguf else local_folder(model)
     source = str(folder) if folder else model
-    options = {"revision": revision, "local_files_only": folder is not None, "trust_remote_code": False}
+    fault = None if folder else hub_fault()
+    local_only = folder is not None or fault is not None
+    options = {"revision": revision, "local_files_only": local_only, "trust_remote_code": False}
     try:
-        if _is_gguf(model):
+        if gguf:
             lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, attn)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             lm, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=number_format, attn_implementation=attn, output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(f"model={model}: {_reason(error, folder)}") from error
+    except (*_BROKEN, SafetensorError) as error:
+        raise UserError(f"model={model}: {_reason(error, folder, fault)}") from error
+    _check_vocabulary(lm, tokenizer, model)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(f"model={model}: {len(missing)} weights are not in its files, first {missing[0]}")
@@ -78,12 +86,14 @@ def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16"
     """The model of `load_model` on the meta device: shapes without weights."""
     folder = local_folder(model)
     source = str(folder) if folder else model
+    fault = None if folder else hub_fault()
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=folder is not None)
+        local_only = folder is not None or fault is not None
+        config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=local_only)
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model={model}: {_reason(error, folder)}") from error
+        raise UserError(f"model={model}: {_reason(error, folder, fault)}") from error
     return lm.eval().requires_grad_(False)
 
 
@@ -130,14 +140,32 @@ def torch_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return parsed
 
 
-def _reason(error: Exception, folder: Path | None) -> str:
-    """The first sentence of an error of transformers, or a clearer one."""
-    text = str(error).strip()
+def _check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Raise UserError for a tokenizer with ids that the model does not embed, added tokens of no prompt excepted."""
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    largest = max([tokenizer.vocab_size - 1, *(token for token in special if token is not None)])
+    size = lm.get_input_embeddings().num_embeddings
+    if largest >= size:
+        raise UserError(f"model={model}: its tokenizer has ids up to {largest}, the model embeds {size} tokens")
+
+
+def _reason(error: Exception, folder: Path | None, fault: str | None = None) -> str:
+    """The first sentence of an error of transformers, or a clearer one.
+
+    Args:
+        folder: the model's folder; None for a hub id.
+        fault: why the hub could not be used.
+    """
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text or "PytorchStreamReader" in text:
+        return "its weights (pytorch_model.bin) are corrupt: expected tensors as torch.save writes them"
     if "Unrecognized configuration class" in text:
         return f"expected a causal language model, got a {text.split('class ')[-1].split()[0].split('.')[-1][:-2]}"
     if isinstance(error, SafetensorError):
         return f"its weights are corrupt ({text})"
     first = text.split("\n")[0]
+    if fault:
+        return f"no such folder, none of the models that were downloaded before, and {fault}"
     return first if folder else f"no such folder, and loading it from the hub failed: {first}"
 
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from learnkv.errors import UserError
+from learnkv.formats.hub_network import hub_fault
 
 FILES = (
     "policy.yaml",
@@ -34,13 +35,16 @@ def fetch(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    repo_id, _, revision = name.partition("@")
+    repo_id, _, given = name.partition("@")
+    fault = hub_fault()
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=list(FILES)))
+        revision, local_only = given or None, fault is not None
+        folder = Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES), local_files_only=local_only)
+        )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"ckpt={name}: no such file or folder, and the hub has no such policy ({_first_line(error)})"
-        ) from None
+        reason = fault or _first_line(error)
+        raise UserError(f"ckpt={name}: no such file or folder, and the hub has no such policy ({reason})") from None
     if not (folder / "policy.yaml").is_file():
         raise UserError(f"ckpt={name}: expected the repository of an exported policy, it has no policy.yaml")
     return folder

@@ -21,7 +21,9 @@ def model_card(manifest: Mapping[str, Any], spec: Mapping[str, Any], budgets: Ta
 
 def _introduction(manifest: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[str]:
     model, shapes = str(manifest["model"]["id"]), manifest["model"]["shapes"]
-    name = Path(model).name if Path(model).is_absolute() else model
+    is_local = Path(model).is_absolute() or Path(model).exists()
+    name = Path(model).name if is_local else model
+    source = f"PATH/OF/{name}" if is_local else model
     yield "---"
     yield "library_name: learnkv"
     yield "tags: [kv-cache, kv-cache-compression]"
@@ -45,12 +47,12 @@ def _introduction(manifest: Mapping[str, Any], spec: Mapping[str, Any]) -> Itera
     yield "```python"
     yield "from learnkv import load_model, load_policy, prefill"
     yield ""
-    yield f'model, tokenizer = load_model("{name}")'
+    yield f'model, tokenizer = load_model("{source}")'
     yield 'policy = load_policy("PATH")  # this folder, or owner/name on the hub'
     yield "cache = prefill(model, input_ids, policy=policy, keep=0.1)"
     yield "```"
     yield ""
-    yield f"`learnkv eval --ckpt PATH model={name} tasks=niah keep=0.1` compares it with other methods."
+    yield f"`learnkv eval --ckpt PATH model={source} tasks=niah keep=0.1` compares it with other methods."
     yield ""
 
 

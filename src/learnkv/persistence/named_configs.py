@@ -5,10 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learnkv.errors import UserError
+from learnkv.formats.files import read_yaml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = next((p for p in (_PACKAGE / "configs", _PACKAGE.parents[1] / "configs") if p.is_dir()), _PACKAGE / "configs")
 """Folder of the YAML files: inside the package in an installed wheel, at the root in a checkout."""
+
+
+_MAX_EXTENDED = 16
 
 
 def find_config(kind: str, name: str, key: str = "config") -> Path:
@@ -32,6 +36,25 @@ def find_config(kind: str, name: str, key: str = "config") -> Path:
     raise UserError(
         f"{key}={name}: expected {trained}a YAML file or one of: {', '.join(names)}{nearest(path.stem, names)}"
     )
+
+
+def checked_config(kind: str, name: str) -> Path:
+    """`find_config`, read within the limits of `read_yaml`, as are the files that it extends.
+
+    Raises:
+        UserError: no such file, a file that cannot be read, or one that extends itself.
+    """
+    path = file = find_config(kind, name)
+    for _ in range(_MAX_EXTENDED):
+        try:
+            content = read_yaml(file)
+        except UserError as error:
+            raise UserError(f"config={name}: {error}") from None
+        base = content.get("config") if isinstance(content, dict) else None
+        if not isinstance(base, str):
+            return path
+        file = file.parent / base
+    raise UserError(f"config={name}: extends more than {_MAX_EXTENDED} files, or itself")
 
 
 def config_names(kind: str) -> list[str]:

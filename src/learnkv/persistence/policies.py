@@ -16,12 +16,15 @@ from learnkv.formats.files import atomic_write, write_text
 from learnkv.inference import lora as adapters
 from learnkv.ops.round_to_budget import round_to_budget
 from learnkv.persistence import hub
+from learnkv.persistence.allowed_classes import check_classes
 from learnkv.persistence.model_card import model_card
 from learnkv.persistence.named_configs import find_config
 from learnkv.persistence.stored_policy import (
     FORMAT_VERSION,
     StoredPolicy,
+    check_digests,
     check_model,
+    digests_of,
     read_spec,
     stored_in_checkpoint,
     stored_in_folder,
@@ -55,7 +58,7 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    _check_classes(spec, ("learnkv", *allow), where)
+    check_classes(spec, ("learnkv", *allow), where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Policy, "policy")
     try:
@@ -74,20 +77,6 @@ def _one_line(message: str) -> str:
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
-
-
-def _check_classes(node: Any, allowed: Sequence[str], where: str) -> None:
-    if isinstance(node, Mapping):
-        path = node.get("class_path")
-        if path is not None and not any(str(path).startswith(prefix + ".") or path == prefix for prefix in allowed):
-            raise UserError(
-                f"{where}: names the class {path}; only learnkv's own are built unless allow={str(path).split('.')[0]}"
-            )
-        for child in node.values():
-            _check_classes(child, allowed, where)
-    elif isinstance(node, list | tuple):
-        for child in node:
-            _check_classes(child, allowed, where)
 
 
 def modules_of(spec: Any) -> set[str]:
@@ -141,7 +130,10 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
     policy = build_policy(stored.spec, allow, str(path))
     policy.adapter = stored.adapter
     check_model(stored, model, str(path))
-    return _with_weights(policy, stored.state, str(path))
+    loaded = _with_weights(policy, stored.state, str(path))
+    if folder is not None:
+        check_digests(folder)
+    return loaded
 
 
 def _with_weights(policy: Policy, state: Mapping[str, Tensor], name: str) -> Policy:
@@ -214,6 +206,8 @@ def save_policy(
         save_file({key: weight.detach().cpu().contiguous() for key, weight in policy.state_dict().items()}, part)
     if policy.adapter is not None:
         adapters.write(policy.adapter, path / adapters.FOLDER)
+    write_text(path / "policy.yaml", yaml.safe_dump(policy.spec(), sort_keys=False))
+    write_text(path / "budgets.csv", budget_table.text(table))
     manifest = {
         "format_version": FORMAT_VERSION,
         "model": dict(model),
@@ -221,10 +215,9 @@ def save_policy(
         "budgets": "static" if policy.allocator.static else "mean over prompts",
         "training": dict(training or {}),
         "metrics": dict(metrics or {}),
+        "files": digests_of(path),
     }
-    write_text(path / "policy.yaml", yaml.safe_dump(policy.spec(), sort_keys=False))
     write_text(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    write_text(path / "budgets.csv", budget_table.text(table))
     write_text(path / "README.md", model_card(manifest, policy.spec(), table))
     return path
 

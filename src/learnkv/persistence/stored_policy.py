@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from learnkv.core.adapter import Adapter
 from learnkv.errors import UserError
-from learnkv.formats.files import read_json, read_text
+from learnkv.formats import seal
+from learnkv.formats.files import check_size, file_digest, read_json, read_tensors, read_yaml
 from learnkv.inference import lora as adapters
 
 FORMAT_VERSION = 1
+_BROKEN = (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError)
+"""What torch raises for a file that is not a checkpoint, and lookups in a foreign one."""
 POLICY_FILES = ("policy.yaml", "policy.safetensors", "manifest.json")
 
 
@@ -43,13 +43,20 @@ def load_checkpoint(file: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"ckpt={path}: no such file")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        fault = seal.fault(path)
+        checkpoint: dict[str, Any] = {} if fault else torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *_BROKEN) as error:
+        raise _not_a_checkpoint(path, _reason(error)) from None
+    if fault:
+        raise UserError(f"ckpt={path}: {fault}; expected the file as train.py wrote it")
+    try:
         description = _mapping(checkpoint["learnkv"], "its part for learnkv")
         _mapping(description["policy"], "its policy")
         _mapping(description.get("model", {}), "its model")
         _mapping(checkpoint["state_dict"], "its state_dict")
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise _not_a_checkpoint(path, error) from None
+    except _BROKEN as error:
+        raise _not_a_checkpoint(path, _reason(error)) from None
+    check_size(description, f"ckpt={path}")
     _check_version(description.get("format_version"), path)
     return checkpoint
 
@@ -64,7 +71,7 @@ def stored_in_checkpoint(path: Path) -> StoredPolicy:
     try:
         adapter = settings and adapters.from_checkpoint(settings, state_dict)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise _not_a_checkpoint(path, error) from None
+        raise _not_a_checkpoint(path, _reason(error)) from None
     return StoredPolicy(description["policy"], state, description.get("model", {}), adapter)
 
 
@@ -72,7 +79,7 @@ def stored_in_folder(folder: Path) -> StoredPolicy:
     """The policy of an exported folder.
 
     Raises:
-        UserError: missing, corrupt or foreign files, or another format version.
+        UserError: missing, corrupt or foreign files, or another format version. `check_digests` refuses changed ones.
     """
     missing = [name for name in POLICY_FILES if not (folder / name).is_file()]
     if missing:
@@ -80,9 +87,10 @@ def stored_in_folder(folder: Path) -> StoredPolicy:
     try:
         manifest = _mapping(read_json(folder / "manifest.json"), "manifest.json")
         model = _mapping(manifest.get("model", {}), "its model")
-        state = load_file(folder / "policy.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be read: {str(error).splitlines()[0]}") from None
+        _mapping(manifest.get("files", {}), "its files")
+        state = read_tensors(folder / "policy.safetensors")
+    except (TypeError, UserError) as error:
+        raise UserError(f"{folder}: cannot be read: {error}") from None
     _check_version(manifest.get("format_version"), folder)
     adapter = adapters.read(folder / adapters.FOLDER) if manifest.get("adapter") else None
     return StoredPolicy(read_spec(folder / "policy.yaml"), state, model, adapter)
@@ -90,10 +98,7 @@ def stored_in_folder(folder: Path) -> StoredPolicy:
 
 def read_spec(file: Path) -> dict[str, Any]:
     """A policy's constructor arguments from a YAML file. Raises UserError for any other content."""
-    try:
-        spec = yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
+    spec = read_yaml(file)
     if not isinstance(spec, dict):
         raise UserError(f"{file}: expected a mapping of the policy's arguments, got {type(spec).__name__}")
     return spec
@@ -117,8 +122,35 @@ def _mapping(value: Any, what: str) -> dict[str, Any]:
     return value
 
 
-def _not_a_checkpoint(path: Path, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+def digests_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that a policy is loaded from, by their paths in its folder."""
+    names = [
+        "policy.yaml",
+        "policy.safetensors",
+        "budgets.csv",
+        *(f"{adapters.FOLDER}/{name}" for name in adapters.FILES),
+    ]
+    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+
+
+def check_digests(folder: Path) -> None:
+    """Raise UserError for files that have changed since the export; older exports have no digests."""
+    manifest = read_json(folder / "manifest.json")
+    expected = manifest.get("files", {})
+    for name, digest in digests_of(folder).items() if expected else ():
+        if expected.get(name, digest) != digest:
+            raise UserError(f"{folder / name}: has changed since the export, manifest.json has another digest")
+    if expected and not isinstance(manifest.get("adapter"), bool):
+        raise UserError(f"{folder / 'manifest.json'}: has changed since the export, adapter is not true or false")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text recommends to load it without checks
+        return "it is broken, or has more than tensors and plain containers"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _not_a_checkpoint(path: Path, reason: str) -> UserError:
     return UserError(f"ckpt={path}: not a checkpoint of learnkv's train.py ({reason})")
 
 

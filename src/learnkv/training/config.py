@@ -10,6 +10,15 @@ from learnkv.errors import UserError
 from learnkv.policy.policy import Policy
 from learnkv.training.settings import DataSettings, DistillationSettings, check_not_negative, check_positive
 
+UNSUPPORTED = {
+    "fast_dev_run": False,
+    "barebones": False,
+    "overfit_batches": 0.0,
+    "limit_train_batches": None,
+    "limit_val_batches": None,
+}
+"""Arguments of Lightning's Trainer that must keep these values."""
+
 
 @dataclass(frozen=True)
 class Wandb:
@@ -86,6 +95,12 @@ class TrainConfig:
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     if trainer and trainer["max_steps"] < 1:
         raise UserError(f"trainer.max_steps={trainer['max_steps']}: expected the number of steps, at least 1")
+    for key, default in UNSUPPORTED.items():
+        if trainer.get(key, default) != default:
+            raise UserError(
+                f"trainer.{key}={trainer[key]}: expected {default}, as it changes which batches are read; shorter runs "
+                "are trainer.max_steps= and validation_batches="
+            )
     strategy, precision = trainer.get("strategy"), trainer.get("precision")
     if isinstance(strategy, str) and strategy not in ("auto", "fsdp") and not strategy.startswith("ddp"):
         raise UserError(f"trainer.strategy={strategy}: expected auto, ddp or fsdp (FSDP2)")

@@ -110,6 +110,11 @@ class Distillation(L.LightningModule):
         """The objective that this step minimises."""
         return self.objective.at_step(self.global_step)
 
+    @property
+    def logged_loss(self) -> str:
+        """Name of this step's loss in logs."""
+        return f"train/{self.step_objective.name}"
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         cache, batch = self._prefill(batch)
         inputs = self._inputs(cache, batch)
@@ -119,7 +124,7 @@ class Distillation(L.LightningModule):
             raise RunError(
                 f"the loss of step {self.global_step} is {loss.item()}: the model's or policy's output is not finite"
             )
-        self.log(f"train/{self.step_objective.name}", loss.detach(), on_step=True, on_epoch=False)
+        self.log(self.logged_loss, loss.detach(), on_step=True, on_epoch=False)
         if spent:
             self.log("train/spent_over_asked", sum(spent) / len(spent), on_step=True, on_epoch=False)
         # Parameters without a gradient in this batch get a gradient of 0: other processes wait for it. A student that
@@ -255,12 +260,13 @@ class Distillation(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         named = [(name, p) for name, p in self.policy.named_parameters() if p.requires_grad]
         settings, lora = self.settings, self.settings.lora
-        groups = [
-            {"params": [p for name, p in named if name.endswith("logits")], "lr": settings.budget_lr},
-            {"params": [p for name, p in named if not name.endswith("logits")], "lr": settings.lr},
-            {"params": self.adapted, "lr": 0.0 if lora is None else lora.lr},
-        ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0)
+        groups = {
+            "budget_lr": {"params": [p for name, p in named if name.endswith("logits")], "lr": settings.budget_lr},
+            "lr": {"params": [p for name, p in named if not name.endswith("logits")], "lr": settings.lr},
+            "lora_lr": {"params": self.adapted, "lr": 0.0 if lora is None else lora.lr},
+        }
+        self.rate_names = [name for name, group in groups.items() if group["params"]]
+        optimizer = torch.optim.AdamW([groups[name] for name in self.rate_names], weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -1,18 +1,17 @@
 """`RunFolder`: the folder of a run, and the rules for resuming it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from learnkv.errors import UserError
-from learnkv.formats.files import make_folder, read_text
+from learnkv.formats.files import make_folder, read_yaml
 from learnkv.persistence.stored_policy import load_checkpoint
 from learnkv.training.config import TrainConfig, default_keys
+from learnkv.training.run_contents import contents_of
 
-MAY_CHANGE = ("trainer", "wandb", "workers", "save_every", "save_minutes", "overwrite", "answers")
+MAY_CHANGE = ("trainer", "wandb", "workers", "save_every", "save_minutes", "output", "overwrite", "answers")
 """Keys that may differ when a run is resumed."""
 
 
@@ -25,6 +24,8 @@ class RunFolder:
     """Optimiser steps of the checkpoint; 0 without one."""
     model: Mapping[str, Any] | None = None
     """Description of the checkpoint's model; None without a checkpoint."""
+    contents: Mapping[str, Any] = field(default_factory=dict)
+    """Hashes of the files that the run reads (`contents_of`)."""
 
     @property
     def resumes(self) -> bool:
@@ -45,8 +46,12 @@ class RunFolder:
         return self.step >= steps and (self.policy / "manifest.json").is_file()
 
     def check_model(self, model: Mapping[str, Any]) -> None:
-        """Raise UserError where the checkpoint was trained for another model."""
-        if self.model not in (None, model):
+        """Raise UserError for a checkpoint that was trained for another model; where it lies does not matter."""
+        expected, given = (
+            None if part is None else {key: value for key, value in part.items() if key != "id"}
+            for part in (self.model, model)
+        )
+        if expected not in (None, given):
             raise UserError(
                 f"output={self.path}: has a run for {self.model}, the model is {model}; overwrite=true starts anew"
             )
@@ -59,32 +64,52 @@ def open_run(config: TrainConfig, keys: Mapping[str, Any]) -> RunFolder:
         keys: all keys of the run as plain containers.
 
     Raises:
-        UserError: the folder has a run with other keys, or a checkpoint that cannot be read, or cannot be written.
+        UserError: the folder has a run with other keys, an evaluation, or a checkpoint that cannot be read, or cannot
+            be written.
     """
-    run = RunFolder(Path(config.output).expanduser())
+    run = RunFolder(Path(config.output).expanduser(), contents=contents_of(keys))
     if config.overwrite:
-        run.checkpoint.unlink(missing_ok=True)
-    resumes = run.checkpoint.is_file()
-    if resumes:
-        _check_keys(run.path, keys)
+        _remove_checkpoints(run)
     make_folder(run.path, "output")
     make_folder(run.checkpoint.parent, "output")
-    if not resumes:
+    if not run.checkpoint.is_file():
+        _check_no_evaluation(run.path, config.overwrite)
         return run
     try:
         checkpoint = load_checkpoint(run.checkpoint)
-        return RunFolder(run.path, checkpoint["global_step"], checkpoint["learnkv"]["model"])
+        step, stored = checkpoint["global_step"], checkpoint["learnkv"]
+        model = stored["model"]
     except (UserError, KeyError) as error:
         raise UserError(f"output={run.path}: cannot be continued ({error}); overwrite=true starts anew") from None
+    _check_keys(run, keys, stored.get("contents", {}))
+    return RunFolder(run.path, step, model, run.contents)
 
 
-def _check_keys(folder: Path, keys: Mapping[str, Any]) -> None:
-    stored = folder / "config.yaml"
+def _remove_checkpoints(run: RunFolder) -> None:
+    """Remove what a new run could be resumed from, Lightning's requeue checkpoints included."""
+    for file in (run.checkpoint, *run.checkpoint.parent.glob("hpc_ckpt_*.ckpt")):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"output={run.path}: {file} cannot be removed: {error.strerror}") from None
+
+
+def _check_no_evaluation(folder: Path, overwrite: bool) -> None:
+    """Raise UserError for a folder with the config of an evaluation, which a run's would replace."""
+    file = folder / "config.yaml"
+    if not overwrite and file.is_file() and "trainer" not in (read_yaml(file) or {}):
+        raise UserError(f"output={folder}: has the config.yaml of an evaluation; expected another output=")
+
+
+def _check_keys(run: RunFolder, keys: Mapping[str, Any], contents: Mapping[str, Any]) -> None:
+    stored = run.path / "config.yaml"
     if not stored.is_file():
-        raise UserError(f"output={folder}: has a checkpoint without its config.yaml; overwrite=true starts anew")
-    if changed := changed_keys(yaml.safe_load(read_text(stored)), keys):
+        raise UserError(f"output={run.path}: has a checkpoint without its config.yaml; overwrite=true starts anew")
+    old = {**(read_yaml(stored) or {}), **contents}
+    new = {**keys, **{key: run.contents[key] for key in contents if key in run.contents}}
+    if changed := changed_keys(old, new):
         raise UserError(
-            f"output={folder}: has a run with another {', '.join(changed)}; expected the same settings, another "
+            f"output={run.path}: has a run with another {', '.join(changed)}; expected the same settings, another "
             "output=, or overwrite=true"
         )
 

@@ -1,24 +1,32 @@
 """`learnkv train config=NAME [key=value …]`: train a compression policy on a frozen model."""
 
 import math
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 from learnkv.core.adapter import Adapter
-from learnkv.errors import Preempted, UserError
-from learnkv.formats.files import write_text
+from learnkv.errors import Preempted, RunError, UserError
+from learnkv.formats.files import make_folder, write_text
+from learnkv.formats.folder_lock import folder_lock
 from learnkv.inference import lora as adapters
 from learnkv.inference.attention import attach
 from learnkv.inference.models import describe_model, load_model
 from learnkv.persistence.policies import build_policy, fill_sizes, modules_of, parameter_share, save_policy
 from learnkv.persistence.stored_policy import FORMAT_VERSION
 from learnkv.training.callbacks import pictures
+from learnkv.training.callbacks.checkpoints import Checkpoints
+from learnkv.training.callbacks.fence import fenced
+from learnkv.training.callbacks.logs import is_timing
 from learnkv.training.config import TrainConfig
 from learnkv.training.data.datamodule import DataModule, context_lengths
 from learnkv.training.module import Distillation
@@ -28,7 +36,23 @@ from learnkv.training.trainer import build_trainer
 
 
 def train(config: TrainConfig, resolved: str) -> None:
-    """Train or resume the run in `config.output`; writes `config.yaml`, checkpoints, metrics and the policy."""
+    """Train or resume the run in `config.output`; writes `config.yaml`, checkpoints, metrics and the policy.
+
+    Raises:
+        UserError: bad settings, another program that writes into the folder, or one that cannot be written.
+    """
+    folder = make_folder(Path(config.output).expanduser(), "output")
+    with folder_lock(folder, "output") if is_first_process() else nullcontext():
+        _train(config, resolved)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a run that the others are started by, or the first of them."""
+    nodes = (os.environ.get(name, "0") for name in ("NODE_RANK", "GROUP_RANK"))
+    return rank_zero_only.rank == 0 and all(node == "0" for node in nodes)
+
+
+def _train(config: TrainConfig, resolved: str) -> None:
     keys = yaml.safe_load(resolved)
     run = open_run(config, keys)
     if run.is_finished(config.trainer["max_steps"]):
@@ -92,7 +116,13 @@ def _distillation(
         replace(settings, answers=settings.answers or str(run.path / "answers")),
         steps=config.trainer["max_steps"],
         seed=config.seed,
-        description={"format_version": FORMAT_VERSION, "policy": spec, "model": description, "training": keys},
+        description={
+            "format_version": FORMAT_VERSION,
+            "policy": spec,
+            "model": description,
+            "training": keys,
+            "contents": dict(run.contents),
+        },
     )
 
 
@@ -101,11 +131,14 @@ def _fit(trainer: L.Trainer, module: Distillation, data: DataModule, run: RunFol
 
     Raises:
         Preempted: on the first process, after SIGTERM.
+        KeyboardInterrupt: after Ctrl-C; its message is how to go on.
     """
     try:
         trainer.fit(module, data, ckpt_path=run.checkpoint if run.resumes else None, weights_only=True)
     except SystemExit:  # Lightning's reaction to Ctrl-C
-        raise KeyboardInterrupt from None
+        saved = next(c.saved_step for c in trainer.callbacks if isinstance(c, Checkpoints))
+        after = f"resumes it from step {saved}" if saved > 0 else "begins anew, as no checkpoint was written"
+        raise KeyboardInterrupt(f"interrupted after step {trainer.global_step}; the same command {after}") from None
     except Preempted:
         if trainer.is_global_zero:
             raise
@@ -115,10 +148,14 @@ def _fit(trainer: L.Trainer, module: Distillation, data: DataModule, run: RunFol
 
 def _export(trainer: L.Trainer, module: Distillation, run: RunFolder) -> None:
     """Export the policy, write pictures, and print where they are."""
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if math.isfinite(float(value))}
+    finite = {key: float(value) for key, value in trainer.callback_metrics.items() if math.isfinite(float(value))}
+    metrics = {key: value for key, value in finite.items() if not is_timing(key)}
     metrics["parameter_share"] = parameter_share(module.policy, module.model)
     if not trainer.is_global_zero:
         return
+    if module.budgets is None and not module.policy.allocator.static:
+        step, steps = trainer.global_step, trainer.max_steps
+        raise RunError(f"ended after step {step} of {steps}, before a validation; the same command resumes it")
     if module.policy.adapter is not None:
         module.policy.adapter = adapters.current_weights(module.model, module.policy.adapter)
     folder = save_policy(
@@ -130,5 +167,6 @@ def _export(trainer: L.Trainer, module: Distillation, run: RunFolder) -> None:
         metrics=metrics,
     )
     pictures.log_policy(trainer, folder)
-    pictures.write_pictures(module, run.path)
+    with fenced("pictures"):
+        pictures.write_pictures(module, run.path)
     print(f"policy: {folder}\ncheckpoint: {run.checkpoint}", file=sys.stderr)

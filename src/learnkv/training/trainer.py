@@ -1,17 +1,26 @@
 """Lightning's Trainer with the loggers and callbacks of a run."""
 
 import logging
+import uuid
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from learnkv.errors import UserError
+from learnkv.formats.files import write_text
+from learnkv.training import slurm
 from learnkv.training.callbacks import pictures
 from learnkv.training.callbacks.checkpoints import Checkpoints
+from learnkv.training.callbacks.fence import FencedLogger
 from learnkv.training.callbacks.logs import CsvTable
+from learnkv.training.callbacks.optimiser import OptimiserMetrics
 from learnkv.training.callbacks.progress import ProgressLine
 from learnkv.training.config import TrainConfig, Wandb
 from learnkv.training.fsdp import Sharded
@@ -35,21 +44,26 @@ def build_trainer(config: TrainConfig, run: RunFolder, keys: Mapping[str, Any]) 
     """
     given = config.trainer
     validation_steps = _validation_steps(config)
-    loggers: list[Logger] = [CsvTable(run.path / "metrics.csv", run.step)]
+    loggers: list[Logger] = [
+        FencedLogger(file, partial(CsvTable, run.path / file, run.step, timing), gives_up=False)
+        for file, timing in (("metrics.csv", False), ("times.csv", True))
+    ]
     callbacks: list[L.Callback] = [
+        OptimiserMetrics(),
         ProgressLine(),
         Checkpoints(run.checkpoint.parent, config.save_every, config.save_minutes, validation_steps),
         *(given["callbacks"] or []),
     ]
     if config.wandb is not None:
-        loggers.append(_wandb_logger(config.wandb, run, keys))
+        loggers.append(FencedLogger("W&B", partial(_wandb_logger, config.wandb, run, keys)))
         callbacks.append(pictures.WandbTables())
     fixed = {
         "strategy": Sharded() if given["strategy"] == "fsdp" else given["strategy"],
         "accelerator": _accelerator(given["accelerator"]),
         "logger": loggers,
         "callbacks": callbacks,
-        "default_root_dir": run.path,
+        "plugins": slurm.plugins(given["plugins"]),
+        "default_root_dir": run.checkpoint.parent,  # where Lightning looks for requeue checkpoints
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -63,7 +77,10 @@ def build_trainer(config: TrainConfig, run: RunFolder, keys: Mapping[str, Any]) 
         "gradient_clip_val": 1.0 if given["gradient_clip_val"] is None else given["gradient_clip_val"],
     }
     _silence()
-    return L.Trainer(**{**given, **fixed})
+    try:
+        return L.Trainer(**{**given, **fixed})
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
 
 
 def _validation_steps(config: TrainConfig) -> int:
@@ -79,8 +96,21 @@ def _wandb_logger(options: Wandb, run: RunFolder, keys: Mapping[str, Any]) -> Wa
         entity=options.entity,
         save_dir=run.path,
         offline=options.mode == "offline",
+        id=_wandb_id(run),
+        resume="allow",
         config=dict(keys),
     )
+
+
+@rank_zero_only
+def _wandb_id(run: RunFolder) -> str:
+    """Id of the W&B run: a resumed run keeps its own."""
+    file = run.path / "wandb_id.txt"
+    if run.resumes and file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    identity = uuid.uuid4().hex[:8]
+    write_text(file, identity + "\n")
+    return identity
 
 
 def _accelerator(name: Any) -> Any:

@@ -1,6 +1,5 @@
-"""Checkpoints, replaced atomically, and the end of a run on SIGTERM."""
+"""Checkpoints, replaced atomically, and the end of a run on SIGTERM or, in a SLURM job, SIGUSR1."""
 
-import errno
 import signal
 import threading
 import time
@@ -10,12 +9,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from learnkv.errors import Preempted, RunError
-from learnkv.formats.files import atomic_write
+from learnkv.errors import Preempted, RunError, UserError
+from learnkv.formats import seal
+from learnkv.formats.files import atomic_write, disk_is_full
+from learnkv.training import slurm
 
 
 class Checkpoints(Callback):
-    """Writes `last.ckpt` at intervals, at the end of the training and on SIGTERM.
+    """Writes `last.ckpt` at intervals, at the end of the training and on SIGTERM (SLURM: SIGUSR1).
 
     It replaces the previous checkpoint atomically: on a full disk that one survives. SIGTERM to one of several
     processes ends all of them after the current step.
@@ -27,7 +28,7 @@ class Checkpoints(Callback):
         validation_steps: steps between validations, whose results belong to the checkpoint of that step.
 
     Raises:
-        Preempted: after SIGTERM, once the checkpoint is written.
+        Preempted: after the signal, once the checkpoint is written.
     """
 
     def __init__(self, folder: Path, save_steps: int, save_minutes: float, validation_steps: int) -> None:
@@ -36,6 +37,7 @@ class Checkpoints(Callback):
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.last_step = -1
         self.terminated = self.ends = False
+        self.signal = signal.SIGTERM
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Convert batch counts to this run's batches per step, which may differ from the checkpoint's."""
@@ -50,14 +52,17 @@ class Checkpoints(Callback):
         if threading.current_thread() is threading.main_thread():
             # Replaces Lightning's handler, which communicates with the other processes in the middle of a step.
             # Lightning restores the original handler at the end.
-            signal.signal(signal.SIGTERM, self._note)
+            for number in slurm.end_signals():
+                signal.signal(number, self._note)
 
-    def _note(self, *_: Any) -> None:
-        self.terminated = True
+    def _note(self, number: int, *_: Any) -> None:
+        self.terminated, self.signal = True, signal.Signals(number)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self.ends:  # here, as the last step has been logged by now
-            raise Preempted(f"ended by SIGTERM after step {trainer.global_step}; the same command resumes it")
+            requeues = self.signal == signal.SIGUSR1 and trainer.is_global_zero
+            then = slurm.requeue() if requeues else "the same command resumes it"
+            raise Preempted(f"ended by {self.signal.name} after step {trainer.global_step}; {then}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         # Not in the middle of an accumulated step: a resumed run begins a step.
@@ -86,9 +91,11 @@ class Checkpoints(Callback):
         try:
             with atomic_write(self.file) if writes else nullcontext(self.file) as path:
                 trainer.save_checkpoint(path)
+                if writes:
+                    seal.seal(path)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+            if isinstance(error, OSError) and not disk_is_full(error):
+                raise UserError(f"{self.file}: cannot be written: {error.strerror or error}") from None
             if isinstance(error, RuntimeError) and "write" not in str(error):
                 raise
             raise RunError(

@@ -9,6 +9,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from learnkv.formats.files import atomic_write
 
+TIMING = "time/"
+
+
+def is_timing(key: str) -> bool:
+    """Whether a metric is a time or a rate, which differs between equal runs."""
+    return key.startswith(TIMING)
+
 
 class CsvTable(Logger):
     """`metrics.csv`: a row per logged step, a column per metric.
@@ -18,11 +25,12 @@ class CsvTable(Logger):
     Args:
         file: path of the table.
         resumed_at: step that the run resumes from; 0: a new run.
+        timing: whether it has the metrics of time, which differ between equal runs, or all others.
     """
 
-    def __init__(self, file: Path, resumed_at: int = 0) -> None:
+    def __init__(self, file: Path, resumed_at: int = 0, timing: bool = False) -> None:
         super().__init__()
-        self.file = file
+        self.file, self.timing = file, timing
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if resumed_at and file.is_file():
@@ -44,7 +52,8 @@ class CsvTable(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        values = {key: f"{value:.6g}" for key, value in metrics.items() if key != "epoch"}
+        wanted = {key: value for key, value in metrics.items() if is_timing(key) == self.timing and key != "epoch"}
+        values = {key: f"{value:.6g}" for key, value in wanted.items()}
         if not values:
             return
         if not self.rows or int(self.rows[-1]["step"]) != step:
@@ -55,6 +64,8 @@ class CsvTable(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Write the table."""
+        if self.timing and not self.rows:
+            return
         with atomic_write(self.file) as part, part.open("w", newline="", encoding="utf-8") as table:
             writer = csv.DictWriter(table, self.columns, restval="")
             writer.writeheader()

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
+from learnkv.training.callbacks.fence import FencedLogger
 from learnkv.training.module import Distillation
 from learnkv.training.validation import VALIDATION_KEEPS
 
@@ -22,8 +23,12 @@ class WandbTables(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Distillation)
-        run, budgets, marginal = _run(trainer), pl_module.budgets, pl_module.marginal
-        if run is None or budgets is None or marginal is None:
+        if (logger := _wandb_logger(trainer)) is not None:
+            logger.attempt(lambda logger: self._log(logger.experiment, trainer, pl_module))
+
+    def _log(self, run: Any, trainer: Trainer, module: Distillation) -> None:
+        budgets, marginal = module.budgets, module.marginal
+        if budgets is None or marginal is None:
             return
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         rows = [
@@ -51,12 +56,16 @@ class WandbTables(Callback):
 
 def log_policy(trainer: Trainer, folder: Path) -> None:
     """Attach an exported policy to the run as an artifact, and end the run: the next training gets its own."""
-    run = _run(trainer)
-    if run is not None:
+
+    def log(logger: WandbLogger) -> None:
+        run = logger.experiment
         artifact = wandb.Artifact(f"policy-{run.id}", type="policy")
         artifact.add_dir(str(folder))
         run.log_artifact(artifact)
         run.finish()
+
+    if (logger := _wandb_logger(trainer)) is not None:
+        logger.attempt(log)
 
 
 def write_pictures(module: Distillation, output: Path) -> None:
@@ -127,8 +136,7 @@ def _sized(values: Table) -> Figure:
     return Figure(figsize=(2 + 0.3 * len(values[0]), 1.5 + 0.25 * len(values)), layout="constrained")
 
 
-def _run(trainer: Trainer) -> Any:
-    """The W&B run, on the process that has it."""
-    if not trainer.is_global_zero:
-        return None
-    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+def _wandb_logger(trainer: Trainer) -> FencedLogger | None:
+    """The fenced W&B logger, on the process that has its run."""
+    fenced = [logger for logger in trainer.loggers if isinstance(logger, FencedLogger)]
+    return next((f for f in fenced if trainer.is_global_zero and isinstance(f.logger, WandbLogger)), None)

@@ -1,15 +1,17 @@
 """The model's own answers to questions about its prompts, generated from the full cache and stored on disk."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.formats.files import output_file
+from learnkv.errors import UserError
+from learnkv.formats.files import output_file, read_tensors
 from learnkv.inference.generate import generate
 from learnkv.inference.models import model_digest
 from learnkv.training import seeding
@@ -45,8 +47,8 @@ class AnswerCache:
         if self.folder is None:
             return _with_answers(batch, self._generate(model, batch, cache))
         file = self.folder / self._file_name(model, batch)
-        if file.is_file():
-            return _with_answers(batch, load_file(file)["tokens"])
+        with suppress(UserError, KeyError):  # a broken file is written anew
+            return _with_answers(batch, read_tensors(file)["tokens"])
         answers = self._generate(model, batch, cache)
         with output_file(file) as part:
             save_file({"tokens": answers}, part)

@@ -1,0 +1,58 @@
+"""What changes a run's numbers, without the paths it was read from: a run may be resumed from another place."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from learnkv.data.text import text_contents
+from learnkv.formats.files import file_digest
+from learnkv.inference.models import local_folder
+
+MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+"""Endings of the files that a model is loaded from."""
+
+
+def contents_of(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the keys that name files, with a file's hash in place of its path.
+
+    Args:
+        keys: all keys of a run as plain containers.
+
+    Raises:
+        UserError: a text or model that does not exist.
+    """
+    return {
+        "text": text_contents(keys["text"]),
+        "model": _model(str(keys["model"])),
+        "policy": _by_content(keys["policy"]),
+        "objective": _by_content(keys["objective"]),
+    }
+
+
+def _model(name: str) -> str:
+    """A model's name, or the hash of its folder's files."""
+    folder = None if name == "reference" else local_folder(name)
+    return name if folder is None else folder_digest(folder, MODEL_FILES)
+
+
+def folder_digest(folder: Path, endings: tuple[str, ...] = ()) -> str:
+    """SHA-256 of the names and contents of a folder's files, optionally only those with one of these endings."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    wanted = [path for path in files if not endings or path.suffix in endings]
+    return hashlib.sha256(repr([(path.name, file_digest(path)) for path in wanted]).encode()).hexdigest()
+
+
+def _by_content(value: Any) -> Any:
+    """Nested arguments with the hash of every file and folder that they name."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(part) for part in value]
+    if isinstance(value, str) and ("/" in value or "." in value):
+        path = Path(value).expanduser()
+        if path.is_file():
+            return file_digest(path)
+        if path.is_dir():
+            return folder_digest(path)
+    return value
