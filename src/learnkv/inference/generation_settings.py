@@ -37,7 +37,6 @@ _SEARCH = (
     "early_stopping",
     "eos_token_id",
     "pad_token_id",
-    "use_cache",
 )
 
 

@@ -85,12 +85,13 @@ def sampling_of(
     config.max_length = length + earlier + config.max_new_tokens
     if config.min_new_tokens is not None:
         config.min_length = config.min_new_tokens + length
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=device) if sequence is None else sequence.ids[:, :length]
     reads_encoder = (config.encoder_repetition_penalty or 1) != 1 or config.encoder_no_repeat_ngram_size
     try:
         processors = model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=length,
-            encoder_input_ids=sequence.ids[:, :length] if sequence is not None and reads_encoder else None,
+            encoder_input_ids=prompt if reads_encoder else None,
             logits_processor=LogitsProcessorList(),
             device=device,
             model_kwargs={"attention_mask": None if sequence is None else sequence.mask},
