@@ -132,7 +132,8 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
     script = [row + [1] * (60 - len(row)) for row in script]
     asked = []
 
-    def scripted(model, said, cache, mask, *, max_new_tokens):
+    def scripted(model, said, cache, mask, *, max_new_tokens, earlier, **settings):
+        assert settings == answers.GREEDY and earlier == len(asked) * max_new_tokens
         first, rows = not asked, [row for row in range(3) if len(asked) < (4, 1, 2)[row]]
         if first:
             assert mask.sum(-1).tolist() == [len(prompt.suffix_ids) for prompt in prompts]
@@ -160,6 +161,18 @@ def test_rounds_say_what_one_call_of_generate_says(loaded):
     whole = generate(model, torch.tensor([prompts[0].suffix_ids]), cache, max_new_tokens=29)
     assert records[0]["answer"] == tokenizer.decode(whole[0], skip_special_tokens=True)
     assert whole.shape[1] == 29
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.3}, {"min_new_tokens": 21}, {"no_repeat_ngram_size": 2}])
+def test_rounds_follow_the_generation_config_as_one_call_does(loaded, monkeypatch, settings):
+    model, tokenizer = loaded
+    free = [prompt_of(sample("zz", limit=29), "query_agnostic", tokenizer)]
+    for name, value in settings.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    cache = prefill(model, *pad([prompt.prefill_ids for prompt in free], "left", model.device))
+    records, _ = Answers(free, tokenizer).measure(model, free, cache.fork())
+    whole = generate(model, torch.tensor([free[0].suffix_ids]), cache, max_new_tokens=29)
+    assert records[0]["answer"] == tokenizer.decode(whole[0], skip_special_tokens=True)
 
 
 def test_a_batch_says_what_each_prompt_says_alone(loaded):

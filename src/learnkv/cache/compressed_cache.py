@@ -1,7 +1,7 @@
 """A transformers cache that owns the kept entries of a prompt."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class CompressedCache(Cache):
         self.schedule: EvictionSchedule | None = None  # online eviction; None: the cache grows
         self.extra_pass_tokens: dict[PromptPass, list[int]] = {}  # tokens of each row that were read in extra passes
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
+        self.token_ids: tuple[Tensor, Tensor] | None = None  # of the prompt's slots and of later ones; None: not known
+        self.checks: tuple[Callable[[], None], ...] = ()  # run at the next host sync
         self.decode_loop: object = None
         """Buffers of the last turn, with their CUDA graph, while rows and tails keep their addresses."""
 
@@ -99,6 +101,12 @@ class CompressedCache(Cache):
         """Let the policy evict again once the tail has reached the schedule's `evict_interval`."""
         if self.schedule is not None and self.tail_length >= self.schedule.evict_interval and self.sealed:
             self.schedule.evict(self)
+
+    def run_checks(self) -> None:
+        """Raise what policies found when they planned, where the host did not wait for the device."""
+        checks, self.checks = self.checks, ()
+        for check in checks:
+            check()
 
     def fork(self) -> "CompressedCache":
         """An independent cache that shares storage with this one until either changes."""
@@ -196,16 +204,6 @@ class CompressedCache(Cache):
             new = first.tail.visible[:, recorded - first.merged_tokens :]
         return torch.cat([mask, new], 1)
 
-    def refuse_gaps(self, is_token: Tensor) -> None:
-        """Raise where padding within [B, S + M] would count as distance in the sliding layers of a hybrid model."""
-        window = min(layer.sliding_window for index, layer in enumerate(self.layers) if index not in self.compressible)
-        slots, gap = is_token.shape[1], ~is_token[:, 1:] & is_token[:, :-1]
-        if slots > window and bool((gap.cumsum(-1).bool() & is_token[:, 1:]).any()):
-            raise UserError(
-                f"padding between the tokens of a row, {slots} slots, and layers that attend to the last {window} "
-                "slots: continue prompts one by one, or with questions of one length"
-            )
-
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of the tail, given as a negative number; the prompt stays."""
         for layer in self.layers:
@@ -213,12 +211,15 @@ class CompressedCache(Cache):
                 raise UserError(f"crop({tokens_to_remove}): the sliding window of {layer.sliding_window} has moved on")
         super().crop(tokens_to_remove)
         self.pending = None
+        if self.token_ids is not None:
+            self.token_ids = (self.token_ids[0], self.token_ids[1][:, : self.continuation_length])
 
     def reset(self) -> None:
         """Drop everything."""
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter = [], None, False, None
+        self.token_ids, self.checks = None, ()
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""
@@ -229,9 +230,7 @@ class CompressedCache(Cache):
         self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
         if self.tail_mask is not None:
             self.tail_mask = self.tail_mask[rows.to(self.tail_mask.device)]
-        if self.pending is not None:
-            ids, mask = self.pending
-            self.pending = (ids[rows.to(ids.device)], mask[rows.to(mask.device)])
+        self.pending, self.token_ids = _rows_of(self.pending, rows), _rows_of(self.token_ids, rows)
         if self.budgets is not None:
             self.budgets = self.budgets[:, rows.to(self.budgets.device)]
         self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
@@ -276,6 +275,7 @@ class CompressedCache(Cache):
     @property
     def spent(self) -> list[float]:
         """Fraction of each row's entries that is kept: of the prompt's and of those merged since."""
+        self.run_checks()
         if self.budgets is None:
             return [1.0] * len(self.prompt_lengths)
         layers, _, heads = self.budgets.shape
@@ -296,3 +296,8 @@ class CompressedCache(Cache):
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""
         layer: CompressedLayer = self.layers[layer_idx]
         return layer.kept_positions(row, head)
+
+
+def _rows_of(parts: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows `rows` [B'] of both tensors."""
+    return None if parts is None else (parts[0][rows.to(parts[0].device)], parts[1][rows.to(parts[1].device)])

@@ -83,8 +83,9 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def check_size(content: Any, path: str | Path, parts: Callable[[Any], Iterable[Any]] | None = None) -> None:
-    """Raise UserError for plain containers that are nested too deeply, contain themselves, or are too large when
-    everything that occurs twice is counted twice.
+    """Raise UserError for plain containers that are nested too deeply, contain themselves, or are too large.
+
+    Whatever occurs twice is counted twice.
     """
     if _expanded(content, parts or _parts, path) > MAX_YAML_VALUES:
         raise UserError(f"{path}: expected at most {MAX_YAML_VALUES:,} values, its aliases stand for more")

@@ -15,6 +15,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError, UserError
 from learnkv.inference.cuda_graph import Replay, capture, refusal
 from learnkv.inference.sampling import Sampling, check_context, next_token
+from learnkv.inference.token_ids import Sequence, refuse_gaps, replace_last_ids
 from learnkv.ops.device import upload
 
 CHECK_INTERVAL = 16
@@ -61,7 +62,7 @@ class DecodeLoop:
         self.live = torch.ones(batch, dtype=torch.bool, device=device)
         self.generated = torch.zeros(batch, columns, dtype=torch.long, device=device)
         self.is_token = torch.zeros(batch, columns, dtype=torch.bool, device=device)
-        self.largest = torch.zeros(batch, columns, device=device)
+        self.largest = torch.zeros(batch, columns, dtype=torch.float32, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)
         self.ends = upload(config.ends, device, torch.long)
         self.cursor = torch.zeros(2, dtype=torch.long, device=device) if static else None
@@ -73,7 +74,8 @@ class DecodeLoop:
 
     def fits(self, cache: CompressedCache, config: LoopConfig) -> bool:
         """Whether these buffers, and a graph of them, can be used for another turn."""
-        same = self.config == config and self.static
+        writable = torch.is_inference_mode_enabled() or not self.token.is_inference()
+        same = self.config == config and self.static and writable
         return same and all(a is b for a, b in zip(self.buffers, _buffers(cache), strict=True))
 
     def run(
@@ -83,9 +85,15 @@ class DecodeLoop:
         new: int,
         stop: Callable[[Tensor], Tensor] | None,
         seed: int | None,
+        sequence: Sequence | None = None,
     ) -> Tensor:
-        """Generate up to `new` tokens [B, new], the first from logits [B, V] of the question's last token."""
+        """Generate up to `new` tokens [B, new], the first from logits [B, V] of the question's last token.
+
+        Args:
+            sequence: all tokens up to the question's last one, for processors that read them.
+        """
         self._begin(cache, new - 1, seed)
+        self.sequence, self.chosen = sequence, 0
         try:
             self._choose(logits)
             self._decode(new, stop, CHECK_INTERVAL if cache.can_crop else 1)
@@ -133,7 +141,11 @@ class DecodeLoop:
 
     def _choose(self, logits: Tensor) -> None:
         """Choose the next token of every row from logits [B, V]; rows that have ended get padding."""
-        token, largest = next_token(logits, self.config.sampling, self.generator)
+        tokens = None
+        if self.sequence is not None:
+            tokens = torch.cat([self.sequence.ids, self.generated[:, : self.chosen]], 1)
+        self.chosen += 1
+        token, largest = next_token(logits, self.config.sampling, self.generator, tokens)
         token = torch.where(self.live, token, self.config.pad)
         for buffer, column in ((self.generated, token), (self.is_token, self.live), (self.largest, largest.float())):
             buffer.index_copy_(1, self.count, column.unsqueeze(-1))
@@ -176,7 +188,7 @@ class DecodeLoop:
         if self.cache.has_sliding_layers:
             used = self.cache.compressed_layers()[0].get_seq_length() + 1
             self.mask[:, used - 1] = self.is_token[:, self.steps]
-            self.cache.refuse_gaps(self.mask[:, :used])
+            refuse_gaps(self.cache, self.mask[:, :used])
         elif self.cache.schedule is not None:  # padding is no candidate for online eviction
             self.mask[..., used - 1] = self.is_token[:, self.steps].view(-1, 1, 1)
         return self.mask[..., :used]
@@ -187,6 +199,7 @@ class DecodeLoop:
         nan = (self.largest.isnan() & self.is_token).any()
         facts = torch.stack([self.live.any().long(), nan.long(), tokens.amax(), tokens.amin()])
         any_live, any_nan, self.most, self.fewest = facts.tolist()
+        self.cache.run_checks()
         if any_nan:
             raise RunError(f"the model's output is NaN after {step} new tokens")
         return not any_live
@@ -195,6 +208,7 @@ class DecodeLoop:
         """Drop what was read after the last token of all rows; returns the generated tokens [B, new]."""
         generated, is_token = (buffer[:, : self.most].clone() for buffer in (self.generated, self.is_token))
         self.cache.end_turn(self.first_slot, is_token[:, :-1], self.fewest < self.most - 1)
+        replace_last_ids(self.cache, self.first_slot, generated[:, :-1])
         self.cache.pending = (generated[:, -1:], is_token[:, -1:])
         return generated
 
@@ -219,7 +233,9 @@ def decode_loop_for(
         UserError: for graph=True where the step cannot be captured.
     """
     capacity = cache.reserve(new - 1)
-    refused = "graph=False" if graph is False else refusal(model, cache, cache.continuation_length + new - 1)
+    refused = "graph=False" if graph is False else sampling.refusal
+    if refused is None:
+        refused = refusal(model, cache, cache.continuation_length + new - 1)
     if graph and refused is not None:
         raise UserError(f"graph=True: {refused}")
     batch, columns = len(cache.prompt_lengths), max(capacity, new)

@@ -5,14 +5,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteriaList
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
+from learnkv.inference.beam_search import beam_search
 from learnkv.inference.decode_loop import decode_loop_for
-from learnkv.inference.sampling import Sampling, beam_search, check_context, check_settings
-from learnkv.inference.token_ids import check_ids, check_mask, left_padded, right_padded
+from learnkv.inference.generation_settings import generation_config, special_tokens
+from learnkv.inference.sampling import check_context, either, sampling_of, stop_condition
+from learnkv.inference.token_ids import (
+    Sequence,
+    check_ids,
+    check_mask,
+    record_ids,
+    refuse_gaps,
+    refuse_unknown_ids,
+    right_padded,
+    sequence_with,
+)
 
 
 def continuation(
@@ -90,6 +102,7 @@ def _read(
     attach(model)
     positions = cache.next_positions().to(ids.device).unsqueeze(-1) + (mask.cumsum(-1) - 1).clamp_min(0)
     check_context(model, cache, positions, ids.shape[1])
+    record_ids(cache, ids)
     tail = cache.extend_tail_mask(mask, padded)
     return model(
         input_ids=ids,
@@ -106,7 +119,7 @@ def _attention_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | 
     """Mask [B, 1, T, M] of the tail, None without padding; of prompt and tail [B, S + M] in a hybrid model."""
     if cache.has_sliding_layers:
         mask = torch.cat([cache.prompt_mask.to(tail.device), tail], 1)
-        cache.refuse_gaps(mask)
+        refuse_gaps(cache, mask)
         return mask
     if not cache.tail_padded:
         return None
@@ -125,80 +138,78 @@ def generate(
     attention_mask: Tensor | None = None,
     *,
     max_new_tokens: int,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    num_beams: int = 1,
+    do_sample: bool | None = None,
+    num_beams: int | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
     stop: Callable[[Tensor], Tensor] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int | None = None,
     graph: bool | None = None,
+    earlier: int = 0,
+    **settings: Any,
 ) -> Tensor:
     """Continue every prompt with `input_ids` and generate up to `max_new_tokens` tokens: [B, new].
 
     The cache keeps the generated tokens, so that a further call is the next turn of a conversation. Tokens are those of
-    transformers' own `generate()`. There is a host sync every 16 steps, to check whether all rows have ended; tokens
-    read after that are dropped. A cache with sliding layers or online eviction cannot be cropped and is checked every
-    step.
+    transformers' own `generate()` with the same settings, and the prompt counts for penalties. Settings that are not
+    given here are those of the model's generation config, then transformers' defaults; what is not supported is refused
+    by name. There is a host sync every 16 steps, to check whether all rows have ended; tokens read after that are
+    dropped. A cache with sliding layers or online eviction cannot be cropped and is checked every step.
 
     Args:
         input_ids: [B, T] the question, left- or right-padded where lengths differ.
         attention_mask: [B, T] 1 for tokens, 0 for padding; None: no padding.
-        do_sample, temperature, top_k, top_p: sampling; greedy otherwise. `seed` makes it repeatable.
+        do_sample: sample; otherwise greedy, whatever the model's generation config has. `seed` makes it repeatable.
         num_beams: beam search over as many beams, by transformers' own search; not with sampling or `stop`.
         eos_token_id: ends a row; None: that of the model's generation config. Rows that ended are padded.
         stop: called with the new tokens [B, new] after every step, True [B] ends a row. A result on the host takes
             effect at once; one on a device costs no host sync.
-        graph: capture the step as a CUDA graph; None: wherever `cuda_graph.refusal` allows.
+        tokenizer: needed for stop strings.
+        graph: capture the step as a CUDA graph; None: wherever `cuda_graph.refusal` and the settings allow.
+        earlier: how many of the last tokens of the cache and `input_ids` this turn generated in an earlier call.
+        settings: any of transformers' GenerationConfig, such as `temperature` or `repetition_penalty`.
 
     Raises:
         RunError: NaN in the model's output, checked in the first, every 16th and the last step.
     """
-    check_settings(max_new_tokens, do_sample, num_beams, stop)
-    sampling = Sampling(do_sample, temperature, top_k, top_p, seeded=do_sample and seed is not None)
-    ends, pad = _special_tokens(model, eos_token_id, pad_token_id)
+    chosen = {"num_beams": num_beams, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    config = generation_config(model, {**settings, **given, "max_new_tokens": max_new_tokens, "do_sample": do_sample})
+    criteria = stop_condition(config, stop, tokenizer)
+    ids, mask, padded, sequence = _question(model, input_ids, attention_mask, cache, config, criteria)
+    if config.num_beams > 1:
+        return beam_search(model, ids, mask, cache, config, sequence, earlier)
+    sampling = sampling_of(model, config, sequence, ids.device, earlier, seeded=config.do_sample and seed is not None)
+    logits = _last_logits(model, ids, mask, padded, cache)
+    loop = decode_loop_for(model, cache, max_new_tokens, sampling, *special_tokens(config), graph)
+    return loop.run(cache, logits, max_new_tokens, either(stop, criteria, sequence), seed, sequence)
+
+
+def _question(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache: CompressedCache,
+    config: GenerationConfig,
+    criteria: StoppingCriteriaList | None,
+) -> tuple[Tensor, Tensor, bool, Sequence | None]:
+    """Ids [B, T] to read, which are tokens [B, T], whether any is padding; all tokens so far, where they are read."""
     ids, mask, padded = _check_continuation(input_ids, attention_mask, cache)
     if padded and not bool(mask.any(-1).all()):
         raise UserError("empty question: expected at least one token in every row")
+    reader = sampling_of(model, config, None, ids.device).reads_tokens or (criteria and "stop_strings or max_time")
+    if reader:
+        refuse_unknown_ids(cache, reader)
     ids, mask, padded = _with_pending(ids, mask, padded, cache)
-    if num_beams > 1:
-        attach(model)
-        return _beams(model, ids, mask, cache, max_new_tokens, num_beams, ends, pad)
-    if padded:
-        ids, mask = right_padded(ids, mask)
-    logits = _read(model, ids, mask, padded, cache, logits_to_keep=0 if padded else 1).logits
-    if padded:
-        logits = logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))
-    loop = decode_loop_for(model, cache, max_new_tokens, sampling, ends, pad, graph)
-    return loop.run(cache, logits[:, -1], max_new_tokens, stop, seed)
+    attach(model)
+    return ids, mask, padded, sequence_with(cache, ids, mask) if reader else None
 
 
-def _special_tokens(
-    model: PreTrainedModel, eos_token_id: int | list[int] | None, pad_token_id: int | None
-) -> tuple[tuple[int, ...], int]:
-    """Ids that end a row, and the padding id, from the arguments or the model's generation config."""
-    config = model.generation_config
-    eos = eos_token_id if eos_token_id is not None else config.eos_token_id
-    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    pad = pad_token_id if pad_token_id is not None else config.pad_token_id
-    return ends, pad if pad is not None else (ends[0] if ends else 0)
-
-
-def _beams(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    cache: CompressedCache,
-    max_new_tokens: int,
-    num_beams: int,
-    ends: tuple[int, ...],
-    pad: int,
-) -> Tensor:
-    """Beam search from questions [B, T]: [B, new]. The cache gets question and result as pending tokens."""
-    result = beam_search(model, *left_padded(ids, mask), cache, max_new_tokens, num_beams, list(ends), pad)
-    is_end = torch.isin(result, torch.tensor(ends, device=result.device, dtype=result.dtype))
-    after_end = is_end.cumsum(-1) - is_end.long() > 0
-    cache.pending = (torch.cat([ids, result], 1), torch.cat([mask, ~after_end], 1))
-    return result.masked_fill(after_end, pad)  # transformers takes another id for a pad_token_id of 0
+def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCache) -> Tensor:
+    """Logits [B, V] of the last token of every row of ids [B, T]."""
+    if not padded:
+        return _read(model, ids, mask, padded, cache, logits_to_keep=1).logits[:, -1]
+    ids, mask = right_padded(ids, mask)
+    logits = _read(model, ids, mask, padded, cache).logits
+    return logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))[:, 0]

@@ -62,6 +62,7 @@ def prefill(
     capture_spec = functools.reduce(operator.or_, (each.capture_spec for each in policies), CaptureSpec(window))
     cache = CompressedCache(model.config, capture_spec.with_sample(sample))
     cache.set_prompt(lengths)
+    cache.token_ids = (input_ids, input_ids[:, :0])
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     one_shot = policy if policy is not None and policy.reads_once and keep != 1 else None
     slots = input_ids.shape[1]

@@ -1,9 +1,22 @@
-"""Checks of token ids and masks, and rows moved to one side of their padding."""
+"""Token ids: checks, rows moved to one side of their padding, and the ids that a cache has read."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.ops.tail_slots import padding_first, padding_last
+
+
+class Sequence(NamedTuple):
+    """All tokens that precede the next one, as transformers' generate() would be given them."""
+
+    ids: Tensor
+    """[B, S] left-padded to the longest row."""
+    mask: Tensor | None
+    """[B, S] 1 for tokens, 0 for padding; None: no padding."""
 
 
 def check_ids(ids: Tensor) -> None:
@@ -30,3 +43,59 @@ def right_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of `ids` and `mask` [B, T] with all padding after their tokens."""
     order = padding_last(mask)
     return ids.gather(1, order), mask.gather(1, order)
+
+
+def record_ids(cache: CompressedCache, ids: Tensor) -> None:
+    """Record the ids [B, T] of the next slots; the cache forgets all ids where others were read without it."""
+    read = _read_ids(cache)
+    cache.token_ids = None if read is None else (read[0], torch.cat([read[1].to(ids.device), ids], 1))
+
+
+def replace_last_ids(cache: CompressedCache, begin: int, ids: Tensor) -> None:
+    """Record that the slots from `begin` on, counted from the end of the prompt, are `ids` [B, T]."""
+    if cache.token_ids is not None:
+        prompt, new = cache.token_ids
+        cache.token_ids = (prompt, torch.cat([new[:, :begin], ids.to(new.device)], 1))
+
+
+def refuse_unknown_ids(cache: CompressedCache, setting: str) -> None:
+    """Raise UserError for a cache whose tokens were not all read by learnkv, with the setting that counts them."""
+    if _read_ids(cache) is None:
+        raise UserError(
+            f"{setting} counts the tokens of the prompt, which this cache does not know: read it with learnkv.prefill, "
+            "continue it with learnkv.generate or learnkv.continuation"
+        )
+
+
+def sequence_with(cache: CompressedCache, ids: Tensor, mask: Tensor) -> Sequence:
+    """All tokens of the cache, then `ids` [B, T], which are tokens where `mask` [B, T]."""
+    read = _read_ids(cache)
+    assert read is not None
+    tokens = torch.cat([part.to(ids.device) for part in (*read, ids)], 1)
+    is_token = torch.cat([part.to(ids.device) for part in (cache.prompt_mask, cache.is_token(), mask.bool())], 1)
+    if cache.tail_padded or not bool(mask.all()):
+        tokens, is_token = left_padded(tokens, is_token)
+    padding = is_token.shape[1] - int(is_token.sum(-1).max())
+    is_token = is_token[:, padding:]
+    return Sequence(tokens[:, padding:], None if bool(is_token.all()) else is_token.long())
+
+
+def _read_ids(cache: CompressedCache) -> tuple[Tensor, Tensor] | None:
+    """Ids of the prompt's slots [B, S] and of those after it [B, M]; None where they are not all known."""
+    if cache.token_ids is None:
+        return None
+    prompt, new = cache.token_ids
+    new = new[:, : cache.continuation_length]
+    return (prompt, new) if new.shape[1] == cache.continuation_length else None
+
+
+def refuse_gaps(cache: CompressedCache, is_token: Tensor) -> None:
+    """Raise where padding within [B, S + M] would count as distance in the sliding layers of a hybrid model."""
+    sliding = [layer for index, layer in enumerate(cache.layers) if index not in cache.compressible]
+    window = min(layer.sliding_window for layer in sliding)
+    slots, gap = is_token.shape[1], ~is_token[:, 1:] & is_token[:, :-1]
+    if slots > window and bool((gap.cumsum(-1).bool() & is_token[:, 1:]).any()):
+        raise UserError(
+            f"padding between the tokens of a row, {slots} slots, and layers that attend to the last {window} slots: "
+            "continue prompts one by one, or with questions of one length"
+        )

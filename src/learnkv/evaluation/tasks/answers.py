@@ -1,6 +1,6 @@
 """Questions with known answers: greedy generation, scored by the answers that occur in the generated text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,14 @@ from learnkv.inference.generate import generate
 from learnkv.inference.models import format_prompt
 
 ROUND = 8
+GREEDY: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "forced_eos_token_id": None,
+    "stop_strings": None,
+    "max_time": None,
+}
+"""Greedy in rounds: penalties are those of the model's generation config, the end of an answer is `EndOfAnswer`'s."""
 LOOP = 32
 LONGEST_PERIOD = 24
 
@@ -41,9 +49,10 @@ class Answers(Family):
         generated: list[list[int]] = [[] for _ in prompts]
         ids, padded = pad([prompt.suffix_ids for prompt in prompts], "right", model.device)
         mask: Tensor | None = padded
-        rows = list(range(len(prompts)))  # prompts that are still in the batch
+        rows, earlier = list(range(len(prompts))), 0  # prompts that are still in the batch, and their new tokens
         while True:
-            new = generate(model, ids, cache, mask, max_new_tokens=ROUND).tolist()
+            new = generate(model, ids, cache, mask, max_new_tokens=ROUND, earlier=earlier, **GREEDY).tolist()
+            earlier += ROUND
             for row, tokens in zip(rows, new, strict=True):
                 generated[row] = ends.cut(generated[row] + tokens, _sample(prompts[row]))
             unfinished = [index for index, row in enumerate(rows) if not ends(generated[row], _sample(prompts[row]))]

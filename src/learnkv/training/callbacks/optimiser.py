@@ -7,8 +7,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class OptimiserMetrics(Callback):
-    """Logs `train/grad_norm`, before clipping, and the rate of every parameter group: `train/lr`, `train/budget_lr`,
-    `train/lora_lr`.
+    """Logs the gradient's norm before clipping and the learning rates.
+
+    They are `train/grad_norm`, `train/lr`, `train/budget_lr` and `train/lora_lr`.
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

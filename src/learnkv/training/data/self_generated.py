@@ -71,6 +71,7 @@ class AnswerCache:
             batch.continuation_mask,
             max_new_tokens=batch.tokens_to_generate,
             do_sample=True,
+            top_k=0,
             top_p=TOP_P,
             seed=seeding.generator(self.seed, "answers", batch.number).getrandbits(31),
             graph=False,
