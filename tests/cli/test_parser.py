@@ -1,5 +1,6 @@
 """The command line: what is typed becomes a frozen dataclass, and what does not fit becomes one line."""
 
+import io
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ class Run:
     budget: tuple[int, ...] | None = None
     setting: tuple[Literal["agnostic", "aware"], ...] = ("agnostic",)
     samples: int = 10
+    bounds: tuple[int, int] | None = None
     rate: float = 0.001
     model: str = "reference"
     log: Log | None = field(default_factory=Log)
@@ -68,11 +70,29 @@ def test_a_list_is_written_with_commas_or_spaces(words):
     assert parsed(*words, "samples=7") == Run(keep=(0.5, 0.25), samples=7, loop=parsed().loop)
 
 
-def test_repeated_lists_add_up_and_repeated_scalars_replace():
+def test_policies_add_up_and_other_repeated_keys_replace():
     run = parsed("--ckpt", "a", "b", "ckpt=c,d", "--ckpt", "runs/keep=0.5", "samples=1", "samples=2", "budget=64")
     assert run.ckpt == ("a", "b", "c", "d", "runs/keep=0.5")
     assert run.samples == 2
     assert run.budget == (64,)
+    assert parsed("keep=0.5,0.25", "--keep", "0.1").keep == (0.1,)
+    assert parsed("log.every=2,3", "log.every=4").log.every == (4,)
+
+
+def test_two_bounds_are_one_value_or_two():
+    assert parsed("bounds=256").bounds == (256, 256)
+    assert parsed("bounds=16,32").bounds == (16, 32)
+    assert complaint("bounds=1,2,3").startswith("bounds=1,2,3: expected ")
+
+
+def test_a_terminal_without_the_characters_gets_others(monkeypatch):
+    def main(run: Run, resolved: str) -> None:
+        print("1 ± 2 · 3 – 4 … ünd")
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert run_main(main, ["samples=1"], "eval") == 0
+    assert stream.buffer.getvalue() == b"1 +- 2 | 3 - 4 ... ?nd\n"
 
 
 def test_scalars_take_one_value_signs_and_exponents_included():
@@ -177,6 +197,7 @@ def nothing(run: Run, resolved: str) -> None:
         (UserError("model=x:\n  no such folder"), 2, "error: model=x: no such folder\n"),
         (RunError("NaN in the output"), 1, "error: NaN in the output\n"),
         (OSError(28, "No space left on device", "last.ckpt"), 1, "error: no space left on disk for last.ckpt\n"),
+        (OSError(30, "Read-only file system", "x"), 2, "error: x: cannot be written or read: Read-only file system\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )

@@ -1,12 +1,14 @@
 """`eval.py` as it is typed: what it writes, how it goes on, and its one line for bad input."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 from support.commands import eval
 
 from learnkv.evaluation import runner
+from learnkv.evaluation.folder import evaluation_folder
 
 ROW = {"policy", "task", "length", "setting", "keep", "spent", "bytes", "bytes_full", "n", "score", "score_full", "kl"}
 
@@ -78,6 +80,7 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(words, tmp_path, monkeyp
         patched.setattr(runner, "prefill", stops)
         assert eval([*words, "--ckpt", "snapkv", "batch_size=1"]) == 130
     assert {row["n"] for row in results(tmp_path)["rows"]} == {2}
+    assert f"6 samples are stored in {tmp_path / 'run'}: the same command continues" in capsys.readouterr().err
     assert eval([*words, "--ckpt", "snapkv", "batch_size=1"]) == 0
     resumed = values(tmp_path)
     assert {row["n"] for row in results(tmp_path)["rows"]} == {3}
@@ -140,3 +143,84 @@ def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):
         (tmp_path / folder / "mine.yaml").write_text("scorer: {class_path: learnkv.scorers.Knorm}\n")
     assert eval([*words, "--ckpt", str(tmp_path / "a/mine.yaml"), str(tmp_path / "b/mine.yaml")]) == 2
     assert "a second policy that is called mine" in capsys.readouterr().err
+
+
+def records(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+
+
+def test_a_second_evaluation_adds_to_the_table(words, tmp_path, capsys):
+    assert eval([*words, "--ckpt", "snapkv"]) == 0
+    first = values(tmp_path)
+    assert eval([*words, "--ckpt", "knorm", "keep=0.4", "samples=2"]) == 0
+    both = values(tmp_path)
+    assert both.keys() == {*first, ("knorm", 0.4)}
+    assert {row["n"] for row in results(tmp_path)["rows"]} == {2}  # the prompts that all have
+    table = capsys.readouterr().out
+    assert "| policy | keep 0.5 | keep 0.4 | keep 0.2 |" in table
+    assert "| knorm | – | **" in table
+    assert eval([*words, "--ckpt", "snapkv"]) == 0
+    assert {key: value for key, value in values(tmp_path).items() if key in first} == first
+    assert "| knorm (2 of 3 samples) |" in capsys.readouterr().out
+
+
+def test_other_prompts_and_other_models_are_not_in_one_table(words, tmp_path, capsys, model_folder):
+    assert eval([*words, "--ckpt", "snapkv"]) == 0
+    assert eval([*words, "--ckpt", "knorm", "lengths=72"]) == 0
+    assert {policy for policy, _ in values(tmp_path)} == {"full", "snapkv", "knorm"}
+    copy = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    capsys.readouterr()
+    assert eval([*words, "--ckpt", "random", f"model={copy}"]) == 0
+    assert {policy for policy, _ in values(tmp_path)} == {"full", "random"}
+    assert "of another model, code or versions of libraries are not in the table" in capsys.readouterr().err
+
+
+def test_a_moved_model_and_folder_continue(words, tmp_path, model_folder, monkeypatch):
+    assert eval([*words, "--ckpt", "snapkv"]) == 0
+    first = values(tmp_path)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    copy = shutil.copytree(model_folder, tmp_path / "model")
+    monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
+    assert eval([*words, "--ckpt", "snapkv", f"model={copy}", f"output={tmp_path / 'moved'}"]) == 0
+    shutil.move(tmp_path / "moved", tmp_path / "run")
+    assert values(tmp_path) == first
+
+
+def test_samples_have_prompt_answer_and_costs_and_are_shown(words, tmp_path, capsys):
+    assert eval([*words, "--ckpt", "snapkv", "tasks=niah_single_1", "lengths=384", "samples=1", "--show", "1"]) == 0
+    shown = capsys.readouterr().out
+    for record in records(tmp_path):
+        assert record["expected"] and all(answer in shown for answer in record["expected"])
+        assert record["prompt"] and len(record["prompt"]) < 450
+        assert record["prefill_seconds"] > 0 and record["decode_seconds"] > 0 and record["tokens"] > 0
+        assert f"  {record['policy']} keep {record['keep']:g}: {record['score']:.0f} {record['answer']!r}" in shown
+    assert "The full cache scores near 0 on niah_single_1 (0.0)" in shown
+    for row in results(tmp_path)["rows"]:
+        assert row["prefill_seconds"] > 0 and row["tokens_per_second"] > 0
+        assert row["peak_bytes"] is None or row["peak_bytes"] > row["bytes"]
+    assert "| snapkv | keep 0.5 | 0." in (tmp_path / "run" / "results.md").read_text().split("## Time and memory")[1]
+
+
+@pytest.mark.parametrize("content", ["model: reference\nobjective: null\n", "[broken", "5", ""])
+def test_the_folder_of_a_training_is_left_alone(words, tmp_path, capsys, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(content)
+    assert eval([*words, "--ckpt", "snapkv"]) == 2
+    assert f"expected another folder, such as output={tmp_path / 'run' / 'eval'}" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.yaml").read_text() == content
+    assert eval([*words, "--ckpt", "snapkv", "samples=1", f"output={tmp_path / 'run' / 'eval'}"]) == 0
+
+
+def test_a_second_program_in_the_folder_is_one_line(words, tmp_path, capsys):
+    with evaluation_folder(str(tmp_path / "run")):
+        assert eval([*words, "--ckpt", "snapkv"]) == 2
+    assert "another program is writing into this folder" in capsys.readouterr().err.splitlines()[-1]
+    assert eval([*words, "--ckpt", "snapkv", "samples=1"]) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(words, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert eval([*words, "--ckpt", "snapkv", f"output={tmp_path / 'file' / 'run'}"]) == 2
+    assert "expected a folder that can be written" in capsys.readouterr().err.splitlines()[-1]

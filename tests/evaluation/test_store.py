@@ -52,6 +52,28 @@ def _fail_within(path: Path) -> None:
         raise RuntimeError
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x1c", "\r", "\n", "\ud800"])
+def test_an_answer_may_hold_any_character(tmp_path, separator):
+    records = [{**record("a"), "answer": f"before{separator}after"}, record("b", index=1)]
+    Store(tmp_path / "samples.jsonl").add(records)
+    assert list(Store(tmp_path / "samples.jsonl").records.values()) == records
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_separators_that_an_earlier_version_left_in_a_line_do_not_cut_it(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps({**record("a"), "answer": "x\u2028\x85y"}, ensure_ascii=False) + "\n5\n{}\n", "utf-8")
+    assert list(Store(path).records) == ["a"]
+
+
+def test_records_after_a_line_that_was_cut_off_are_whole(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    Store(path).add([record("a"), record("b", index=1)])
+    path.write_bytes(path.read_bytes()[:-20])
+    Store(path).add([record("c", index=2)])
+    assert list(Store(path).records) == ["a", "c"]
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")

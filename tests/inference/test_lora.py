@@ -14,8 +14,9 @@ from learnkv.errors import UserError
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.runner import jobs_of
 from learnkv.inference import lora
+from learnkv.inference.digest import model_digest
 from learnkv.inference.lora import Adapter
-from learnkv.inference.models import describe_model, model_digest
+from learnkv.inference.models import describe_model
 from learnkv.policy.policy import Policy
 from learnkv.scorers import SnapKV
 

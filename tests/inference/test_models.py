@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from learnkv.errors import UserError
 from learnkv.inference import models as models_module
+from learnkv.inference.digest import model_digest
 from learnkv.inference.models import (
     config_hash,
     describe_model,
     format_prompt,
     load_model,
-    model_digest,
     torch_device,
     torch_dtype,
 )
@@ -154,7 +154,7 @@ def test_the_digest_of_a_model_does_not_change_when_its_description_grows(stored
     more = {**described, "shapes": {**described["shapes"], "another": 3}}
     monkeypatch.setattr(models_module, "describe_model", lambda model: more)
     assert model_digest(model) == digest
-    more["shapes"] = {**more["shapes"], "layers": 9}
+    monkeypatch.setattr(model.config, "num_hidden_layers", 9)
     assert model_digest(model) != digest
 
 

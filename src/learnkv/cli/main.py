@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from learnkv.cli.parser import report_error, run_main
+from learnkv.cli.parser import print_anywhere, report_error, run_main
 from learnkv.persistence.named_configs import nearest
 
 
@@ -23,13 +23,13 @@ class Command(NamedTuple):
     default: tuple[str, ...] = ()
     """Words in place of an empty command line."""
     positional: str = ""
-    """Key of a first word without `=`; empty: every word has a key."""
+    """Key of the words in front that name no key; empty: every word has a key."""
 
-    def keyed(self, words: list[str]) -> list[str]:
-        """The words, each with its key; the default words where there are none."""
+    def keyed(self, words: Sequence[str]) -> list[str]:
+        """The words, those in front with their key; the default words where there are none."""
         if self.positional and words and "=" not in words[0] and not words[0].startswith("-"):
-            return [f"{self.positional}={words[0]}", *words[1:]]
-        return words or list(self.default)
+            return [f"--{self.positional}", *words]
+        return list(words or self.default)
 
 
 COMMANDS = {
@@ -37,6 +37,15 @@ COMMANDS = {
     "eval": Command("learnkv.evaluation.run", "evaluate", "eval", "eval", "compare policies on one model"),
     "calibrate": Command(
         "learnkv.calibration.run", "calibrate", "calibrate", "eval", "measure the tables that methods read", ("out=",)
+    ),
+    "merge": Command(
+        "learnkv.evaluation.merge",
+        "merge",
+        "merge",
+        "eval",
+        "make one table of several evaluations",
+        ("folders=",),
+        positional="folders",
     ),
     "memory": Command(
         "learnkv.training.memory.predict", "report", "train", "train", "predict the peak memory of a training run"
@@ -65,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    print_anywhere()
     if words[:1] in (["-h"], ["--help"]):
         print(_usage())
         return 0

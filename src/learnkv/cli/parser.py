@@ -1,5 +1,6 @@
 """Command lines as frozen dataclasses: `config=NAME|PATH key=value …` and `--key value …`."""
 
+import codecs
 import dataclasses
 import errno
 import inspect
@@ -11,8 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from learnkv.errors import Preempted, RunError, UserError
+from learnkv.formats.files import FULL_DISK
 from learnkv.persistence.named_configs import checked_config, config_names, nearest
 
+ADDING = ("ckpt", "config")
+"""Keys whose values add up when they are typed again: policies to compare, and files one of which builds on another."""
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""Error numbers of a path that the user chose."""
+_PLAIN = {"±": "+-", "·": "|", "–": "-", "−": "-", "…": "...", "×": "x", "’": "'"}
+"""What is printed instead on a terminal without these characters."""
 Words = dict[str, list[str]]
 """Keys of a command line and their values, as typed."""
 
@@ -21,8 +29,9 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, prog: str = "") -> 
     """An instance of a dataclass from command line words, and its complete resolved YAML.
 
     Words are `key=value`, `--key=value` or `--key value`; keys of nested dataclasses are dotted; `config=` is read
-    first wherever it is typed. Lists (fields of tuple or list type) are written `keep=0.5,0.25`, `--keep 0.5 0.25` or
-    by repeating the key.
+    first wherever it is typed. Lists (fields of tuple or list type) are written `keep=0.5,0.25` or `--keep 0.5 0.25`;
+    two bounds may be one value, `lengths=256`. A key that is typed again replaces what was typed before, lists too;
+    only those of `ckpt` add up.
 
     Args:
         schema: a dataclass whose fields all have defaults. A dict field with the metadata `arguments_of` takes the
@@ -42,10 +51,12 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, prog: str = "") -> 
         parser.parse_args(["--help"])
     fields = dict(_fields(schema))
     keys = [*fields, *(key for key, _ in parser.get_defaults().items() if key not in fields), *_component_keys(schema)]
-    lists = {key for key, is_list in fields.items() if is_list}
+    lists = {key for key, parts in fields.items() if any(get_origin(part) in (list, tuple) for part in parts)}
     typed: Words = {}
     for key, values in _pairs(argv, lists):
-        typed[key] = typed.get(key, []) + values if key in lists or key == "config" else values
+        typed[key] = typed.get(key, []) + values if key in ADDING else values
+    for key in [key for key, parts in fields.items() if _is_pair(parts) and len(typed.get(key, ())) == 1]:
+        typed[key] *= 2
     parsed = _parse(parser, typed, lists, keys, kind)
     built = _instantiated(parser, parsed)  # indexed: attributes named keys and items would be its methods
     arguments = {
@@ -129,6 +140,7 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
         130 where it was interrupted, each with one line on stderr. Other exceptions keep their traceback.
     """
     words = sys.argv[1:] if argv is None else list(argv)
+    print_anywhere()
     try:
         if not words:
             raise UserError(
@@ -140,12 +152,27 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
     except RunError as error:
         return report_error(error, 143 if isinstance(error, Preempted) else 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_DISK:
+            return report_error(f"no space left on disk for {error.filename or 'the output'}", 1)
+        if error.errno not in _FORBIDDEN:
             raise
-        return report_error(f"no space left on disk for {error.filename or 'the output'}", 1)
+        return report_error(f"{error.filename or 'the output'}: cannot be written or read: {error.strerror}", 2)
     except KeyboardInterrupt as error:
         return report_error(str(error) or "interrupted", 130)
     return 0
+
+
+def print_anywhere() -> None:
+    """Replace characters that the terminal does not have instead of failing on them."""
+    codecs.register_error("learnkv", _plain_characters)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="learnkv")
+
+
+def _plain_characters(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
 
 
 def report_error(error: Exception | str, code: int) -> int:
@@ -154,14 +181,19 @@ def report_error(error: Exception | str, code: int) -> int:
     return code
 
 
-def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Dotted name of every field, and whether it is a list."""
+def _fields(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Dotted name of every field, and its alternative types."""
     for name, hint in _typed_hints(schema).items():
         parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        yield prefix + name, any(get_origin(part) in (list, tuple) for part in parts)
+        yield prefix + name, parts
         for part in parts:
             if isinstance(part, type) and dataclasses.is_dataclass(part):
                 yield from _fields(part, f"{prefix}{name}.")
+
+
+def _is_pair(parts: tuple[Any, ...]) -> bool:
+    """Whether a field is a lower and an upper bound."""
+    return any(get_origin(part) is tuple and len(get_args(part)) == 2 and ... not in get_args(part) for part in parts)
 
 
 def _component_keys(schema: type[Any]) -> Iterator[str]:

@@ -30,6 +30,10 @@ class Sample(Draft):
 
     def score(self, prediction: str) -> float:
         """Share of the answers that occur in `prediction`, ignoring case, 0 to 1; with "part" 1 for any of them."""
-        text = "".join(c if c.isprintable() else " " for c in prediction).lower()
-        correct = [answer.lower() in text for answer in self.answers]
+        text = _comparable(prediction)
+        correct = [_comparable(answer) in text for answer in self.answers]
         return float(any(correct)) if self.metric == "part" else sum(correct) / len(correct)
+
+
+def _comparable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text).lower()

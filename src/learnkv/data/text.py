@@ -19,7 +19,7 @@ import torch
 from learnkv.data.documents import READERS, Piece, file_pieces, row_pieces, suffix
 from learnkv.errors import UserError
 from learnkv.formats.files import file_digest
-from learnkv.formats.hub_network import hub_fault
+from learnkv.formats.hub_network import check_hub
 
 DOCUMENTS = 1000
 """Documents that are joined; the tokens after their last whole window are dropped."""
@@ -141,9 +141,7 @@ def _source(source: str | Iterable[str], name: str | None, split: str, column: s
 
 def _hub_source(repository: str, name: str | None, split: str, column: str, streaming: bool) -> Source:
     """A data set on the hub. Raises UserError where it cannot be loaded."""
-    fault = hub_fault()
-    if fault and "HF_HUB_OFFLINE" not in fault:
-        raise UserError(f"text {repository}: no such file, and {fault}; HF_HUB_OFFLINE=1 uses earlier downloads")
+    check_hub(f"text {repository}")
     try:
         rows = datasets.load_dataset(repository, name, split=split, streaming=streaming)
         columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row

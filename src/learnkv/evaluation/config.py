@@ -52,7 +52,8 @@ class EvalConfig:
         template: wording of needles and questions: secret, or memo, which no training uses.
         keys: language of the needles' keys, where they are words: english, german or greek.
         qa: files for qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout).
-        output: folder for results; the same command continues an interrupted run.
+        output: folder for results; the same command continues an interrupted run, another one adds to the table.
+        show: prompts to print with what was expected and what came of every policy.
         seed: random seed.
         allow: module prefixes besides learnkv whose classes a policy's file may name.
     """
@@ -77,6 +78,7 @@ class EvalConfig:
     keys: Language = "english"
     qa: tuple[str, ...] = ()
     output: str = "runs/eval"
+    show: int = 0
     seed: int = 42
     allow: tuple[str, ...] = ()
 
@@ -89,6 +91,8 @@ class EvalConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if number < 1:
                     raise UserError(f"{key}={number}: expected at least 1")
+        if self.show < 0:
+            raise UserError(f"show={self.show}: expected a number of prompts, at least 0")
         for key in ("tasks", "lengths", "setting"):
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected at least one, got none")

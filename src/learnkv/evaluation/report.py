@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from learnkv.evaluation.results import FULL, Estimate, Record, estimate, mean_of_tasks, paired_difference
+from learnkv.evaluation.results import FULL, Estimate, Record, estimate, mean_of_tasks, paired_difference, prompt_key
 
 Row = Mapping[str, Any]
 TITLES = {
@@ -12,6 +12,10 @@ TITLES = {
 }
 LEARNED = "learned"
 EVERY_TASK = "## Every task"
+MISSING = "–"
+COSTS = "## Time and memory"
+NEAR_ZERO = 5.0
+"""Score of the full cache below which a task cannot compare policies."""
 
 
 def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselines: Mapping[str, str]) -> str:
@@ -40,6 +44,7 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselin
             details += [f"### {TITLES[setting]}, {length:,} tokens", "", *_per_task(chosen)]
     if details:
         lines += [EVERY_TASK, "", *details]
+    lines += _costs(rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -76,11 +81,20 @@ def mean(rows: Sequence[Row], key: str) -> float:
 
 
 def grouped(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """Rows by policy, then by budget."""
+    """Rows by policy, then by budget, the largest first."""
     groups: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=_by_budget):
         groups.setdefault(row["policy"], {}).setdefault(budget_label(row), []).append(row)
     return groups
+
+
+def budget_labels(rows: Iterable[Row]) -> list[str]:
+    """The headings of the columns of these rows, the largest budget first."""
+    return list(dict.fromkeys(budget_label(row) for row in sorted(rows, key=_by_budget)))
+
+
+def _by_budget(row: Row) -> tuple[bool, float]:
+    return row["budget"] is not None, -(row["keep"] if row["budget"] is None else row["budget"])
 
 
 def _number(stderr: float | None) -> float:
@@ -88,7 +102,7 @@ def _number(stderr: float | None) -> float:
 
 
 def _score_cell(rows: Sequence[Row]) -> str:
-    return f"**{_pm(score_of(rows))}** · {size(mean(rows, 'bytes'))} · {_kept(rows)}"
+    return f"**{plus_minus(score_of(rows))}** · {size(mean(rows, 'bytes'))} · {_kept(rows)}"
 
 
 def _text_cell(rows: Sequence[Row]) -> str:
@@ -102,7 +116,8 @@ def _kept(rows: Sequence[Row]) -> str:
     return f"{spent:.3f}" if read == spent else f"{spent:.3f} ({read:.3f} read)"
 
 
-def _pm(value: Estimate, sign: str = "", digits: int = 1) -> str:
+def plus_minus(value: Estimate, sign: str = "", digits: int = 1) -> str:
+    """A mean with its standard error, where there is one."""
     spread = "" if value.stderr != value.stderr else f" ± {value.stderr:.{digits}f}"
     return f"{value.mean:{sign}.{digits}f}{spread}"
 
@@ -116,20 +131,44 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
     many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     yield f"{over}, {many} {'sample' if many == '1' else 'samples'} each. Full cache: {cell(full)}."
     yield ""
+    yield from _impossible(full)
     yield f"Cells: {what} · bytes held per prompt · fraction of entries kept."
     yield ""
     if not by_policy:
         return
-    columns = list(dict.fromkeys(column for cells in by_policy.values() for column in cells))
+    columns = budget_labels(row for row in rows if row["policy"] != FULL)
     yield from table(
         ["policy", *columns],
-        ([name, *(cell(cells[column]) for column in columns)] for name, cells in by_policy.items()),
+        (
+            [_with_coverage(name, cells, full), *(cell(cells[c]) if c in cells else MISSING for c in columns)]
+            for name, cells in by_policy.items()
+        ),
     )
     for name, cells in by_policy.items():
         times = max(mean(rows, "prefills") for rows in cells.values())
         if times > 1:
             yield f"{name} reads every prompt {times:.2f} times before it evicts."
             yield ""
+
+
+def _impossible(full: Sequence[Row]) -> Iterator[str]:
+    """A warning about tasks that the model cannot do."""
+    failed = [f"{row['task']} ({row['score']:.1f})" for row in full if row["kl"] is None and row["score"] < NEAR_ZERO]
+    if failed:
+        yield f"**The full cache scores near 0 on {', '.join(failed)}**: this model cannot do it with everything kept,"
+        yield "so these scores compare no policies."
+        yield ""
+
+
+def _with_coverage(name: str, cells: Mapping[str, Sequence[Row]], full: Sequence[Row]) -> str:
+    """The policy's name, with the tasks and samples that it has where it has fewer than the full cache."""
+    wanted = {row["task"]: row["n"] for row in full}
+    counts = [{row["task"]: row["n"] for row in cell} for cell in cells.values()]
+    if all(count == wanted for count in counts):
+        return name
+    least = min(counts, key=lambda count: sum(count.values()))
+    tasks = "" if least.keys() == wanted.keys() else f"{', '.join(least)} only, "
+    return f"{name} ({tasks}{sum(least.values())} of {sum(wanted.values())} samples)"
 
 
 def _differences(records: Sequence[Record], baselines: Mapping[str, str], title: str) -> Iterator[str]:
@@ -150,25 +189,65 @@ def _differences(records: Sequence[Record], baselines: Mapping[str, str], title:
         rows = []
         for other in heuristics:
             label = f"{other} (it starts from this)" if baselines.get(name) == other else other
-            pairs = [paired_difference(by_policy[name][c], by_policy[other][c], value) for c in columns]
-            rows.append([label, *(_pm(pair, "+", 4 if value == "kl" else 1) for pair in pairs)])
-        best = max if value == "score" else min
-        winners = [best(heuristics, key=lambda other: _mean(by_policy[other][c], value)) for c in columns]
+            rows.append([label, *(_pair(by_policy[name][c], by_policy[other].get(c, ()), value) for c in columns)])
+        winners = [_best({other: by_policy[other].get(c, []) for other in heuristics}, value) for c in columns]
         rows.append(["best heuristic", *winners])
         headings = [budget_label(by_policy[name][c][0]) for c in columns]
         yield from table(["minus", *headings], rows)
 
 
+def _pair(records: Sequence[Record], others: Sequence[Record], value: str) -> str:
+    """Paired difference, for prompts that both have."""
+    if not {*map(prompt_key, records)} & {*map(prompt_key, others)}:
+        return MISSING
+    return plus_minus(paired_difference(records, others, value), "+", 4 if value == "kl" else 1)
+
+
+def _best(by_policy: Mapping[str, Sequence[Record]], value: str) -> str:
+    """Name of the best of the policies that have all samples of one budget."""
+    most = max(map(len, by_policy.values()))
+    means = {name: _mean(records, value) for name, records in by_policy.items() if most and len(records) == most}
+    if not means:
+        return MISSING
+    return (max if value == "score" else min)(means, key=lambda name: means[name])
+
+
 def _per_task(rows: Sequence[Row]) -> Iterator[str]:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    yield from table(
-        ["policy", "budget", "bytes", *tasks],
-        (
-            [name, column, size(mean(cells, "bytes")), *(_pm(score_of([row])) for row in cells)]
-            for name, columns in grouped(rows).items()
-            for column, cells in columns.items()
-        ),
-    )
+    yield from table(["policy", "budget", "bytes", *tasks], _task_cells(rows, tasks))
+
+
+def _task_cells(rows: Sequence[Row], tasks: Sequence[str]) -> Iterator[list[str]]:
+    for name, columns in grouped(rows).items():
+        for column, cells in columns.items():
+            scores = {row["task"]: plus_minus(score_of([row])) for row in cells}
+            yield [name, column, size(mean(cells, "bytes")), *(scores.get(task, MISSING) for task in tasks)]
+
+
+def _costs(rows: Sequence[Row]) -> Iterator[str]:
+    """What reading and decoding took, where it was measured."""
+    timed = [row for row in rows if row.get("prefill_seconds") is not None]
+    if not timed:
+        return
+    yield from (COSTS, "")
+    yield "Prefill: seconds per prompt to read, score and evict; of a batch, which is read once for all policies, its"
+    yield "share, and scores are shared by a policy's budgets. Tokens per second of a whole batch: generated, on text"
+    yield "read. Peak: most memory during both, the model included (on a CPU of the whole process)."
+    yield ""
+    for (is_text, setting, length), chosen in panels(timed).items():
+        yield f"### {'Text' if is_text else TITLES[setting]}, {length:,} tokens"
+        yield ""
+        yield from table(["policy", "budget", "prefill, s", "tokens/s", "peak"], _cost_cells(chosen))
+
+
+def _cost_cells(rows: Sequence[Row]) -> Iterator[list[str]]:
+    for name, columns in grouped(rows).items():
+        for column, cells in columns.items():
+            speeds = [row["tokens_per_second"] for row in cells if row["tokens_per_second"] is not None]
+            peaks = [row["peak_bytes"] for row in cells if row["peak_bytes"] is not None]
+            speed = f"{sum(speeds) / len(speeds):,.0f}" if speeds else MISSING
+            peak = size(max(peaks)) if peaks else MISSING
+            yield [name, column, f"{mean(cells, 'prefill_seconds'):.3g}", speed, peak]
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:

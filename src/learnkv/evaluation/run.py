@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.folder import check_folder, evaluation_folder
 from learnkv.evaluation.results import FULL, Record, rows_of
+from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store, replacing
+from learnkv.evaluation.tabled import tabled
 from learnkv.inference.attention import attach
 from learnkv.inference.models import context_length, describe_model, load_model
 from learnkv.persistence.methods import select_methods
@@ -24,30 +28,32 @@ from learnkv.policy.policy import Policy
 def evaluate(config: EvalConfig, resolved: str) -> None:
     """Run a comparison and write `config.yaml`, `samples.jsonl`, `results.json`, `results.md` and pictures.
 
-    An interrupted run writes a report of its finished samples.
+    A second evaluation into a folder adds its rows to the table. An interrupted run writes a report of its finished
+    samples, and the same command continues it.
     """
+    check_folder(config.output)
     for path in policy_paths(config):
         load_policy(path, config.allow)  # a missing file is an error before a large model is loaded
     model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
     attach(model)
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
-    output = Path(config.output).expanduser()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"output={config.output}: expected a folder that can be written ({error})") from None
-    with replacing(output / "config.yaml") as part:
-        part.write_text(resolved, encoding="utf-8")
-    jobs = runner.jobs_of(model, policies, config.budgets)
-    store = Store(output / "samples.jsonl")
-    try:
-        runner.run(model, families, jobs, store, config.batch_size)
-    except (KeyboardInterrupt, RunError):
-        if records := runner.finished(families, jobs, store):
-            write_report(output, model, policies, records)
-        raise
-    write_report(output, model, policies, runner.finished(families, jobs, store))
+    with evaluation_folder(config.output) as output:
+        with replacing(output / "config.yaml") as part:
+            part.write_text(resolved, encoding="utf-8")
+        jobs = runner.jobs_of(model, policies, config.budgets)
+        store = Store(output / "samples.jsonl")
+        try:
+            runner.run(model, families, jobs, store, config.batch_size)
+        except (KeyboardInterrupt, RunError):
+            if runner.finished(families, jobs, store):
+                write_report(output, model, policies, tabled(families, jobs, store))
+            done = sum(job.fingerprint(prompt) in store for job in jobs for f in families for prompt in f.prompts)
+            print(f"{done:,} samples are stored in {output}: the same command continues", file=sys.stderr)
+            raise
+        records = tabled(families, jobs, store)
+        write_report(output, model, policies, records)
+        print("\n".join(shown(records, config.show)), end="")
 
 
 def policy_paths(config: EvalConfig) -> list[str]:
@@ -79,11 +85,13 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
     with replacing(output / "results.md") as part:
         part.write_text(report.markdown(name, rows, records, runner.baselines_of(policies)), encoding="utf-8")
     figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
-    heatmaps = {name: pictures.heatmap(records, name) for name in policies}
+    names = dict.fromkeys(record["policy"] for record in records)
+    heatmaps = {name: pictures.heatmap(records, name) for name in names}
     figures |= {f"heatmap-{name}.png": figure for name, figure in heatmaps.items() if figure is not None}
     for file, figure in figures.items():
         pictures.save(figure, output / file)
-    print((output / "results.md").read_text(encoding="utf-8").split(report.EVERY_TASK)[0])
+    tables = (output / "results.md").read_text(encoding="utf-8")
+    print(tables.split(report.EVERY_TASK)[0].split(report.COSTS)[0])
     print("\n".join(str(output / file) for file in ("results.json", "results.md", *figures)))
 
 

@@ -2,20 +2,22 @@
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.evaluation.config import Budget
+from learnkv.evaluation.cost import Cost, measured, now
+from learnkv.evaluation.keys import policy_digest
 from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
+from learnkv.evaluation.sources import rooms_digest
 from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
-from learnkv.inference.models import model_digest
+from learnkv.inference.digest import model_digest
 from learnkv.inference.prefill import prefill
 from learnkv.policy.policy import Policy
 
@@ -28,7 +30,9 @@ class Job:
     policy: Policy | None
     budget: Budget
     digest: str
-    """Hash of the model, the policy with its weights, and the budget."""
+    """Hash of the conditions, the policy with its weights, and the budget."""
+    conditions: str = ""
+    """Hash of the model, the libraries' versions and the package's code: what all samples of a table share."""
 
     def fingerprint(self, prompt: Prompt) -> str:
         """Hash of everything that determines the record of this job on a prompt."""
@@ -42,13 +46,11 @@ class Job:
 
 def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget]) -> list[Job]:
     """The full cache, then every policy at every budget."""
-    base = model_digest(model)
-    jobs = [Job(FULL, None, Budget(keep=1.0), f"{base}{FULL}")]
+    conditions = hashlib.sha256(f"{model_digest(model)}{rooms_digest()}".encode()).hexdigest()[:20]
+    jobs = [Job(FULL, None, Budget(keep=1.0), f"{conditions}{FULL}", conditions)]
     for name, policy in policies.items():
-        weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in policy.state_dict().values())
-        adapter = policy.adapter.name.encode() if policy.adapter is not None else b""
-        digest = hashlib.sha256(json.dumps(policy.spec(), sort_keys=True).encode() + weights + adapter).hexdigest()
-        jobs += [Job(name, policy, budget, f"{base}{digest}{budget}") for budget in budgets]
+        digest = policy_digest(policy)
+        jobs += [Job(name, policy, budget, f"{conditions}{digest}{budget}", conditions) for budget in budgets]
     return jobs
 
 
@@ -72,33 +74,77 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
     policies = [job.policy for job in jobs if job.policy is not None]
     with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
         for family, pending, prompts in batches:
-            ids, mask = pad([prompt.prefill_ids for prompt in prompts], "left", model.device)
             progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
-            cache = prefill(model, ids, mask, window=0, policies=policies)
-            for job, sizes, scores in _measured(model, family, prompts, pending, cache):
+            reading = _read(model, prompts, policies)
+            for job, sizes, scores in _measured(model, family, prompts, pending, reading):
                 store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
                 progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
                 progress.update()
 
 
+class _Reading(NamedTuple):
+    """Prompts that were read for all policies."""
+
+    cache: CompressedCache
+    cost: Cost
+    extra_seconds: float
+    """Part of the seconds that extra passes over the prompts took."""
+
+    def seconds_for(self, policy: Policy | None) -> float:
+        """Seconds without the extra passes that `policy` does not need; passes are charged by their tokens."""
+        own = frozenset() if policy is None else policy.capture_spec.extra_passes
+        tokens = {extra: sum(rows) for extra, rows in self.cache.extra_pass_tokens.items()}
+        share = sum(tokens[extra] for extra in own) / max(1, sum(tokens.values()))
+        return self.cost.seconds - self.extra_seconds * (1 - share)
+
+
+def _read(model: Any, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> _Reading:
+    """One prefill of a batch."""
+    ids, mask = pad([prompt.prefill_ids for prompt in prompts], "left", model.device)
+    passes: list[float] = []  # when each pass of the model ended
+    hook = model.register_forward_hook(lambda *_: passes.append(now(model.device)))
+    try:
+        with measured(model.device) as cost:
+            cache = prefill(model, ids, mask, window=0, policies=policies)
+    finally:
+        hook.remove()
+    return _Reading(cache, cost, passes[-1] - passes[0] if passes else 0.0)
+
+
 def _measured(
-    model: Any, family: Family, prompts: list[Prompt], jobs: Sequence[Job], cache: CompressedCache
+    model: Any, family: Family, prompts: list[Prompt], jobs: Sequence[Job], reading: _Reading
 ) -> Iterator[tuple[Job, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Each job with the sizes and scores of the prompts in `cache`, on forks of it."""
-    full: Any = None
+    """Each job with the sizes, costs and scores of the prompts that were read, on forks of their cache."""
+    cache, full, decode = reading.cache, None, Cost()
     if jobs[0].policy is None or family.needs_full:
-        scores, full = family.measure(model, prompts, cache.fork(), None)
+        with measured(model.device) as decode:
+            scores, full = family.measure(model, prompts, cache.fork(), None)
     for _, same_policy in itertools.groupby(jobs, key=lambda job: job.name):
         group = list(same_policy)
         policy = None if group[0].policy is None else for_one_prompt(group[0].policy)
+        seconds = reading.seconds_for(group[0].policy)
         for job in group:
-            sizes = _full_sizes(cache)
+            sizes, compress = _full_sizes(cache), Cost()
             if policy is not None:
-                fork = policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+                with measured(model.device) as compress:
+                    fork = policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+                seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
                 _release_captured(fork)
                 sizes = _sizes(fork, policy)
-                scores, _ = family.measure(model, prompts, fork, full)
-            yield job, sizes, scores
+                with measured(model.device) as decode:
+                    scores, _ = family.measure(model, prompts, fork, full)
+            cost = _cost_per_prompt(len(prompts), seconds, decode, (reading.cost, compress, decode))
+            yield job, [{**size, **cost} for size in sizes], scores
+
+
+def _cost_per_prompt(prompts: int, seconds: float, decode: Cost, parts: Sequence[Cost]) -> dict[str, Any]:
+    """Seconds of a prompt's share of its batch, and the peak of the whole batch."""
+    peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+    return {
+        "prefill_seconds": round(seconds / prompts, 6),
+        "decode_seconds": round(decode.seconds / prompts, 6),
+        "peak_bytes": max(peaks, default=None),
+    }
 
 
 def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> list[Record]:
@@ -155,4 +201,13 @@ def _sizes(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
 def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     fraction = job.budget.fraction(len(prompt.prefill_ids))
     record = {**job.slot(prompt), "asked": fraction, **sizes, "haystack": prompt.haystack}
-    return {**record, **scores, "fingerprint": job.fingerprint(prompt)}
+    expected = None if prompt.sample is None else prompt.sample.answers
+    digests = {"prompt_digest": prompt.digest[:20], "conditions_digest": job.conditions}
+    return {
+        **record,
+        **scores,
+        "prompt": prompt.shown,
+        "expected": expected,
+        **digests,
+        "fingerprint": job.fingerprint(prompt),
+    }

@@ -19,9 +19,9 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.records: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            self.records = {record["fingerprint"]: record for record in _complete_lines(path)}
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        self.records: dict[str, dict[str, Any]] = {record["fingerprint"]: record for record in _complete_lines(text)}
+        self._cut = text != "" and not text.endswith("\n")
 
     def __contains__(self, fingerprint: str) -> bool:
         return fingerprint in self.records
@@ -48,11 +48,13 @@ class Store:
         if self.path.is_file():
             with replacing(self.path) as part:
                 part.write_text("".join(map(_line, self.records.values())), encoding="utf-8")
+            self._cut = False
 
     def add(self, records: Collection[dict[str, Any]]) -> None:
         """Append records to the file."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(map(_line, records))
+            file.writelines(["\n"] * self._cut + [_line(record) for record in records])
+        self._cut = False
         self.records.update((record["fingerprint"], record) for record in records)
 
 
@@ -62,16 +64,19 @@ def slot_of(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    """JSON in ASCII: answers may have characters that readers take for the end of a line."""
+    return json.dumps(record) + "\n"
 
 
-def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a file whose last line may have been cut off."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
+    """Records of a text whose last line may have been cut off; only line feeds separate them."""
+    for line in text.split("\n"):
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and "fingerprint" in record:
+            yield record
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from learnkv.errors import UserError
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a run that cannot go on, not of a wrong argument."""
 TABLES = Path(__file__).resolve().parents[1] / "reference" / "tables"
 TEXT_BYTES, YAML_BYTES = 1 << 28, 1 << 20
 """Largest text or JSON file and largest YAML file that is read."""
@@ -171,14 +173,9 @@ def output_file(path: str | Path) -> Iterator[Path]:
         with atomic_write(file) as part:
             yield part
     except OSError as error:
-        if disk_is_full(error):
+        if error.errno in FULL_DISK:
             raise
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether an error means that there is no space left, which no other path would mend."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -195,7 +192,7 @@ def make_folder(path: Path, key: str) -> Path:
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "no permission to write, or a read-only file system", str(path))
     except OSError as error:
-        if disk_is_full(error):
+        if error.errno in FULL_DISK:
             raise
         raise UserError(f"{key}={path}: expected a folder that can be written ({error})") from None
     return path

@@ -7,6 +7,8 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from learnkv.errors import UserError
+
 CONNECT_SECONDS = 4.0
 
 
@@ -14,7 +16,19 @@ def hub_fault() -> str | None:
     """Why the hub cannot be used: it cannot be reached, or HF_HUB_OFFLINE is set. None where it can."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    return _connection_fault(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    from huggingface_hub import constants
+
+    return _connection_fault(constants.ENDPOINT)
+
+
+def check_hub(argument: str) -> None:
+    """Raise UserError, naming the argument, where the hub cannot be reached and is not switched off.
+
+    Data sets have no switch of their own that reads earlier downloads alone.
+    """
+    fault = hub_fault()
+    if fault and "HF_HUB_OFFLINE" not in fault:
+        raise UserError(f"{argument}: no such file, and {fault}; HF_HUB_OFFLINE=1 uses earlier downloads")
 
 
 @lru_cache(maxsize=4)

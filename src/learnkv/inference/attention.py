@@ -145,6 +145,12 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def implementation(model: PreTrainedModel) -> str:
+    """The attention implementation that the model was loaded with, attached or not."""
+    before: str = getattr(model, _STATE, (model.config.get_text_config(decoder=True)._attn_implementation,))[0]
+    return before
+
+
 def is_attached(model: nn.Module) -> bool:
     """Whether `attach` was called."""
     return hasattr(model, _STATE)

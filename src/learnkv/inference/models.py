@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from learnkv.errors import UserError
 from learnkv.formats.hub_network import hub_fault
-from learnkv.inference import lora
 from learnkv.inference.known_models import KNOWN_MODELS, fetched_folder, read_gguf
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "model"
@@ -28,7 +27,8 @@ SHAPE_KEYS = (
     "num_key_value_heads",
     "head_dim",
 )
-_BROKEN = (OSError, ValueError, RuntimeError, KeyError, ImportError, EOFError, pickle.UnpicklingError)
+_CORRUPT = (SafetensorError, pickle.UnpicklingError, EOFError)
+_UNREADABLE = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 """What transformers raises for a model that it cannot load."""
 _CUT = "\ue000\ue001"  # private use characters: no text has them
 
@@ -70,7 +70,7 @@ def load_model(
             lm, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=number_format, attn_implementation=attn, output_loading_info=True, **options
             )
-    except (*_BROKEN, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"model={model}: {_reason(error, folder, fault)}") from error
     _check_vocabulary(lm, tokenizer, model)
     if report["missing_keys"]:
@@ -161,12 +161,24 @@ def _reason(error: Exception, folder: Path | None, fault: str | None = None) -> 
         return "its weights (pytorch_model.bin) are corrupt: expected tensors as torch.save writes them"
     if "Unrecognized configuration class" in text:
         return f"expected a causal language model, got a {text.split('class ')[-1].split()[0].split('.')[-1][:-2]}"
-    if isinstance(error, SafetensorError):
-        return f"its weights are corrupt ({text})"
+    if pointer := _lfs_pointer(folder):
+        return f"{pointer} is a pointer of Git LFS, not the file: git lfs pull downloads it"
+    if isinstance(error, _CORRUPT):
+        return "its weights are corrupt" + (f" ({text})" if isinstance(error, SafetensorError) else "")
     first = text.split("\n")[0]
     if fault:
         return f"no such folder, none of the models that were downloaded before, and {fault}"
     return first if folder else f"no such folder, and loading it from the hub failed: {first}"
+
+
+def _lfs_pointer(folder: Path | None) -> str | None:
+    """Name of a file of weights that is a pointer of Git LFS."""
+    files = [] if folder is None else [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
+    for file in files:
+        with file.open("rb") as content:
+            if content.read(40).startswith(b"version https://git-lfs"):
+                return file.name
+    return None
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -210,18 +222,6 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
             "groups": config.num_attention_heads // heads,
         },
     }
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of a model without reading all of its weights: description, number format, 16 numbers per matrix."""
-    described = describe_model(model)
-    # The config hash covers the other sizes; new keys of a description must not change the digest.
-    described["shapes"] = {key: described["shapes"][key] for key in ("layers", "heads", "head_dim")}
-    about = json.dumps([described, str(model.dtype)], sort_keys=True)
-    digest = hashlib.sha256(about.encode())
-    for weight in (weight for name, weight in model.named_parameters() if not lora.is_adapter_weight(name)):
-        digest.update(weight.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def format_prompt(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from datasets.exceptions import DatasetsError
+
 from learnkv.data.ruler import TASKS
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
@@ -28,8 +30,10 @@ def load(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Family
         families = [family for length in config.lengths for family in _families(config, length, tokenizer)]
     except UserError:
         raise
-    except (ValueError, OSError) as error:  # from the data, whose errors are one line already
-        raise UserError(str(error).split("\n")[0]) from error
+    except (ValueError, OSError, DatasetsError, StopIteration) as error:  # from the data
+        reason = str(error.__cause__ or error).split("\n")[0] or "expected text, the file has none"
+        source = f"text={config.text}: " if "text" in config.tasks and str(config.text) not in reason else ""
+        raise UserError(source + reason) from error
     for prompt in (prompt for family in families for prompt in family.prompts):
         if context is not None and prompt.room > context:
             raise UserError(
@@ -63,5 +67,5 @@ def _families(config: EvalConfig, length: int, tokenizer: Any) -> list[Family]:
     by_setting = ([prompt for prompt in prompts if prompt.setting == setting] for setting in config.setting)
     families: list[Family] = [Answers(group, tokenizer) for group in by_setting if group]
     if "text" in config.tasks:
-        families.append(Text(text.prompts(config, length, tokenizer)))
+        families.append(Text(text.prompts(config, length, tokenizer), tokenizer))
     return families

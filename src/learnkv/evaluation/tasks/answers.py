@@ -34,8 +34,7 @@ class Answers(Family):
     """
 
     def __init__(self, prompts: Sequence[Prompt], tokenizer: Any) -> None:
-        super().__init__(prompts)
-        self.tokenizer = tokenizer
+        super().__init__(prompts, tokenizer)
 
     def effort(self, prompt: Prompt) -> tuple[int, ...]:
         """Length of the answers, then of the prompt."""
@@ -66,8 +65,8 @@ class Answers(Family):
             ids, mask = torch.tensor([generated[row][-1:] for row in rows], device=model.device), None
         texts = [ends.text(tokens) for tokens in generated]
         return [
-            {"score": 100 * _sample(prompt).score(text), "answer": text}
-            for prompt, text in zip(prompts, texts, strict=True)
+            {"score": 100 * _sample(prompt).score(text), "answer": text, "tokens": len(tokens)}
+            for prompt, text, tokens in zip(prompts, texts, generated, strict=True)
         ], None
 
 
@@ -121,7 +120,8 @@ def tokenised(
         whole = context + question + prefix
         cut = len(context) if setting == "query_agnostic" else len(context) + len(question)
         cut = min(cut, len(whole) - 1)
-        yield Prompt(sample.task, length, setting, index, whole[:cut], whole[cut:], sample, haystack)
+        ids = whole[:cut], whole[cut:]
+        yield Prompt(sample.task, length, setting, index, *ids, sample, haystack, text="".join(parts))
 
 
 def _sample(prompt: Prompt) -> Sample:

@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.sample import Sample
 from learnkv.evaluation.config import Setting
+from learnkv.evaluation.sources import source_digest
+from learnkv.inference.digest import tokenizer_digest
+
+BEGINNING, END = 100, 300
+"""Characters of a long prompt that records show."""
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One prompt: `prefill_ids` are read and compressed, `suffix_ids` are read afterwards.
 
-    `sample` has the answers of a question; None for text.
+    `sample` has the answers of a question; None for text. `measurement` is the digest of the task family that measures
+    it, `text` the whole prompt for readers.
     """
 
     task: str
@@ -30,6 +36,8 @@ class Prompt:
     suffix_ids: list[int]
     sample: Sample | None = None
     haystack: str | None = None
+    measurement: str = ""
+    text: str = ""
 
     @property
     def room(self) -> int:
@@ -38,16 +46,36 @@ class Prompt:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the tokens and of the answers and metric that score the output."""
+        """Hash of the tokens and of the answers, metric and task family that score the output."""
         scoring = (self.sample.answers, self.sample.max_new_tokens, self.sample.metric) if self.sample else None
-        return hashlib.sha256(repr((self.prefill_ids, self.suffix_ids, scoring)).encode()).hexdigest()
+        about = (self.prefill_ids, self.suffix_ids, scoring, self.measurement)
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    @property
+    def shown(self) -> str:
+        """The text of the prompt, long ones without their middle."""
+        left_out = len(self.text) - BEGINNING - END
+        if left_out <= 0:
+            return self.text
+        return f"{self.text[:BEGINNING]} [… {left_out} characters …] {self.text[-END:]}"
 
 
 class Family(ABC):
-    """Prompts of one kind and their measurement."""
+    """Prompts of one kind and their measurement.
 
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts = list(prompts)
+    Args:
+        prompts: each gets the family's digest, so that samples of another measurement are not taken for this one's.
+        tokenizer: the tokenizer of the prompts; None: its identity does not count.
+    """
+
+    version: int = 1
+    """Of the measurement and its metric: a larger one makes stored samples unknown."""
+
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: Any = None) -> None:
+        self.tokenizer = tokenizer
+        rules = "" if tokenizer is None else tokenizer_digest(tokenizer)
+        measurement = f"{self.version} {source_digest(type(self), Sample)} {rules}"
+        self.prompts = [replace(prompt, measurement=measurement) for prompt in prompts]
 
     needs_full: bool = False
     """Whether a policy is measured against the output of the full cache on the same batch."""
@@ -68,7 +96,8 @@ class Family(ABC):
             full: second result of the same batch with the full cache, None for the full cache itself.
 
         Returns:
-            A record with `score` (0 to 100), `kl` and more per prompt, and what other policies are measured against.
+            A record with `score` (0 to 100), `tokens` (generated or read), `kl` and more per prompt, and what other
+            policies are measured against.
         """
 
 

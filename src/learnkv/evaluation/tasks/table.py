@@ -1,8 +1,7 @@
 """Ready-made prompts in the column layout of the hub's RULER data sets, from the hub or a local file."""
 
-import ast
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.answers import tokenised
 from learnkv.evaluation.tasks.base import Prompt
+from learnkv.evaluation.tasks.cells import answers_of, count_of, text_of
+from learnkv.evaluation.tasks.table_files import FORMATS, read_rows, suffix_of
+from learnkv.formats.hub_network import check_hub
 
 COLUMNS = ("context", "question", "answer_prefix", "answer", "task", "max_new_tokens")
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def is_table(name: str) -> bool:
@@ -25,7 +26,7 @@ def is_table(name: str) -> bool:
 
 def is_file(name: str) -> bool:
     """Whether the table is a local file."""
-    return Path(name.removesuffix(".gz")).suffix in FORMATS
+    return suffix_of(name) in FORMATS
 
 
 def prompts(config: EvalConfig, source: str, length: int, tokenizer: Any) -> list[Prompt]:
@@ -38,43 +39,44 @@ def prompts(config: EvalConfig, source: str, length: int, tokenizer: Any) -> lis
 
 
 def _rows(source: str, length: int) -> Any:
-    if is_file(source) != Path(source).exists():
+    """A sequence of rows."""
+    if is_file(source) != Path(source).is_file():
         raise UserError(f"tasks={source}: expected a hub id or a file ending in {', '.join(FORMATS)}")
-    if not is_file(source):
+    if is_file(source):
+        return read_rows(source)
+    try:
+        check_hub(f"tasks={source}")
         return datasets.load_dataset(source, data_dir=str(length), split="test")
-    return datasets.load_dataset(FORMATS[Path(source.removesuffix(".gz")).suffix], data_files=source, split="train")
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"tasks={source}: loading it from the hub failed: {str(error).splitlines()[0]}") from None
 
 
 def _samples(rows: Any, source: str, samples: int, seed: int) -> Iterator[tuple[int, Sample]]:
-    missing = [column for column in COLUMNS if column not in rows.column_names]
+    """Number and content of the drawn rows; they alone are checked."""
+    missing = [column for column in COLUMNS if column not in rows[0]]
     if missing:
         raise UserError(f"tasks={source}: expected the columns {', '.join(COLUMNS)}; {', '.join(missing)} missing")
     by_task: dict[str, list[int]] = {}
-    for index, task in enumerate(rows["task"]):
-        by_task.setdefault(task, []).append(index)
+    for index, row in enumerate(rows):
+        by_task.setdefault(text_of(row.get("task"), _where(source, index, "task"), blank=False), []).append(index)
     for task, indices in by_task.items():
         random.Random(f"{seed}:{task}").shuffle(indices)  # a larger `samples` extends a smaller one
         for index in indices[:samples]:
-            row = rows[index]
-            yield (
-                index,
-                Sample(
-                    context=row["context"],
-                    question=row["question"],
-                    answer_prefix=row["answer_prefix"] or "",
-                    answers=_answers(row["answer"], source),
-                    task=task,
-                    max_new_tokens=int(row["max_new_tokens"]),
-                    metric="part" if "qa" in task else "all",
-                ),
-            )
+            yield index, _sample(rows[index], task, source, index)
 
 
-def _answers(cell: Any, source: str) -> list[str]:
-    """A list of answers, which is text in a csv file."""
-    if isinstance(cell, str) and cell.startswith("["):
-        try:
-            cell = ast.literal_eval(cell)
-        except (ValueError, SyntaxError):
-            raise UserError(f"tasks={source}: expected a list of answers, got {cell[:60]}") from None
-    return [str(answer) for answer in ([cell] if isinstance(cell, str | int) else cell)]
+def _sample(row: Mapping[str, Any], task: str, source: str, index: int) -> Sample:
+    where = {column: _where(source, index, column) for column in COLUMNS}
+    return Sample(
+        context=text_of(row.get("context"), where["context"], blank=False),
+        question=text_of(row.get("question"), where["question"]),
+        answer_prefix=text_of(row.get("answer_prefix"), where["answer_prefix"]),
+        answers=answers_of(row.get("answer"), where["answer"]),
+        task=task,
+        max_new_tokens=count_of(row.get("max_new_tokens"), where["max_new_tokens"]),
+        metric="part" if "qa" in task else "all",
+    )
+
+
+def _where(source: str, index: int, column: str) -> str:
+    return f"tasks={source}: row {index + 1}, column {column}"

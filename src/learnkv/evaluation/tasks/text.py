@@ -50,7 +50,7 @@ class Text(Family):
         if full is not None:
             teacher = full.float().log_softmax(-1)
             kl = float((teacher.exp() * (teacher - log_probs)).sum(-1).mean())
-        return {"score": 100 * accuracy, "loss": loss, "kl": kl}
+        return {"score": 100 * accuracy, "loss": loss, "kl": kl, "tokens": len(labels) + 1}
 
 
 def prompts(config: EvalConfig, length: int, tokenizer: Any) -> list[Prompt]:
@@ -69,6 +69,6 @@ def prompts(config: EvalConfig, length: int, tokenizer: Any) -> list[Prompt]:
     source = Path(config.text).name
     ids = {index: windows[index]["input_ids"].tolist() for index in order[: config.samples]}
     return [
-        Prompt("text", length, "query_agnostic", index, tokens[:cut], tokens[cut:], haystack=source)
-        for index, tokens in ids.items()
+        Prompt("text", length, "query_agnostic", index, tokens[:cut], tokens[cut:], None, source, text=shown)
+        for (index, tokens), shown in zip(ids.items(), tokenizer.batch_decode(list(ids.values())), strict=True)
     ]

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from learnkv.errors import Preempted, RunError, UserError
 from learnkv.formats import seal
-from learnkv.formats.files import atomic_write, disk_is_full
+from learnkv.formats.files import FULL_DISK, atomic_write
 from learnkv.training import slurm
 
 
@@ -94,7 +94,7 @@ class Checkpoints(Callback):
                 if writes:
                     seal.seal(path)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError) and not disk_is_full(error):
+            if isinstance(error, OSError) and error.errno not in FULL_DISK:
                 raise UserError(f"{self.file}: cannot be written: {error.strerror or error}") from None
             if isinstance(error, RuntimeError) and "write" not in str(error):
                 raise

@@ -12,8 +12,8 @@ from torch import Tensor
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.formats.files import output_file, read_tensors
+from learnkv.inference.digest import model_digest
 from learnkv.inference.generate import generate
-from learnkv.inference.models import model_digest
 from learnkv.training import seeding
 from learnkv.training.data.batches import Batch, pad_continuations
 

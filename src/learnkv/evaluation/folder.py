@@ -1,0 +1,56 @@
+"""The folder of an evaluation: one program at a time, and never the folder of another program's run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from learnkv.errors import UserError
+from learnkv.formats.files import make_folder, read_text
+
+CONFIG = "config.yaml"
+LOCK = ".lock"
+
+
+def check_folder(output: str) -> None:
+    """Raise UserError where the folder has the run of another program, whose config an evaluation would replace."""
+    config = Path(output).expanduser() / CONFIG
+    if not config.is_file():
+        return
+    try:
+        keys = yaml.safe_load(read_text(config))
+    except yaml.YAMLError:
+        keys = None
+    if not isinstance(keys, dict) or not {"ckpt", "tasks", "samples"} <= keys.keys():
+        raise UserError(
+            f"output={output}: has the {CONFIG} of a training or another program; expected another folder, "
+            f"such as output={Path(output) / 'eval'}"
+        )
+
+
+@contextmanager
+def evaluation_folder(output: str) -> Iterator[Path]:
+    """Create or open the folder `output=`, which no other evaluation writes into meanwhile.
+
+    Raises:
+        UserError: it cannot be written, or another program is writing into it.
+    """
+    check_folder(output)
+    folder = make_folder(Path(output).expanduser(), "output")
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output={output}: another program is writing into this folder; wait for it, or use another folder and "
+            "make one table with learnkv merge"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"output={output}: expected a folder that can be written ({error})") from None
+    try:
+        yield folder
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: a program that opened it before starts over
+        lock.release()

@@ -1,0 +1,122 @@
+"""Digests of everything about a model and its tokenizer that can change a number."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from learnkv.errors import UserError
+from learnkv.inference import lora
+from learnkv.inference.attention import implementation
+
+_MANTISSA = 11
+"""Low bits of a float32 that are dropped from computed buffers: machines differ in the last one."""
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of a model: weights, config, generation config, number format, attention, versions of the libraries.
+
+    Neither its folder nor what learnkv adds to it (`attach`, adapters of policies) changes the digest.
+    """
+    generation = getattr(model, "generation_config", None)
+    about = {
+        "weights": weights_digest(model),
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "config": _values(model.config.to_dict()),
+        "generation": None if generation is None else _values(generation.to_dict()),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "attention": implementation(model),
+        "matmul": torch.get_float32_matmul_precision(),
+        "versions": [torch.__version__, version("transformers")],
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the content of all parameters and buffers, adapters of policies excepted; about 1 GB/s per core.
+
+    Tensors are read each time: a file's name, time and size do not show what was changed in memory.
+
+    Raises:
+        UserError: offloaded weights.
+    """
+    tensors = dict(sorted((name.replace(".base_layer.", "."), tensor) for name, tensor in _tensors(model)))
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise UserError(f"weight {name} is offloaded: load the model whole, samples are identified by its weights")
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(tensor_digest, tensors.values()))
+    return hashlib.sha256(json.dumps([*zip(tensors, digests, strict=True), _floats(model)]).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer: vocabulary, rules, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(rules, dict):  # state of the last call
+        rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", None)
+    about = [type(tokenizer).__qualname__, rules, tokenizer.special_tokens_map, tokenizer.chat_template, cleans]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of type, shape and content."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from ((name, weight) for name, weight in model.named_parameters() if not lora.is_adapter_weight(name))
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            computed = name in module._non_persistent_buffers_set
+            if not (computed and _follows_length(module, name)):
+                yield f"{path}.{name}", _rounded(buffer) if computed and buffer.is_floating_point() else buffer
+
+
+def _follows_length(module: nn.Module, name: str) -> bool:
+    """Whether transformers replaces this buffer while it reads long inputs; the original lies beside it."""
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, dict) else [kind]
+    changes = any("dynamic" in str(kind) or kind == "longrope" for kind in kinds)
+    return changes and name.endswith("inv_freq") and "original" not in name
+
+
+def _rounded(buffer: Tensor) -> Tensor:
+    """The first 12 bits of each mantissa."""
+    bits = buffer.detach().float().cpu().contiguous().view(torch.int32)
+    return (bits + (1 << _MANTISSA - 1)) >> _MANTISSA
+
+
+def _floats(model: nn.Module) -> list[tuple[str, float]]:
+    """Numbers that modules read besides their tensors, such as the epsilon of a norm."""
+    foreign = ("torch.", "peft.")
+    return [
+        (f"{path}.{name}", value)
+        for path, module in model.named_modules()
+        if not type(module).__module__.startswith(foreign)
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, float)
+    ]
+
+
+def _values(config: Any) -> Any:
+    """A config without private keys (its folder among them), the library's version, and what `attach` replaces."""
+    if isinstance(config, dict):
+        left_out = ("transformers_version", "attn_implementation")
+        return {
+            str(key): _values(value)
+            for key, value in config.items()
+            if not str(key).startswith("_") and key not in left_out
+        }
+    return [_values(value) for value in config] if isinstance(config, list | tuple) else config

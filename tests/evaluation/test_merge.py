@@ -1,0 +1,94 @@
+"""`learnkv merge`: one table of several folders, in every format."""
+
+import csv
+import json
+
+import pytest
+
+from learnkv.cli.main import main
+
+ROW = {"task": "vt", "length": 64, "setting": "query_agnostic", "keep": 0.5, "budget": None, "bytes": 1000, "n": 4}
+
+
+def row(policy, score, **changes):
+    return {**ROW, "policy": policy, "score": score, "stderr": 1.0, "kl": None, "bytes_full": 2000, **changes}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, rows, model="tiny", torch="2.13"):
+        (tmp_path / name).mkdir()
+        results = {"schema": 1, "model": model, "environment": {"torch": torch}, "rows": rows}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        return str(tmp_path / name)
+
+    return write
+
+
+FULL = row("full", 90.0, keep=1.0, bytes=2000)
+
+
+def test_folders_of_one_model_are_one_table(write, capsys):
+    a = write("a", [FULL, row("snapkv", 50.0), row("snapkv", 20.0, keep=0.1)])
+    b = write("b", [FULL, row("my_adakv", 60.0)])
+    assert main(["merge", a, b]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# Compressed caches of tiny"
+    assert lines[-5:] == [
+        "| policy | samples | keep 1 | keep 0.5 | keep 0.1 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| full | 4 | 90.0 ± 1.0 · 2 kB | – | – |",
+        "| snapkv | 4 | – | 50.0 ± 1.0 · 1 kB | 20.0 ± 1.0 · 1 kB |",
+        "| my_adakv | 4 | – | 60.0 ± 1.0 · 1 kB | – |",
+    ]
+
+
+def test_markdown_csv_and_latex_are_written(write, tmp_path, capsys):
+    a, b = write("a", [FULL, row("snapkv", 50.0)]), write("b", [FULL, row("my_adakv", 60.0)])
+    files = [str(tmp_path / f"out/merged{suffix}") for suffix in (".md", ".csv", ".tex")]
+    assert main(["merge", f"folders={a},{b}", f"out={','.join(files)}"]) == 0
+    assert capsys.readouterr().out.split() == files
+    assert "| my_adakv | 4 |" in (tmp_path / "out" / "merged.md").read_text()
+    rows = list(csv.DictReader((tmp_path / "out" / "merged.csv").open()))
+    assert [(r["folder"], r["model"], r["policy"], r["score"]) for r in rows] == [
+        (a, "tiny", "full", "90.0"),
+        (a, "tiny", "snapkv", "50.0"),
+        (b, "tiny", "full", "90.0"),
+        (b, "tiny", "my_adakv", "60.0"),
+    ]
+    latex = (tmp_path / "out" / "merged.tex").read_text()
+    assert r"my\_adakv & 4 & -- & 60.0 $\pm$ 1.0 $\cdot$ 1 kB \\" in latex
+    assert latex.count(r"\toprule") == latex.count(r"\end{table}") == 1
+
+
+def test_what_is_not_the_same_has_names_of_its_own(write, capsys):
+    a = write("a", [FULL, row("snapkv", 50.0)])
+    b = write("b", [row("full", 80.0, keep=1.0), row("snapkv", 40.0)], torch="2.14")
+    c = write("c", [FULL, row("snapkv", 10.0, task="cwe", n=2)], model="large")
+    d = write("d", [row("full", 0.0, kl=0.0, task="text"), row("snapkv", 1.0, kl=0.25, task="text")])
+    assert main(["merge", a, b, c, d]) == 0
+    table = capsys.readouterr().out
+    for line in (
+        f"| snapkv, tiny, {a} (vt) | 4 | – | 50.0 ± 1.0",
+        f"| snapkv, tiny, {b} (vt) | 4 | – | 40.0 ± 1.0",
+        f"| full, tiny, {b} (vt) | 4 | 80.0 ± 1.0",
+        "| snapkv, large (cwe) | 2 | – | 10.0 ± 1.0",
+        f"| snapkv, tiny, {d} | 4 | 0.2500 ·",
+        f"Different torch: 2.13 ({a}), 2.14 ({b}), 2.13 ({c}), 2.13 ({d}).",
+    ):
+        assert line in table
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "folders=: expected folders of evaluations, got none"),
+        (["missing"], "folders=missing: expected the folder of an evaluation, it has no results.json"),
+        (["{old}"], "expected results.json of learnkv eval (schema 1) with rows"),
+        (["{old}", "out=x.docx"], "out=x.docx: expected a file ending in .md, .csv, .tex"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, words, line):
+    (tmp_path / "results.json").write_text('{"schema": 0, "rows": []}')
+    assert main(["merge", *(word.format(old=tmp_path) for word in words)]) == 2
+    assert line in capsys.readouterr().err

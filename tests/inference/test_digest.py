@@ -1,0 +1,134 @@
+"""Digests of models and tokenizers: any content counts, place and preparation do not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import build
+
+from learnkv.errors import UserError
+from learnkv.inference import hub_connection
+from learnkv.inference.attention import attach, detach
+from learnkv.inference.digest import model_digest, tokenizer_digest, weights_digest
+from learnkv.inference.models import REFERENCE, load_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(REFERENCE, tmp_path / "model")
+
+
+def digests(folder, **options):
+    model, tokenizer = load_model(str(folder), **options)
+    return model_digest(model), tokenizer_digest(tokenizer)
+
+
+def change_json(file, **values):
+    content = json.loads(file.read_text()) if file.exists() else {}
+    for key, value in values.items():
+        if isinstance(content.get(key), dict) and isinstance(value, dict):
+            value = {**content[key], **value}
+        content[key] = value
+    file.write_text(json.dumps(content))
+
+
+def last_number(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weight = weights[max(weights, key=lambda name: weights[name].numel())]
+    weight.view(-1)[-1] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+CHANGES = {
+    "a weight's last number": last_number,
+    "rope_theta": lambda folder: change_json(
+        folder / "config.json", rope_theta=100.0, rope_parameters={"rope_theta": 100.0}
+    ),
+    "rms_norm_eps": lambda folder: change_json(folder / "config.json", rms_norm_eps=1e-3),
+    "eos_token_id": lambda folder: change_json(folder / "config.json", eos_token_id=7),
+    "generation config": lambda folder: change_json(folder / "generation_config.json", repetition_penalty=1.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_content_of_a_model_counts(folder, change):
+    before = digests(folder)[0]
+    CHANGES[change](folder)
+    assert digests(folder)[0] != before
+
+
+def test_a_chat_template_counts(folder):
+    before = digests(folder)[1]
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    assert digests(folder)[1] != before
+
+
+def test_neither_the_folder_nor_attach_counts_but_the_number_format_does(folder, tmp_path):
+    before = digests(folder)
+    folder.rename(tmp_path / "moved")
+    assert digests(tmp_path / "moved") == before == digests("reference")
+    assert digests("reference", dtype="bfloat16")[0] != before[0]
+    model, _ = load_model("reference")
+    assert model_digest(detach(attach(model))) == model_digest(attach(model)) == before[0]
+
+
+def test_padding_of_the_last_call_does_not_count():
+    _, tokenizer = load_model("reference")
+    before = tokenizer_digest(tokenizer)
+    tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_digest(tokenizer) == before
+
+
+def change_weight(model):
+    model.model.norm.weight.data[-1] += 1
+
+
+def change_frequency(model):
+    model.model.rotary_emb.inv_freq[-1] *= 1.01
+
+
+def change_epsilon(model):
+    model.model.norm.variance_epsilon = 1e-2
+
+
+@pytest.mark.parametrize("change", [change_weight, change_frequency, change_epsilon])
+def test_what_is_changed_in_memory_counts(change):
+    model = build("llama")
+    before = weights_digest(model)
+    assert weights_digest(model) == before
+    change(model)
+    assert weights_digest(model) != before
+
+
+def test_the_last_bit_of_a_computed_buffer_does_not_count():
+    """Another processor computes rotations with another last bit."""
+    model = build("llama")
+    before = weights_digest(model)
+    frequencies = model.model.rotary_emb.inv_freq
+    frequencies.copy_(torch.nextafter(frequencies, torch.zeros(())))
+    assert weights_digest(model) == before
+
+
+def test_offloaded_weights_are_refused():
+    model = build("llama")
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
+    with pytest.raises(UserError, match=r"weight lm_head.weight is offloaded"):
+        weights_digest(model)
+
+
+def test_a_hub_id_without_a_network_is_one_line_at_once(monkeypatch):
+    monkeypatch.setattr(hub_connection.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_connection, "is_reachable", lambda: False)
+    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("the network was tried"))
+    with pytest.raises(UserError, match=r"model=nobody/nothing: .*no connection to .*, and no copy of it in the cache"):
+        load_model("nobody/nothing")
+    assert hub_connection.constants.HF_HUB_OFFLINE is False
+
+
+def test_a_connection_that_takes_too_long_is_none(monkeypatch):
+    monkeypatch.setattr(hub_connection, "SECONDS", 0.05)
+    monkeypatch.setattr(hub_connection, "_connect", lambda *a: __import__("time").sleep(1))
+    assert hub_connection.is_reachable.__wrapped__() is False
