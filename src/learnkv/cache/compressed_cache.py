@@ -44,6 +44,7 @@ class CompressedCache(Cache):
         self.schedule: EvictionSchedule | None = None  # online eviction; None: the cache grows
         self.extra_pass_tokens: dict[PromptPass, list[int]] = {}  # tokens of each row that were read in extra passes
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
+        self.rotation_length = 0  # tokens whose angles rotate its keys, where RoPE depends on their number
         self.decode_loop: object = None
         """Buffers of the last turn, with their CUDA graph, while rows and tails keep their addresses."""
 
@@ -220,6 +221,7 @@ class CompressedCache(Cache):
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter = [], None, False, None
+        self.rotation_length = 0
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""

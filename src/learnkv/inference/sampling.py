@@ -102,6 +102,7 @@ def beam_search(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
+        use_cache=True,
         eos_token_id=eos or None,
         pad_token_id=pad,
         logits_processor=[checked],
