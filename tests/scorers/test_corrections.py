@@ -55,7 +55,7 @@ def test_a_policy_asks_for_the_second_stage_with_each_heads_budget():
 def test_a_model_that_hides_its_output_projection_is_named():
     obs = dataclasses.replace(observe([20]), project=None)
     for ask in (lambda: DefensiveKV()(obs), lambda: CriticalKV(Knorm()).contributions(obs)):
-        with pytest.raises(UserError, match="weight of the output projection"):
+        with pytest.raises(UserError, match="reads the output projection"):
             ask()
 
 

@@ -142,6 +142,12 @@ class Capture:
             return None
         return functools.partial(self.functions.rotary, self.embeddings, keys)
 
+    def renewed(self, capture_spec: CaptureSpec) -> "Capture":
+        """An empty capture of the same layer."""
+        capture = Capture(capture_spec)
+        capture.functions = self.functions
+        return capture
+
     def rows(self, batch: Tensor) -> "Capture":
         """The capture of batch rows `batch` [B']."""
         chosen = Capture(self.capture_spec)
@@ -166,8 +172,10 @@ class Capture:
             self.query_positions = self.query_positions[:, -kept:].clone()
         else:
             self.queries = self.query_positions = None
-        self.hidden, self.embeddings, self.functions, self.statistics = None, (), None, {}
-        if decode_capture is not None:
+        self.hidden, self.embeddings, self.statistics = None, (), {}
+        if decode_capture is None:
+            self.functions = None
+        else:
             self.capture_spec = decode_capture
 
     def tensors(self) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,6 +23,9 @@ SAMPLED_TOKENS = 8192
 
 class LayerFunctions(Protocol):
     """What an attention layer computes besides attention, found by applying it to known inputs."""
+
+    def prepare(self, functions: Iterable[str]) -> None:
+        """Find these functions now, while the layer's weights are complete; what is not found is refused when used."""
 
     def rotary(self, embeddings: tuple[Embeddings, ...], keys: Tensor) -> Rotary:
         """The rotation of slots whose embeddings came in these chunks; `keys` [B, H, S, D]. UserError for others."""
@@ -246,6 +249,8 @@ class CaptureSpec:
     """Running results over the prompt."""
     extra_passes: frozenset[PromptPass] = frozenset()
     """Results of extra passes."""
+    functions: frozenset[str] = frozenset()
+    """Functions of the layers that are probed while the prompt is read: `rotation`, `projection`."""
     sample: HiddenSample | None = None
     """Tokens whose hidden states are kept for the gradients of trained scorers; None: no scorer is trained."""
 
@@ -271,5 +276,6 @@ class CaptureSpec:
             self.hidden or other.hidden,
             self.statistics | other.statistics,
             self.extra_passes | other.extra_passes,
+            self.functions | other.functions,
             self.sample or other.sample,
         )

@@ -14,7 +14,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.layer import CompressedLayer
 from learnkv.errors import UserError
 from learnkv.inference import moving_rope
-from learnkv.inference.layer_functions import CONVENTION, Answer, ProbedLayer, embeddings_of, is_sharded
+from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer, embeddings_of
 from learnkv.inference.passes import EMBEDDINGS, NAME, CheckedInputs, begin_pass, end_pass
 
 _PREPARE = "prepare_inputs_for_generation"
@@ -31,19 +31,19 @@ def compressed_attention(
     dropout: float = 0.0,
     cache_layer: CompressedLayer | None = None,
     evict_if_due: Callable[[], None] | None = None,
-    probe: Answer | None = None,
+    attend: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface; returns [B, T, H*G, D] and no weights.
 
     Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. `evict_if_due` is called after
-    the last layer of a cache with online eviction. A `probe` gives the result from query and key.
+    the last layer of a cache with online eviction. `attend`, if given, makes the result instead.
 
     Raises:
         UserError: for logit soft-capping, attention sinks as weights and an exceeded sliding window.
     """
-    if probe is not None:
-        return probe(query, key), None
+    if attend is not None:
+        return attend(query, key), None
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
@@ -73,7 +73,7 @@ def _refuse_exceeded_window(module: nn.Module, layer: CompressedLayer, window: i
         )
 
 
-def _pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+def _pass_cache_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Forward pre-hook without state: pass the cache's layer to the attention function, and inputs to its capture."""
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, CompressedCache):
@@ -95,14 +95,14 @@ def _pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs
 
 
-def _capture_functions(layer: CompressedLayer, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Let scorers apply the layer to inputs of theirs; a sharded one only now, while its weights are complete."""
-    functions = ProbedLayer(module, args, kwargs)
-    layer.capture.functions = functions
+def _capture_functions(layer: CompressedLayer, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Let scorers apply the layer to other inputs."""
+    capture = layer.capture
+    if capture.functions is None:
+        capture.functions = ProbedLayer(module, args, kwargs)
+        capture.functions.prepare(capture.capture_spec.functions)
     if (embeddings := embeddings_of(kwargs)) is not None:
-        layer.capture.embeddings += (embeddings,)
-    if is_sharded(module):
-        functions.convention()
+        capture.embeddings += (embeddings,)
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
@@ -163,7 +163,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for handle in handles:
             handle.remove()
         for module in model.modules():
-            for name in (CONVENTION, moving_rope.LENGTH):
+            for name in (CONVENTION, PLAIN, moving_rope.LENGTH):
                 vars(module).pop(name, None)
         model.set_attn_implementation(before)
         for name in (_STATE, EMBEDDINGS, *({_PREPARE} & vars(model).keys())):

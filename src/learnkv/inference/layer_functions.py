@@ -1,8 +1,8 @@
 """Rotation and output projection of an attention layer, found by applying the layer to known inputs."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,13 @@ from learnkv.ops.rotary import Layout, Rotary
 
 CONVENTION = "_learnkv_rotation"
 """Attribute of an attached attention layer: its convention, or why it has none."""
+PLAIN = "_learnkv_plain"
+"""Attribute of an attached attention layer that gives the sum of its heads through `o_proj` and does nothing else."""
 _TOKENS = 4  # of a probe
 _AT_ONCE = 512  # unit vectors that are projected at once
 
-Answer = Callable[[Tensor, Tensor], Tensor]
-"""Attention output [1, T, H*G, D] of a probe, from query and key."""
+Attend = Callable[[Tensor, Tensor], Tensor]
+"""Attention output [1, T, H*G, D] from query and key, instead of attention."""
 
 
 class Convention(NamedTuple):
@@ -69,6 +71,12 @@ class ProbedLayer:
         self.expected = [name for name in ("position_ids", "cache_position") if given.get(name) is not None]
         self.example = embeddings_of(given)
         self.matrix: Tensor | None = None
+
+    def prepare(self, functions: Iterable[str]) -> None:
+        """Find `rotation` and `projection` now; what is not found is refused when it is used."""
+        for name in functions:
+            with suppress(UserError):
+                self.convention() if name == "rotation" else self.projection()
 
     def rotary(self, embeddings: tuple[Embeddings, ...], keys: Tensor) -> Rotary:
         """The rotation of all slots, as `embeddings` of their chunks describe it; `keys` [B, H, S, D].
@@ -161,7 +169,7 @@ class ProbedLayer:
 
     def _find_projection(self) -> Tensor:
         weight = self._plain_weight()
-        if weight is not None and weight.is_meta:
+        if weight is not None and (weight.is_meta or PLAIN in vars(self.module)):
             return weight
         name, generator = type(self.module).__name__, torch.Generator().manual_seed(2)
         heads, dim = self._rotated(self._no_rotation(_TOKENS))[0].shape[1::2]
@@ -175,7 +183,8 @@ class ProbedLayer:
                 f"{name}: the policy reads the output projection, and this layer's is no linear map of attention alone "
                 "(a norm or a gate comes between)"
             )
-        if weight is not None and _near(first_out, weight.float() @ first.to(weight)):
+        if weight is not None and _near(first_out, weight.float() @ first.to(weight.device)):
+            setattr(self.module, PLAIN, True)
             return weight
         units, rows = torch.eye(heads * dim), []
         for part in units.split(_AT_ONCE):
@@ -186,15 +195,15 @@ class ProbedLayer:
         """The weight of an output projection that is nothing but a linear layer."""
         layer = getattr(self.module, "o_proj", None)
         plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_hooks
-        return layer.weight.detach() if plain else None
+        return layer.weight.detach() if plain and layer is not None else None
 
     def _projected(self, outputs: Tensor, hidden: Tensor, dim: int) -> Tensor:
         """What the layer returns [T, E] float32 where attention gives `outputs` [T, H*G*D] for tokens [T, E]."""
 
-        def answer(query: Tensor, key: Tensor) -> Tensor:
+        def attend(query: Tensor, key: Tensor) -> Tensor:
             return outputs.to(query).view(1, len(outputs), -1, dim)
 
-        return self._run(hidden.unsqueeze(0), self._no_rotation(len(outputs)), answer)[0].float()
+        return self._run(hidden.unsqueeze(0), self._no_rotation(len(outputs)), attend)[0].float()
 
     def _no_rotation(self, tokens: int) -> Embeddings | None:
         """Embeddings that rotate by no angle."""
@@ -203,11 +212,11 @@ class ProbedLayer:
         first, *sines = (part[:1, :1].expand(-1, tokens, -1) for part in self.example)
         return torch.ones_like(first), *(torch.zeros_like(part) for part in sines)
 
-    def _run(self, hidden: Tensor, embeddings: Embeddings | None, answer: Answer) -> Tensor:
+    def _run(self, hidden: Tensor, embeddings: Embeddings | None, attend: Attend) -> Tensor:
         """The layer's output [1, T, E] for hidden states [1, T, E]."""
         positions = torch.arange(hidden.shape[1], device=self.device)
         own = {"position_ids": positions.unsqueeze(0), "cache_position": positions}
-        given = self.given | {name: own[name] for name in self.expected}
+        given: dict[str, Any] = self.given | {name: own[name] for name in self.expected}
         if embeddings is not None:
             given["position_embeddings"] = embeddings if len(embeddings) > 1 else embeddings[0]
         with _evaluating(self.module):
@@ -215,7 +224,7 @@ class ProbedLayer:
                 hidden_states=hidden.to(self.device, self.dtype),
                 attention_mask=None,
                 past_key_values=_NoCache(),
-                probe=answer,
+                attend=attend,
                 **given,
             )
         return output[0] if isinstance(output, tuple) else output
@@ -242,11 +251,6 @@ def embeddings_of(kwargs: dict[str, Any]) -> Embeddings | None:
     """The rotary embeddings among a layer's arguments."""
     embeddings: Any = kwargs.get("position_embeddings")
     return (embeddings,) if isinstance(embeddings, Tensor) else embeddings
-
-
-def is_sharded(module: Any) -> bool:
-    """Whether FSDP gathers the layer's weights, for its forward pass only."""
-    return any(getattr(child, "_is_fsdp_managed_module", False) for child in module.children())
 
 
 def _candidates(example: Embeddings, dim: int) -> Iterator[Convention]:

@@ -33,6 +33,7 @@ class ExpectedAttention(Scorer):
 
     table_argument = "moments"
     needs = frozenset({"rope"})
+    functions = frozenset({"rotation"})
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class TriAttention(Scorer):
 
     table_argument = "queries"
     needs = frozenset({"rope"})
+    functions = frozenset({"rotation"})
 
     def __init__(
         self,
