@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.plain_layers import refuse_others
 from learnkv.cache.schedule import EvictionSchedule
 from learnkv.cache.storage import DecodeBuffer
 from learnkv.core.adapter import Adapter
@@ -29,6 +30,7 @@ class CompressedCache(Cache):
         layers = DynamicCache(config=config).layers
         text = config.get_text_config(decoder=True)
         hybrid = len(set(getattr(text, "layer_types", None) or ())) > 1
+        refuse_others(text, layers)
         self.compressible = [
             index for index, layer in enumerate(layers) if not (hybrid and getattr(layer, "is_sliding", False))
         ]
@@ -105,9 +107,8 @@ class CompressedCache(Cache):
         """An independent cache that shares storage with this one until either changes."""
         twin = copy.copy(self)
         twin.decode_loop = None
-        twin.layers = [
-            layer.fork() if index in self.compressible else copy.copy(layer) for index, layer in enumerate(self.layers)
-        ]
+        compressible = self.compressible
+        twin.layers = [layer.fork() if i in compressible else copy.copy(layer) for i, layer in enumerate(self.layers)]
         return twin
 
     @property
@@ -220,8 +221,7 @@ class CompressedCache(Cache):
         """Drop everything."""
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
-        self.covered, self.schedule, self.tail_padded, self.adapter = [], None, False, None
-        self.rotation_length = 0
+        self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation_length = [], None, False, None, 0
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""

@@ -14,7 +14,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.layer import CompressedLayer
 from learnkv.errors import UserError
 from learnkv.inference import moving_rope
-from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer, embeddings_of
+from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer, embeddings_of, named_arguments
 from learnkv.inference.passes import EMBEDDINGS, NAME, CheckedInputs, begin_pass, end_pass
 
 _PREPARE = "prepare_inputs_for_generation"
@@ -65,7 +65,10 @@ def compressed_attention(
     return output, None
 
 
-def _refuse_exceeded_window(module: nn.Module, layer: CompressedLayer, window: int | None) -> None:
+def _refuse_exceeded_window(module: Any, layer: CompressedLayer, window: int | None) -> None:
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] == "chunked_attention":
+        window = module.config.attention_chunk_size
     if window is not None and layer.get_seq_length() > window:
         raise UserError(
             f"{type(module).__name__} attends to a sliding window of {window} tokens, {layer.get_seq_length()} were "
@@ -97,11 +100,11 @@ def _pass_cache_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _capture_functions(layer: CompressedLayer, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Let scorers apply the layer to other inputs."""
-    capture = layer.capture
+    capture, given = layer.capture, named_arguments(module, args, kwargs)
     if capture.functions is None:
-        capture.functions = ProbedLayer(module, args, kwargs)
+        capture.functions = ProbedLayer(module, given)
         capture.functions.prepare(capture.capture_spec.functions)
-    if (embeddings := embeddings_of(kwargs)) is not None:
+    if (embeddings := embeddings_of(given)) is not None:
         capture.embeddings += (embeddings,)
 
 
@@ -130,6 +133,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     own = next((module for module in layers if not _uses_interface(module)), None)
     if own is not None:
         raise UserError(f"{config.model_type}: {type(own).__name__} does not use transformers' attention interface")
+    CompressedCache(model.config)  # raises for layers that it has no state for
     before = config._attn_implementation
     if before not in ("sdpa", NAME):
         warnings.warn(

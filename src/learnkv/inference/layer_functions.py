@@ -1,7 +1,7 @@
 """Rotation and output projection of an attention layer, found by applying the layer to known inputs."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -32,18 +32,22 @@ class Convention(NamedTuple):
     """complex, halves (every angle twice, as cat(a, a)), interleaved (a0, a0, a1, a1, …) or single."""
     layout: Layout | None
     """None: the layer does not rotate."""
+    direction: int = 1
+    """-1: the layer rotates by the negative angles."""
 
     def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, F]."""
         if self.order == "complex":
-            return embeddings[0].real, embeddings[0].imag
-        cos, sin = embeddings
-        if self.order == "halves":
-            return cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
-        return (cos[..., ::2], sin[..., ::2]) if self.order == "interleaved" else (cos, sin)
+            cos, sin = embeddings[0].real, embeddings[0].imag
+        else:
+            half, step = embeddings[0].shape[-1] // 2, 2 if self.order == "interleaved" else 1
+            chosen = slice(half) if self.order == "halves" else slice(None, None, step)
+            cos, sin = (part[..., chosen] for part in embeddings)
+        return cos, sin if self.direction == 1 else -sin
 
     def embeddings(self, cos: Tensor, sin: Tensor) -> Embeddings:
         """The inverse of `pairs`."""
+        sin = sin * self.direction
         if self.order == "complex":
             return (torch.complex(cos.float(), sin.float()),)
         if self.order == "halves":
@@ -58,17 +62,17 @@ class ProbedLayer:
 
     Args:
         module: the layer.
-        args, kwargs: of its forward pass.
+        given: the arguments of its forward pass, by name.
     """
 
-    def __init__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, module: Any, given: dict[str, Any]) -> None:
         self.module = module
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = given["hidden_states"]
         self.width, self.dtype, self.device = hidden.shape[-1], hidden.dtype, hidden.device
         self.given = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool)}
         self.expected = [name for name in ("position_ids", "cache_position") if given.get(name) is not None]
+        self.nothing = [name for name, value in given.items() if value is None]
+        self.shared = [name for name, value in given.items() if isinstance(value, MutableMapping)]
         self.example = embeddings_of(given)
         self.matrix: Tensor | None = None
 
@@ -98,10 +102,7 @@ class ProbedLayer:
         found = vars(self.module).get(CONVENTION)
         if found is None:
             self._refuse_sharded("rotation before which queries and keys are read")
-            try:
-                found = self._find_convention(self.example)
-            except Exception as error:  # whatever a layer raises that is called with inputs of ours
-                found = f"it cannot be probed ({type(error).__name__}: {str(error).strip().splitlines()[0][:80]})"
+            found = self._find_convention(self.example)
             setattr(self.module, CONVENTION, found)
         if isinstance(found, str):
             raise UserError(f"{name}: queries and keys before rotation are not known: {found}")
@@ -219,14 +220,19 @@ class ProbedLayer:
         given: dict[str, Any] = self.given | {name: own[name] for name in self.expected}
         if embeddings is not None:
             given["position_embeddings"] = embeddings if len(embeddings) > 1 else embeddings[0]
-        with _evaluating(self.module):
-            output = self.module.forward(
-                hidden_states=hidden.to(self.device, self.dtype),
-                attention_mask=None,
-                past_key_values=_NoCache(),
-                attend=attend,
-                **given,
-            )
+        given |= {name: {} for name in self.shared}
+        given = dict.fromkeys(self.nothing) | given
+        try:
+            with _evaluating(self.module):
+                output = self.module.forward(
+                    hidden_states=hidden.to(self.device, self.dtype),
+                    **{**given, "attention_mask": None, "past_key_values": _NoCache(), "attend": attend},
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a layer raises that is called with other inputs
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
+            raise UserError(f"{type(self.module).__name__} cannot be applied to other inputs ({reason})") from error
         return output[0] if isinstance(output, tuple) else output
 
     def _refuse_sharded(self, part: str) -> None:
@@ -247,9 +253,17 @@ class _NoCache(DynamicCache):
         return 0
 
 
-def embeddings_of(kwargs: dict[str, Any]) -> Embeddings | None:
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer's forward pass by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def embeddings_of(given: dict[str, Any]) -> Embeddings | None:
     """The rotary embeddings among a layer's arguments."""
-    embeddings: Any = kwargs.get("position_embeddings")
+    embeddings: Any = given.get("position_embeddings")
     return (embeddings,) if isinstance(embeddings, Tensor) else embeddings
 
 
@@ -262,8 +276,9 @@ def _candidates(example: Embeddings, dim: int) -> Iterator[Convention]:
         pairs = Convention(order, None).pairs(example)[0].shape[-1]
         if 2 * pairs <= dim:
             for start in sorted({0, dim - 2 * pairs}):
-                yield Convention(order, Layout.halves(pairs, start))
-                yield Convention(order, Layout.interleaved(pairs, start))
+                for layout in (Layout.halves(pairs, start), Layout.interleaved(pairs, start)):
+                    yield Convention(order, layout)
+                    yield Convention(order, layout, direction=-1)
 
 
 @contextmanager
