@@ -29,7 +29,6 @@ READS = {  # attributes of an observation
     "window_attention": "keys",
     "values": "values",
     "projection": "output projection",
-    "output_weight": "output projection",
     "hidden": "hidden states",
     "rope": "rotations",
     "kept": "the budget",

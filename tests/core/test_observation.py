@@ -53,5 +53,5 @@ def test_what_is_missing_is_named():
     obs = observe([9])
     with pytest.raises(UserError, match="depend on how much will be kept"):
         _ = type(obs)(**{**vars(obs), "keep": None}).kept
-    with pytest.raises(UserError, match="weight of the output projection"):
-        _ = type(obs)(**{**vars(obs), "output_weight": None}).projection
+    with pytest.raises(UserError, match="reads the output projection"):
+        _ = type(obs)(**{**vars(obs), "project": None}).projection

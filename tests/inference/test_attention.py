@@ -205,7 +205,9 @@ def test_weights_placed_by_a_device_map(second, tmp_path):
     places |= {"model.layers.0": "cpu", "model.layers.1": second, "model.layers.2": "cpu"}
     model = LlamaForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
     whole = prefill(model, tokens(1, 30))
-    assert (whole.layers[1].observation().output_weight is None) == (second == "disk")
+    for layer, expected in zip(whole.layers, attached("llama").model.layers, strict=True):
+        matrix = layer.observation().projection
+        torch.testing.assert_close(matrix, expected.self_attn.o_proj.weight, rtol=0, atol=1e-5)
     cache = load_policy("snapkv").compress(whole, keep=0.5)
     other = load_policy("snapkv").compress(prefill(attached("llama"), tokens(1, 30)), keep=0.5)
     assert torch.equal(continuation(model, tokens(1, 4), cache), continuation(attached("llama"), tokens(1, 4), other))
@@ -233,7 +235,9 @@ def test_quantised_weights():
     assert torch.equal(logits(models[0]), logits(models[1]))
     assert not torch.equal(logits(models[1]), logits(plain("llama")))
     cache = prefill(models[0], tokens(1, 30))
-    assert cache.layers[0].observation().output_weight is None
+    packed = models[0].model.layers[0].self_attn.o_proj
+    expected = packed.weight * packed.scale
+    torch.testing.assert_close(cache.layers[0].observation().projection, expected, rtol=0, atol=1e-5)
     assert cache.layers[0].observation().keys.dtype == torch.float32
     small = load_policy("adakv").compress(cache.fork(), keep=0.5)
     assert continuation(models[0], tokens(1, 4), small).isfinite().all()

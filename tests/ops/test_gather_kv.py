@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from learnkv.ops.arguments import Ragged
 from learnkv.ops.gather_kv import Rerotation, gather_kv
+from learnkv.ops.rotary import Layout
 
 
 @st.composite
@@ -66,7 +67,7 @@ def test_rerotated_keys_are_those_of_the_new_positions(channels, align):
     first = torch.zeros(4, dtype=torch.long) if align == "first" else last - length
     keys = rotated(plain, torch.arange(slots) - padding)
     pools = torch.full((2, len(index), dim), torch.nan, dtype=torch.float64)
-    how = Rerotation((index % slots - padding).to(torch.int32), first, frequencies)
+    how = Rerotation((index % slots - padding).to(torch.int32), first, frequencies, Layout.halves(channels // 2))
     gather_kv(keys, values, index, 0, Ragged(*pools, offset, length, slots), how)
     for row, kept in enumerate(chosen):
         at = slice(int(offset[row]), int(offset[row]) + len(kept))

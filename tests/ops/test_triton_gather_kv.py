@@ -8,6 +8,7 @@ from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw
 
 from learnkv.ops.arguments import Ragged
 from learnkv.ops.gather_kv import Rerotation, gather_kv
+from learnkv.ops.rotary import Layout
 from learnkv.ops.select import select
 
 
@@ -47,17 +48,24 @@ def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
 
 
 @pytest.mark.parametrize(
-    ("dim", "half", "dtype"), [(32, 16, torch.float32), (80, 20, torch.float32), (128, 64, torch.bfloat16)]
+    ("dim", "layout", "dtype"),
+    [
+        (32, Layout.halves(16), torch.float32),
+        (80, Layout.halves(20), torch.float32),
+        (128, Layout.halves(64), torch.bfloat16),
+        (32, Layout.interleaved(16), torch.float32),
+        (80, Layout.interleaved(12, start=56), torch.bfloat16),
+    ],
 )
-def test_rerotated_keys_within_the_error_budget(dim, half, dtype):
+def test_rerotated_keys_within_the_error_budget(dim, layout, dtype):
     """Rows of one layer of a pool that two share, one of them empty; positions up to 100000."""
     slots, length = 300, torch.tensor([[120, 0, 77], [3, 300, 1]])
     offset = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
     index = select(draw(6, slots, seed=0).cpu(), length.flatten(), int(length.sum()), impl="reference").to(DEVICE)
     keys, values = (draw(3, slots, dim, seed=seed, dtype=dtype) for seed in (1, 2))
     positions = (100_000 - 300 * (slots - index % slots)).to(torch.int32)
-    frequencies = 10_000.0 ** (-torch.arange(half, device=DEVICE) / half)
-    how = Rerotation(positions, torch.tensor([0, 5, 99_000], device=DEVICE), frequencies)
+    frequencies = 10_000.0 ** (-torch.arange(layout.pairs, device=DEVICE) / layout.pairs)
+    how = Rerotation(positions, torch.tensor([0, 5, 99_000], device=DEVICE), frequencies, layout)
 
     def run(impl, dtype):
         pools = torch.full((2, len(index), dim), torch.nan, dtype=dtype, device=DEVICE)
@@ -70,8 +78,7 @@ def test_rerotated_keys_within_the_error_budget(dim, half, dtype):
     # Rounding an angle of up to 100000 radians turns a pair of channels by that much of its length.
     angle_error = 2 * 100_000 * ROUNDING[torch.float32]
     assert_within(got, truth, angle_error * keys.double().abs().amax() * 2 + STORED[dtype] * truth.abs())
-    unrotated = slice(2 * half, None)
-    assert torch.equal(got[:, unrotated].double(), truth[:, unrotated])
+    assert torch.equal(layout.rest(got).double(), layout.rest(truth))
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ def test_critical_fills_the_rest_by_what_values_weigh():
     obs = observe([6], heads=2, group=1, dim=2)
     values = torch.ones(1, 2, 6, 2)
     values[0, :, 4:] = torch.tensor([[9.0, 0.0], [0.0, 7.0]])
-    obs = dataclasses.replace(obs, values=values, output_weight=torch.eye(4))
+    obs = dataclasses.replace(obs, values=values, project=lambda: torch.eye(4))
     base = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0]).expand(1, 2, 6)
     critical = CriticalKV(Knorm(), epsilon=0.5)
     # Weighed: 11, 9, 7, 5, 13.5, 3.5. Half of a budget of 4 is decided by the base alone.
@@ -53,9 +53,9 @@ def test_a_policy_asks_for_the_second_stage_with_each_heads_budget():
 
 
 def test_a_model_that_hides_its_output_projection_is_named():
-    obs = dataclasses.replace(observe([20]), output_weight=None)
+    obs = dataclasses.replace(observe([20]), project=None)
     for ask in (lambda: DefensiveKV()(obs), lambda: CriticalKV(Knorm()).contributions(obs)):
-        with pytest.raises(UserError, match="weight of the output projection"):
+        with pytest.raises(UserError, match="reads the output projection"):
             ask()
 
 

@@ -18,7 +18,7 @@ def cut(obs: Observation, begin: int, end: int) -> Observation:
     """Entries up to `end` with the queries from `begin` on."""
     held = {name: getattr(obs, name)[:, :, :end] for name in ("keys", "values", "valid", "positions")}
     at = {"queries": obs.queries[:, :, begin:end], "query_positions": obs.query_positions[:, begin:end]}
-    return dataclasses.replace(obs, rope=None, **held, **at)
+    return dataclasses.replace(obs, rotation=None, **held, **at)
 
 
 @pytest.mark.parametrize("ends", [[50], [1, 2, 3, 50], [20, 50], [7, 30, 49, 50]])

@@ -40,8 +40,9 @@ def test_a_padded_row_gets_what_it_gets_alone(cls):
 def test_scores_are_finite_float32_whatever_the_model_computes_in(cls, dtype):
     scorer = build(cls)
     obs = seen_by(scorer, [40, 12])
-    changed = {name: getattr(obs, name).to(dtype) for name in ("queries", "keys", "values", "hidden", "output_weight")}
-    scores = scorer(dataclasses.replace(obs, **changed))
+    changed = {name: getattr(obs, name).to(dtype) for name in ("queries", "keys", "values", "hidden")}
+    weight = obs.projection.to(dtype)
+    scores = scorer(dataclasses.replace(obs, project=lambda: weight, **changed))
     assert scores.dtype == torch.float32
     assert scores.shape == obs.valid.shape
     assert scores[obs.valid].isfinite().all()

@@ -25,6 +25,7 @@ from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.mask_gradient import mask_gradient
 from learnkv.ops.page_bounds import page_bounds, page_scores
+from learnkv.ops.rotary import Layout
 from learnkv.ops.select import select, select_slots
 from learnkv.ops.window_scores import window_scores
 
@@ -101,7 +102,8 @@ def chosen() -> None:
 def gathered(dim: int, rotated: bool = False) -> None:
     table = meta(8, dtype=torch.int64)
     whole, pool = (meta(8, 32768, dim) for _ in range(2)), (meta(100_000, dim) for _ in range(2))
-    how = Rerotation(meta(100_000, dtype=torch.int32), table, meta(dim // 2, dtype=torch.float32)) if rotated else None
+    frequencies = meta(dim // 2, dtype=torch.float32)
+    how = Rerotation(meta(100_000, dtype=torch.int32), table, frequencies, Layout.halves(dim // 2)) if rotated else None
     out = Ragged(*pool, table, table, longest=32768)
     gather_kv(*whole, meta(100_000, dtype=torch.int64), 16, out, how, impl="triton")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from learnkv.core.observation import HiddenSample, Observation, PromptPass, Statistic
-from learnkv.ops.rotary import Rotary
+from learnkv.ops.rotary import Layout, Rotary
 
 
 def observe(
@@ -43,7 +43,7 @@ def observe(
             rows[name].append(row)
     made = {name: torch.stack(row) for name, row in rows.items()}
     positions = torch.arange(slots) - slots + torch.tensor(lengths).unsqueeze(-1)
-    window = min(window, slots)
+    window, unrotated = min(window, slots), Layout.halves(dim // 2)
     whole = Observation(
         layer_idx=layer_idx,
         queries=made["queries"],
@@ -53,10 +53,10 @@ def observe(
         scaling=dim**-0.5,
         valid=(positions >= 0).unsqueeze(1).expand(-1, heads, -1),
         positions=positions.unsqueeze(1).expand(-1, heads, -1),
-        output_weight=torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
+        project=lambda: torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
         hidden=made["hidden"][:, 0],
         keep=torch.full((len(lengths),), 0.25, dtype=torch.float64),
-        rope=Rotary(((torch.ones(1, slots, dim), torch.zeros(1, slots, dim)),)),
+        rotation=lambda: Rotary(((torch.ones(1, slots, dim // 2), torch.zeros(1, slots, dim // 2)),), unrotated),
     )
     gathered = [*statistics] if sample is None else [*statistics, sample]
     norms = whole.keys.norm(dim=-1, keepdim=True).nan_to_num()
@@ -74,10 +74,9 @@ def permuted(obs: Observation, order: list[int]) -> Observation:
     """The same layer with its kv heads in another order, their query heads with them."""
     queries = obs.queries.unflatten(1, (obs.keys.shape[1], -1))[:, order].flatten(1, 2)
     heads = {name: getattr(obs, name)[:, order] for name in ("keys", "values", "valid", "positions")}
-    assert obs.output_weight is not None
-    weight = obs.output_weight.unflatten(1, (len(order), -1))[:, order].flatten(1)
+    weight = obs.projection.unflatten(1, (len(order), -1))[:, order].flatten(1)
     statistics = {key: tensor[:, order] for key, tensor in obs.statistics.items()}
-    return dataclasses.replace(obs, queries=queries, output_weight=weight, statistics=statistics, **heads)
+    return dataclasses.replace(obs, queries=queries, project=lambda: weight, statistics=statistics, **heads)
 
 
 def subclasses(package: ModuleType, base: type) -> list[type]:

@@ -1,9 +1,19 @@
 """Capture of one layer's queries, hidden states and statistics, for scorers."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from learnkv.core.observation import CaptureSpec, Observation, PromptPass, Statistic
+from learnkv.core.observation import (
+    CaptureSpec,
+    Embeddings,
+    LayerFunctions,
+    Observation,
+    PromptPass,
+    Statistic,
+)
 from learnkv.ops.rotary import Rotary
 
 
@@ -23,8 +33,9 @@ class Capture:
         """[B, M, E] hidden states of the tail."""
         self.hidden: Tensor | None = None
         self.statistics: dict[Statistic | PromptPass, Tensor] = {}
-        self.rotations: tuple[tuple[Tensor, Tensor], ...] = ()
-        self.output_weight: Tensor | None = None
+        self.embeddings: tuple[Embeddings, ...] = ()
+        """Rotary embeddings of every chunk of the prompt."""
+        self.functions: LayerFunctions | None = None
         self.scaling = 1.0
         self.aligned = True
 
@@ -118,13 +129,24 @@ class Capture:
             scaling=self.scaling,
             valid=positions >= 0,
             positions=positions,
-            output_weight=self.output_weight,
+            project=None if self.functions is None else self.functions.projection,
             hidden=self.hidden,
-            rope=Rotary(self.rotations) if self.rotations else None,
+            rotation=self._rotation(keys),
             statistics=self.statistics,
             sample=self.capture_spec.sample,
             aligned=self.aligned,
         )
+
+    def _rotation(self, keys: Tensor) -> Callable[[], Rotary] | None:
+        if self.functions is None:
+            return None
+        return functools.partial(self.functions.rotary, self.embeddings, keys)
+
+    def renewed(self, capture_spec: CaptureSpec) -> "Capture":
+        """An empty capture of the same layer."""
+        capture = Capture(capture_spec)
+        capture.functions = self.functions
+        return capture
 
     def rows(self, batch: Tensor) -> "Capture":
         """The capture of batch rows `batch` [B']."""
@@ -133,8 +155,8 @@ class Capture:
         chosen.unread, chosen.unread_hidden = _rows(self.unread, batch), _rows(self.unread_hidden, batch)
         chosen.hidden = _rows(self.hidden, batch)
         chosen.statistics = {key: tensor[batch.to(tensor.device)] for key, tensor in self.statistics.items()}
-        chosen.rotations = tuple((_shared(cos, batch), _shared(sin, batch)) for cos, sin in self.rotations)
-        chosen.output_weight, chosen.scaling, chosen.aligned = self.output_weight, self.scaling, self.aligned
+        chosen.embeddings = tuple(tuple(_shared(part, batch) for part in parts) for parts in self.embeddings)
+        chosen.functions, chosen.scaling, chosen.aligned = self.functions, self.scaling, self.aligned
         return chosen
 
     def crop(self, slots: int) -> None:
@@ -150,8 +172,10 @@ class Capture:
             self.query_positions = self.query_positions[:, -kept:].clone()
         else:
             self.queries = self.query_positions = None
-        self.hidden, self.rotations, self.statistics = None, (), {}
-        if decode_capture is not None:
+        self.hidden, self.embeddings, self.statistics = None, (), {}
+        if decode_capture is None:
+            self.functions = None
+        else:
             self.capture_spec = decode_capture
 
     def tensors(self) -> list[Tensor]:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.plain_layers import refuse_others
 from learnkv.cache.schedule import EvictionSchedule
 from learnkv.cache.storage import DecodeBuffer
 from learnkv.core.adapter import Adapter
@@ -29,6 +30,7 @@ class CompressedCache(Cache):
         layers = DynamicCache(config=config).layers
         text = config.get_text_config(decoder=True)
         hybrid = len(set(getattr(text, "layer_types", None) or ())) > 1
+        refuse_others(text, layers)
         self.compressible = [
             index for index, layer in enumerate(layers) if not (hybrid and getattr(layer, "is_sliding", False))
         ]
@@ -46,6 +48,7 @@ class CompressedCache(Cache):
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
         self.token_ids: tuple[Tensor, Tensor] | None = None  # of the prompt's slots and of later ones; None: not known
         self.checks: tuple[Callable[[], None], ...] = ()  # run at the next host sync
+        self.rotation_length = 0  # tokens whose angles rotate its keys, where RoPE depends on their number
         self.decode_loop: object = None
         """Buffers of the last turn, with their CUDA graph, while rows and tails keep their addresses."""
 
@@ -112,9 +115,8 @@ class CompressedCache(Cache):
         """An independent cache that shares storage with this one until either changes."""
         twin = copy.copy(self)
         twin.decode_loop = None
-        twin.layers = [
-            layer.fork() if index in self.compressible else copy.copy(layer) for index, layer in enumerate(self.layers)
-        ]
+        compressible = self.compressible
+        twin.layers = [layer.fork() if i in compressible else copy.copy(layer) for i, layer in enumerate(self.layers)]
         return twin
 
     @property
@@ -218,7 +220,7 @@ class CompressedCache(Cache):
         """Drop everything."""
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
-        self.covered, self.schedule, self.tail_padded, self.adapter = [], None, False, None
+        self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation_length = [], None, False, None, 0
         self.token_ids, self.checks = None, ()
 
     def activate_past_recording(self) -> None:

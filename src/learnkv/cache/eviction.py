@@ -85,7 +85,7 @@ def _segments(
         segment = Segment(pool_keys, pool_values, positions, *tables, slots, statistics, rotated)
         rerotation = None
         if rerotate is not None:
-            rerotation = Rerotation(before, first[layer_idx], layer.rotary_frequencies())
+            rerotation = Rerotation(before, first[layer_idx], *layer.rotation())
         gather_kv(keys, values, index, layer_idx * rows, segment.ragged, rerotation)
         yield segment
 

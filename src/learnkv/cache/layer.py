@@ -15,6 +15,7 @@ from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
+from learnkv.ops.rotary import Layout
 
 NOTHING = CaptureSpec()
 
@@ -46,7 +47,10 @@ class CompressedLayer(CacheLayerMixin):
         self.merged_tokens = 0
         self.heads = 0
         self.token_nbytes = 0
-        self._frequencies: Tensor | None = None
+        self._rotation: tuple[Tensor, Layout] | None = None
+        self._passed: tuple[Tensor, Tensor] | None = None
+        self.attended = False
+        """Whether attention ran in the current pass of the model."""
 
     # -- transformers' interface -------------------------------------------------------------------------------------
 
@@ -64,13 +68,28 @@ class CompressedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.sealed:
             self._append_to_tail(key_states, value_states)
-            return key_states, value_states
+            self._passed = key_states, value_states
+            return self._passed
         if self.state is None:
             prompt = Prompt(key_states, value_states)
         else:
             prompt = self.prompt.append(key_states, value_states)
         self.state, self.prompt_slots = prompt, prompt.keys.shape[2]
-        return prompt.keys, prompt.values
+        self._passed = prompt.keys, prompt.values
+        return self._passed
+
+    def confirm(self, module: str, keys: Tensor, values: Tensor) -> None:
+        """Record that attention runs on what `update` returned; UserError for a layer that does anything else."""
+        passed, self._passed, self.attended = self._passed, None, True
+        if passed is None:
+            raise UserError(f"{module} attends twice, or to keys of another layer: learnkv does not support it")
+        if passed[0] is not keys or passed[1] is not values:
+            raise UserError(f"{module} attends to keys or values that it makes from cached ones: not supported")
+        if keys.shape[-1] != values.shape[-1]:
+            raise UserError(
+                f"{module} has keys of {keys.shape[-1]} channels and values of {values.shape[-1]}: learnkv expects "
+                "equally many"
+            )
 
     def _append_to_tail(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[0] != self.batch:
@@ -181,7 +200,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def listen(self, capture_spec: CaptureSpec, when_read: Callable[[], None]) -> None:
         """Capture the next part of the prompt by itself, and call back when it has been read."""
-        self.capture = Capture(capture_spec)
+        self.capture = self.capture.renewed(capture_spec)
         self.when_read = when_read
 
     def release(self) -> None:
@@ -206,14 +225,19 @@ class CompressedLayer(CacheLayerMixin):
         prompt = self.prompt
         return self.capture.observation(self.layer_idx, prompt.keys, prompt.values, prompt.entry_positions())
 
-    def rotary_frequencies(self) -> Tensor:
-        """Radians per position [F] of the model's RoPE; UserError for a model without it."""
-        if self._frequencies is None:
+    def rotation(self) -> tuple[Tensor, Layout]:
+        """Radians per position [F] of the layer's RoPE, and the pairs of channels that it rotates.
+
+        Raises:
+            UserError: for a layer that does anything else to its keys.
+        """
+        if self._rotation is None:
             obs = self.observation()
-            if obs.rope is None:
-                raise UserError("rerotate: the model does not rotate its keys")
-            self._frequencies = obs.rope.frequencies(obs.length)
-        return self._frequencies
+            rope = obs.rope
+            if rope is None:
+                raise UserError("rerotate: these entries have no layer, so how it rotates keys is not known")
+            self._rotation = rope.frequencies(obs.length), rope.layout
+        return self._rotation
 
     # -- transitions -------------------------------------------------------------------------------------------------
 

@@ -40,4 +40,4 @@ def layer_errors(model: Any, trials: Iterable[Trial], policy: Policy, keep: floa
 def _output(obs: Observation, valid: Tensor | None) -> Tensor:
     """Attention output [A, E] of the answer's queries."""
     output = torch.einsum("hgas,hsd->ahgd", attention(obs, valid), obs.values[0].float()).flatten(1)
-    return output if obs.output_weight is None else output @ obs.output_weight.float().T
+    return output if obs.project is None else output @ obs.projection.float().T

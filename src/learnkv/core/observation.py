@@ -2,8 +2,9 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +14,24 @@ from learnkv.ops.hash_bits import WORD, hash_bits
 from learnkv.ops.rotary import Rotary
 from learnkv.ops.window_attention import in_window, window_attention
 
+Embeddings = tuple[Tensor, ...]
+"""Rotary embeddings as a model hands them to its layers: cos and sin [B, T, R], or one complex tensor [B, T, F]."""
+
 SAMPLED_TOKENS = 8192
 """Default size of the sample of a prompt's tokens that trained per-token features get gradients from."""
+
+
+class LayerFunctions(Protocol):
+    """What an attention layer computes besides attention, found by applying it to known inputs."""
+
+    def prepare(self, functions: Iterable[str]) -> None:
+        """Find these functions now, while the layer's weights are complete; what is not found is refused when used."""
+
+    def rotary(self, embeddings: tuple[Embeddings, ...], keys: Tensor) -> Rotary:
+        """The rotation of slots whose embeddings came in these chunks; `keys` [B, H, S, D]. UserError for others."""
+
+    def projection(self) -> Tensor:
+        """[E, H*G*D] matrix of the map from the heads' outputs to the layer's; UserError where it is none."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +58,12 @@ class Observation:
     """[B, H, S] False where the slot is padding or already evicted."""
     positions: Tensor
     """[B, H, S] prompt position of each entry; padding has negative positions."""
-    output_weight: Tensor | None = None
-    """[E, H*G*D] weight of the output projection, None for a model that does not name it `o_proj`."""
+    project: Callable[[], Tensor] | None = None
+    """Computes `projection`; None where no layer was probed."""
     hidden: Tensor | None = None
     """[B, S, E] input of the attention block, for a scorer that needs `hidden`."""
-    rope: Rotary | None = None
-    """The rotation of every slot, for scorers that need vectors before RoPE; None for a model without it."""
+    rotation: Callable[[], Rotary] | None = None
+    """Computes `rope`; None: nothing is rotated."""
     keep: Tensor | None = None
     """[B] float64, fraction of the row's entries that will be kept; None while the prompt is read."""
     statistics: "Mapping[Statistic | PromptPass, Tensor]" = field(default_factory=dict)
@@ -78,13 +95,19 @@ class Observation:
 
     @property
     def projection(self) -> Tensor:
-        """[E, H*G*D] weight of the output projection; UserError for a model that does not show it."""
-        if self.output_weight is None:
-            raise UserError(
-                "the policy reads the weight of the output projection, and the model shows none: it has no `o_proj`, "
-                "or one that is quantised, offloaded or shared out to several processes (fsdp)"
-            )
-        return self.output_weight
+        """[E, H*G*D] matrix of the linear map from the heads' outputs to the layer's, whatever weights it is made of.
+
+        Raises:
+            UserError: where the layer's output is no such map, or its weights cannot be applied any more (fsdp).
+        """
+        if self.project is None:
+            raise UserError("the policy reads the output projection, and these entries have no layer")
+        return self.project()
+
+    @property
+    def rope(self) -> Rotary | None:
+        """The rotation of every slot as the layer applies it; UserError where it applies anything else."""
+        return None if self.rotation is None else self.rotation()
 
     @property
     def kept(self) -> Tensor:
@@ -226,6 +249,8 @@ class CaptureSpec:
     """Running results over the prompt."""
     extra_passes: frozenset[PromptPass] = frozenset()
     """Results of extra passes."""
+    functions: frozenset[str] = frozenset()
+    """Functions of the layers that are probed while the prompt is read: `rotation`, `projection`."""
     sample: HiddenSample | None = None
     """Tokens whose hidden states are kept for the gradients of trained scorers; None: no scorer is trained."""
 
@@ -251,5 +276,6 @@ class CaptureSpec:
             self.hidden or other.hidden,
             self.statistics | other.statistics,
             self.extra_passes | other.extra_passes,
+            self.functions | other.functions,
             self.sample or other.sample,
         )

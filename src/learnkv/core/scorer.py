@@ -43,6 +43,8 @@ class Scorer(Component, ABC):
 
     needs: frozenset[str] = frozenset()
     """Parts of the observation that exist for a prompt only: `hidden`, which is captured on demand, and `rope`."""
+    functions: frozenset[str] = frozenset()
+    """Functions of the layer that the scorer applies: `rotation` for `obs.rope`, `projection` for `obs.projection`."""
     window: int = 0
     """Number of last prompt queries that the scorer reads (0: none)."""
     statistics: frozenset[Statistic] = frozenset()
@@ -66,7 +68,7 @@ class Scorer(Component, ABC):
     @property
     def own_capture_spec(self) -> CaptureSpec:
         """`capture_spec` of this scorer alone."""
-        return CaptureSpec(self.window, "hidden" in self.needs, self.statistics, self.extra_passes)
+        return CaptureSpec(self.window, "hidden" in self.needs, self.statistics, self.extra_passes, self.functions)
 
     @property
     def own_decode_capture(self) -> frozenset[Statistic]:

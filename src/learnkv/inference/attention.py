@@ -1,5 +1,6 @@
 """The attention function of attached models: full attention while a prompt is read, then attention to kept entries."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,11 @@ from transformers.masking_utils import sdpa_mask
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.layer import CompressedLayer
 from learnkv.errors import UserError
-from learnkv.inference.lora import follow_cache
+from learnkv.inference import moving_rope
+from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer, embeddings_of, named_arguments
+from learnkv.inference.passes import EMBEDDINGS, NAME, CheckedInputs, begin_pass, end_pass
 
-NAME = "learnkv"
+_PREPARE = "prepare_inputs_for_generation"
 _STATE = "_learnkv_detach"
 
 
@@ -28,20 +31,24 @@ def compressed_attention(
     dropout: float = 0.0,
     cache_layer: CompressedLayer | None = None,
     evict_if_due: Callable[[], None] | None = None,
+    attend: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention interface of transformers; returns [B, T, H*G, D] and no weights.
 
     Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. `evict_if_due` is called after
-    the last layer of a cache with online eviction.
+    the last layer of a cache with online eviction. `attend`, if given, makes the result instead.
 
     Raises:
         UserError: for logit soft-capping, attention sinks as weights and an exceeded sliding window.
     """
+    if attend is not None:
+        return attend(query, key), None
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
     if cache_layer is not None:
+        cache_layer.confirm(type(module).__name__, key, value)
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:
@@ -58,7 +65,10 @@ def compressed_attention(
     return output, None
 
 
-def _refuse_exceeded_window(module: nn.Module, layer: CompressedLayer, window: int | None) -> None:
+def _refuse_exceeded_window(module: Any, layer: CompressedLayer, window: int | None) -> None:
+    kinds = getattr(module.config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] == "chunked_attention":
+        window = module.config.attention_chunk_size
     if window is not None and layer.get_seq_length() > window:
         raise UserError(
             f"{type(module).__name__} attends to a sliding window of {window} tokens, {layer.get_seq_length()} were "
@@ -66,17 +76,19 @@ def _refuse_exceeded_window(module: nn.Module, layer: CompressedLayer, window: i
         )
 
 
-def _pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+def _pass_cache_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Forward pre-hook without state: pass the cache's layer to the attention function, and inputs to its capture."""
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, CompressedCache) or module.layer_idx not in cache.compressible:
+    if not isinstance(cache, CompressedCache):
+        return None
+    if module.layer_idx >= len(cache.layers):
+        raise UserError(f"{type(module).__name__} {module.layer_idx} attends to keys of another layer: not supported")
+    if module.layer_idx not in cache.compressible:
         return None
     layer = cache.layers[module.layer_idx]
     layer.expects_attention = True
     if not layer.sealed:
-        layer.capture.output_weight = _output_weight(module)
-        if (rotation := kwargs.get("position_embeddings")) is not None:
-            layer.capture.rotations += (rotation,)
+        _capture_functions(layer, module, args, kwargs)
     if layer.capture.capture_spec.reads_hidden and (layer.decode_capture is not None or not layer.sealed):
         layer.capture.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.sealed)
     kwargs = {**kwargs, "cache_layer": layer}
@@ -86,16 +98,14 @@ def _pass_cache_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     return args, kwargs
 
 
-def _output_weight(module: nn.Module) -> Tensor | None:
-    """Weight of the output projection, where it can be read when a policy plans.
-
-    Quantised layers have a packed weight, or a method of that name; offloaded ones have none at this moment; one that
-    FSDP has gathered is freed before a policy plans.
-    """
-    weight: object = getattr(module.o_proj, "weight", None)
-    if not isinstance(weight, Tensor) or getattr(module.o_proj, "_is_fsdp_managed_module", False):
-        return None
-    return weight if weight.is_floating_point() and not weight.is_meta else None
+def _capture_functions(layer: CompressedLayer, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Let scorers apply the layer to other inputs."""
+    capture, given = layer.capture, named_arguments(module, args, kwargs)
+    if capture.functions is None:
+        capture.functions = ProbedLayer(module, given)
+        capture.functions.prepare(capture.capture_spec.functions)
+    if (embeddings := embeddings_of(given)) is not None:
+        capture.embeddings += (embeddings,)
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,6 +130,10 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
             f"{config.model_type}: found {len(layers)} attention layers of {config.num_hidden_layers}; learnkv "
             "supports decoder-only models that attend in every layer"
         )
+    own = next((module for module in layers if not _uses_interface(module)), None)
+    if own is not None:
+        raise UserError(f"{config.model_type}: {type(own).__name__} does not use transformers' attention interface")
+    CompressedCache(model.config)  # raises for layers that it has no state for
     before = config._attn_implementation
     if before not in ("sdpa", NAME):
         warnings.warn(
@@ -129,9 +143,21 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     handles = [module.register_forward_pre_hook(_pass_cache_layer, with_kwargs=True) for module in layers]
-    handles.append(model.register_forward_pre_hook(follow_cache, with_kwargs=True))
+    embeddings = moving_rope.moving_embeddings(model)
+    handles += [module.register_forward_hook(moving_rope.at_length, with_kwargs=True) for module in embeddings]
+    handles.append(model.register_forward_pre_hook(begin_pass, with_kwargs=True))
+    handles.append(model.register_forward_hook(end_pass, with_kwargs=True))
+    setattr(model, EMBEDDINGS, embeddings)
+    if hasattr(model, _PREPARE):
+        setattr(model, _PREPARE, CheckedInputs(model))
     setattr(model, _STATE, (before, handles))
     return model
+
+
+def _uses_interface(module: nn.Module) -> bool:
+    """Whether a layer looks up its attention function, as those do that can be given another."""
+    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in type(module).__mro__ if "forward" in vars(kind))
+    return any("ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names for forward in forwards)
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -140,8 +166,12 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         before, handles = getattr(model, _STATE)
         for handle in handles:
             handle.remove()
+        for module in model.modules():
+            for name in (CONVENTION, PLAIN, moving_rope.LENGTH):
+                vars(module).pop(name, None)
         model.set_attn_implementation(before)
-        delattr(model, _STATE)
+        for name in (_STATE, EMBEDDINGS, *({_PREPARE} & vars(model).keys())):
+            delattr(model, name)
     return model
 
 

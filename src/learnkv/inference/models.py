@@ -182,9 +182,18 @@ def _lfs_pointer(folder: Path | None) -> str | None:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model can attend to; None where its config sets no limit."""
-    context: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return context
+    """The most tokens that a model can attend to; None where its config sets no limit.
+
+    `linear`, `dynamic` and `yarn` stretch the length before scaling by their factor; of other kinds of RoPE
+    `max_position_embeddings` is the length after scaling.
+    """
+    config = model.config.get_text_config(decoder=True)
+    context: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if context is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return context
+    before = rope.get("original_max_position_embeddings") or context
+    return max(context, int(before * (rope.get("factor") or 1.0)))
 
 
 def config_hash(model: PreTrainedModel) -> str:

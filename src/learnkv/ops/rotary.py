@@ -2,30 +2,78 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class Layout(NamedTuple):
+    """Which channels RoPE rotates against each other: pair i is (start + i * stride, start + i * stride + gap)."""
+
+    pairs: int
+    start: int
+    stride: int
+    gap: int
+
+    @classmethod
+    def halves(cls, pairs: int, start: int = 0) -> "Layout":
+        """Channel i against channel i + pairs, as in GPT-NeoX and Llama."""
+        return cls(pairs, start, 1, pairs)
+
+    @classmethod
+    def interleaved(cls, pairs: int, start: int = 0) -> "Layout":
+        """Channel 2i against channel 2i + 1, as in the paper."""
+        return cls(pairs, start, 2, 1)
+
+    @property
+    def end(self) -> int:
+        """The channel after the last rotated one."""
+        return self.start + 2 * self.pairs
+
+    def split(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second channels [..., F] of all pairs of vectors [..., D]."""
+        rotated = vectors[..., self.start : self.end]
+        if self.stride == 1:
+            first, second = rotated.split(self.pairs, -1)
+        else:
+            first, second = rotated[..., ::2], rotated[..., 1::2]
+        return first, second
+
+    def join(self, first: Tensor, second: Tensor) -> Tensor:
+        """The rotated channels [..., 2F] in their order."""
+        return torch.cat([first, second], -1) if self.stride == 1 else torch.stack([first, second], -1).flatten(-2)
+
+    def rest(self, vectors: Tensor) -> Tensor:
+        """The channels of vectors [..., D] that are not rotated."""
+        before, after = vectors[..., : self.start], vectors[..., self.end :]
+        return torch.cat([before, after], -1) if before.shape[-1] else after
+
+    def rotate(self, vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Vectors [..., D] rotated by the angles of `cos` and `sin` [..., F]."""
+        first, second = self.split(vectors)
+        rotated = self.join(first * cos - second * sin, second * cos + first * sin)
+        return torch.cat([vectors[..., : self.start], rotated, vectors[..., self.end :]], -1)
+
+
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding as the model applied it (arXiv 2104.09864): halves rotated against each other.
-
-    R may be smaller than the head dimension: the channels after the first R are left alone.
-    """
+    """Rotary position embedding as a layer applies it (arXiv 2104.09864); channels outside `layout` are left alone."""
 
     parts: tuple[tuple[Tensor, Tensor], ...]
-    """cos and sin [B, S, R] of every chunk of the prompt, or [1, S, R] where all rows have the same positions. Layers
+    """cos and sin [B, S, F] of every chunk of the prompt, or [1, S, F] where all rows have the same positions. Layers
     share them, so they are not concatenated."""
+    layout: Layout
+    """The pairs of channels, of which there are F."""
 
     def unrotate(self, vectors: Tensor) -> Tensor:
         """Queries or keys [B, N, T, D] of the last T slots as they were before they were rotated, float32."""
         cos, sin = (part.unsqueeze(1).float() for part in self._last(vectors.shape[2]))
         size = cos.square() + sin.square()  # not 1 where the model scales its attention through the embedding
-        return rotate(vectors.float(), cos / size, -sin / size)
+        return self.layout.rotate(vectors.float(), cos / size, -sin / size)
 
     def after(self, lengths: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [B, steps, R] in float64 of the positions that follow prompts of `lengths` [B] tokens."""
+        """Cosine and sine [B, steps, F] in float64 of the positions that follow prompts of `lengths` [B] tokens."""
         last = self._wave(-1)
         ahead = torch.arange(1, steps + 1, device=last.device).view(-1, 1)
         angle = last.angle().unsqueeze(1) + ahead * self._turn(lengths).unsqueeze(1)
@@ -33,13 +81,12 @@ class Rotary:
         return size * angle.cos(), size * angle.sin()
 
     def frequencies(self, lengths: Tensor) -> Tensor:
-        """Radians per position [R/2] float32 of channel i against channel i + R/2, measured on the longest prompt."""
+        """Radians per position [F] float32 of every pair, measured on the longest prompt."""
         turn = self._turn(lengths)
-        longest = turn.gather(0, lengths.argmax().expand(1, turn.shape[1]))
-        return longest[0, : turn.shape[1] // 2].float()
+        return turn.gather(0, lengths.argmax().expand(1, turn.shape[1]))[0].float()
 
     def _turn(self, lengths: Tensor) -> Tensor:
-        """Radians per position [B, R] in float64.
+        """Radians per position [B, F] in float64.
 
         It is measured from cos and sin: over one slot, then over twice as many each time, which gives its last digits
         even from bfloat16. For a prompt of one token it is 0.
@@ -55,7 +102,7 @@ class Rotary:
         return turn
 
     def _wave(self, slot: int) -> Tensor:
-        """Complex numbers cos + i sin [B, R] of a slot, counted from the end."""
+        """Complex numbers cos + i sin [B, F] of a slot, counted from the end."""
         for cos, sin in reversed(self.parts):
             if -slot <= cos.shape[1]:
                 return torch.complex(cos[:, slot].double(), sin[:, slot].double())
@@ -63,7 +110,7 @@ class Rotary:
         raise IndexError(f"slot {slot} before the first")
 
     def _last(self, count: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [B, count, R] of the last slots."""
+        """Cosine and sine [B, count, F] of the last slots."""
         parts: list[tuple[Tensor, Tensor]] = []
         for cos, sin in reversed(self.parts):
             begin = max(0, cos.shape[1] - count)
@@ -75,10 +122,3 @@ class Rotary:
             return parts[0]
         cosines, sines = zip(*parts, strict=True)
         return torch.cat(cosines, 1), torch.cat(sines, 1)
-
-
-def rotate(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Vectors [..., D] rotated by the angles of `cos` and `sin` [..., R], in their first R channels."""
-    turned, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)

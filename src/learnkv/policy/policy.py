@@ -86,7 +86,8 @@ class Policy(Component):
     @property
     def capture_spec(self) -> CaptureSpec:
         """What a prefill captures for this policy."""
-        spec = CaptureSpec(self.allocator.window)
+        functions = frozenset() if self.rerotate is None else frozenset({"rotation"})
+        spec = CaptureSpec(self.allocator.window, functions=functions)
         for scorer in (self.scorer, self.decode):
             if scorer is not None:
                 spec |= scorer.capture_spec

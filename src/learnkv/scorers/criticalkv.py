@@ -24,6 +24,8 @@ class CriticalKV(Scorer):
         epsilon: added to scores before they are multiplied, so that zero scores are ranked by N_j.
     """
 
+    functions = frozenset({"projection"})
+
     def __init__(self, base: Scorer, first_stage: float = 0.5, floor: float = 0.0, epsilon: float = 1e-4) -> None:
         super().__init__()
         if not (0 <= first_stage <= 1 and 0 <= floor <= 1 and epsilon >= 0):

@@ -53,6 +53,7 @@ class DefensiveKV(Scorer):
     """
 
     reads_budget = True
+    functions = frozenset({"projection"})
 
     def __init__(
         self,

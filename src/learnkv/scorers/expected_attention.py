@@ -8,7 +8,6 @@ from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.formats.files import locate
-from learnkv.ops.rotary import rotate
 from learnkv.scorers.query_moments import QueryMoments
 
 
@@ -34,6 +33,7 @@ class ExpectedAttention(Scorer):
 
     table_argument = "moments"
     needs = frozenset({"rope"})
+    functions = frozenset({"rotation"})
 
     def __init__(
         self,
@@ -81,9 +81,11 @@ class ExpectedAttention(Scorer):
     def future_queries(self, obs: Observation) -> tuple[Tensor, Tensor]:
         """Mean [B, H*G, D] and covariance [B, H*G, D, D] of queries at the positions that follow the prompt."""
         mean, covariance = self._moments(obs)
-        if obs.rope is None:
+        rope = obs.rope
+        if rope is None:
             return mean, covariance
-        cos, sin = (part.mean(1).float()[:, None] for part in obs.rope.after(obs.length, self.future))  # [B, 1, R]
+        cos, sin = (part.mean(1).float()[:, None] for part in rope.after(obs.length, self.future))  # [B, 1, F]
+        rotate = rope.layout.rotate
         turned = rotate(covariance, cos.unsqueeze(2), sin.unsqueeze(2)).transpose(2, 3)
         return rotate(mean, cos, sin), rotate(turned, cos.unsqueeze(2), sin.unsqueeze(2))
 

@@ -19,7 +19,8 @@ class QueryMoments(Statistic):
     sinks: int = 4
 
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
-        queries = chunk.queries.float() if chunk.rope is None else chunk.rope.unrotate(chunk.queries)
+        rope = chunk.rope
+        queries = chunk.queries.float() if rope is None else rope.unrotate(chunk.queries)
         counted = (chunk.query_positions >= self.sinks)[:, None, :, None]  # [B, 1, T, 1]
         queries = torch.where(counted, queries, 0.0)
         number = counted.sum(2, keepdim=True)  # [B, 1, 1, 1]

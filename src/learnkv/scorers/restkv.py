@@ -69,6 +69,8 @@ class ReSTKV(Scorer):
         self.alpha, self.each_query = alpha, each_query
         self.project, self.relative, self.power = project, relative, power
         self.group_reduce = group_reduce
+        if project:
+            self.functions = frozenset({"projection"})
 
     def forward(self, obs: Observation) -> Tensor:
         return self.decide(obs, self.prepare(obs))

@@ -10,6 +10,7 @@ from learnkv.core.observation import Observation, Statistic
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.formats import tensors
+from learnkv.ops.rotary import Layout
 
 QUERIES = {"mean": "LND", "magnitude": "LNF"}
 """Mean query of N query heads before rotation, and mean magnitudes of its F rotated pairs of channels."""
@@ -22,8 +23,7 @@ class QueryFrequencies(Statistic):
     def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
         rope = chunk.rope
         queries = chunk.queries.float() if rope is None else rope.unrotate(chunk.queries)
-        pairs = (chunk.queries.shape[3] if rope is None else rope.parts[0][0].shape[2]) // 2
-        magnitude = torch.hypot(queries[..., :pairs], queries[..., pairs : 2 * pairs])
+        magnitude = torch.hypot(*_layout(chunk).split(queries))
         valid = (chunk.query_positions >= 0)[:, None, :, None]  # [B, 1, T, 1]
         sums: Tensor = torch.cat([queries, magnitude], -1).masked_fill(~valid, 0.0).sum(2)
         sums = sums.unflatten(1, (chunk.keys.shape[1], -1))
@@ -59,6 +59,7 @@ class TriAttention(Scorer):
 
     table_argument = "queries"
     needs = frozenset({"rope"})
+    functions = frozenset({"rotation"})
 
     def __init__(
         self,
@@ -96,21 +97,21 @@ class TriAttention(Scorer):
     def raw_scores(self, obs: Observation) -> Tensor:
         """Scores [B, H, G, S] of every query head before they are standardised."""
         mean, magnitude = self._queries(obs)
-        pairs = magnitude.shape[-1]
+        layout = _layout(obs)
         keys = obs.keys.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
-        waves, scale = self._waves(obs, pairs)
-        sizes = torch.hypot(keys[..., :pairs], keys[..., pairs : 2 * pairs])  # with RoPE's scale, once
-        mu = torch.complex(mean[..., :pairs], mean[..., pairs : 2 * pairs])
+        waves, scale = self._waves(obs, layout.pairs)
+        sizes = torch.hypot(*layout.split(keys))  # with RoPE's scale, once
+        mu = torch.complex(*(part.contiguous() for part in layout.split(mean)))
         spread = magnitude - mu.abs() if self.concentration else magnitude
         scores = torch.einsum("bhgf,bhsf->bhgs", spread * scale, sizes)
-        scores = scores + torch.einsum("bhgd,bhsd->bhgs", mean[..., 2 * pairs :], keys[..., 2 * pairs :])
+        scores = scores + torch.einsum("bhgd,bhsd->bhgs", layout.rest(mean), layout.rest(keys))
         if not self.trigonometric:
             return scores
         if self.aggregation == "mean":
-            return scores + _real_product(mu * waves.mean(1)[:, None, None], keys)
-        first = _real_product(mu * waves[:, 0, None, None], keys)
+            return scores + _real_product(mu * waves.mean(1)[:, None, None], keys, layout)
+        first = _real_product(mu * waves[:, 0, None, None], keys, layout)
         for index in range(1, waves.shape[1]):
-            first = torch.maximum(first, _real_product(mu * waves[:, index, None, None], keys))
+            first = torch.maximum(first, _real_product(mu * waves[:, index, None, None], keys, layout))
         return scores + first
 
     @property
@@ -156,17 +157,24 @@ class TriAttention(Scorer):
 
     def _waves(self, obs: Observation, pairs: int) -> tuple[Tensor, Tensor]:
         """Complex numbers s e^(i (t + d) w) [B, distances, F], and s [B, 1, 1, F]."""
-        if obs.rope is None:
+        rope = obs.rope
+        if rope is None:
             ones = torch.ones(len(obs.keys), 1, pairs, device=obs.keys.device)
             return torch.complex(ones, torch.zeros_like(ones)), ones.unsqueeze(1)
-        cos, sin = (part[..., :pairs] for part in obs.rope.after(obs.length, 1))  # [B, 1, F] of position t
+        cos, sin = rope.after(obs.length, 1)  # [B, 1, F] of position t
         distances = torch.tensor(self.distances, dtype=torch.float64, device=cos.device).view(-1, 1)
-        angle = distances * obs.rope.frequencies(obs.length).double()
+        angle = distances * rope.frequencies(obs.length).double()
         waves = torch.complex(cos, sin) * torch.polar(torch.ones_like(angle), angle)
         return waves.to(torch.complex64), torch.hypot(cos, sin).float().unsqueeze(1)
 
 
-def _real_product(queries: Tensor, keys: Tensor) -> Tensor:
-    """Re(sum_f q_f conj k_f) [B, H, G, S] of complex queries [B, H, G, F] and keys [B, H, S, D] in halves."""
-    halves = torch.cat([queries.real, queries.imag], -1)
-    return torch.einsum("bhgd,bhsd->bhgs", halves, keys[..., : halves.shape[-1]])
+def _layout(obs: Observation) -> Layout:
+    """The pairs of channels that the layer rotates; halves where nothing is known of it."""
+    rope = obs.rope
+    return Layout.halves(obs.keys.shape[3] // 2) if rope is None else rope.layout
+
+
+def _real_product(queries: Tensor, keys: Tensor, layout: Layout) -> Tensor:
+    """Re(sum_f q_f conj k_f) [B, H, G, S] of complex queries [B, H, G, F] and the pairs of keys [B, H, S, D]."""
+    joined = layout.join(queries.real, queries.imag)
+    return torch.einsum("bhgd,bhsd->bhgs", joined, keys[..., layout.start : layout.end])

@@ -12,7 +12,7 @@ from learnkv.core.observation import Observation, PassTokens
 from learnkv.ops.output_projection import projected_l2
 from learnkv.policy.policy import Policy
 from support.originals.comparing import assert_best, assert_scores, kept
-from support.originals.loading import Case, inputs_of, observation, policy
+from support.originals.loading import Case, inputs_of, observation, policy, projection
 
 
 def pass_over(
@@ -22,9 +22,9 @@ def pass_over(
     repeat [chunk[0], chunk[1])."""
     begin, end, first, last = chunk
     keys, values = (torch.cat([inputs[name][:, :, :prompt], inputs[name][:, :, first:last]], 2) for name in ("k", "v"))
-    weight = torch.from_numpy(case.shared["Wo"]) if "Wo" in case.shared else None
     hidden = inputs["q_pre"][:, :, first:last].transpose(1, 2).flatten(2)
-    obs = observation(scale * inputs["q"][:, :, first:last], keys, values, output_weight=weight, hidden=hidden)
+    fields = {"project": projection(case), "hidden": hidden}
+    obs = observation(scale * inputs["q"][:, :, first:last], keys, values, **fields)
     mask = torch.ones(1, last - first, dtype=torch.bool)
     rows = torch.zeros_like(mask)
     rows[:, repeats] = True

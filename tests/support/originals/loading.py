@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from learnkv.core.observation import Observation
-from learnkv.ops.rotary import Rotary
+from learnkv.ops.rotary import Layout, Rotary
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
 
@@ -110,14 +111,19 @@ def observation(queries: Tensor, keys: Tensor, values: Tensor, **more: Any) -> O
     return Observation(queries=queries, keys=keys, values=values, **(fields | more))
 
 
+def projection(case: Case) -> Callable[[], Tensor] | None:
+    """The case's output projection, as an observation has it."""
+    return (lambda: torch.from_numpy(case.shared["Wo"])) if "Wo" in case.shared else None
+
+
 def whole(case: Case, policy: Policy, scale: float = 1.0, **more: Any) -> Observation:
     """The case's inputs with all queries, the rotation they have, and what the policy's scorer gathers from them."""
     inputs = inputs_of(case)
     dim, length = inputs["q"].shape[3], inputs["q"].shape[2]
     frequency = 1e4 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = (torch.arange(length).unsqueeze(-1) * torch.cat([frequency, frequency])).unsqueeze(0)
-    weight = torch.from_numpy(case.shared["Wo"]) if "Wo" in case.shared else None
-    fields = {"rope": Rotary(((angle.cos().float(), angle.sin().float()),)), "output_weight": weight} | more
+    angle = (torch.arange(length).unsqueeze(-1) * frequency).unsqueeze(0)
+    rope = Rotary(((angle.cos().float(), angle.sin().float()),), Layout.halves(dim // 2))
+    fields = {"rotation": lambda: rope, "project": projection(case)} | more
     obs = observation(scale * inputs["q"], inputs["k"], inputs["v"], **fields)
     return dataclasses.replace(
         obs, statistics={one: one.update(obs, None) for one in policy.scorer.capture_spec.statistics}

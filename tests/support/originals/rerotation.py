@@ -6,6 +6,7 @@ from transformers import LlamaConfig
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.observation import Observation
+from learnkv.ops.rotary import Layout, Rotary
 from learnkv.policy.policy import Policy
 from learnkv.scorers import Scorer
 from support.originals.comparing import assert_scores
@@ -25,6 +26,18 @@ class Given(Scorer):
         return torch.zeros(obs.valid.shape).scatter(2, self.kept.long(), 1.0)
 
 
+class Rotating:
+    """A layer of which the rotation is known."""
+
+    def __init__(self, rope: Rotary) -> None:
+        self.rope = rope
+
+    def rotary(self, *_: object) -> Rotary:
+        return self.rope
+
+    projection = None
+
+
 def check_rerotation(case: Case) -> None:
     """A cache of one layer evicts as it would for a model."""
     params, inputs = case.params, inputs_of(case)
@@ -36,8 +49,8 @@ def check_rerotation(case: Case) -> None:
     (layer,) = cache.compressed_layers()
     slots, dim = inputs["k"].shape[2:]
     frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = (torch.arange(slots).unsqueeze(-1) * frequency).repeat(1, 2).unsqueeze(0)
-    layer.capture.rotations = ((angle.cos().float(), angle.sin().float()),)
+    angle = (torch.arange(slots).unsqueeze(-1) * frequency).unsqueeze(0)
+    layer.capture.functions = Rotating(Rotary(((angle.cos().float(), angle.sin().float()),), Layout.halves(dim // 2)))
     layer.capture.scaling = dim**-0.5
     with torch.no_grad():
         layer.expects_attention = True

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from support.originals.comparing import assert_kept, assert_scores, budgets, kept
-from support.originals.loading import Case, inputs_of, policy, scored
+from support.originals.loading import Case, inputs_of, policy, projection, scored
 
 
 def check_rkv(case: Case) -> None:
@@ -63,7 +63,7 @@ def check_restkv(case: Case) -> None:
     inputs = inputs_of(case)
     entries = inputs["k"].shape[2]
     keep = torch.full((len(inputs["k"]),), params["capacity"] / entries, dtype=torch.float64)
-    scores = scored(case, restkv, keep=keep, output_weight=torch.from_numpy(case.shared["Wo"]))
+    scores = scored(case, restkv, keep=keep, project=projection(case))
     past = entries - params["window"]
     golden = case["scores"]
     assert_scores(scores[..., :past].numpy(), golden, rtol=1e-3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from learnkv.formats import tensors
-from learnkv.ops.rotary import Rotary
+from learnkv.ops.rotary import Layout, Rotary
 from learnkv.policy.policy import Policy
 from support.originals.comparing import budgets, kept
 from support.originals.loading import Case, observation, policy
@@ -24,8 +24,8 @@ def built(mean: Tensor, magnitude: Tensor, **arguments: object) -> Policy:
 def rotary(omega: np.ndarray, length: int, scale: float) -> Rotary:
     """RoPE of `length` positions at frequencies [F], which scales its output."""
     angle = torch.arange(length, dtype=torch.float64).unsqueeze(-1) * torch.from_numpy(omega).double()
-    angle = torch.cat([angle, angle], -1).unsqueeze(0)
-    return Rotary((((scale * angle.cos()).float(), (scale * angle.sin()).float()),))
+    cos, sin = ((scale * wave).float().unsqueeze(0) for wave in (angle.cos(), angle.sin()))
+    return Rotary(((cos, sin),), Layout.halves(len(omega)))
 
 
 def assert_close(got: Tensor, want: np.ndarray) -> None:
@@ -64,7 +64,7 @@ def check_authors(case: Case) -> None:
         scorer = built(mean, parts["q_abs_mean"], **arguments, group_reduce=reduction).scorer
         scores = []
         for layer, keys in enumerate(parts["k_rot"][:, None, :, prefix:]):
-            more = {"layer_idx": layer, "rope": rope, "positions": positions.expand(1, params["Hkv"], -1)}
+            more = {"layer_idx": layer, "rotation": lambda: rope, "positions": positions.expand(1, params["Hkv"], -1)}
             obs = observation(queries, keys, keys, **more)
             scores.append(scorer(obs)[0])
             if reduction == "max":
@@ -100,7 +100,7 @@ def check_port(case: Case) -> None:
     scorer = built(*statistics, furthest=params["offset_max"], aggregation=params["aggregation"]).scorer
     rope = rotary(case["omega"], params["round_start"], params["freq_scale_sq"] ** 0.5)
     queries = torch.zeros(1, statistics[0].shape[1], 0, keys.shape[3])
-    assert_close(scorer.raw_scores(observation(queries, keys, keys, rope=rope))[0], case["scores"])
+    assert_close(scorer.raw_scores(observation(queries, keys, keys, rotation=lambda: rope))[0], case["scores"])
 
 
 def check_segments(case: Case) -> None:

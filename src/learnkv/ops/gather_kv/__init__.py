@@ -6,13 +6,11 @@ from torch import Tensor
 
 from learnkv.ops.arguments import Ragged
 from learnkv.ops.dispatch import Impl, implementation
+from learnkv.ops.rotary import Layout
 
 
 class Rerotation(NamedTuple):
-    """Consecutive positions for the kept entries of every row: keys are rotated from their positions to these.
-
-    Keys carry RoPE that rotates channel i against channel i + F, for the first 2F channels.
-    """
+    """Consecutive positions for the kept entries of every row: keys are rotated from their positions to these."""
 
     positions: Tensor
     """[N] position that every entry of the pool is rotated to so far."""
@@ -20,6 +18,8 @@ class Rerotation(NamedTuple):
     """[R] position that the first entry of a row gets: 0, or the one with which the row ends where the prompt does."""
     frequencies: Tensor
     """[F] float32 radians per position."""
+    layout: Layout
+    """The F pairs of channels that are rotated."""
 
 
 def gather_kv(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from learnkv.ops.arguments import Ragged
+from learnkv.ops.rotary import Layout
 
 
 def gather_kv(
@@ -12,7 +13,7 @@ def gather_kv(
     index: Tensor,
     first_row: int,
     out: Ragged,
-    rerotation: tuple[Tensor, Tensor, Tensor] | None,
+    rerotation: tuple[Tensor, Tensor, Tensor, Layout] | None,
 ) -> None:
     """`gather_kv` in PyTorch."""
     rows, slots, dim = keys.shape
@@ -26,12 +27,10 @@ def gather_kv(
     torch.index_select(values.reshape(rows * slots, dim), 0, local, out=out.values[begin:end])
     if rerotation is None:
         return
-    positions, first, frequencies = rerotation
+    positions, first, frequencies, layout = rerotation
     row = local // slots
     rank = torch.arange(begin, end, device=keys.device) - offset[row]
     exact = torch.promote_types(keys.dtype, torch.float32)
     angle = (first[row] + rank - positions[begin:end]).unsqueeze(-1) * frequencies.to(exact)
-    written, half = out.keys[begin:end], len(frequencies)
-    left, right = written[:, :half].to(exact), written[:, half : 2 * half].to(exact)
-    cos, sin = angle.cos(), angle.sin()
-    written[:, : 2 * half] = torch.cat([left * cos - right * sin, right * cos + left * sin], 1)
+    written = out.keys[begin:end]
+    written[:] = layout.rotate(written.to(exact), angle.cos(), angle.sin())

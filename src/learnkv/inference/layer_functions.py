@@ -1,0 +1,304 @@
+"""Rotation and output projection of an attention layer, found by applying the layer to known inputs."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache
+
+from learnkv.core.observation import Embeddings
+from learnkv.errors import UserError
+from learnkv.ops.rotary import Layout, Rotary
+
+CONVENTION = "_learnkv_rotation"
+"""Attribute of an attached attention layer: its convention, or why it has none."""
+PLAIN = "_learnkv_plain"
+"""Attribute of an attached attention layer that gives the sum of its heads through `o_proj` and does nothing else."""
+_TOKENS = 4  # of a probe
+_AT_ONCE = 512  # unit vectors that are projected at once
+
+Attend = Callable[[Tensor, Tensor], Tensor]
+"""Attention output [1, T, H*G, D] from query and key, instead of attention."""
+
+
+class Convention(NamedTuple):
+    """How a layer reads rotary embeddings: the order of their R numbers, and the pairs of channels they rotate."""
+
+    order: str
+    """complex, halves (every angle twice, as cat(a, a)), interleaved (a0, a0, a1, a1, …) or single."""
+    layout: Layout | None
+    """None: the layer does not rotate."""
+    direction: int = 1
+    """-1: the layer rotates by the negative angles."""
+
+    def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+        """Cos and sin [B, T, F]."""
+        if self.order == "complex":
+            cos, sin = embeddings[0].real, embeddings[0].imag
+        else:
+            half, step = embeddings[0].shape[-1] // 2, 2 if self.order == "interleaved" else 1
+            chosen = slice(half) if self.order == "halves" else slice(None, None, step)
+            cos, sin = (part[..., chosen] for part in embeddings)
+        return cos, sin if self.direction == 1 else -sin
+
+    def embeddings(self, cos: Tensor, sin: Tensor) -> Embeddings:
+        """The inverse of `pairs`."""
+        sin = sin * self.direction
+        if self.order == "complex":
+            return (torch.complex(cos.float(), sin.float()),)
+        if self.order == "halves":
+            return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+        if self.order == "interleaved":
+            return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
+        return cos, sin
+
+
+class ProbedLayer:
+    """One attention layer while a prompt is read or planned; `LayerFunctions` of its capture.
+
+    Args:
+        module: the layer.
+        given: the arguments of its forward pass, by name.
+    """
+
+    def __init__(self, module: Any, given: dict[str, Any]) -> None:
+        self.module = module
+        hidden = given["hidden_states"]
+        self.width, self.dtype, self.device = hidden.shape[-1], hidden.dtype, hidden.device
+        self.given = {name: value for name, value in given.items() if isinstance(value, str | int | float | bool)}
+        self.expected = [name for name in ("position_ids", "cache_position") if given.get(name) is not None]
+        self.nothing = [name for name, value in given.items() if value is None]
+        self.shared = [name for name, value in given.items() if isinstance(value, MutableMapping)]
+        self.example = embeddings_of(given)
+        self.matrix: Tensor | None = None
+
+    def prepare(self, functions: Iterable[str]) -> None:
+        """Find `rotation` and `projection` now; what is not found is refused when it is used."""
+        for name in functions:
+            with suppress(UserError):
+                self.convention() if name == "rotation" else self.projection()
+
+    def rotary(self, embeddings: tuple[Embeddings, ...], keys: Tensor) -> Rotary:
+        """The rotation of all slots, as `embeddings` of their chunks describe it; `keys` [B, H, S, D].
+
+        Raises:
+            UserError: for a layer that does anything else to queries and keys before it attends.
+        """
+        convention = self.convention()
+        if convention.layout is None:
+            layout = Layout.halves(keys.shape[-1] // 2)
+            ones = torch.ones(1, 1, 1, device=keys.device).expand(1, keys.shape[2], layout.pairs)
+            return Rotary(((ones, torch.zeros_like(ones)),), layout)
+        return Rotary(tuple(convention.pairs(part) for part in embeddings), convention.layout)
+
+    @torch.no_grad()
+    def convention(self) -> Convention:
+        """The layer's convention; it is found once per attached layer."""
+        name = type(self.module).__name__
+        found = vars(self.module).get(CONVENTION)
+        if found is None:
+            self._refuse_sharded("rotation before which queries and keys are read")
+            found = self._find_convention(self.example)
+            setattr(self.module, CONVENTION, found)
+        if isinstance(found, str):
+            raise UserError(f"{name}: queries and keys before rotation are not known: {found}")
+        return found
+
+    def _find_convention(self, example: Embeddings | None) -> Convention | str:
+        if example is None:
+            queries, keys = self._rotated(None)
+            still = _close(queries, queries[:, :, :1]) and _close(keys, keys[:, :, :1])
+            return Convention("single", None) if still else "it rotates or shifts them by itself"
+        if example[0].ndim != 3 or len(example) > 2:
+            return f"rotary embeddings of shape {tuple(example[0].shape)} are not supported"
+        if self.device.type == "meta":
+            return Convention("halves", Layout.halves(example[0].shape[-1] // 2))
+        before = self._rotated(self._no_rotation(_TOKENS))
+        if not _close(before[1], before[1][:, :, :1]):
+            return "keys of equal tokens differ without rotation"
+        for convention in _candidates(example, before[1].shape[-1]):
+            if self._holds(convention, example, before):
+                return convention
+        return "what it does with rotary embeddings is no rotation of pairs of channels"
+
+    def _holds(self, convention: Convention, example: Embeddings, before: tuple[Tensor, Tensor]) -> bool:
+        """Whether the layer rotates random angles, and the model's, by this convention."""
+        generator = torch.Generator().manual_seed(0)
+        pairs = convention.pairs(example)[0].shape[-1]
+        angle = (torch.rand(1, _TOKENS, pairs, generator=generator) * 6).to(self.device)
+        cos, sin = (part.to(convention.pairs(example)[0].dtype) for part in (angle.cos(), angle.sin()))
+        own = tuple(part[:1, -_TOKENS:] for part in example)
+        own = tuple(torch.cat([part[:, :1].expand(-1, _TOKENS - part.shape[1], -1), part], 1) for part in own)
+        for embeddings in (convention.embeddings(cos, sin), own):
+            for vectors, rotated in zip(before, self._rotated(embeddings), strict=True):
+                expected = vectors
+                if convention.layout is not None:
+                    cos, sin = (part.unsqueeze(1).float() for part in convention.pairs(embeddings))
+                    expected = convention.layout.rotate(vectors, cos, sin)
+                if not _close(rotated, expected):
+                    return False
+        return True
+
+    def _rotated(self, embeddings: Embeddings | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys [1, N, T, D] float32 of equal tokens."""
+        hidden = torch.randn(self.width, generator=torch.Generator().manual_seed(1)).expand(1, _TOKENS, -1)
+        vectors: list[Tensor] = []
+
+        def keep(query: Tensor, key: Tensor) -> Tensor:
+            vectors.extend((query.float(), key.float()))
+            return torch.zeros_like(query).transpose(1, 2)
+
+        self._run(hidden, embeddings, keep)
+        queries, keys = vectors
+        return queries, keys
+
+    @torch.no_grad()
+    def projection(self) -> Tensor:
+        """[E, H*G*D] matrix of the map from the heads' outputs to the layer's, which includes adapters and scales.
+
+        Raises:
+            UserError: for a layer whose map is not linear or depends on its input, and for weights that FSDP has freed.
+        """
+        if self.matrix is None:
+            self._refuse_sharded("output projection")
+            self.matrix = self._find_projection()
+        return self.matrix
+
+    def _find_projection(self) -> Tensor:
+        weight = self._plain_weight()
+        if weight is not None and (weight.is_meta or PLAIN in vars(self.module)):
+            return weight
+        name, generator = type(self.module).__name__, torch.Generator().manual_seed(2)
+        heads, dim = self._rotated(self._no_rotation(_TOKENS))[0].shape[1::2]
+        first, second = torch.randn(2, heads * dim, generator=generator)
+        outputs = torch.stack([0 * first, first, second, first - 2 * second, 0 * first, first])
+        hidden = torch.randn(2, self.width, generator=generator)[[0, 0, 0, 0, 1, 1]]
+        zero, *others, other_zero, other = self._projected(outputs, hidden, dim)
+        first_out, second_out, mixed = (part - zero for part in others)
+        if not (_near(mixed, first_out - 2 * second_out) and _near(other - other_zero, first_out)):
+            raise UserError(
+                f"{name}: the policy reads the output projection, and this layer's is no linear map of attention alone "
+                "(a norm or a gate comes between)"
+            )
+        if weight is not None and _near(first_out, weight.float() @ first.to(weight.device)):
+            setattr(self.module, PLAIN, True)
+            return weight
+        units, rows = torch.eye(heads * dim), []
+        for part in units.split(_AT_ONCE):
+            rows.append(self._projected(part, hidden[:1].expand(len(part), -1), dim) - zero)
+        return torch.cat(rows).T.contiguous()
+
+    def _plain_weight(self) -> Tensor | None:
+        """The weight of an output projection that is nothing but a linear layer."""
+        layer = getattr(self.module, "o_proj", None)
+        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_hooks
+        return layer.weight.detach() if plain and layer is not None else None
+
+    def _projected(self, outputs: Tensor, hidden: Tensor, dim: int) -> Tensor:
+        """What the layer returns [T, E] float32 where attention gives `outputs` [T, H*G*D] for tokens [T, E]."""
+
+        def attend(query: Tensor, key: Tensor) -> Tensor:
+            return outputs.to(query).view(1, len(outputs), -1, dim)
+
+        return self._run(hidden.unsqueeze(0), self._no_rotation(len(outputs)), attend)[0].float()
+
+    def _no_rotation(self, tokens: int) -> Embeddings | None:
+        """Embeddings that rotate by no angle."""
+        if self.example is None:
+            return None
+        first, *sines = (part[:1, :1].expand(-1, tokens, -1) for part in self.example)
+        return torch.ones_like(first), *(torch.zeros_like(part) for part in sines)
+
+    def _run(self, hidden: Tensor, embeddings: Embeddings | None, attend: Attend) -> Tensor:
+        """The layer's output [1, T, E] for hidden states [1, T, E]."""
+        positions = torch.arange(hidden.shape[1], device=self.device)
+        own = {"position_ids": positions.unsqueeze(0), "cache_position": positions}
+        given: dict[str, Any] = self.given | {name: own[name] for name in self.expected}
+        if embeddings is not None:
+            given["position_embeddings"] = embeddings if len(embeddings) > 1 else embeddings[0]
+        given |= {name: {} for name in self.shared}
+        given = dict.fromkeys(self.nothing) | given
+        try:
+            with _evaluating(self.module):
+                output = self.module.forward(
+                    hidden_states=hidden.to(self.device, self.dtype),
+                    **{**given, "attention_mask": None, "past_key_values": _NoCache(), "attend": attend},
+                )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a layer raises that is called with other inputs
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
+            raise UserError(f"{type(self.module).__name__} cannot be applied to other inputs ({reason})") from error
+        return output[0] if isinstance(output, tuple) else output
+
+    def _refuse_sharded(self, part: str) -> None:
+        if any(isinstance(weight, DTensor) for weight in self.module.parameters()):
+            raise UserError(
+                f"{type(self.module).__name__}: the policy reads its {part}, and its weights are shared out to several "
+                "processes (fsdp)"
+            )
+
+
+class _NoCache(DynamicCache):
+    """Returns what it is given."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer's forward pass by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def embeddings_of(given: dict[str, Any]) -> Embeddings | None:
+    """The rotary embeddings among a layer's arguments."""
+    embeddings: Any = given.get("position_embeddings")
+    return (embeddings,) if isinstance(embeddings, Tensor) else embeddings
+
+
+def _candidates(example: Embeddings, dim: int) -> Iterator[Convention]:
+    """Conventions that embeddings of this shape and heads of `dim` channels allow, no rotation first."""
+    orders = ("complex",) if len(example) == 1 else ("halves", "interleaved", "single")
+    for order in orders:
+        yield Convention(order, None)
+    for order in orders:
+        pairs = Convention(order, None).pairs(example)[0].shape[-1]
+        if 2 * pairs <= dim:
+            for start in sorted({0, dim - 2 * pairs}):
+                for layout in (Layout.halves(pairs, start), Layout.interleaved(pairs, start)):
+                    yield Convention(order, layout)
+                    yield Convention(order, layout, direction=-1)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode within the block: no dropout."""
+    trained = [part for part in module.modules() if part.training]
+    for part in trained:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in trained:
+            part.training = True
+
+
+def _close(vectors: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding in the type of the model, half precision at worst."""
+    return bool((vectors - expected).abs().max() <= 0.03 * expected.abs().max())
+
+
+def _near(vectors: Tensor, expected: Tensor) -> bool:
+    """Equal as a whole up to rounding."""
+    return bool((vectors - expected).norm() <= 0.01 * expected.norm())

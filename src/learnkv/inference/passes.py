@@ -1,0 +1,113 @@
+"""Checks around every pass of an attached model: each layer has to read the compressed cache, by our attention."""
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.errors import UserError
+from learnkv.inference import moving_rope
+from learnkv.inference.lora import follow_cache
+
+NAME = "learnkv"
+EMBEDDINGS = "_learnkv_embeddings"
+"""Attribute of an attached model: rotary embeddings that depend on the number of tokens."""
+
+
+def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a model: prepare it for the cache that it is called with.
+
+    Raises:
+        UserError: where the model would not read the cache, or would rotate new tokens otherwise than those before.
+    """
+    follow_cache(model, args, kwargs)
+    embeddings = getattr(model, EMBEDDINGS)
+    for embedding in embeddings:
+        vars(embedding).pop(moving_rope.LENGTH, None)
+    cache = _compressed(kwargs)
+    if cache is None:
+        return
+    if (cause := _bypass(model)) is not None:
+        raise UserError(cause)
+    for layer in cache.compressed_layers():
+        layer.attended = False
+    if embeddings:
+        moving_rope.set_length(model, embeddings, cache, _reached(cache, args, kwargs))
+
+
+def end_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Forward hook of a model: every compressed layer has to have read the tokens of this pass.
+
+    Raises:
+        UserError: for a layer that has not.
+    """
+    for embedding in getattr(model, EMBEDDINGS):
+        vars(embedding).pop(moving_rope.LENGTH, None)
+    cache = _compressed(kwargs)
+    if cache is None:
+        return
+    missing = [index for index in cache.compressible if not cache.layers[index].attended]
+    if missing:
+        raise UserError(
+            f"{model.config.model_type}: {len(missing)} of {len(cache.compressible)} attention layers did not read the "
+            f"compressed cache, first layer {missing[0]}: its output is not used"
+        )
+
+
+class CheckedInputs:
+    """`prepare_inputs_for_generation` of an attached model, which may not leave a compressed cache unread."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(type(self.model).prepare_inputs_for_generation)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kind: Any = type(self.model)
+        inputs = kind.prepare_inputs_for_generation(self.model, *args, **kwargs)
+        cache = _compressed(kwargs)
+        if cache is None:
+            return inputs
+        name = self.model.config.model_type
+        if inputs.get("use_cache") is False:
+            raise UserError(
+                f"{name}: its generation config sets use_cache=False: a compressed cache needs use_cache=True"
+            )
+        if inputs.get("past_key_values") is not cache:
+            raise UserError(
+                f"{name}: generate() drops the cache after {cache.get_seq_length()} tokens, as its RoPE changes with "
+                "the length"
+            )
+        return inputs
+
+
+def _compressed(kwargs: dict[str, Any]) -> CompressedCache | None:
+    cache = kwargs.get("past_key_values")
+    return cache if isinstance(cache, CompressedCache) else None
+
+
+def _bypass(model: Any) -> str | None:
+    """Why an attached model would not read a compressed cache; None where it will."""
+    config = model.config.get_text_config(decoder=True)
+    name, implementation = config.model_type, config._attn_implementation
+    if implementation != NAME:
+        return f"{name}: its attention was set to {implementation!r} after attach: call learnkv.detach and attach"
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        return (
+            f"{name}: gradient checkpointing drops the cache while training: call model.eval() or "
+            "gradient_checkpointing_disable()"
+        )
+    return None
+
+
+def _reached(cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens of the longest row after a pass."""
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        return int(positions.max()) + 1
+    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+    return cache.get_seq_length() + next(part for part in given if part is not None).shape[1]
