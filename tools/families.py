@@ -199,7 +199,14 @@ def page() -> str:
         version=transformers.__version__, built=len(built), supported=sum(family.supported for family in built)
     )
     rows = [
-        f"| {family.name} | {_cell(family.refused)} | {_cell(family.rotation, family)} | {_cell(family.projection, family)} |"
+        " | ".join(
+            [
+                f"| {family.name}",
+                _cell(family.refused),
+                _cell(family.rotation, family),
+                f"{_cell(family.projection, family)} |",
+            ]
+        )
         for family in built
         if "found 0 attention layers" not in family.refused
     ]

@@ -133,7 +133,8 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
     asked = []
 
     def scripted(model, said, cache, mask, *, max_new_tokens, earlier, **settings):
-        assert settings == answers.GREEDY and earlier == len(asked) * max_new_tokens
+        assert settings == answers.GREEDY
+        assert earlier == len(asked) * max_new_tokens
         first, rows = not asked, [row for row in range(3) if len(asked) < (4, 1, 2)[row]]
         if first:
             assert mask.sum(-1).tolist() == [len(prompt.suffix_ids) for prompt in prompts]

@@ -41,7 +41,8 @@ def test_turns_are_the_same_in_every_mode(name, modes, static, monkeypatch):
         monkeypatch.setattr("learnkv.inference.decode_loop.refusal", lambda *_: None)
         monkeypatch.setattr("learnkv.inference.decode_loop.capture", lambda step, *_: step)
     for one, other in zip(turns(name, modes), turns(name, [False] * 3), strict=True):
-        assert torch.equal(one.long(), other.long()) and torch.equal(one, other)
+        assert torch.equal(one.long(), other.long())
+        assert torch.equal(one, other)
 
 
 def test_beams_forks_and_row_selection_outside():

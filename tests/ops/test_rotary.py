@@ -41,7 +41,8 @@ def test_pairs_are_rotated_as_complex_numbers(layout):
     torch.testing.assert_close(torch.complex(*layout.split(rotated)), expected, rtol=0, atol=1e-12)
     assert torch.equal(layout.join(*layout.split(vectors)), vectors[:, layout.start : layout.end])
     first, second = layout.split(torch.arange(DIM + 8))
-    assert (second - first == layout.gap).all() and (first.diff() == layout.stride).all()
+    assert (second - first == layout.gap).all()
+    assert (first.diff() == layout.stride).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])

@@ -12,7 +12,7 @@ from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.plain_layers import refuse_others
 from learnkv.cache.schedule import EvictionSchedule
-from learnkv.cache.storage import DecodeBuffer
+from learnkv.cache.storage import DecodeBuffer, pair_rows
 from learnkv.core.adapter import Adapter
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.errors import UserError
@@ -232,7 +232,7 @@ class CompressedCache(Cache):
         self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
         if self.tail_mask is not None:
             self.tail_mask = self.tail_mask[rows.to(self.tail_mask.device)]
-        self.pending, self.token_ids = _rows_of(self.pending, rows), _rows_of(self.token_ids, rows)
+        self.pending, self.token_ids = pair_rows(self.pending, rows), pair_rows(self.token_ids, rows)
         if self.budgets is not None:
             self.budgets = self.budgets[:, rows.to(self.budgets.device)]
         self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
@@ -298,8 +298,3 @@ class CompressedCache(Cache):
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""
         layer: CompressedLayer = self.layers[layer_idx]
         return layer.kept_positions(row, head)
-
-
-def _rows_of(parts: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows `rows` [B'] of both tensors."""
-    return None if parts is None else (parts[0][rows.to(parts[0].device)], parts[1][rows.to(parts[1].device)])

@@ -178,3 +178,8 @@ class DecodeBuffer:
     def tensors(self) -> list[Tensor]:
         """Both buffers, allocated capacity included."""
         return [self._keys, self._values]
+
+
+def pair_rows(pair: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows `rows` [B'] of two tensors [B, ...], None where there are none."""
+    return None if pair is None else (pair[0][rows.to(pair[0].device)], pair[1][rows.to(pair[1].device)])

@@ -76,13 +76,13 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
         for family, pending, prompts in batches:
             progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
             reading = _read(model, prompts, policies)
-            for job, sizes, scores in _measured(model, family, prompts, pending, reading):
+            for job, sizes, scores in _measured(model, family, prompts, pending, prefilled):
                 store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
                 progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
                 progress.update()
 
 
-class _Reading(NamedTuple):
+class _Prefilled(NamedTuple):
     """Prompts that were read for all policies."""
 
     cache: CompressedCache
@@ -98,7 +98,7 @@ class _Reading(NamedTuple):
         return self.cost.seconds - self.extra_seconds * (1 - share)
 
 
-def _read(model: Any, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> _Reading:
+def _read(model: Any, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> _Prefilled:
     """One prefill of a batch."""
     ids, mask = pad([prompt.prefill_ids for prompt in prompts], "left", model.device)
     passes: list[float] = []  # when each pass of the model ended
@@ -108,21 +108,21 @@ def _read(model: Any, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> 
             cache = prefill(model, ids, mask, window=0, policies=policies)
     finally:
         hook.remove()
-    return _Reading(cache, cost, passes[-1] - passes[0] if passes else 0.0)
+    return _Prefilled(cache, cost, passes[-1] - passes[0] if passes else 0.0)
 
 
 def _measured(
-    model: Any, family: Family, prompts: list[Prompt], jobs: Sequence[Job], reading: _Reading
+    model: Any, family: Family, prompts: list[Prompt], jobs: Sequence[Job], prefilled: _Prefilled
 ) -> Iterator[tuple[Job, list[dict[str, Any]], list[dict[str, Any]]]]:
     """Each job with the sizes, costs and scores of the prompts that were read, on forks of their cache."""
-    cache, full, decode = reading.cache, None, Cost()
+    cache, full, decode = prefilled.cache, None, Cost()
     if jobs[0].policy is None or family.needs_full:
         with measured(model.device) as decode:
             scores, full = family.measure(model, prompts, cache.fork(), None)
     for _, same_policy in itertools.groupby(jobs, key=lambda job: job.name):
         group = list(same_policy)
         policy = None if group[0].policy is None else for_one_prompt(group[0].policy)
-        seconds = reading.seconds_for(group[0].policy)
+        seconds = prefilled.seconds_for(group[0].policy)
         for job in group:
             sizes, compress = _full_sizes(cache), Cost()
             if policy is not None:
@@ -133,7 +133,7 @@ def _measured(
                 sizes = _sizes(fork, policy)
                 with measured(model.device) as decode:
                     scores, _ = family.measure(model, prompts, fork, full)
-            cost = _cost_per_prompt(len(prompts), seconds, decode, (reading.cost, compress, decode))
+            cost = _cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
             yield job, [{**size, **cost} for size in sizes], scores
 
 

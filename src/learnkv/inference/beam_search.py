@@ -1,5 +1,7 @@
 """Beam search over a compressed cache, by transformers' own search."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -49,14 +51,16 @@ def _search(
     tail_mask = cache.fork().extend_tail_mask(mask, padded=True)
     beams.batch_repeat_interleave(config.num_beams)
 
+    process: Callable[[Tensor, Tensor], Tensor] = sampling.processors
+
     def processed(all_ids: Tensor, scores: Tensor) -> Tensor:
         check_numbers(scores, all_ids.shape[1] - ids.shape[1])
         if sequence is None:
-            return sampling.processors(all_ids, scores)
+            return process(all_ids, scores)
         before = sequence.ids.repeat_interleave(len(all_ids) // len(ids), 0)
-        return sampling.processors(torch.cat([before, all_ids[:, ids.shape[1] :]], 1), scores)
+        return process(torch.cat([before, all_ids[:, ids.shape[1] :]], 1), scores)
 
-    output = model.generate(
+    output: Tensor = model.generate(
         input_ids=ids,
         attention_mask=torch.cat([cache.prompt_mask.to(tail_mask.device), tail_mask], 1).long(),
         past_key_values=beams,

@@ -209,7 +209,8 @@ def _question(
 def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCache) -> Tensor:
     """Logits [B, V] of the last token of every row of ids [B, T]."""
     if not padded:
-        return _read(model, ids, mask, padded, cache, logits_to_keep=1).logits[:, -1]
+        last: Tensor = _read(model, ids, mask, padded, cache, logits_to_keep=1).logits[:, -1]
+        return last
     ids, mask = right_padded(ids, mask)
-    logits = _read(model, ids, mask, padded, cache).logits
+    logits: Tensor = _read(model, ids, mask, padded, cache).logits
     return logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))[:, 0]

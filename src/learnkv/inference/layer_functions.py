@@ -99,7 +99,7 @@ class ProbedLayer:
     def convention(self) -> Convention:
         """The layer's convention; it is found once per attached layer."""
         name = type(self.module).__name__
-        found = vars(self.module).get(CONVENTION)
+        found: Convention | str | None = vars(self.module).get(CONVENTION)
         if found is None:
             self._refuse_sharded("rotation before which queries and keys are read")
             found = self._find_convention(self.example)
@@ -233,7 +233,8 @@ class ProbedLayer:
         except Exception as error:  # whatever a layer raises that is called with other inputs
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
             raise UserError(f"{type(self.module).__name__} cannot be applied to other inputs ({reason})") from error
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def _refuse_sharded(self, part: str) -> None:
         if any(isinstance(weight, DTensor) for weight in self.module.parameters()):
