@@ -75,7 +75,7 @@ def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Stor
     with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
         for family, pending, prompts in batches:
             progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
-            reading = _read(model, prompts, policies)
+            prefilled = _read(model, prompts, policies)
             for job, sizes, scores in _measured(model, family, prompts, pending, prefilled):
                 store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
                 progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")

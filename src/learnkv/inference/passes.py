@@ -108,8 +108,7 @@ def _reached(cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, An
     """Tokens of the longest row after a pass."""
     positions = kwargs.get("position_ids")
     if positions is not None:
-        last: int = positions.max().item()
-        return last + 1
+        return int(positions.max().item()) + 1
     given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
     tokens: int = next(part for part in given if part is not None).shape[1]
     return cache.get_seq_length() + tokens
