@@ -210,7 +210,10 @@ def test_every_turn_counts_all_tokens_before_it(search, penalty):
         )
         for row in (0, 1):
             settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, **search, **penalty, **eos}
-            expected = plain("llama").generate(said[row][None], **settings)[0, len(said[row]) :]
+            alone = said[row][None]
+            expected = plain("llama").generate(alone, attention_mask=torch.ones_like(alone), **settings)[
+                0, len(said[row]) :
+            ]
             mine = answer[row][: len(expected)]
             assert torch.equal(mine, expected)
             said[row] = torch.cat([said[row], expected])

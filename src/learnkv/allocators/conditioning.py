@@ -64,9 +64,11 @@ class Conditioner(nn.Module):
 
     def __init__(self, places: int, width: int = 16, embedding: int = 8, features: int = FEATURES) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(places, embedding)
-        self.hidden = nn.Linear(features + 2 + embedding, width)
-        self.out = nn.Linear(width, 1, bias=False)  # what is added to all places alike changes no budget
+        self.embedding = nn.Embedding(places, embedding, dtype=torch.float32)
+        self.hidden = nn.Linear(features + 2 + embedding, width, dtype=torch.float32)
+        self.out = nn.Linear(
+            width, 1, bias=False, dtype=torch.float32
+        )  # what is added to all places alike changes no budget
         nn.init.zeros_(self.out.weight)
 
     def forward(self, features: Tensor, keep: Tensor, entries: Tensor, first: int = 0) -> Tensor:

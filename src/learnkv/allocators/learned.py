@@ -26,7 +26,7 @@ class HeadImportance(nn.Module):
 
     def __init__(self, num_layers: int, num_heads: int, conditioned: bool = False) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(len(KNOTS), num_layers, num_heads))
+        self.logits = nn.Parameter(torch.zeros(len(KNOTS), num_layers, num_heads, dtype=torch.float32))
         self.conditioner = Conditioner(num_layers * num_heads) if conditioned else None
 
     def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor, layers: slice = slice(None)) -> Tensor:
@@ -52,7 +52,7 @@ class LayerBudget(nn.Module):
 
     def __init__(self, num_layers: int, conditioned: bool = False) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(len(KNOTS), num_layers))
+        self.logits = nn.Parameter(torch.zeros(len(KNOTS), num_layers, dtype=torch.float32))
         self.conditioner = Conditioner(num_layers) if conditioned else None
 
     def forward(self, features: Tensor | None, keep: Tensor, entries: Tensor) -> Tensor:

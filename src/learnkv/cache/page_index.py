@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learnkv.cache.storage import TAIL_CHUNK, DecodeBuffer, Segment
+from learnkv.cache.storage import TAIL_CHUNK, DecodeBuffer, Segment, can_write
 from learnkv.core.page_selector import PageSelector
 from learnkv.ops.arguments import Pages
 from learnkv.ops.device import upload
@@ -81,7 +81,7 @@ class PageIndex:
     def _enclose_tail(self, segment: Segment, tail: DecodeBuffer, visible: Tensor | None) -> Tensor:
         """Extend the bounds to the new slots of the tail; `visible` [B, M] are tokens, None: all."""
         bounds = self._enclose_segment(segment) if self.bounds is None else self.bounds
-        if self._pages(self._longest + tail.length) > bounds.shape[2] or not self._writable:
+        if self._pages(self._longest + tail.length) > bounds.shape[2] or not (self._writable and can_write(bounds)):
             self.bounds = bounds = self._copy(bounds, self._pages(self._longest + tail.length + TAIL_CHUNK))
         entries, first, slots = tail.ragged(self.tail_slots), segment.length + self.tail_slots, None
         if visible is not None:

@@ -76,6 +76,11 @@ class Segment:
         return always if self.rotated is None else [*always, self.rotated]
 
 
+def can_write(tensor: Tensor) -> bool:
+    """Whether `tensor` can change in place: what was made in `torch.inference_mode` cannot, outside of it."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
 class DecodeBuffer:
     """Keys and values read after compression: buffers [B, H, capacity, D] that grow by chunks.
 
@@ -116,7 +121,7 @@ class DecodeBuffer:
     def reserve(self, slots: int) -> int:
         """Allocate `slots` more slots, so that appending them allocates nothing; returns the capacity."""
         end = self.length + slots
-        if end <= self.capacity and self._writable:
+        if end <= self.capacity and self._writable and can_write(self._keys):
             return self.capacity
         capacity = -(-end // TAIL_CHUNK) * TAIL_CHUNK
         for name in ("_keys", "_values"):

@@ -32,7 +32,7 @@ def budget_curve(model: Any, trials: Iterable[Trial], policy: Policy) -> Tensor:
         observations = answer_observations(model, torch.cat([trial.context, trial.question], 1), trial.answer)
         utility = torch.stack([attention(obs).mean((1, 2))[:, :context] for obs in observations])
         total = torch.nn.functional.pad(utility.gather(-1, order.to(utility.device)).double().cumsum(-1), (1, 0))
-        ends = (torch.arange(BINS + 1, device=utility.device) * context) / BINS
+        ends = (torch.arange(BINS + 1, device=utility.device) * context).float() / BINS
         low, part = ends.floor().long(), ends - ends.floor()
         high = (low + 1).clamp(max=context)
         gains.append((total[..., low] * (1 - part) + total[..., high] * part).diff(dim=-1).cpu())
@@ -45,7 +45,7 @@ def curve_of(gains: Tensor) -> Tensor:
     utility = torch.tensor([_non_increasing(row) for row in gains.flatten(0, 1).tolist()], dtype=torch.float64)
     # Percents of equal utility: lower percents of all heads first, not all percents of the first head.
     order = utility.T.flatten().argsort(descending=True, stable=True) % (layers * heads)
-    curve = torch.empty(TARGETS, layers * heads)
+    curve = torch.empty(TARGETS, layers * heads, dtype=torch.float32)
     for target in range(TARGETS):
         kept = order[: (bins - 1 - target) * layers * heads].bincount(minlength=layers * heads)
         curve[target] = 1 - kept / bins

@@ -31,7 +31,7 @@ def head_gates(
         cache = prefill(model, trial.context.to(model.device))
         layers = cache.compressed_layers()
         if gates is None:
-            gates = torch.ones(len(layers), layers[0].heads, requires_grad=True)
+            gates = torch.ones(len(layers), layers[0].heads, dtype=torch.float32, requires_grad=True)
             adam = torch.optim.Adam([gates], learning_rate)
         ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
         first = trial.question.shape[1] - 1

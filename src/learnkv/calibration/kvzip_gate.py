@@ -59,7 +59,7 @@ def _trained(
     heads, width = target.shape[0], hidden.shape[-1]
 
     def random_normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(hidden.device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(hidden.device)
 
     weights = initial_gate(random_normal, heads, group, width, FEATURES, BASE_KEYS)
     adam = torch.optim.Adam([weight.requires_grad_() for weight in weights.values()], rate)

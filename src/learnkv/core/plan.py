@@ -39,7 +39,7 @@ class Plan:
 def changed(plan: Plan, other: Plan) -> Tensor:
     """Fraction [B] of the entries kept by `plan` that `other`, of the same prompts and budget, does not keep."""
     kept = plan.kept
-    return (kept & ~other.kept).sum((0, 2, 3)) / kept.sum((0, 2, 3))
+    return (kept & ~other.kept).sum((0, 2, 3)).float() / kept.sum((0, 2, 3))
 
 
 def baseline_of(scores: Sequence[Scores], device: torch.device) -> Baseline | None:

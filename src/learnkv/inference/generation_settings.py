@@ -51,8 +51,8 @@ def generation_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> G
     """
     if arguments["max_new_tokens"] < 1 or arguments.get("num_beams", 1) < 1:
         raise UserError(
-            f"max_new_tokens={arguments['max_new_tokens']} num_beams={arguments.get('num_beams', 1)}: expected at least "
-            "1 of each"
+            f"max_new_tokens={arguments['max_new_tokens']} num_beams={arguments.get('num_beams', 1)}: expected at "
+            "least 1 of each"
         )
     if arguments.get("do_sample") is None and model.generation_config.do_sample:
         warnings.warn(

@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def upload(numbers: Sequence[float], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on `device` of numbers of the host, without the host sync of `torch.tensor(numbers, device=device)`."""
+    """A tensor on `device` of numbers of the host, without the host sync of `torch.tensor(numbers, device=device)`.
+
+    Floats are float32 where `dtype` is None, whatever torch's default is.
+    """
+    if dtype is None and any(isinstance(number, float) for number in numbers):
+        dtype = torch.float32
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 

@@ -29,7 +29,7 @@ def margins(scores: Tensor, baseline: Tensor, counts: Tensor) -> Tensor:
     below = torch.where(below.isfinite() & (counts < slots).unsqueeze(-1), below, above - 2)
     level = ((above + below) / 2).nan_to_num(0.0, 0.0, 0.0)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(slots, device=order.device).expand_as(order))
-    side = torch.where(rank < counts.unsqueeze(-1), _TIE, -_TIE)
+    side = torch.where(rank < counts.unsqueeze(-1), level.new_full((), _TIE), -_TIE)
     return torch.where(scores.isfinite(), scores - level + side, scores)
 
 

@@ -238,7 +238,7 @@ def static_budgets(policy: Policy, shapes: Mapping[str, int]) -> dict[float, lis
     for keep in GRID:
         total = round(keep * n * layers * heads)
         protected = min(policy.sinks + policy.recent, total // (2 * layers * heads))
-        scores = torch.zeros(1, 1, 1, n).index_fill(-1, torch.arange(protected), torch.inf)
+        scores = torch.zeros(1, 1, 1, n, dtype=torch.float32).index_fill(-1, torch.arange(protected), torch.inf)
         with torch.no_grad():
             per_head = torch.tensor([total / (layers * heads)], dtype=torch.float64)
             wanted = policy.allocator(scores.expand(layers, 1, heads, n), None, per_head)

@@ -109,7 +109,7 @@ def _traced(policy: Policy, shapes: Mapping[str, int]) -> tuple[dict[str, Tensor
     if (features := policy.allocator.features(_small_observation(shapes))) is not None:
         inputs["features"], dynamic["features"] = features.expand(layers, 2, -1, -1).contiguous(), {1: rows}
     if policy.allocator.needs_scores:
-        inputs["scores"], dynamic["scores"] = torch.rand(layers, 2, heads, 64), {1: rows, 3: slots}
+        inputs["scores"], dynamic["scores"] = torch.rand(layers, 2, heads, 64, dtype=torch.float32), {1: rows, 3: slots}
     try:
         exported = torch.export.export(program, (), inputs, dynamic_shapes=dynamic)
     except (RuntimeError, TypeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
@@ -121,7 +121,7 @@ def _traced(policy: Policy, shapes: Mapping[str, int]) -> tuple[dict[str, Tensor
 
 def _small_observation(shapes: Mapping[str, int]) -> Observation:
     """Observation of a prompt of two tokens, for the number of the allocator's features."""
-    keys = torch.zeros(1, shapes["heads"], 2, shapes["head_dim"])
+    keys = torch.zeros(1, shapes["heads"], 2, shapes["head_dim"], dtype=torch.float32)
     positions = torch.arange(2).expand(keys.shape[:3])
     return Observation(
         layer_idx=0,

@@ -124,6 +124,8 @@ class Policy(Component):
             UserError: for a budget below one entry per head, or a cache that has been compressed already.
         """
         cache.seal()
+        if any(weight.requires_grad for weight in self.parameters()):
+            _refuse_inference_tensors(cache)
         totals, protected = self.totals(cache, keep, budget)
         observations = [layer.observation() for layer in cache.compressed_layers()]
         self._check_captured(observations[0])
@@ -216,6 +218,7 @@ class Policy(Component):
         if self.pages is not None:
             raise UserError("pages: query-aware reading is not trained, expected a policy without pages")
         cache.seal()
+        _refuse_inference_tensors(cache)
         if self.scorer is None or keep == 1:
             return cache.fork()
         plan = self.plan(cache, keep, budget) if plan is None else plan
@@ -230,3 +233,12 @@ class Policy(Component):
 def _base(part: Any) -> Any:
     """A component without its learned correction."""
     return getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part
+
+
+def _refuse_inference_tensors(cache: CompressedCache) -> None:
+    """Raise UserError where gradients are recorded and the prompt was read in `torch.inference_mode`."""
+    if torch.is_grad_enabled() and any(tensor.is_inference() for tensor in cache.tensors()):
+        raise UserError(
+            "the prompt was read within torch.inference_mode, whose tensors cannot be used in training: read it with "
+            "torch.no_grad, as learnkv.prefill does by itself"
+        )

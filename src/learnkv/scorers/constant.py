@@ -14,4 +14,4 @@ class Constant(Scorer):
     """
 
     def forward(self, obs: Observation) -> Tensor:
-        return torch.zeros(obs.valid.shape, device=obs.keys.device)
+        return torch.zeros(obs.valid.shape, dtype=torch.float32, device=obs.keys.device)

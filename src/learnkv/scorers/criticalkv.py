@@ -39,7 +39,9 @@ class CriticalKV(Scorer):
 
     def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         mean = budgets.double().mean(-1, keepdim=True)
-        first = (budgets * self.first_stage).floor().maximum((self.floor * mean).floor()).unsqueeze(-1)  # [B, H, 1]
+        first = (
+            (budgets.float() * self.first_stage).floor().maximum((self.floor * mean).floor()).unsqueeze(-1)
+        )  # [B, H, 1]
         place = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         weighed = (scores + self.epsilon) * self.contributions(obs)
         return torch.where(place < first, torch.finfo(torch.float32).max, weighed)

@@ -49,10 +49,10 @@ class GateScorer(Residual):
             raise UserError("num_groups=0: expected the query heads per kv head, as the other sizes are given")
         self._caches_features(hidden=True)
         sizes = (num_heads, num_groups, hidden_size, rank, sinks)
-        first = initial_gate(lambda *shape: torch.randn(num_layers, *shape), *sizes)
+        first = initial_gate(lambda *shape: torch.randn(num_layers, *shape, dtype=torch.float32), *sizes)
         self.gate = nn.ParameterDict({name.replace(".", "_"): nn.Parameter(weight) for name, weight in first.items()})
         self._names = tuple(first)
-        self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if scaled else None
+        self.scale = nn.Parameter(torch.zeros(num_layers, num_heads, 1, dtype=torch.float32)) if scaled else None
 
     def correction(self, obs: Observation, baseline: Tensor) -> Tensor:
         return self.cached_features(obs).squeeze(-1)

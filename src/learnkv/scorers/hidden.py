@@ -61,10 +61,12 @@ class HiddenScorer(Residual):
         first = width or features
         self.weight_in: nn.Parameter | None = None
         if width:
-            self.weight_in = nn.Parameter(torch.randn(num_layers, features, width) * max(1, features) ** -0.5)
-            self.bias = nn.Parameter(torch.zeros(num_layers, 1, width))
-        self.weight_out = nn.Parameter(torch.zeros(num_layers, first, num_heads))
-        self.bias_out = nn.Parameter(torch.zeros(num_layers, 1, num_heads))
+            self.weight_in = nn.Parameter(
+                torch.randn(num_layers, features, width, dtype=torch.float32) * max(1, features) ** -0.5
+            )
+            self.bias = nn.Parameter(torch.zeros(num_layers, 1, width, dtype=torch.float32))
+        self.weight_out = nn.Parameter(torch.zeros(num_layers, first, num_heads, dtype=torch.float32))
+        self.bias_out = nn.Parameter(torch.zeros(num_layers, 1, num_heads, dtype=torch.float32))
 
     def correction(self, obs: Observation, baseline: Tensor) -> Tensor:
         return self.cached_features(obs).squeeze(-1)

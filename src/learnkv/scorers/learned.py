@@ -62,18 +62,24 @@ class LearnedScorer(Residual):
                 f"width={width} window={window} rank={rank} sampling={sampling}: expected at least 1, 1, 0 and 0"
             )
         self.sampling, self._noise = sampling, Random()
-        self.sampling_growth = nn.Parameter(torch.zeros(num_layers, num_heads, 1)) if sampling > 0 else None
+        self.sampling_growth = (
+            nn.Parameter(torch.zeros(num_layers, num_heads, 1, dtype=torch.float32)) if sampling > 0 else None
+        )
         self.window = max(base.window, window)
         self._own_window = window
         features = 2 * head_dim + 5 + rank
-        self.weight_in = nn.Parameter(torch.randn(num_layers, num_heads, features, width) * features**-0.5)
-        self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, 1, width))
-        self.weight_out = nn.Parameter(torch.zeros(num_layers, num_heads, width, 1))
-        self.weight_direct = nn.Parameter(torch.zeros(num_layers, num_heads, features, 1))
+        self.weight_in = nn.Parameter(
+            torch.randn(num_layers, num_heads, features, width, dtype=torch.float32) * features**-0.5
+        )
+        self.bias = nn.Parameter(torch.zeros(num_layers, num_heads, 1, width, dtype=torch.float32))
+        self.weight_out = nn.Parameter(torch.zeros(num_layers, num_heads, width, 1, dtype=torch.float32))
+        self.weight_direct = nn.Parameter(torch.zeros(num_layers, num_heads, features, 1, dtype=torch.float32))
         self.project: nn.Parameter | None = None
         if rank > 0:
             self._caches_features(hidden=True)
-            self.project = nn.Parameter(torch.randn(num_layers, hidden_size, rank) * max(1, hidden_size) ** -0.5)
+            self.project = nn.Parameter(
+                torch.randn(num_layers, hidden_size, rank, dtype=torch.float32) * max(1, hidden_size) ** -0.5
+            )
 
     @property
     def refines(self) -> bool:
@@ -85,7 +91,7 @@ class LearnedScorer(Residual):
     def sampling_scales(self) -> Tensor:
         """[L, H, 1] scale of the noise on the scores of each head."""
         if self.sampling_growth is None:
-            return torch.zeros(*self.shape, 1)
+            return torch.zeros(*self.shape, 1, dtype=torch.float32)
         return self.sampling * (_GROWTH * self.sampling_growth).clamp(-_MOST, _MOST).exp()
 
     def correction(self, obs: Observation, baseline: Tensor) -> Tensor:

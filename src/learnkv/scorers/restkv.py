@@ -120,7 +120,8 @@ class ReSTKV(Scorer):
         if self.alpha is None:
             return figures.masked_fill(~sees, 0.0).sum(2) / queries.squeeze(2).clamp(min=1)
         later = sees.flip(2).cumsum(2).flip(2) - 1
-        share = torch.where(later == queries - 1, 1.0, self.alpha) * (1 - self.alpha) ** later
+        first = torch.where(later == queries - 1, torch.ones((), dtype=torch.float32, device=later.device), self.alpha)
+        share = first * (1 - self.alpha) ** later.float()
         return (figures.masked_fill(~sees, 0.0) * share).sum(2)
 
     def _moved_by_rank(self, weights: Tensor, obs: Observation) -> Tensor:

@@ -56,7 +56,7 @@ def in_step(model: Any) -> Iterator[None]:
     device = next(language_model.parameters()).device
 
     def any_process(running: bool) -> bool:
-        flag = torch.tensor([float(running)], device=device)
+        flag = torch.tensor([float(running)], dtype=torch.float32, device=device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag)
 

@@ -16,6 +16,6 @@ def with_gumbel_noise(plan: Plan, scale: float, seed: int) -> Plan:
     """
     scores = unit_scale(plan.scores)
     generator = torch.Generator(scores.device).manual_seed(seed)
-    uniform = torch.rand(scores.shape, generator=generator, device=scores.device)
+    uniform = torch.rand(scores.shape, generator=generator, dtype=torch.float32, device=scores.device)
     noise = -(-uniform.clamp(1e-9, 1 - 1e-7).log()).log()
     return replace(plan, scores=torch.where(scores.isfinite(), scores + scale * noise, scores))

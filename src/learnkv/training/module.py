@@ -234,7 +234,9 @@ class Distillation(L.LightningModule):
             marginals.append(result.marginal)
         self._marginals.append(torch.stack(marginals))
         lengths = torch.tensor(cache.prompt_lengths, device=teacher.device).view(1, -1, 1)
-        shares = [(self.policy.plan(cache, keep=keep).budgets / lengths).mean(1) for keep in GRID]  # [L, H] each
+        shares = [
+            (self.policy.plan(cache, keep=keep).budgets.float() / lengths).mean(1) for keep in GRID
+        ]  # [L, H] each
         self._shares.append(torch.stack(shares))
 
     def on_validation_epoch_start(self) -> None:

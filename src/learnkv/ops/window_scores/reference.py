@@ -51,7 +51,7 @@ def window_scores(
         weights, mask = window_attention(**same, **part, lse=lse)
         queries_of_entry = mask.sum(2).clamp(min=1)
         # Exactly 1 for the past: its sums stay bit-identical, as their ties are part of the published methods.
-        attention = weights.sum(3) * (queries_of_row / queries_of_entry).unsqueeze(2)
+        attention = weights.sum(3) * (queries_of_row.float() / queries_of_entry).unsqueeze(2)
         if window_reduce == "mean":
             attention = attention / queries_of_row.unsqueeze(2)
         if group_reduce != "none" and group_first:

@@ -1,0 +1,89 @@
+"""torch's default dtype changes nothing: every tensor that learnkv makes has a dtype of its own."""
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.models import tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from learnkv import attach, continuation, generate, load_policy, prefill
+from learnkv.inference.models import load_model
+from learnkv.persistence.named_configs import CONFIGS
+
+POLICIES = [path.stem for path in sorted((CONFIGS / "policies").glob("*.yaml"))]
+
+
+@functools.cache
+def model():
+    return attach(load_model("reference")[0])
+
+
+class Trace(TorchDispatchMode):
+    """The operations whose results are of a dtype that none of their arguments has."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.found = dtype, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if self._has(result) and not self._has((args, kwargs)):
+            self.found.append(str(func))
+        return result
+
+    def _has(self, tree: object) -> bool:
+        return any(isinstance(leaf, Tensor) and leaf.dtype == self.dtype for leaf in tree_leaves(tree))
+
+
+@pytest.fixture
+def bfloat16() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def results(name: str) -> list[Tensor]:
+    """What a policy keeps, scores and lets the model generate; of one with weights, the gradients of a step too."""
+    policy, question = load_policy(name).requires_grad_(), tokens(2, 5)
+    cache = prefill(model(), tokens(2, 60), policies=[policy])
+    plan = [] if policy.scorer is None else [policy.plan(cache.fork(), keep=0.4)]
+    small = policy.compress(cache.fork(), keep=0.4)
+    found = [part for one in plan for part in (one.scores.detach(), one.wanted.detach(), one.budgets)]
+    found += [generate(model(), question, small, max_new_tokens=20), torch.tensor(small.spent, dtype=torch.float64)]
+    if weights := list(policy.parameters()):
+        student = policy.relax(cache, keep=0.4)
+        continuation(model(), question, student).log_softmax(-1)[..., 3].mean().backward()
+        found += [weight.grad for weight in weights]
+    return found
+
+
+@functools.cache
+def expected(name: str) -> list[Tensor]:
+    return results(name)
+
+
+@pytest.mark.parametrize("name", [*POLICIES, "reference"])
+def test_no_tensor_of_the_default_dtype_appears(name, bfloat16):
+    with Trace(torch.bfloat16) as trace:
+        results(name)
+    assert not trace.found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "name", ["snapkv", "adakv", "restkv", "criticalkv", "kvzip", "rkv", "triattention", "reference"]
+)
+def test_results_are_the_same(name, dtype):
+    right = expected(name)
+    torch.set_default_dtype(dtype)
+    try:
+        again = results(name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(right, again, strict=True):
+        assert one.dtype == other.dtype or dtype == torch.float64
+        assert torch.equal(one.double(), other.double())
