@@ -111,4 +111,5 @@ def _reached(cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, An
         return int(positions.max().item()) + 1
     given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
     tokens: int = next(part for part in given if part is not None).shape[1]
-    return cache.get_seq_length() + tokens
+    length: int = cache.get_seq_length()
+    return length + tokens
