@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -23,8 +23,8 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 TABLES = Path(__file__).resolve().parents[1] / "reference" / "tables"
 TEXT_BYTES, YAML_BYTES = 1 << 28, 1 << 20
 """Largest text or JSON file and largest YAML file that is read."""
-MAX_DEPTH, MAX_YAML_VALUES = 64, 100_000
-"""Deepest nesting of a YAML or JSON file, and most values of a YAML file with its aliases expanded."""
+MAX_DEPTH, MAX_VALUES = 64, 1_000_000
+"""Deepest nesting of a YAML or JSON file, and most values of a YAML file or checkpoint with its aliases expanded."""
 
 
 def locate(path: str, shipped: str) -> Path:
@@ -53,7 +53,7 @@ def read_json(path: str | Path) -> Any:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON: {error}") from None
-    _expanded(content, _parts, path)
+    _expanded(content, path)
     return content
 
 
@@ -62,15 +62,15 @@ def read_yaml(path: str | Path) -> Any:
 
     Raises:
         UserError: missing or broken file, more than `YAML_BYTES`, nesting deeper than `MAX_DEPTH`, an alias within its
-            own anchor, more than `MAX_YAML_VALUES` values once aliases are expanded.
+            own anchor, more than `MAX_VALUES` values once aliases are expanded.
     """
     loader = None
     try:
-        loader = yaml.SafeLoader(read_text(path, YAML_BYTES))
+        loader = _ShallowLoader(read_text(path, YAML_BYTES))
         node = loader.get_single_node()
         if node is None:
             return None
-        check_size(node, path, _node_parts)
+        check_size(node, path)
         return loader.construct_document(node)
     except UserError:
         raise
@@ -84,6 +84,7 @@ def read_yaml(path: str | Path) -> Any:
             loader.dispose()
 
 
+<<<<<<< HEAD
 def check_size(content: Any, path: str | Path, parts: Callable[[Any], Iterable[Any]] | None = None) -> None:
     """Raise UserError for plain containers that are nested too deeply, contain themselves, or are too large.
 
@@ -91,35 +92,60 @@ def check_size(content: Any, path: str | Path, parts: Callable[[Any], Iterable[A
     """
     if _expanded(content, parts or _parts, path) > MAX_YAML_VALUES:
         raise UserError(f"{path}: expected at most {MAX_YAML_VALUES:,} values, its aliases stand for more")
+=======
+class _ShallowLoader(yaml.SafeLoader):
+    """A safe loader that stops at the first value below `MAX_DEPTH`."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DEPTH + 1:
+            raise yaml.YAMLError(f"is nested deeper than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+>>>>>>> robust
 
 
-def _expanded(content: Any, parts: Callable[[Any], Iterable[Any]], path: str | Path) -> int:
+def check_size(content: Any, path: str | Path) -> None:
+    """Raise UserError for plain containers or YAML nodes that are nested too deeply, contain themselves, or are too
+    large when everything that occurs twice is counted twice."""
+    if _expanded(content, path) > MAX_VALUES:
+        raise UserError(f"{path}: expected at most {MAX_VALUES:,} values, its aliases stand for more")
+
+
+def _expanded(content: Any, path: str | Path) -> int:
     """Values in nested containers, shared ones counted wherever they occur."""
     counted: dict[int, tuple[int, int]] = {}  # values and nesting of every container
 
-    def count(value: Any, depth: int) -> tuple[int, int]:
-        if id(value) not in counted:
-            inner = [count(part, depth + 1) for part in parts(value)] if depth <= MAX_DEPTH else [(1, MAX_DEPTH + 1)]
-            counted[id(value)] = 1 + sum(size for size, _ in inner), 1 + max((below for _, below in inner), default=0)
-        if depth + counted[id(value)][1] > MAX_DEPTH + 1:
+    def count(container: Any, depth: int) -> tuple[int, int]:
+        if depth > MAX_DEPTH:
             raise UserError(f"{path}: is nested deeper than {MAX_DEPTH} levels")
-        return counted[id(value)]
+        if id(container) not in counted:
+            values = _values(container)
+            inner = [count(value, depth + 1) for value in values if isinstance(value, _CONTAINERS)]
+            nesting = 1 + max((below for _, below in inner), default=0)
+            counted[id(container)] = len(values) + sum(size for size, _ in inner), nesting
+        if depth + counted[id(container)][1] > MAX_DEPTH + 1:
+            raise UserError(f"{path}: is nested deeper than {MAX_DEPTH} levels")
+        return counted[id(container)]
 
     return count(content, 0)[0]
 
 
-def _parts(value: Any) -> Iterable[Any]:
-    """Containers and values in a plain container."""
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, list | tuple) else ()
+_CONTAINERS = (Mapping, list, tuple, yaml.CollectionNode)
 
 
-def _node_parts(node: yaml.Node) -> Iterable[yaml.Node]:
-    """Children of a YAML node."""
-    if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
-    return node.value if isinstance(node, yaml.SequenceNode) else ()
+def _values(container: Any) -> Sequence[Any]:
+    """Values in a plain container, keys and values of a YAML node."""
+    if isinstance(container, Mapping):
+        return list(container.values())
+    if isinstance(container, yaml.MappingNode):
+        return [part for pair in container.value for part in pair]
+    if isinstance(container, yaml.SequenceNode):
+        return container.value
+    return container if isinstance(container, list | tuple) else ()
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from learnkv.errors import UserError
 from learnkv.formats import budgets as budget_table
-from learnkv.formats.files import atomic_write, write_text
+from learnkv.formats.files import make_folder, output_file, write_text
 from learnkv.inference import lora as adapters
 from learnkv.ops.round_to_budget import round_to_budget
 from learnkv.persistence import hub
@@ -199,10 +199,9 @@ def save_policy(
         training: the training configuration, plain containers.
         metrics: metrics of the training run.
     """
-    path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    path = make_folder(Path(folder).expanduser(), "folder")
     table = dict(budgets) if budgets is not None else static_budgets(policy, model["shapes"])
-    with atomic_write(path / "policy.safetensors") as part:
+    with output_file(path / "policy.safetensors") as part:
         save_file({key: weight.detach().cpu().contiguous() for key, weight in policy.state_dict().items()}, part)
     if policy.adapter is not None:
         adapters.write(policy.adapter, path / adapters.FOLDER)

@@ -23,6 +23,7 @@ from learnkv.inference.attention import attach
 from learnkv.inference.models import describe_model, load_model
 from learnkv.persistence.policies import build_policy, fill_sizes, modules_of, parameter_share, save_policy
 from learnkv.persistence.stored_policy import FORMAT_VERSION
+from learnkv.training import slurm
 from learnkv.training.callbacks import pictures
 from learnkv.training.callbacks.checkpoints import Checkpoints
 from learnkv.training.callbacks.fence import fenced
@@ -42,7 +43,7 @@ def train(config: TrainConfig, resolved: str) -> None:
         UserError: bad settings, another program that writes into the folder, or one that cannot be written.
     """
     folder = make_folder(Path(config.output).expanduser(), "output")
-    with folder_lock(folder, "output") if is_first_process() else nullcontext():
+    with folder_lock(folder, "output") if is_first_process() else nullcontext(), slurm.before_training():
         _train(config, resolved)
 
 
@@ -136,7 +137,7 @@ def _fit(trainer: L.Trainer, module: Distillation, data: DataModule, run: RunFol
     try:
         trainer.fit(module, data, ckpt_path=run.checkpoint if run.resumes else None, weights_only=True)
     except SystemExit:  # Lightning's reaction to Ctrl-C
-        saved = next(c.saved_step for c in trainer.callbacks if isinstance(c, Checkpoints))
+        saved = max(run.step, next(c.saved_step for c in trainer.callbacks if isinstance(c, Checkpoints)))
         after = f"resumes it from step {saved}" if saved > 0 else "begins anew, as no checkpoint was written"
         raise KeyboardInterrupt(f"interrupted after step {trainer.global_step}; the same command {after}") from None
     except Preempted:

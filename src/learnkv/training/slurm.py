@@ -8,9 +8,14 @@ import os
 import re
 import signal
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+from learnkv.errors import Preempted
 
 
 def plugins(given: Any) -> Any:
@@ -22,6 +27,29 @@ def plugins(given: Any) -> Any:
 def end_signals() -> tuple[signal.Signals, ...]:
     """Signals after which a run saves and ends."""
     return (signal.SIGTERM, signal.SIGUSR1) if SLURMEnvironment.detect() else (signal.SIGTERM,)
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """In a SLURM job, SIGUSR1 while model and data are loaded ends the run and requeues the job at once.
+
+    Training replaces the handler by one that saves a checkpoint first.
+
+    Raises:
+        Preempted: after the signal.
+    """
+
+    def end(*_: Any) -> None:
+        raise Preempted(f"ended by SIGUSR1 outside of training; {requeue()}")
+
+    if signal.SIGUSR1 not in end_signals() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGUSR1, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
 
 
 def requeue() -> str:

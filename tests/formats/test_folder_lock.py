@@ -1,0 +1,38 @@
+"""One program per output folder."""
+
+import subprocess
+import sys
+
+import pytest
+
+from learnkv.errors import UserError
+from learnkv.formats.folder_lock import folder_lock
+
+
+def test_the_second_is_refused_until_the_first_ends(tmp_path):
+    with folder_lock(tmp_path, "output"):
+        second = folder_lock(tmp_path, "output")
+        with pytest.raises(UserError, match=r"output=.*: another program writes into this folder"), second:
+            raise AssertionError
+        (tmp_path / "other").mkdir()
+        with folder_lock(tmp_path / "other", "output"):
+            pass
+    with folder_lock(tmp_path, "output"):
+        pass
+
+
+def test_it_ends_with_a_killed_process(tmp_path):
+    code = "import os, sys, pathlib; from learnkv.formats.folder_lock import folder_lock\n"
+    code += "with folder_lock(pathlib.Path(sys.argv[1]), 'output'): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
+    with folder_lock(tmp_path, "output"):
+        pass
+
+
+def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr("learnkv.formats.folder_lock.FileLock.acquire", fail)
+    with folder_lock(tmp_path, "output"):
+        pass
