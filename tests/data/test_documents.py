@@ -137,8 +137,8 @@ def test_haystacks_and_questions_name_file_and_line(tmp_path):
     (tmp_path / "q.json").write_bytes(b'{"data": "caf\xe9"}')
     with pytest.raises(UserError, match=r"qa=.*q.json, line 1: is not UTF-8"):
         read_documents(str(tmp_path / "q.json"))
+    (tmp_path / "d" / "a.txt").mkdir(parents=True)
     with pytest.raises(UserError, match=r"a.txt: cannot be read: Is a directory"):
-        (tmp_path / "d" / "a.txt").mkdir(parents=True)
         read_document(str(tmp_path / "d" / "a.txt"), "text")
 
 

@@ -4,7 +4,6 @@ import codecs
 import dataclasses
 import errno
 import inspect
-import io
 import json
 import re
 import sys
@@ -141,13 +140,7 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
         130 where it was interrupted, each with one line on stderr. Other exceptions keep their traceback.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-<<<<<<< HEAD
     print_anywhere()
-=======
-    for stream in (sys.stdout, sys.stderr):  # a terminal may know ASCII only
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
->>>>>>> robust
     try:
         if not words:
             raise UserError(

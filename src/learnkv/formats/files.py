@@ -84,15 +84,6 @@ def read_yaml(path: str | Path) -> Any:
             loader.dispose()
 
 
-<<<<<<< HEAD
-def check_size(content: Any, path: str | Path, parts: Callable[[Any], Iterable[Any]] | None = None) -> None:
-    """Raise UserError for plain containers that are nested too deeply, contain themselves, or are too large.
-
-    Whatever occurs twice is counted twice.
-    """
-    if _expanded(content, parts or _parts, path) > MAX_YAML_VALUES:
-        raise UserError(f"{path}: expected at most {MAX_YAML_VALUES:,} values, its aliases stand for more")
-=======
 class _ShallowLoader(yaml.SafeLoader):
     """A safe loader that stops at the first value below `MAX_DEPTH`."""
 
@@ -105,12 +96,13 @@ class _ShallowLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
->>>>>>> robust
 
 
 def check_size(content: Any, path: str | Path) -> None:
-    """Raise UserError for plain containers or YAML nodes that are nested too deeply, contain themselves, or are too
-    large when everything that occurs twice is counted twice."""
+    """Raise UserError for plain containers or YAML nodes that are nested too deeply, in themselves, or too large.
+
+    Whatever occurs twice is counted twice.
+    """
     if _expanded(content, path) > MAX_VALUES:
         raise UserError(f"{path}: expected at most {MAX_VALUES:,} values, its aliases stand for more")
 
@@ -144,7 +136,7 @@ def _values(container: Any) -> Sequence[Any]:
     if isinstance(container, yaml.MappingNode):
         return [part for pair in container.value for part in pair]
     if isinstance(container, yaml.SequenceNode):
-        return container.value
+        return list(container.value)
     return container if isinstance(container, list | tuple) else ()
 
 
