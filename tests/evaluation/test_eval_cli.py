@@ -174,7 +174,10 @@ def test_other_prompts_and_other_models_are_not_in_one_table(words, tmp_path, ca
     capsys.readouterr()
     assert eval([*words, "--ckpt", "random", f"model={copy}"]) == 0
     assert {policy for policy, _ in values(tmp_path)} == {"full", "random"}
-    assert "of another model, code or versions of libraries are not in the table" in capsys.readouterr().err
+    assert (
+        "15 samples of another model, or other versions of code or libraries, are not in the table"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_moved_model_and_folder_continue(words, tmp_path, model_folder, monkeypatch):

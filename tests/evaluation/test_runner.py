@@ -1,5 +1,7 @@
 """One prefill per batch for everything, bytes by the formula, and nothing done twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from learnkv.evaluation import runner
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.results import rows_of
 from learnkv.evaluation.store import Store
+from learnkv.evaluation.tabled import tabled
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.text import Text
@@ -193,6 +196,20 @@ def test_only_prompts_that_every_policy_finished_are_compared(loaded, tmp_path):
     jobs = runner.jobs_of(loaded[0], policies(*NAMES), KEEPS)
     found = runner.finished([Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"))
     assert {record["index"] for record in found} == {0, 1}
+
+
+def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded, tmp_path):
+    """Another seed gives prompts of the same task, length and number: the full cache's samples are those of the last."""
+    first, second = text_prompts(4)[:2], [replace(prompt, index=i) for i, prompt in enumerate(text_prompts(4)[1:3])]
+    compare(loaded, first, tmp_path, ("snapkv",))
+    compare(loaded, second, tmp_path, ("adakv",))
+    jobs = runner.jobs_of(loaded[0], policies("adakv"), KEEPS)
+    records = tabled([Text(second)], jobs, Store(tmp_path / "samples.jsonl"))
+    assert {record["policy"] for record in records} == {"full", "adakv"}
+    compare(loaded, second[:1], tmp_path, ("knorm",))
+    jobs = runner.jobs_of(loaded[0], policies("knorm"), KEEPS)
+    records = tabled([Text(second[:1])], jobs, Store(tmp_path / "samples.jsonl"))
+    assert {(record["policy"], record["index"]) for record in records} == {(n, 0) for n in ("full", "adakv", "knorm")}
 
 
 def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded):

@@ -12,7 +12,7 @@ from learnkv.formats.folder_lock import folder_lock
 def test_the_second_is_refused_until_the_first_ends(tmp_path):
     with folder_lock(tmp_path, "output"):
         second = folder_lock(tmp_path, "output")
-        with pytest.raises(UserError, match=r"output=.*: another program writes into this folder"), second:
+        with pytest.raises(UserError, match=r"output=.*: another program is writing into this folder"), second:
             raise AssertionError
         (tmp_path / "other").mkdir()
         with folder_lock(tmp_path / "other", "output"):

@@ -174,7 +174,7 @@ def test_a_second_program_is_refused(words, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     with folder_lock(tmp_path / "run", "output"):
         assert train(words) == 2
-    assert "another program writes into this folder" in capsys.readouterr().err
+    assert "another program is writing into this folder" in capsys.readouterr().err
     assert train([*words, "trainer.max_steps=1"]) == 0
 
 

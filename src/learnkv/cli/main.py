@@ -58,7 +58,7 @@ COMMANDS = {
 
 
 OPTIONAL = frozenset(
-    {"datasets", "filelock", "gguf", "lightning", "matplotlib", "peft", "platformdirs", "pyarrow", "tqdm", "wandb"}
+    {"datasets", "gguf", "lightning", "matplotlib", "peft", "platformdirs", "pyarrow", "tqdm", "wandb"}
     | {"wonderwords"}
 )
 """What the extras `train`, `eval` and `gguf` install."""

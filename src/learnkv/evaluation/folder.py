@@ -5,13 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from learnkv.errors import UserError
 from learnkv.formats.files import make_folder, read_text
+from learnkv.formats.folder_lock import folder_lock
 
 CONFIG = "config.yaml"
-LOCK = ".lock"
 
 
 def check_folder(output: str) -> None:
@@ -39,18 +38,5 @@ def evaluation_folder(output: str) -> Iterator[Path]:
     """
     check_folder(output)
     folder = make_folder(Path(output).expanduser(), "output")
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"output={output}: another program is writing into this folder; wait for it, or use another folder and "
-            "make one table with learnkv merge"
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        raise UserError(f"output={output}: expected a folder that can be written ({error})") from None
-    try:
+    with folder_lock(folder, "output"):
         yield folder
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: a program that opened it before starts over
-        lock.release()

@@ -29,7 +29,7 @@ def folder_lock(folder: Path, key: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(
-            f"{key}={folder}: another program writes into this folder; expected another {key}=, or wait for its end"
+            f"{key}={folder}: another program is writing into this folder; wait for its end, or use another {key}="
         ) from None
     except (OSError, NotImplementedError):
         yield
@@ -37,4 +37,5 @@ def folder_lock(folder: Path, key: str) -> Iterator[None]:
     try:
         yield
     finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)  # while it is held: a program that opened it before starts over
         lock.release()
