@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -189,41 +191,36 @@ def tried(name: str) -> Family:
     return Family(name, "", reasons["rotation"], reasons["projection"])
 
 
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward pass by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def page() -> str:
     """The Markdown of the page."""
-    import transformers
-
     families = [tried(name) for name in NAMES]
     built = [family for family in families if family.built]
-    head = HEAD.format(
-        version=transformers.__version__, built=len(built), supported=sum(family.supported for family in built)
-    )
-    rows = [
-        " | ".join(
-            [
-                f"| {family.name}",
-                _cell(family.refused),
-                _cell(family.rotation, family),
-                f"{_cell(family.projection, family)} |",
-            ]
-        )
-        for family in built
-        if "found 0 attention layers" not in family.refused
-    ]
-    others = [family.name for family in built if "found 0 attention layers" in family.refused]
-    table = ["| family | supported | rotated keys | output projection |", "|---|---|---|---|", *rows]
+    other = [family.name for family in built if "found 0 attention layers" in family.refused]
     left = [family.name for family in families if not family.built]
+    rows = [_row(family) for family in built if family.name not in other]
+    table = ["| family | supported | rotated keys | output projection |", "|---|---|---|---|", *rows]
+    supported = sum(family.supported for family in built)
     return (
-        head
+        HEAD.format(version=transformers.__version__, built=len(built), supported=supported)
         + "\n".join(table)
-        + f"\n\nRefused, as their attention has other parts than `layer_idx` and `o_proj`: {', '.join(others)}.\n"
+        + f"\n\nRefused, as their attention has other parts than `layer_idx` and `o_proj`: {', '.join(other)}.\n"
         + f"\nNot tried, as they cannot be built small from these settings: {', '.join(left)}.\n"
     )
 
 
-def _cell(reason: str, family: Family | None = None) -> str:
-    if family is not None and not family.supported:
-        return ""
+def _row(family: Family) -> str:
+    cells = [family.name, _cell(family.refused)]
+    cells += [_cell(reason) if family.supported else "" for reason in (family.rotation, family.projection)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(reason: str) -> str:
     return f"no: {reason}" if reason else "yes"
 
 

@@ -210,8 +210,6 @@ class CompressedLayer(CacheLayerMixin):
 
     def observe(self, query: Tensor, mask: Tensor | None) -> None:
         """Capture what scorers need and read padding from the mask that attention used; then call `when_read`."""
-        if mask is not None and mask.dtype != torch.bool:
-            raise UserError(f"attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
         # Without padding the mask comes and goes with the length of a chunk; with padding it is always there.
         valid = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1).clone()
         self.state = prompt = replace(self.prompt, valid=valid)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -49,6 +50,10 @@ def compressed_attention(
             raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
     if cache_layer is not None:
         cache_layer.confirm(type(module).__name__, key, value)
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            raise UserError(
+                f"{type(module).__name__}: attention mask of type {attention_mask.dtype}: expected the boolean one of sdpa"
+            )
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:

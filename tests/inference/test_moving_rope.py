@@ -1,0 +1,178 @@
+"""RoPE whose angles depend on the number of tokens: exact, or refused before a number is made."""
+
+import pytest
+import torch
+from support.models import assert_logits_close, build, padded, plain, tokens
+from transformers import DynamicCache
+
+from learnkv import CompressedCache, Policy, attach, continuation, generate, load_policy, prefill
+from learnkv.errors import UserError
+from learnkv.inference.models import context_length
+from learnkv.scorers import StreamingLLM
+
+pytestmark = pytest.mark.compat
+
+SWITCH = 48
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.5 * (1 + pair) for pair in range(8)]}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": SWITCH,
+        **FACTORS,
+    },
+    "original_max_position_embeddings": SWITCH,
+}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "max_position_embeddings": SWITCH,
+}
+KINDS = {"longrope": ("phi3", LONGROPE), "dynamic": ("llama", DYNAMIC), "dynamic qwen2": ("qwen3", DYNAMIC)}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+MESSAGE = r"RoPE \((longrope|dynamic)\) change with the length: those of {} tokens are not those of the {} that"
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def new(kind):
+    family, changes = KINDS[kind]
+    return build(family, **changes)
+
+
+def message(other, read):
+    return MESSAGE.format(other, read)
+
+
+@every_kind
+@pytest.mark.parametrize("chunk_size", [None, 10, 47, 70])
+def test_a_prompt_has_the_angles_of_its_length_whatever_chunks_it_is_read_in(kind, chunk_size):
+    ours, ids = attach(new(kind)), tokens(1, 80)
+    whole = DynamicCache()
+    new(kind)(input_ids=ids, past_key_values=whole)
+    cache = prefill(ours, ids, chunk_size=chunk_size)
+    for layer, expected in zip(cache.layers, whole.layers, strict=True):
+        torch.testing.assert_close(layer.prompt.keys, expected.keys, rtol=0, atol=1e-4)
+
+
+@every_kind
+def test_what_was_read_before_does_not_matter(kind):
+    """transformers' dynamic RoPE remembers the longest text; two caches would rotate by each other's angles."""
+    ours = attach(new(kind))
+    prefill(ours, tokens(1, 120))
+    long, short = prefill(ours, tokens(1, 60)), prefill(ours, tokens(1, 30))
+    for cache, length in ((long, 60), (short, 30)):
+        expected = prefill(attach(new(kind)), tokens(1, length))
+        for layer, other in zip(cache.layers, expected.layers, strict=True):
+            assert torch.equal(layer.prompt.keys, other.prompt.keys)
+    after = continuation(ours, tokens(1, 9), short)
+    assert_logits_close(after, new(kind)(input_ids=torch.cat([tokens(1, 30), tokens(1, 9)], 1)).logits[:, 30:])
+
+
+@pytest.mark.parametrize("name", [None, "snapkv", "expected_attention"])
+def test_texts_beyond_the_switch_are_continued_with_its_angles(name):
+    ours, ids = attach(new("longrope")), tokens(1, 90)
+    policies = [] if name is None else [load_policy(name)]
+    caches = [prefill(ours, ids[:, :70], chunk_size=size, policies=policies) for size in (None, 20)]
+    if policies:
+        caches = [policies[0].compress(cache, keep=0.5) for cache in caches]
+    got = [continuation(ours, ids[:, 70:], cache) for cache in caches]
+    assert_logits_close(*got)
+    if name is None:
+        assert_logits_close(got[0], new("longrope")(input_ids=ids).logits[:, 70:])
+    assert torch.equal(*(generate(ours, ids[:, :1], cache, max_new_tokens=8) for cache in caches))
+
+
+@every_kind
+@pytest.mark.parametrize("keep", [1, 0.5])
+def test_a_continuation_across_the_switch_is_refused(kind, keep):
+    ours, ids = attach(new(kind)), tokens(1, SWITCH + 12)
+    cache = load_policy("snapkv").compress(prefill(ours, ids[:, :SWITCH]), keep=keep)
+    with pytest.raises(UserError, match=message(SWITCH + 12, SWITCH)):
+        continuation(ours, ids[:, SWITCH:], cache.fork())
+    with pytest.raises(UserError, match=message(SWITCH + 1, SWITCH)):
+        generate(ours, ids[:, SWITCH : SWITCH + 1], cache.fork(), max_new_tokens=3)
+    with pytest.raises(UserError, match=message(SWITCH + 1, SWITCH - 4)):
+        generate(ours, ids[:, :2], prefill(ours, ids[:, : SWITCH - 4]), max_new_tokens=6)
+    with pytest.raises(UserError, match=message(SWITCH + 1, SWITCH - 4)):
+        generate(ours, ids[:, :2], prefill(ours, ids[:, : SWITCH - 4]), max_new_tokens=6, num_beams=2)
+
+
+@every_kind
+def test_generate_of_transformers_is_refused_there_too(kind):
+    """Phi-3's own drops the cache at the switch, and with it what was evicted."""
+    ours, ids = attach(new(kind)), tokens(1, SWITCH - 2)
+    settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    cache = prefill(ours, ids[:, :-1])
+    few = ours.generate(ids, past_key_values=cache.fork(), max_new_tokens=2, **settings)
+    assert torch.equal(few, new(kind).generate(ids, max_new_tokens=2, **settings))
+    for given in (cache, Policy(StreamingLLM()).compress(cache.fork(), keep=0.5), CompressedCache(ours.config)):
+        with pytest.raises(UserError, match=r"change with the length|as its RoPE changes with the length"):
+            ours.generate(ids, past_key_values=given, max_new_tokens=8, **settings)
+
+
+@every_kind
+def test_rows_on_both_sides_of_the_switch_are_refused(kind):
+    ours = attach(new(kind))
+    with pytest.raises(UserError, match=message(30, 60)):
+        prefill(ours, *padded([tokens(1, 60)[0], tokens(1, 30)[0]]))
+    together = prefill(ours, *padded([tokens(1, 40)[0], tokens(1, 30)[0]]), chunk_size=11)
+    alone = prefill(ours, tokens(1, 30))
+    assert_logits_close(continuation(ours, tokens(2, 6), together)[1:], continuation(ours, tokens(2, 6)[1:], alone))
+
+
+def test_chunks_of_a_cache_that_is_filled_by_hand():
+    ours, ids = attach(new("longrope")), tokens(1, 60)
+    cache = CompressedCache(ours.config)
+    ours(input_ids=ids[:, :40], past_key_values=cache)
+    with pytest.raises(UserError, match=message(60, 40)):
+        ours(input_ids=ids[:, 40:], past_key_values=cache)
+
+
+def test_ordinary_caches_are_rotated_as_before():
+    ours, theirs, ids = attach(new("dynamic")), new("dynamic"), tokens(1, 70)
+    prefill(ours, ids)
+    theirs(input_ids=ids)
+    for length in (60, 70, 20):
+        assert torch.equal(*(model(input_ids=ids[:, :length]).logits for model in (ours, theirs)))
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 128),
+        ({"rope_type": "dynamic", "factor": 3.0}, 192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            64,
+        ),
+    ],
+)
+def test_prompts_as_long_as_the_scaling_allows(rope, context):
+    model = build("llama", max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope})
+    assert context_length(model) == context
+    expected = build("llama", max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope})
+    ids = tokens(1, context)
+    cache = prefill(attach(model), ids[:, :-3], chunk_size=50)
+    if rope["rope_type"] != "dynamic":
+        assert_logits_close(continuation(model, ids[:, -3:], cache), expected(input_ids=ids).logits[:, -3:])
+    with pytest.raises(UserError, match=rf"the model's context is {context}"):
+        prefill(model, tokens(1, context + 1))
+
+
+def test_untouched_models_have_no_moving_rope():
+    for family in ("llama", "gemma3"):
+        assert attach(build(family))._learnkv_embeddings == []
+    assert plain("llama").config.rope_parameters["rope_type"] == "default"

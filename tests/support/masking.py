@@ -1,0 +1,40 @@
+"""Logits of an untouched model where heads see some entries of a prompt only."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+NAME = "masked_entries"
+
+
+def masked_logits(model: PreTrainedModel, prompt: Tensor, said: Tensor, kept: Mapping[int, Sequence[Tensor]]) -> Tensor:
+    """Logits [T, V] of tokens [T] after a prompt [S], of which the heads of layers see the positions `kept` only."""
+    entries, before = len(prompt), model.config._attn_implementation
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **_):
+        group, new, total = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+        visible = torch.ones(key.shape[1], new, total, dtype=torch.bool).tril(total - new)
+        if attention_mask is not None:
+            visible = visible & attention_mask[0]
+        for head, positions in enumerate(kept.get(module.layer_idx, ())):
+            evicted = torch.ones(total, dtype=torch.bool)
+            evicted[positions], evicted[entries:] = False, False
+            visible[head] &= ~evicted
+        query, key, value = (part.double() for part in (query, key, value))
+        key, value, visible = (part.repeat_interleave(group, dim) for part, dim in ((key, 1), (value, 1), (visible, 0)))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
+        return (scores.softmax(-1) @ value).transpose(1, 2).float().contiguous(), None
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=prompt.unsqueeze(0), past_key_values=cache)
+    model.set_attn_implementation(NAME)
+    try:
+        return model(input_ids=said.unsqueeze(0), past_key_values=cache).logits[0]
+    finally:
+        model.set_attn_implementation(before)
