@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.schedule import EvictionSchedule
-from learnkv.cache.storage import DecodeBuffer
+from learnkv.cache.storage import DecodeBuffer, rows_of
 from learnkv.core.adapter import Adapter
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.errors import UserError
@@ -231,7 +231,7 @@ class CompressedCache(Cache):
         self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
         if self.tail_mask is not None:
             self.tail_mask = self.tail_mask[rows.to(self.tail_mask.device)]
-        self.pending, self.token_ids = _rows_of(self.pending, rows), _rows_of(self.token_ids, rows)
+        self.pending, self.token_ids = rows_of(self.pending, rows), rows_of(self.token_ids, rows)
         if self.budgets is not None:
             self.budgets = self.budgets[:, rows.to(self.budgets.device)]
         self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
@@ -295,9 +295,5 @@ class CompressedCache(Cache):
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""
+        self.run_checks()
         return self.layers[layer_idx].kept_positions(row, head)
-
-
-def _rows_of(parts: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows `rows` [B'] of both tensors."""
-    return None if parts is None else (parts[0][rows.to(parts[0].device)], parts[1][rows.to(parts[1].device)])

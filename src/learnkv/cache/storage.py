@@ -178,3 +178,8 @@ class DecodeBuffer:
     def tensors(self) -> list[Tensor]:
         """Both buffers, allocated capacity included."""
         return [self._keys, self._values]
+
+
+def rows_of(parts: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows `rows` [B'] of both tensors."""
+    return None if parts is None else (parts[0][rows.to(parts[0].device)], parts[1][rows.to(parts[1].device)])
