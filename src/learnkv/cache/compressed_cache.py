@@ -12,7 +12,7 @@ from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.plain_layers import refuse_others
 from learnkv.cache.schedule import EvictionSchedule
-from learnkv.cache.storage import DecodeBuffer, pair_rows
+from learnkv.cache.storage import DecodeBuffer, rows_of
 from learnkv.core.adapter import Adapter
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.errors import UserError
@@ -232,7 +232,7 @@ class CompressedCache(Cache):
         self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
         if self.tail_mask is not None:
             self.tail_mask = self.tail_mask[rows.to(self.tail_mask.device)]
-        self.pending, self.token_ids = pair_rows(self.pending, rows), pair_rows(self.token_ids, rows)
+        self.pending, self.token_ids = rows_of(self.pending, rows), rows_of(self.token_ids, rows)
         if self.budgets is not None:
             self.budgets = self.budgets[:, rows.to(self.budgets.device)]
         self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
@@ -296,5 +296,6 @@ class CompressedCache(Cache):
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""
+        self.run_checks()
         layer: CompressedLayer = self.layers[layer_idx]
         return layer.kept_positions(row, head)

@@ -180,6 +180,6 @@ class DecodeBuffer:
         return [self._keys, self._values]
 
 
-def pair_rows(pair: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Rows `rows` [B'] of two tensors [B, ...], None where there are none."""
-    return None if pair is None else (pair[0][rows.to(pair[0].device)], pair[1][rows.to(pair[1].device)])
+def rows_of(parts: tuple[Tensor, Tensor] | None, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows `rows` [B'] of both tensors."""
+    return None if parts is None else (parts[0][rows.to(parts[0].device)], parts[1][rows.to(parts[1].device)])

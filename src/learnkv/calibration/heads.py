@@ -38,8 +38,8 @@ def head_scores(
     for trial in trials:
         count += 1
         cache = prefill(model, trial.context.to(model.device))
-        question, new = trial.question.to(model.device), trial.answer.shape[1]
-        answer = generate(model, question, cache, max_new_tokens=new, do_sample=False, num_beams=1).cpu()
+        question, length = trial.question.to(model.device), trial.answer.shape[1]
+        answer = generate(model, question, cache, max_new_tokens=length, do_sample=False, num_beams=1).cpu()
         if word_f1(tokenizer.decode(answer[0], skip_special_tokens=True), trial.text) <= MIN_F1:
             continue
         prompt = torch.cat([trial.context, trial.question], 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from learnkv.core.component import Component
+from learnkv.core.finite import check_shape, without_nan
 from learnkv.core.observation import Observation
 from learnkv.errors import UserError
 from learnkv.ops.round_to_budget import round_to_budget
@@ -59,7 +60,10 @@ class Allocator(Component, ABC):
         batch, heads, slots = scores.shape
         blank = torch.where(scores[:, :1].isfinite(), 0.0, scores[:, :1]).expand(layers, batch, heads, slots)
         total = torch.round(budget.double() * (layers * heads)).long()
-        return round_to_budget(self(blank, None, budget), entries_of(blank), total, protected_of(blank))
+        wanted = self(blank, None, budget)
+        check_shape(wanted, blank.shape[:3], f"{self.name}: budgets", "[L, B, H]")
+        wanted = without_nan(wanted, f"{self.name}: budgets", [])
+        return round_to_budget(wanted, entries_of(blank), total, protected_of(blank))
 
     def layer(
         self, layer_idx: int, baseline: Tensor, scores: Tensor, features: Tensor | None, earlier: Tensor

@@ -20,6 +20,11 @@ class Component(nn.Module):
         if "__init__" in cls.__dict__:
             cls.__init__ = _recording_arguments(cls.__init__)  # type: ignore[method-assign]
 
+    @property
+    def name(self) -> str:
+        """Name of the class, in messages."""
+        return type(self).__name__
+
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments as plain containers; components become `{class_path, init_args}`."""
         return {name: _plain(value) for name, value in self.__dict__.get("_arguments", {}).items()}

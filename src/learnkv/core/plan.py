@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from learnkv.core.allocator import Baseline
+from learnkv.core.finite import Invalid
 from learnkv.core.scorer import Scores
 from learnkv.ops.select import select
 
@@ -27,6 +28,8 @@ class Plan:
     """Sum of `budgets`, known on the host from the budget alone."""
     raw_scores: Tensor
     """[L, B, H, S] the scores before `Scorer.refine`, by which budgets may have been shared."""
+    invalid: tuple[Invalid, ...] = ()
+    """Heads whose values may not be numbers, on a GPU, where nothing has been raised yet."""
 
     @property
     def kept(self) -> Tensor:

@@ -50,6 +50,10 @@ class _Scores(Scorer):
         return self.scores[layer]
 
     @property
+    def name(self) -> str:
+        return self.base.name
+
+    @property
     def refines(self) -> bool:
         return self.base.refines
 
@@ -65,6 +69,10 @@ class _Features(Allocator):
         self.base = base
         self.static, self.sequential, self.window = base.static, base.sequential, base.window
         self.computed: dict[int, Tensor | None] = {}
+
+    @property
+    def name(self) -> str:
+        return self.base.name
 
     def features(self, obs: Observation) -> Tensor | None:
         blind = replace(obs, keep=None)

@@ -144,6 +144,10 @@ def _with_weights(policy: Policy, state: Mapping[str, Tensor], name: str) -> Pol
     if expected != given:
         key = min(set(expected.items()) ^ set(given.items()))[0]
         raise UserError(f"{name}: weight {key} has shape {given.get(key)}, the policy expects {expected.get(key)}")
+    adapter = {} if policy.adapter is None else dict(policy.adapter.state)
+    for key, weight in [*state.items(), *adapter.items()]:
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"{name}: weight {key} has numbers that are not finite: the training diverged, train again")
     policy.load_state_dict(dict(state))
     return policy.eval().requires_grad_(False)
 

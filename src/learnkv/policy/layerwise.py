@@ -8,6 +8,7 @@ from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.allocator import Allocator
+from learnkv.core.finite import Invalid, check_shape, refuse_invalid, without_nan
 from learnkv.core.observation import Observation
 from learnkv.ops.device import upload
 from learnkv.ops.round_to_budget import round_layer
@@ -24,7 +25,9 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
     def evict(layer_idx: int) -> None:
         totals, protected = policy.totals(cache, keep, budget)
         obs = with_keep(layers[layer_idx].observation(), cache.lengths, totals, len(layers))
+        invalid: list[Invalid] = []
         scores = planner.score(obs, protected).scores
+        scores = without_nan(scores.unsqueeze(0), f"{planner.scorer.name}: scores", invalid, layer_idx)[0]
         if layer_idx == 0:
             cache.adapter = policy.adapter
             cache.schedule = None if policy.online is None else policy.online.schedule_eviction(cache, keep, budget)
@@ -33,6 +36,8 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
         budgets, total = splits[0].layer(layer_idx, obs, scores)
         budgets = budgets.to(scores.device)
         scores = planner.refine(obs, scores, budgets)
+        scores = without_nan(scores.unsqueeze(0), f"{planner.scorer.name}: scores", invalid, layer_idx)[0]
+        cache.checks += (functools.partial(refuse_invalid, invalid),)
         cache.evict(scores.unsqueeze(0), budgets.unsqueeze(0), total, layer_idx, policy.rerotate)
 
     for layer_idx, layer in enumerate(layers):
@@ -70,6 +75,8 @@ class _Split:
         """[L, B, H] int64, exact for the layers that have been read."""
         self.wanted = self.baseline.new_empty(0, *self.baseline.shape[1:], dtype=torch.float64)
         self.features: list[Tensor] = []
+        self.invalid: list[Invalid] = []
+        """Budgets that are not numbers, on a GPU."""
 
     def layer(self, layer_idx: int, obs: Observation, scores: Tensor) -> tuple[Tensor, int]:
         """Budgets [B, H] of layer `layer_idx`, from its observation and scores [B, H, S], and their sum."""
@@ -80,6 +87,9 @@ class _Split:
             self.features.append(new.to(self.device))
         features = torch.stack(self.features) if self.features else None
         wanted = self.allocator.layer(layer_idx, self.baseline, scores.to(self.device), features, self.wanted)
+        name = f"{self.allocator.name}: budgets"
+        check_shape(wanted, scores.shape[:2], name, "[B, H]")
+        wanted = without_nan(wanted.unsqueeze(0), name, self.invalid, layer_idx)[0]
         later = len(self.baseline) - 1 - layer_idx
         earlier = self.wanted.sum((0, 2))
         self.budgets[layer_idx] = round_layer(wanted, earlier, self.left, later, self.entries, self.protected)

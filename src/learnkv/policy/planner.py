@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from learnkv.core.allocator import Allocator, Baseline
+from learnkv.core.finite import Invalid, check_shape, without_nan
 from learnkv.core.observation import Observation
 from learnkv.core.plan import Plan, baseline_of
 from learnkv.core.scorer import Scorer, Scores
@@ -51,15 +52,18 @@ class Planner:
         """
         device, count = observations[0].keys.device, len(observations)
         observations = [with_keep(obs, lengths, totals, count) for obs in observations]
-        layers = [self.score(obs, protected) for obs in observations]
+        layers, invalid = [self.score(obs, protected) for obs in observations], list[Invalid]()
         scores = torch.stack([layer.scores.to(device) for layer in layers])
+        scores = without_nan(scores, f"{self.scorer.name}: scores", invalid)
         if fixed is not None and all(is_fixed):
             budgets = fixed.to(device)
             wanted = budgets.double()
         else:
             features = [layer.to(device) for layer in map(self.allocator.features, observations) if layer is not None]
             stacked = torch.stack(features) if features else None
-            wanted, budgets = self._allocate(scores, stacked, lengths, totals, protected, baseline_of(layers, device))
+            wanted, budgets = self._allocate(
+                scores, stacked, lengths, totals, protected, baseline_of(layers, device), invalid
+            )
             if fixed is not None:
                 rows = upload(is_fixed, device).view(1, -1, 1)
                 budgets = torch.where(rows, fixed.to(device), budgets)
@@ -67,21 +71,27 @@ class Planner:
         if self.scorer.refines:
             refined = [self.refine(*layer) for layer in zip(observations, scores, budgets, strict=True)]
             ranked = torch.stack([layer.to(device) for layer in refined])
-        return Plan(ranked, wanted, budgets, upload(protected, device), sum(totals), scores)
+            ranked = without_nan(ranked, f"{self.scorer.name}: scores", invalid)
+        return Plan(ranked, wanted, budgets, upload(protected, device), sum(totals), scores, tuple(invalid))
 
     def score(self, obs: Observation, protected: Sequence[int]) -> Scores:
         """Scores [B, H, S] of one layer `with_keep`, with protected entries at +inf and absent ones at -inf."""
         per_head = upload(protected, obs.positions.device).view(-1, 1, 1)
         length = obs.length.view(-1, 1, 1)
         always = protected_entries(obs.positions, obs.valid, length, per_head, self.recent, self.sinks)
-        return self.scorer.score(obs).masked(absent=~obs.valid, protected=always)
+        result = self.scorer.score(obs)
+        check_shape(result.scores, obs.valid.shape, f"{self.scorer.name}: scores of layer {obs.layer_idx}", "[B, H, S]")
+        scores = result.scores.masked_fill(result.scores.isinf(), torch.nan)  # infinite ones would count as protected
+        return result._replace(scores=scores).masked(absent=~obs.valid, protected=always)
 
     def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] of one layer that rank within its heads, given their budgets [B, H]."""
         if not self.scorer.refines:
             return scores
         scores, budgets = scores.to(obs.keys.device), budgets.to(obs.keys.device)
-        return torch.where(scores.isfinite(), self.scorer.refine(obs, scores, budgets).float(), scores)
+        refined = self.scorer.refine(obs, scores, budgets).float()
+        check_shape(refined, scores.shape, f"{self.scorer.name}: refined scores of layer {obs.layer_idx}", "[B, H, S]")
+        return torch.where(scores.isfinite(), refined, scores)
 
     def _allocate(
         self,
@@ -91,11 +101,14 @@ class Planner:
         totals: Sequence[int],
         protected: Sequence[int],
         baseline: Baseline | None,
+        invalid: list[Invalid],
     ) -> tuple[Tensor, Tensor]:
         """Entries that the allocator requests [L, B, H], and the integers that spend the budget exactly."""
         entries, spend, at_least = (upload(numbers, scores.device) for numbers in (lengths, totals, protected))
         per_head = spend.to(torch.float64) / (scores.shape[0] * scores.shape[2])
         wanted = self.allocator.split(scores, features, per_head, baseline)
+        check_shape(wanted, scores.shape[:3], f"{self.allocator.name}: budgets", "[L, B, H]")
+        wanted = without_nan(wanted, f"{self.allocator.name}: budgets", invalid)
         exact = round_in_order if self.allocator.sequential else round_to_budget
         return wanted, exact(wanted, entries, spend, at_least)
 

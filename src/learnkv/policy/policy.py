@@ -1,5 +1,6 @@
 """A policy: what a prompt is compressed by, heuristic or learned, at deployment and in training."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from learnkv.cache.eviction import Rerotate
 from learnkv.core.adapter import Adapter
 from learnkv.core.allocator import Allocator
 from learnkv.core.component import Component
+from learnkv.core.finite import refuse_invalid
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.page_selector import PageSelector
 from learnkv.core.plan import Plan
@@ -151,8 +153,8 @@ class Policy(Component):
             raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
         if not spec.statistics | spec.extra_passes <= obs.statistics.keys():
             raise UserError(
-                f"the policy's {type(self.scorer).__name__} reads more of a prompt than keys, values and the last "
-                "queries, or its weights have changed since: hand it to prefill, among policies= or as policy="
+                f"the policy's {self.scorer and self.scorer.name} reads more of a prompt than keys, values and the "
+                "last queries, or its weights have changed since: hand it to prefill, among policies= or as policy="
             )
 
     def compress(
@@ -175,6 +177,7 @@ class Policy(Component):
                 cache.schedule = None if self.online is None else self.online.schedule_eviction(cache, keep, budget)
                 cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
             cache.budgets = plan.budgets
+            cache.checks += (partial(refuse_invalid, plan.invalid),)
         if self.pages is not None:
             self._read_pages(self.pages, cache, keep, budget)
         cache.adapter = self.adapter
@@ -223,6 +226,7 @@ class Policy(Component):
         if self.scorer is None or keep == 1:
             return cache.fork()
         plan = self.plan(cache, keep, budget) if plan is None else plan
+        refuse_invalid(plan.invalid)
         student = cache.fork()
         student.adapter = self.adapter
         if self.online is not None and not soft:

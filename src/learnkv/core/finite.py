@@ -1,0 +1,64 @@
+"""Scores and budgets that are not numbers: found without a host sync on a GPU, raised at the next one."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from learnkv.errors import UserError
+
+
+class Invalid(NamedTuple):
+    """The heads in which a component gave values that are not numbers."""
+
+    heads: Tensor
+    """[L, B, H] True where there is one."""
+    values: str
+    """What is not a number, and of which component."""
+    first: int
+    """Index of the first of these layers."""
+
+
+def without_nan(values: Tensor, name: str, found: list[Invalid], first: int = 0) -> Tensor:
+    """The values [L, B, H] or [L, B, H, S], where on a CPU NaN raises; on a GPU it is noted in `found` and becomes 0.
+
+    Args:
+        name: what the values are, and of which component.
+        first: index of their first layer.
+
+    Raises:
+        UserError: for NaN on a CPU, with component, layer and head.
+    """
+    if values.device.type == "meta":
+        return values
+    heads = values.isnan() if values.ndim == 3 else values.isnan().any(-1)
+    invalid = Invalid(heads, name, first)
+    if values.device.type == "cpu":
+        refuse_invalid([invalid])
+        return values
+    found.append(invalid)
+    return values.masked_fill(values.isnan(), 0)
+
+
+def refuse_invalid(found: Sequence[Invalid]) -> None:
+    """Raise UserError for the first head with values that are not numbers; one host sync.
+
+    Raises:
+        UserError: with component, layer and head.
+    """
+    if not found:
+        return
+    flags = torch.stack([invalid.heads.any() for invalid in found]).tolist()
+    for invalid, flag in zip(found, flags, strict=True):
+        if flag:
+            layer, row, head = invalid.heads.nonzero()[0].tolist()
+            raise UserError(
+                f"{invalid.values} are not finite numbers in layer {invalid.first + layer}, head {head} (row {row})"
+            )
+
+
+def check_shape(values: Tensor, expected: Sequence[int], name: str, letters: str) -> None:
+    """Raise UserError for values of another shape than `expected`, whose dimensions are `letters`."""
+    if tuple(values.shape) != tuple(expected):
+        raise UserError(f"{name}: got shape {list(values.shape)}, expected {letters} = {list(expected)}")

@@ -1,0 +1,180 @@
+"""Scores and budgets that are not numbers, or of a wrong shape, are refused by component, layer and head."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from support.models import attached, policy_for, tokens
+from torch import Tensor
+
+from learnkv import Policy, generate, load_policy, prefill, save_policy
+from learnkv.allocators import AdaKV, LayerByLayer, Uniform
+from learnkv.core import finite
+from learnkv.core.finite import Invalid, refuse_invalid, without_nan
+from learnkv.errors import UserError
+from learnkv.evaluation.sharing import for_one_prompt
+from learnkv.inference.models import describe_model
+from learnkv.scorers import Knorm
+
+
+class Poisoned(Knorm):
+    """Norms of the keys, with one number replaced in one layer, row 1, head 1."""
+
+    def __init__(self, number: float = torch.nan, layer: int = 1) -> None:
+        super().__init__()
+        self.number, self.layer = number, layer
+
+    def forward(self, obs) -> Tensor:
+        scores = super().forward(obs)
+        if obs.layer_idx == self.layer:
+            scores = scores.clone()
+            scores[1, 1, 9] = self.number
+        return scores
+
+
+class Refined(Knorm):
+    """Scores that are not numbers once the budgets are known."""
+
+    def refine(self, obs, scores: Tensor, budgets: Tensor) -> Tensor:
+        return scores * torch.nan if obs.layer_idx == 2 else scores
+
+
+class PoisonedBudgets(Uniform):
+    """Budgets of which one is not a number."""
+
+    static = False
+
+    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
+        wanted = super().forward(scores, features, budget).clone()
+        wanted[2, 0, 1] = torch.nan
+        return wanted
+
+
+class OneNumberPerEntry(Knorm):
+    """Scores without heads."""
+
+    def forward(self, obs) -> Tensor:
+        return super().forward(obs)[:, 0]
+
+
+class OneNumberPerLayer(Uniform):
+    """Budgets of layers instead of heads."""
+
+    static = False
+
+    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
+        return super().forward(scores, features, budget)[..., 0]
+
+
+SCORES = r"^Poisoned: scores are not finite numbers in layer 1, head 1 \(row 1\)$"
+CASES = [
+    (lambda: Policy(Poisoned()), SCORES),
+    (lambda: Policy(Poisoned(), AdaKV()), SCORES),
+    (lambda: Policy(Poisoned(torch.inf), AdaKV()), SCORES),
+    (lambda: Policy(Poisoned(-torch.inf), LayerByLayer(Uniform(), AdaKV())), SCORES),
+    (lambda: Policy(Refined()), r"^Refined: scores are not finite numbers in layer 2, head 0 \(row 0\)"),
+    (
+        lambda: Policy(Knorm(), PoisonedBudgets()),
+        r"^PoisonedBudgets: budgets are not finite .* layer 2, head 1 \(row 0\)",
+    ),
+    (
+        lambda: Policy(OneNumberPerEntry()),
+        r"^OneNumberPerEntry: scores of layer 0: got shape \[2, 30\], expected \[B, H, S\] = \[2, 2, 30\]$",
+    ),
+    (
+        lambda: Policy(Knorm(), OneNumberPerLayer()),
+        r"^OneNumberPerLayer: budgets: got shape \[3, 2\], expected \[L, B, H\] = \[3, 2, 2\]$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "line"), CASES)
+@pytest.mark.parametrize("way", ["compress", "relax", "one-shot", "shared"])
+def test_they_are_refused_where_they_appear(make, line, way):
+    policy, model = make(), attached("llama")
+    with pytest.raises(UserError, match=line):
+        if way == "one-shot":
+            prefill(model, tokens(2, 30), policy=policy, keep=0.4)
+        else:
+            cache = prefill(model, tokens(2, 30), policies=[policy])
+            planned = for_one_prompt(policy) if way == "shared" else policy
+            (planned.relax if way == "relax" else planned.compress)(cache, keep=0.4)
+
+
+def test_scores_of_padding_may_be_anything():
+    class Padding(Knorm):
+        def forward(self, obs) -> Tensor:
+            return super().forward(obs).masked_fill(~obs.valid, torch.nan)
+
+    ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :7] = 0
+    caches = [Policy(s).compress(prefill(attached("llama"), ids, mask), keep=0.4) for s in (Padding(), Knorm())]
+    for layer in range(3):
+        assert torch.equal(*(cache.kept_positions(layer, 0, 1) for cache in caches))
+
+
+def test_decoded_tokens_are_checked_too():
+    policy = Policy(Knorm(), evict_interval=4, decode=Poisoned())
+    cache = policy.compress(prefill(attached("llama"), tokens(2, 30)), keep=0.4)
+    with pytest.raises(UserError, match="^Poisoned: scores are not finite"):
+        generate(attached("llama"), tokens(2, 3), cache, max_new_tokens=9)
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """As on a GPU: nothing is raised at once."""
+
+    def note(values: Tensor, name: str, found: list[Invalid], first: int = 0) -> Tensor:
+        heads = values.isnan() if values.ndim == 3 else values.isnan().any(-1)
+        found.append(Invalid(heads, name, first))
+        return values.masked_fill(values.isnan(), 0)
+
+    for module in ("planner", "layerwise", "online"):
+        monkeypatch.setattr(f"learnkv.policy.{module}.without_nan", note)
+
+
+@pytest.mark.parametrize("make", [make for make, line in CASES if line == SCORES])
+def test_on_a_gpu_they_are_refused_at_the_next_host_sync(make, deferred):
+    model = attached("llama")
+    for use in (
+        lambda cache: cache.spent,
+        lambda cache: generate(model, tokens(2, 3), cache, max_new_tokens=2),
+        lambda cache: generate(model, tokens(2, 3), cache.fork(), max_new_tokens=2, num_beams=2),
+        lambda cache: cache.kept_positions(0, 0, 0),
+    ):
+        for cache in (
+            make().compress(prefill(model, tokens(2, 30)), keep=0.4),
+            prefill(model, tokens(2, 30), policy=make(), keep=0.4),
+        ):
+            with pytest.raises(UserError, match=SCORES):
+                use(cache)
+    with pytest.raises(UserError, match=SCORES):
+        make().relax(prefill(model, tokens(2, 30)), keep=0.4)
+
+
+def test_one_host_sync_for_all_checks_of_a_plan(monkeypatch):
+    found, syncs = [Invalid(torch.zeros(2, 1, 2, dtype=torch.bool), "x", 0)] * 3, []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: syncs.append(1) or tolist(self))
+    refuse_invalid(found)
+    assert len(syncs) == 1
+    assert without_nan(torch.full((1, 1, 1), torch.nan, device="meta"), "x", []).is_meta
+    assert finite.__doc__
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_not_numbers_are_refused_at_load(number, tmp_path):
+    policy, model = copy.deepcopy(policy_for("conditioned", attached("llama"))), attached("llama")
+    _key, weight = next(iter(policy.state_dict().items()))
+    weight.view(-1)[-1] = number
+    folder = save_policy(policy, tmp_path, model=describe_model(model), budgets={0.1: [[0.1] * 2] * 3})
+    with pytest.raises(UserError, match=r"weight .* has numbers that are not finite"):
+        load_policy(folder)
+
+
+def test_infinite_parts_of_a_running_cache_do_not_hold_a_plan():
+    cache = Policy(Knorm()).compress(prefill(attached("llama"), tokens(2, 30)), keep=0.4)
+    assert all(isinstance(check, functools.partial) for check in cache.checks)
+    assert len(cache.spent) == 2
+    assert not cache.checks
