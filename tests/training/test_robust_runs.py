@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -50,7 +51,7 @@ class Failing(Logger):
         pass
 
 
-@pytest.mark.parametrize("where", ["__init__", "log_metrics", "log_hyperparams", "save", "finalize"])
+@pytest.mark.parametrize("where", ["__init__", "log_metrics", "save", "finalize"])
 def test_a_failing_logger_costs_one_line(words, where, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "_wandb_logger", lambda *_: Failing(where))
     words = [word for word in words if not word.startswith(("wandb", "trainer.max_steps"))]
@@ -246,7 +247,9 @@ def test_the_loss_has_one_name_and_rates_norms_and_times_are_logged(words, tmp_p
     assert train([*words, "lora.rank=2"]) == 0
     rows, times = rows_of(run), rows_of(run, "times.csv")
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("step 4/4"))
-    assert f"train/kl {float(rows[-1]['train/kl']):.4f}  train/spent_over_asked " in line
+    assert float(re.search(r"train/kl (\S+)  train/spent_over_asked ", line)[1]) == pytest.approx(
+        float(rows[-1]["train/kl"]), abs=1e-4
+    )
     assert "s/step" in line
     assert "| train/kl |" in (run / "policy" / "README.md").read_text()
     metrics = json.loads((run / "policy" / "manifest.json").read_text())["metrics"]
@@ -295,8 +298,8 @@ def test_arguments_of_the_trainer_that_do_not_fit_are_one_line(words, typed_word
 
 def test_a_run_that_ends_by_time_can_be_resumed(words, tmp_path, capsys):
     words = typed(words, **{"trainer.max_steps": 400})
-    assert train([*words, "trainer.max_time=00:00:00:01", "save_every=1000"]) == 1
-    assert "before a validation; the same command resumes it" in capsys.readouterr().err
+    assert train([*words, "trainer.max_time=00:00:00:01", "save_every=1000"]) == 0
+    assert re.search(r"ended after step \d+ of 400; the same command resumes it", capsys.readouterr().err)
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 

@@ -154,9 +154,9 @@ def _export(trainer: L.Trainer, module: Distillation, run: RunFolder) -> None:
     metrics["parameter_share"] = parameter_share(module.policy, module.model)
     if not trainer.is_global_zero:
         return
+    ended = f"ended after step {trainer.global_step} of {trainer.max_steps}; the same command resumes it"
     if module.budgets is None and not module.policy.allocator.static:
-        step, steps = trainer.global_step, trainer.max_steps
-        raise RunError(f"ended after step {step} of {steps}, before a validation; the same command resumes it")
+        raise RunError(f"{ended} (its budgets are measured by a validation)")
     if module.policy.adapter is not None:
         module.policy.adapter = adapters.current_weights(module.model, module.policy.adapter)
     folder = save_policy(
@@ -170,4 +170,6 @@ def _export(trainer: L.Trainer, module: Distillation, run: RunFolder) -> None:
     pictures.log_policy(trainer, folder)
     with fenced("pictures"):
         pictures.write_pictures(module, run.path)
+    if trainer.global_step < trainer.max_steps:
+        print(ended, file=sys.stderr)
     print(f"policy: {folder}\ncheckpoint: {run.checkpoint}", file=sys.stderr)

@@ -79,7 +79,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, keys: Mapping[str, Any]) 
     _silence()
     try:
         return L.Trainer(**{**given, **fixed})
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from None
 
 

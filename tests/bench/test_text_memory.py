@@ -1,0 +1,13 @@
+"""Tokenising a text needs memory that does not grow with its documents."""
+
+import pytest
+
+from benchmarks import text_memory
+
+
+@pytest.mark.slow
+def test_memory_is_bounded(capsys):
+    peaks = text_memory.main(["--megabytes", "8"])
+    assert set(peaks) == {f"{kind}{how}" for kind in text_memory.KINDS for how in ("", " streamed")}
+    assert max(peaks.values()) < 400  # 8 MB that are tokenised at once need more than a gigabyte
+    assert capsys.readouterr().out.count("windows: peak") == len(peaks)
