@@ -199,7 +199,7 @@ def test_only_prompts_that_every_policy_finished_are_compared(loaded, tmp_path):
 
 
 def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded, tmp_path):
-    """Another seed gives prompts of the same task, length and number: the full cache's samples are those of the last."""
+    """Another seed gives prompts of the same task, length and number: the full cache has the last one's."""
     first, second = text_prompts(4)[:2], [replace(prompt, index=i) for i, prompt in enumerate(text_prompts(4)[1:3])]
     compare(loaded, first, tmp_path, ("snapkv",))
     compare(loaded, second, tmp_path, ("adakv",))

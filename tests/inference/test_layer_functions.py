@@ -127,7 +127,7 @@ def test_a_norm_after_rotation_is_refused_when_it_matters(monkeypatch):
     assert kept(model, load_policy("snapkv"))[1].isfinite().all()
     for policy in (*map(load_policy, ROTATING), Policy(StreamingLLM(), rerotate="start")):
         with pytest.raises(
-            UserError, match="LlamaAttention: queries and keys before rotation are not known: .* no rotation"
+            UserError, match=r"LlamaAttention: queries and keys before rotation are not known: .* no rotation"
         ):
             kept(model, policy)
 

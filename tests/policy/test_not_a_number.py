@@ -93,13 +93,17 @@ CASES = [
 @pytest.mark.parametrize("way", ["compress", "relax", "one-shot", "shared"])
 def test_they_are_refused_where_they_appear(make, line, way):
     policy, model = make(), attached("llama")
-    with pytest.raises(UserError, match=line):
+
+    def plan() -> None:
         if way == "one-shot":
             prefill(model, tokens(2, 30), policy=policy, keep=0.4)
-        else:
-            cache = prefill(model, tokens(2, 30), policies=[policy])
-            planned = for_one_prompt(policy) if way == "shared" else policy
-            (planned.relax if way == "relax" else planned.compress)(cache, keep=0.4)
+            return
+        cache = prefill(model, tokens(2, 30), policies=[policy])
+        planned = for_one_prompt(policy) if way == "shared" else policy
+        (planned.relax if way == "relax" else planned.compress)(cache, keep=0.4)
+
+    with pytest.raises(UserError, match=line):
+        plan()
 
 
 def test_scores_of_padding_may_be_anything():
@@ -117,7 +121,7 @@ def test_scores_of_padding_may_be_anything():
 def test_decoded_tokens_are_checked_too():
     policy = Policy(Knorm(), evict_interval=4, decode=Poisoned())
     cache = policy.compress(prefill(attached("llama"), tokens(2, 30)), keep=0.4)
-    with pytest.raises(UserError, match="^Poisoned: scores are not finite"):
+    with pytest.raises(UserError, match=r"^Poisoned: scores are not finite"):
         generate(attached("llama"), tokens(2, 3), cache, max_new_tokens=9)
 
 

@@ -230,8 +230,7 @@ class CompressedCache(Cache):
     def _select_rows(self, rows: Tensor) -> None:
         self.decode_loop = None
         self.prompt_lengths = [self.prompt_lengths[int(row)] for row in rows] if self.prompt_lengths else []
-        if self.tail_mask is not None:
-            self.tail_mask = self.tail_mask[rows.to(self.tail_mask.device)]
+        self.tail_mask = None if self.tail_mask is None else self.tail_mask[rows.to(self.tail_mask.device)]
         self.pending, self.token_ids = rows_of(self.pending, rows), rows_of(self.token_ids, rows)
         if self.budgets is not None:
             self.budgets = self.budgets[:, rows.to(self.budgets.device)]

@@ -15,7 +15,8 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.layer import CompressedLayer
 from learnkv.errors import UserError
 from learnkv.inference import moving_rope
-from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer, embeddings_of, named_arguments
+from learnkv.inference.layer_arguments import embeddings_of, named_arguments
+from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer
 from learnkv.inference.passes import EMBEDDINGS, NAME, CheckedInputs, begin_pass, end_pass
 
 _PREPARE = "prepare_inputs_for_generation"
@@ -51,9 +52,8 @@ def compressed_attention(
     if cache_layer is not None:
         cache_layer.confirm(type(module).__name__, key, value)
         if attention_mask is not None and attention_mask.dtype != torch.bool:
-            raise UserError(
-                f"{type(module).__name__}: attention mask of type {attention_mask.dtype}: expected the boolean one of sdpa"
-            )
+            found = f"attention mask of type {attention_mask.dtype}"
+            raise UserError(f"{type(module).__name__}: {found}: expected the boolean one of sdpa")
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:

@@ -1,6 +1,5 @@
 """Rotation and output projection of an attention layer, found by applying the layer to known inputs."""
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from transformers import DynamicCache
 
 from learnkv.core.observation import Embeddings
 from learnkv.errors import UserError
+from learnkv.inference.layer_arguments import embeddings_of
 from learnkv.ops.rotary import Layout, Rotary
 
 CONVENTION = "_learnkv_rotation"
@@ -252,20 +252,6 @@ class _NoCache(DynamicCache):
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
-
-
-def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a layer's forward pass by name."""
-    if not args:
-        return kwargs
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def embeddings_of(given: dict[str, Any]) -> Embeddings | None:
-    """The rotary embeddings among a layer's arguments."""
-    embeddings: Any = given.get("position_embeddings")
-    return (embeddings,) if isinstance(embeddings, Tensor) else embeddings
 
 
 def _candidates(example: Embeddings, dim: int) -> Iterator[Convention]:
