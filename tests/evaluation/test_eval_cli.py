@@ -1,31 +1,36 @@
 """`eval.py` as it is typed: what it writes, how it goes on, and its one line for bad input."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from support.commands import eval
 
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.evaluation import runner
 
 ROW = {"policy", "task", "length", "setting", "keep", "spent", "bytes", "bytes_full", "n", "score", "score_full", "kl"}
 
 
 @pytest.fixture
-def words(model_folder, text_file, tmp_path):
+def words(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
     common = [f"model={model_folder}", f"text={text_file}", f"output={tmp_path / 'run'}", "lengths=64", "samples=3"]
     return [*common, "tasks=text", "keep=0.5,0.2"]
 
 
-def results(tmp_path):
+def results(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "results.json").read_text())
 
 
-def values(tmp_path):
+def values(tmp_path: Path) -> dict[tuple[str, float], float]:
     return {(row["policy"], row["keep"]): row["kl"] for row in results(tmp_path)["rows"]}
 
 
-def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
+def test_policies_of_every_kind_in_one_run(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("scorer: {class_path: learnkv.scorers.Knorm}\nsinks: 2\n")
     assert eval([*words, "--ckpt", "snapkv", "--ckpt", "full", str(mine)]) == 0
@@ -51,12 +56,14 @@ def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
     assert "results.md" in capsys.readouterr().out
 
 
-def test_baselines_are_compared_after_the_policies_of_ckpt(words, tmp_path):
+def test_baselines_are_compared_after_the_policies_of_ckpt(words: list[str], tmp_path: Path) -> None:
     assert eval([*words, "--ckpt", "knorm", "baselines=extra_passes,knorm,random,-kvzip", "samples=1"]) == 0
     assert list(dict.fromkeys(row["policy"] for row in results(tmp_path)["rows"])) == ["full", "knorm", "random"]
 
 
-def test_the_resolved_config_alone_repeats_the_run(words, tmp_path, monkeypatch):
+def test_the_resolved_config_alone_repeats_the_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert eval([*words, "--ckpt", "snapkv"]) == 0
     first = values(tmp_path)
     monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
@@ -65,10 +72,12 @@ def test_the_resolved_config_alone_repeats_the_run(words, tmp_path, monkeypatch)
     assert values(tmp_path) == first
 
 
-def test_an_interrupted_run_leaves_a_report_and_goes_on(words, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_a_report_and_goes_on(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain, calls = runner.prefill, []
 
-    def stops(*given, **options):
+    def stops(*given: Any, **options: Any) -> CompressedCache:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -86,11 +95,13 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(words, tmp_path, monkeyp
     assert {(row["policy"], row["keep"]): row["kl"] for row in whole} == resumed
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert eval([*words, "--ckpt", "snapkv", "samples=1"]) == 0
     before = (tmp_path / "run" / "samples.jsonl").read_text()
 
-    def full(self, records):
+    def full(self: Any, records: list[dict[str, Any]]) -> None:
         raise OSError(28, "No space left on device", str(self.path))
 
     monkeypatch.setattr(runner.Store, "add", full)
@@ -119,14 +130,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch,
         ("config=missing", "config=missing: expected a YAML file or one of"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, capsys, word, line):
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], capsys: pytest.CaptureFixture[str], word: str, line: str
+) -> None:
     assert eval([*words, "--ckpt", "snapkv", word]) == 2
     said = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     assert len(said) == 1
     assert line in said[0]
 
 
-def test_no_arguments_are_told_what_is_expected(capsys):
+def test_no_arguments_are_told_what_is_expected(capsys: pytest.CaptureFixture[str]) -> None:
     assert eval([]) == 2
     assert (
         "expected config=NAME|PATH or key=value; names: method_comparison, quickstart, ruler, text"
@@ -134,7 +147,9 @@ def test_no_arguments_are_told_what_is_expected(capsys):
     )
 
 
-def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):
+def test_two_policies_of_one_name_are_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.yaml").write_text("scorer: {class_path: learnkv.scorers.Knorm}\n")

@@ -5,7 +5,7 @@ import torch
 from learnkv.inference.sampling import Sampling, next_token
 
 
-def test_drawing_is_what_torch_draws():
+def test_drawing_is_what_torch_draws() -> None:
     logits = torch.randn(400, 97, generator=torch.Generator().manual_seed(1)) * 3
     how = Sampling(do_sample=True, temperature=1.3, seeded=True)
     ours, largest = next_token(logits, how, torch.Generator().manual_seed(2))
