@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ POLICIES = [path.stem for path in sorted((CONFIGS / "policies").glob("*.yaml"))]
 
 
 @functools.cache
-def model():
+def model() -> Any:
     return attach(load_model("reference")[0])
 
 
@@ -27,9 +28,10 @@ class Trace(TorchDispatchMode):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype, self.found = dtype, []
+        self.dtype = dtype
+        self.found: list[Any] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._has(result) and not self._has((args, kwargs)):
             self.found.append(str(func))
@@ -67,7 +69,7 @@ def expected(name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", [*POLICIES, "reference"])
-def test_no_tensor_of_the_default_dtype_appears(name, bfloat16):
+def test_no_tensor_of_the_default_dtype_appears(name: Any, bfloat16: Any) -> None:
     with Trace(torch.bfloat16) as trace:
         results(name)
     assert not trace.found
@@ -77,7 +79,7 @@ def test_no_tensor_of_the_default_dtype_appears(name, bfloat16):
 @pytest.mark.parametrize(
     "name", ["snapkv", "adakv", "restkv", "criticalkv", "kvzip", "rkv", "triattention", "reference"]
 )
-def test_results_are_the_same(name, dtype):
+def test_results_are_the_same(name: Any, dtype: Any) -> None:
     right = expected(name)
     torch.set_default_dtype(dtype)
     try:

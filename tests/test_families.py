@@ -2,7 +2,9 @@
 
 import copy
 import functools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.compat
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[Any]:
     with torch.no_grad():
         yield
 
@@ -36,11 +38,11 @@ plain = functools.cache(families.build)
 
 
 @functools.cache
-def attached(name):
+def attached(name: Any) -> Any:
     return attach(families.build(name))
 
 
-def supported(name):
+def supported(name: Any) -> Any:
     """The family, None for one that is refused by name: `tried` lets no other error of ours pass."""
     family = families.tried(name)
     return family if family.supported else None
@@ -55,7 +57,7 @@ every_family = pytest.mark.parametrize("name", families.NAMES)
 
 
 @every_family
-def test_everything_is_kept_as_transformers_keeps_it(name):
+def test_everything_is_kept_as_transformers_keeps_it(name: Any) -> None:
     if supported(name) is None:
         return
     model, ours = plain(name), attached(name)
@@ -74,7 +76,7 @@ def test_everything_is_kept_as_transformers_keeps_it(name):
 
 
 @every_family
-def test_evicted_entries_are_masked_ones(name):
+def test_evicted_entries_are_masked_ones(name: Any) -> None:
     if supported(name) is None:
         return
     ours, policy = attached(name), Policy(SnapKV(window=8), AdaKV())
@@ -89,7 +91,7 @@ def test_evicted_entries_are_masked_ones(name):
 
 
 @every_family
-def test_keys_are_rotated_as_the_layer_rotates_them(name):
+def test_keys_are_rotated_as_the_layer_rotates_them(name: Any) -> None:
     """Its own code, in double precision, from the hidden states of the kept tokens and embeddings of new positions."""
     policy = Policy(StreamingLLM(sinks=3), sinks=0, recent=0, rerotate="start")
     if (family := supported(name)) is None:
@@ -112,7 +114,7 @@ def test_keys_are_rotated_as_the_layer_rotates_them(name):
 
 
 @every_family
-def test_expected_attention_is_that_of_the_layers_own_queries(name):
+def test_expected_attention_is_that_of_the_layers_own_queries(name: Any) -> None:
     scorer = ExpectedAttention(future=FUTURE, sinks=SINKS)
     if (family := supported(name)) is None:
         return
@@ -133,14 +135,14 @@ def test_expected_attention_is_that_of_the_layers_own_queries(name):
 class OwnLayer:
     """An attention layer of transformers in float64, applied to hidden states at positions."""
 
-    def __init__(self, model, module) -> None:
+    def __init__(self, model: Any, module: Any) -> None:
         self.model, self.module = model, module
         self.double = copy.deepcopy(module).double()
         self.hidden = self.arguments(torch.arange(SPLIT), IDS[:, :SPLIT])["hidden_states"].double()
 
-    def arguments(self, positions: Tensor, ids: Tensor | None = None) -> dict:
+    def arguments(self, positions: Tensor, ids: Tensor | None = None) -> dict[str, Any]:
         """What the layer is called with for tokens at `positions`."""
-        calls: list[dict] = []
+        calls: list[dict[str, Any]] = []
         handle = self.module.register_forward_pre_hook(
             lambda module, args, kwargs: calls.append(families.by_name(module, args, kwargs)), with_kwargs=True
         )
@@ -149,7 +151,7 @@ class OwnLayer:
         handle.remove()
         return calls[0]
 
-    def __call__(self, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, hidden: Tensor, positions: Tensor | None) -> tuple[Tensor, ...]:
         """Queries, keys and values [1, N, T, D]; without rotation for positions None."""
         count = hidden.shape[1]
         arguments = self.arguments(torch.arange(count) if positions is None else positions)
@@ -162,7 +164,7 @@ class OwnLayer:
             arguments["position_embeddings"] = torch.ones_like(embeddings)
         taken: list[Tensor] = []
 
-        def take(module, query, key, value, *_, **__):
+        def take(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
             taken.extend((query, key, value))
             return query.transpose(1, 2), None
 
@@ -206,6 +208,6 @@ def layers_of(name: str) -> dict[int, OwnLayer]:
 
 
 @pytest.mark.skipif(not PINNED, reason="the page is that of the transformers in constraints.txt")
-def test_the_page_is_up_to_date():
+def test_the_page_is_up_to_date() -> None:
     assert families.PAGE.read_text(encoding="utf-8") == families.page(), "run python -m tools.families --write"
     assert sum(families.tried(name).supported for name in families.NAMES) >= 50

@@ -9,6 +9,7 @@ import os
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import originals
@@ -18,9 +19,9 @@ FOLDER = Path(os.environ.get("LEARNKV_GOLDEN", Path(__file__).resolve().parent /
 DATA = (".json", ".npz", ".npy", ".tsv")
 
 
-def collected(kind: str) -> dict:
+def collected(kind: str) -> dict[str, Any]:
     """Checks by prefix of all modules of `originals`."""
-    checks: dict = {}
+    checks: dict[str, Any] = {}
     for module in pkgutil.iter_modules(originals.__path__, "support.originals."):
         theirs = getattr(importlib.import_module(module.name), kind, {})
         assert not theirs.keys() & checks.keys(), f"{module.name}: a family that another module checks already"
@@ -37,7 +38,7 @@ def family_of(name: str) -> str | None:
     return max(fits, key=len, default=None)
 
 
-def found(folder: Path) -> Iterator:
+def found(folder: Path) -> Iterator[Any]:
     """One pytest parameter (file, name in the folder, case number) per case; number None for a file without cases."""
     for path in sorted(path for path in folder.rglob("*") if path.suffix in DATA):
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -51,12 +52,12 @@ def found(folder: Path) -> Iterator:
             yield pytest.param(path, name, None, id=path.relative_to(folder).as_posix())
 
 
-def test_the_folder_holds_golden_files():
+def test_the_folder_holds_golden_files() -> None:
     assert list(found(FOLDER)), f"{FOLDER} holds no golden file"
 
 
 @pytest.mark.parametrize("file", ["strange_mha101.npz", "strange_mha101.json", "curve.npy", "strange_s1/config.json"])
-def test_a_file_of_an_unknown_family_fails(file, tmp_path):
+def test_a_file_of_an_unknown_family_fails(file: str, tmp_path: Path) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("{}")
     (unknown,) = found(tmp_path)
@@ -65,7 +66,7 @@ def test_a_file_of_an_unknown_family_fails(file, tmp_path):
 
 
 @pytest.mark.parametrize(("file", "text"), [("adakv_mha101.npz", ""), ("adakv_mha101.json", "{}")])
-def test_a_file_without_its_cases_fails(file, text, tmp_path):
+def test_a_file_without_its_cases_fails(file: str, text: str, tmp_path: Path) -> None:
     (tmp_path / file).write_text(text)
     (bare,) = found(tmp_path)
     with pytest.raises(AssertionError, match=r"no cases beside the data"):
@@ -73,7 +74,7 @@ def test_a_file_without_its_cases_fails(file, text, tmp_path):
 
 
 @pytest.mark.parametrize(("path", "name", "number"), list(found(FOLDER)))
-def test_golden(path, name, number):
+def test_golden(path: Path, name: str, number: int | None) -> None:
     family = family_of(name)
     assert family is not None, f"{name}: no check for a file of this family"
     if family in FILES:

@@ -1,5 +1,7 @@
 """What must hold whatever the model: reading in chunks, padding, batches, eviction and masking compute the same."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.models import (
@@ -19,10 +21,12 @@ from support.models import (
     read,
     tokens,
 )
+from torch import Tensor
 from transformers import DynamicCache
 
-from learnkv import continuation, load_policy, prefill
+from learnkv import CompressedCache, continuation, load_policy, prefill
 from learnkv.errors import UserError
+from learnkv.policy.policy import Policy
 
 pytestmark = pytest.mark.compat
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -30,12 +34,12 @@ every_policy = pytest.mark.parametrize("name", HEURISTICS + LEARNED)
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
-def untouched(family, ids):
+def untouched(family: str, ids: Tensor) -> Tensor:
     """Logits [B, T, V] of the untouched model."""
     model = plain(family)
     return model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits
@@ -43,7 +47,7 @@ def untouched(family, ids):
 
 @every_family
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])
-def test_keeping_everything_is_the_full_cache(family, chunk_size):
+def test_keeping_everything_is_the_full_cache(family: str, chunk_size: int | None) -> None:
     ids, model = tokens(2, 60), attached(family)
     whole = untouched(family, ids)
     cache = prefill(model, ids[:, :30], chunk_size=chunk_size)
@@ -55,7 +59,7 @@ def test_keeping_everything_is_the_full_cache(family, chunk_size):
     assert_logits_close(continuation(model, ids[:, 30:], load_policy("full").compress(cache, keep=0.1)), whole[:, 30:])
 
 
-def check_masking(family, name, keep):
+def check_masking(family: str, name: str, keep: float) -> CompressedCache:
     """Continuations of 1, 2, 24 and 64 tokens of left-padded rows, against each row alone with a dense mask."""
     model, policy = attached(family), policy_for(name, attached(family))
     prompts = [tokens(1, length, seed=1)[0] for length in (70, 41)]
@@ -71,18 +75,18 @@ def check_masking(family, name, keep):
 
 @every_family
 @pytest.mark.parametrize("name", ["adakv", "tokens"])
-def test_evicting_is_masking_in_every_family(family, name):
+def test_evicting_is_masking_in_every_family(family: str, name: str) -> None:
     cache = check_masking(family, name, 0.3)
     assert cache.budgets.unique().numel() > 1  # ragged
 
 
 @every_policy
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_evicting_is_masking_under_every_policy(family, name):
+def test_evicting_is_masking_under_every_policy(family: str, name: str) -> None:
     check_masking(family, name, 0.15)
 
 
-def test_the_oracle_sees_a_difference_when_one_entry_is_kept_more():
+def test_the_oracle_sees_a_difference_when_one_entry_is_kept_more() -> None:
     prompt, said = tokens(1, 40)[0], tokens(1, 5)[0]
     cache = load_policy("snapkv").compress(prefill(attached("llama"), prompt[None]), keep=0.3)
     mask = kept_mask(cache, 0)
@@ -95,7 +99,7 @@ def test_the_oracle_sees_a_difference_when_one_entry_is_kept_more():
     ("family", "chunk_size"),
     [("llama", 1), ("gemma3", 1), *((family, size) for family in FAMILIES for size in (9, 40))],
 )
-def test_reading_in_chunks_is_reading_at_once(family, chunk_size):
+def test_reading_in_chunks_is_reading_at_once(family: str, chunk_size: int) -> None:
     model, prompts = attached(family), [tokens(1, length, seed=3)[0] for length in (67, 20)]
     whole, parts = (read(model, *padded(prompts), chunk_size=size) for size in (None, chunk_size))
     for one, other in zip(whole.compressed_layers(), parts.compressed_layers(), strict=True):
@@ -108,13 +112,15 @@ def test_reading_in_chunks_is_reading_at_once(family, chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", [4, 16, 31, 32])
-def test_prompts_without_padding_are_read_in_chunks_of_any_length(chunk_size):
+def test_prompts_without_padding_are_read_in_chunks_of_any_length(chunk_size: int) -> None:
     model, ids = attached("llama"), tokens(2, 33)
     whole, parts = (prefill(model, ids, chunk_size=size) for size in (None, chunk_size))
     check_same_plan(policy_for("adakv", model), whole, [0, 1], parts, [0, 1])
 
 
-def check_same_plan(policy, one, rows, other, other_rows):
+def check_same_plan(
+    policy: Policy, one: CompressedCache, rows: list[int], other: CompressedCache, other_rows: list[int]
+) -> None:
     """The same scores and kept entries in rows of two caches, whose padding may differ."""
     plans = [policy.plan(cache.fork(), keep=0.25) for cache in (one, other)]
     small = [policy.compress(cache.fork(), keep=0.25) for cache in (one, other)]
@@ -128,7 +134,7 @@ def check_same_plan(policy, one, rows, other, other_rows):
 
 @every_policy
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_left_padded_row_is_planned_as_alone(family, name):
+def test_a_left_padded_row_is_planned_as_alone(family: str, name: str) -> None:
     model, prompts = attached(family), [tokens(1, length, seed=4)[0] for length in (61, 50, 33, 17)]
     together = read(model, *padded(prompts))
     assert together.prompt_lengths == [61, 50, 33, 17]
@@ -137,7 +143,7 @@ def test_a_left_padded_row_is_planned_as_alone(family, name):
 
 
 @every_family
-def test_a_left_padded_row_continues_as_alone(family):
+def test_a_left_padded_row_continues_as_alone(family: str) -> None:
     model, policy = attached(family), policy_for("adakv", attached(family))
     prompts, said = [tokens(1, length, seed=5)[0] for length in (55, 19)], tokens(2, 9, seed=6)
     ids, mask = padded(prompts)
@@ -151,11 +157,11 @@ def test_a_left_padded_row_continues_as_alone(family):
 
 
 @every_family
-def test_live_caches_do_not_know_each_other(family):
+def test_live_caches_do_not_know_each_other(family: str) -> None:
     model, prompts, said = attached(family), [tokens(1, n, seed=7) for n in (48, 31)], tokens(1, 12, seed=8)
     policies = [policy_for("adakv", model), policy_for("streaming_llm", model)]
 
-    def alone(which):
+    def alone(which: int) -> Tensor:
         cache = policies[which].compress(prefill(model, prompts[which]), keep=0.3)
         return torch.cat([continuation(model, one, cache) for one in said.split(1, 1)], 1)
 
@@ -175,7 +181,7 @@ def test_live_caches_do_not_know_each_other(family):
 
 @every_family
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_questions_of_different_lengths_continue_as_alone(family, side):
+def test_questions_of_different_lengths_continue_as_alone(family: str, side: str) -> None:
     model, policy = attached(family), policy_for("snapkv", attached(family))
     size = 4 if family == "gemma3" else 15  # all within the window of the sliding layers
     prompts = [tokens(1, length, seed=10)[0] for length in (2 * size, 3 * size, 2 * size + 1)]
@@ -190,7 +196,7 @@ def test_questions_of_different_lengths_continue_as_alone(family, side):
         assert_logits_close(logits[1][row], continuation(model, more[row : row + 1], alone)[0])
 
 
-def test_gaps_that_a_sliding_layer_would_count_are_refused():
+def test_gaps_that_a_sliding_layer_would_count_are_refused() -> None:
     model, (ids, mask) = attached("gemma3"), padded([tokens(1, 5)[0], tokens(1, 2)[0]], "right")
     cache = prefill(model, tokens(2, WINDOW))
     continuation(model, ids, cache, mask)  # nothing follows the padding yet
@@ -199,7 +205,7 @@ def test_gaps_that_a_sliding_layer_would_count_are_refused():
 
 
 @every_family
-def test_a_relaxed_cache_computes_what_is_deployed(family):
+def test_a_relaxed_cache_computes_what_is_deployed(family: str) -> None:
     model, ids, said = attached(family), tokens(2, 45, seed=13), tokens(2, 20, seed=14)
     for name in ("snapkv", "budgets"):
         policy, whole = policy_for(name, model), prefill(model, ids)

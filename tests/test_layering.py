@@ -139,12 +139,12 @@ def faults(file: str, found: tuple[Import, ...]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_imports_run_down_only(file):
+def test_imports_run_down_only(file: str) -> None:
     assert not list(faults(file, imports_of(file)))
 
 
 @pytest.mark.parametrize("file", ["train.py", "eval.py"])
-def test_entry_points_at_the_root_are_thin(file):
+def test_entry_points_at_the_root_are_thin(file: str) -> None:
     source = (ROOT / file).read_text(encoding="utf-8")
     assert len(source.splitlines()) < 40
     assert {part(found.module) for found in imports(source, file)} == {"cli", "sys"}
@@ -175,7 +175,7 @@ def test_entry_points_at_the_root_are_thin(file):
         ("ops/select/triton.py", "from . import reference", "never imports the reference"),
     ],
 )
-def test_each_rule_finds_its_breach(file, source, word):
+def test_each_rule_finds_its_breach(file: str, source: str, word: str) -> None:
     found = list(faults(file, tuple(imports(source, file))))
     assert len(found) == 1
     assert word in found[0]
@@ -196,11 +196,11 @@ def test_each_rule_finds_its_breach(file, source, word):
         ("cli/main.py", "from learnkv.training.module import Distillation\nfrom learnkv.evaluation import report"),
     ],
 )
-def test_what_the_house_allows_is_no_breach(file, source):
+def test_what_the_house_allows_is_no_breach(file: str, source: str) -> None:
     assert not list(faults(file, tuple(imports(source, file))))
 
 
-def test_the_library_needs_little():
+def test_the_library_needs_little() -> None:
     """What a machine for measurements may lack (a parser for command lines, Lightning, data sets) is not imported."""
     assert needed_by("__init__.py") == {"numpy", "torch", "transformers", "safetensors", "yaml"}
     assert "lightning" in needed_by("training/run.py")
@@ -245,14 +245,14 @@ def file_of(module: str) -> str | None:
     return None
 
 
-def test_there_is_no_circle():
+def test_there_is_no_circle() -> None:
     """Files that import each other; imports for type checkers and within functions count."""
     modules = {file: [found.module for found in imports_of(file) if part(found.module) in HEIGHT] for file in FILES}
     arrows = {file: {there for name in names if (there := file_of(name))} for file, names in modules.items()}
     assert circles(arrows) == []
 
 
-def test_a_circle_is_found():
+def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a", "d"}, "e": {"d"}}) == [["a", "b", "c"], ["d"]]
 
 
@@ -263,7 +263,7 @@ MEASURING = [
 ]
 
 
-def test_measuring_needs_little():
+def test_measuring_needs_little() -> None:
     """A machine with a GPU has torch, triton, transformers, numpy and pytest; other things are done elsewhere."""
     allowed = {"torch", "triton", "transformers", "numpy", "pytest", "learnkv", "benchmarks", "support"}
     elsewhere = {
@@ -280,7 +280,7 @@ def test_measuring_needs_little():
         assert not needed, f"{path}: {', '.join(sorted(needed))}"
 
 
-def test_no_file_over_300_lines_but_kernels():
+def test_no_file_over_300_lines_but_kernels() -> None:
     ours = [ROOT / "train.py", ROOT / "eval.py", *MEASURING, *PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
     kernels = set(PACKAGE.glob("ops/*/triton.py"))
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text().splitlines()) for path in ours}

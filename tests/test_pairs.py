@@ -1,14 +1,17 @@
 """What holds for every scorer with every allocator: any two of them make a policy."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 from support.components import ALLOCATORS, KNOWS_ITS_HEAD, SCORERS, build
 from support.models import assert_kept_alike, assert_logits_close, attached, kept_mask, padded, tokens
 from support.models import build as build_model
+from transformers import PreTrainedModel
 
 from learnkv import CompressedCache, Policy, attach, continuation, prefill
+from learnkv.allocators import Allocator
 from learnkv.scorers import Constant, Scorer
 
 KEEP, SHAPE = 0.35, (3, 2, 2, 16, 48)
@@ -20,17 +23,17 @@ PAIRS = [pytest.param(one, other, id=f"{one.__name__}-{other.__name__}") for one
 
 
 @functools.cache
-def policy_of(scorer: type, allocator: type) -> Policy:
+def policy_of(scorer: type[Scorer], allocator: type[Allocator]) -> Policy:
     return Policy(scorer_of(scorer), build(allocator, *SHAPE), sinks=2, recent=3)
 
 
 @functools.cache
-def scorer_of(cls: type) -> Scorer:
+def scorer_of(cls: type[Scorer]) -> Scorer:
     return build(cls, *SHAPE)
 
 
 @functools.cache
-def swapped_model():
+def swapped_model() -> PreTrainedModel:
     """The same function of a prompt with the two kv heads of every layer in each other's place."""
     model = build_model("llama")
     for layer in model.model.layers:
@@ -65,7 +68,7 @@ def masked(cache: CompressedCache, small: CompressedCache) -> CompressedCache:
 
 
 @pytest.mark.parametrize(("scorer", "allocator"), PAIRS)
-def test_any_two_make_a_policy(scorer, allocator):
+def test_any_two_make_a_policy(scorer: type[Any], allocator: type[Any]) -> None:
     policy, cache = policy_of(scorer, allocator), read("together")
     plan = policy.plan(cache.fork(), keep=KEEP)
     small = policy.compress(cache.fork(), keep=KEEP)

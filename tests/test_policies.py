@@ -1,5 +1,7 @@
 """The heuristics as users name them."""
 
+from typing import Any
+
 import pytest
 import yaml
 
@@ -65,13 +67,13 @@ SHIPPED = {path.stem: path for path in (CONFIGS / "policies").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", MADE_OF)
-def test_a_heuristic_is_made_of_what_its_name_says(name):
+def test_a_heuristic_is_made_of_what_its_name_says(name: str) -> None:
     policy = load_policy(name)
     assert (type(policy.scorer), type(policy.allocator)) == MADE_OF[name]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_heuristic_has_nothing_to_train_and_is_what_its_yaml_says(name):
+def test_a_heuristic_has_nothing_to_train_and_is_what_its_yaml_says(name: str) -> None:
     policy = load_policy(name)
     assert not list(policy.parameters())
     assert (policy.sinks, policy.recent) == (4, 8)
@@ -79,7 +81,7 @@ def test_a_heuristic_has_nothing_to_train_and_is_what_its_yaml_says(name):
     assert within(spec, policy.spec())
 
 
-def within(typed, built):
+def within(typed: float | str | dict[str, Any], built: float | str | dict[str, Any]) -> bool:
     """Whether what a YAML says is part of what was built."""
     if isinstance(typed, dict):
         return typed.keys() <= built.keys() and all(within(value, built[key]) for key, value in typed.items())
@@ -87,11 +89,11 @@ def within(typed, built):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_first_line_of_a_yaml_says_what_the_method_is(name):
+def test_the_first_line_of_a_yaml_says_what_the_method_is(name: str) -> None:
     assert SHIPPED[name].read_text().startswith("# ")
 
 
-def test_comparisons_differ_in_one_thing_only():
+def test_comparisons_differ_in_one_thing_only() -> None:
     """Budgets are compared on the same scores, and the pyramid leaves out what the policy protects."""
     snapkv, pyramidkv, adakv = (load_policy(name) for name in ("snapkv", "pyramidkv", "adakv"))
     assert snapkv.scorer.spec() == pyramidkv.scorer.spec() == adakv.scorer.spec()

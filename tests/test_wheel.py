@@ -27,7 +27,7 @@ def python(*arguments: str, cwd: Path, path: str) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout, unpacked."""
     built, unpacked = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("unpacked")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(built)]
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_wheel_holds_the_package_and_the_configs_byte_for_byte(wheel):
+def test_wheel_holds_the_package_and_the_configs_byte_for_byte(wheel: Path) -> None:
     package = contents(ROOT / "src" / "learnkv")
     configs = {f"configs/{name}": data for name, data in contents(ROOT / "configs").items()}
     assert {"py.typed", "reference/model/config.json", "reference/model/model.safetensors"} <= package.keys()
@@ -52,13 +52,13 @@ def test_wheel_holds_the_package_and_the_configs_byte_for_byte(wheel):
     assert contents(wheel / "learnkv") == package | configs
 
 
-def test_wheel_leaves_out_experiments_benchmarks_and_tests(wheel):
+def test_wheel_leaves_out_experiments_benchmarks_and_tests(wheel: Path) -> None:
     packages = {path.name for path in wheel.iterdir() if path.is_dir() and not path.name.endswith(".dist-info")}
     assert packages == {"learnkv"}
     assert not {"experiments", "benchmarks", "tests", "study"} & {path.name for path in (wheel / "learnkv").iterdir()}
 
 
-def test_wheel_declares_command_requirements_and_extras(wheel):
+def test_wheel_declares_command_requirements_and_extras(wheel: Path) -> None:
     (metadata,) = wheel.glob("learnkv-*.dist-info/METADATA")
     fields = [line.partition(": ")[::2] for line in metadata.read_text(encoding="utf-8").split("\n\n")[0].splitlines()]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -73,7 +73,7 @@ def test_wheel_declares_command_requirements_and_extras(wheel):
     assert not (wheel / "experiments").exists()
 
 
-def test_package_is_imported_from_the_wheel_alone(wheel, tmp_path):
+def test_package_is_imported_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
     code = "import learnkv; from learnkv import attach, prefill, load_policy; print(learnkv.__file__)"
     done = python("-c", code, cwd=tmp_path, path=str(wheel))
     assert done.returncode == 0, done.stderr
@@ -87,7 +87,9 @@ def test_package_is_imported_from_the_wheel_alone(wheel, tmp_path):
         ["learnkv", "eval", "config=quickstart", "--ckpt", "configs/policies/snapkv.yaml", "keep=1.5"],
     ],
 )
-def test_bare_names_of_configs_are_found_without_the_repository(wheel, tmp_path, command):
+def test_bare_names_of_configs_are_found_without_the_repository(
+    wheel: Path, tmp_path: Path, command: list[str]
+) -> None:
     """The complaint is about keep, not about a missing file."""
     done = python("-m", *command, cwd=tmp_path, path=str(wheel))
     assert done.returncode == 2, done.stderr

@@ -1,5 +1,7 @@
 """What the policy relies on, for every allocator there is."""
 
+from typing import Any
+
 import pytest
 import torch
 from support import components
@@ -49,12 +51,12 @@ def features_of(allocator: Allocator, lengths: list[int], seed: int = 0) -> Tens
     return torch.stack(known) if known else None
 
 
-def test_the_walk_finds_the_allocators():
+def test_the_walk_finds_the_allocators() -> None:
     assert {"AdaKV", "Pyramid", "Uniform"} <= {cls.__name__ for cls in ALLOCATORS}
 
 
 @every_allocator
-def test_a_padded_row_gets_what_it_gets_alone(cls):
+def test_a_padded_row_gets_what_it_gets_alone(cls: type[Any]) -> None:
     allocator = build(cls)
     together = wanted(allocator, LENGTHS, BUDGETS, PROTECTED)
     for row, (length, budget, protected) in enumerate(zip(LENGTHS, BUDGETS, PROTECTED, strict=True)):
@@ -63,7 +65,7 @@ def test_a_padded_row_gets_what_it_gets_alone(cls):
 
 
 @every_allocator
-def test_wishes_can_be_made_exact(cls):
+def test_wishes_can_be_made_exact(cls: type[Any]) -> None:
     wishes = wanted(build(cls), LENGTHS, BUDGETS, PROTECTED)
     assert wishes.shape == (LAYERS, len(LENGTHS), HEADS)
     assert wishes.dtype == torch.float64
@@ -75,7 +77,7 @@ def test_wishes_can_be_made_exact(cls):
 
 
 @every_allocator
-def test_keeping_everything_asks_for_everything(cls):
+def test_keeping_everything_asks_for_everything(cls: type[Any]) -> None:
     full = [float(length) for length in LENGTHS]
     slots = round_to_budget(
         wanted(build(cls), LENGTHS, full, PROTECTED),
@@ -87,7 +89,7 @@ def test_keeping_everything_asks_for_everything(cls):
 
 
 @every_allocator
-def test_a_static_allocator_sees_no_scores_and_the_others_do(cls):
+def test_a_static_allocator_sees_no_scores_and_the_others_do(cls: type[Any]) -> None:
     allocator = build(cls)
     one, other = (wanted(allocator, LENGTHS, BUDGETS, PROTECTED, seed) for seed in (0, 1))
     if allocator.static:
@@ -97,7 +99,7 @@ def test_a_static_allocator_sees_no_scores_and_the_others_do(cls):
 
 
 @pytest.mark.parametrize("cls", [cls for cls in ALLOCATORS if cls not in KNOWS_ITS_HEAD])
-def test_permuted_heads_give_permuted_wishes(cls):
+def test_permuted_heads_give_permuted_wishes(cls: type[Any]) -> None:
     allocator, order = build(cls), [2, 0, 3, 1]
     scores, budget = scores_of([50, 20], [3, 3]), torch.tensor([11.0, 9.0], dtype=torch.float64)
     features = features_of(allocator, [50, 20])
@@ -107,7 +109,7 @@ def test_permuted_heads_give_permuted_wishes(cls):
 
 
 @pytest.mark.parametrize("base", [cls for cls in ALLOCATORS if cls is not AdaKV])
-def test_adakv_wraps_any_other(base):
+def test_adakv_wraps_any_other(base: type[Any]) -> None:
     inner = build(base)
     both = wanted(AdaKV(inner), LENGTHS, BUDGETS, PROTECTED)
     alone = wanted(inner, LENGTHS, BUDGETS, PROTECTED)

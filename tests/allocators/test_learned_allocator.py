@@ -7,6 +7,7 @@ from torch import Tensor
 
 from learnkv.allocators import AdaKV, LearnedAllocator, Pyramid, Uniform
 from learnkv.allocators.conditioning import KNOTS, attention_features, interpolation_weights
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 from learnkv.ops.round_to_budget import round_to_budget
 from learnkv.scorers import SnapKV
@@ -27,14 +28,14 @@ def prompt(seed: int, keep: float, slots: int) -> tuple[Tensor, Tensor, Tensor, 
     return scores, entries, total, protected
 
 
-def budgets(allocator, seed: int, keep: float, slots: int, features: Tensor | None = None) -> Tensor:
+def budgets(allocator: Allocator, seed: int, keep: float, slots: int, features: Tensor | None = None) -> Tensor:
     scores, entries, total, protected = prompt(seed, keep, slots)
     return round_to_budget(allocator(scores, features, total / (LAYERS * HEADS)), entries, total, protected)
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize("base", [Uniform(), Pyramid(), AdaKV(), AdaKV(Pyramid(), floor=0.0)], ids=str)
-def test_at_the_start_the_budgets_are_the_heuristics_to_the_entry(base, conditioned):
+def test_at_the_start_the_budgets_are_the_heuristics_to_the_entry(base: Allocator, conditioned: bool) -> None:
     learned = LearnedAllocator(base, LAYERS, HEADS, conditioned=conditioned)
     features = torch.rand(LAYERS, 2, HEADS, 3) if conditioned else None
     for seed in range(40):
@@ -43,7 +44,7 @@ def test_at_the_start_the_budgets_are_the_heuristics_to_the_entry(base, conditio
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.13, 0.6, 1.0])
-def test_learned_budgets_spend_the_same_and_follow_their_logits(keep):
+def test_learned_budgets_spend_the_same_and_follow_their_logits(keep: float) -> None:
     learned = LearnedAllocator(Uniform(), LAYERS, HEADS)
     learned.head_importance.logits.data[:, 2, 1] = 3.0
     learned.layer_budget.logits.data[:, 0] = -2.0
@@ -57,7 +58,7 @@ def test_learned_budgets_spend_the_same_and_follow_their_logits(keep):
         assert (wanted[0].amax(-1) < wanted[1:].amin((0, 2))).all()
 
 
-def test_only_the_named_parameters_decide():
+def test_only_the_named_parameters_decide() -> None:
     """A constant for all heads of a layer is no head importance, a constant for all layers no layer budget."""
     learned, plain = (LearnedAllocator(Uniform(), LAYERS, HEADS) for _ in range(2))
     learned.head_importance.logits.data += torch.randn(len(KNOTS), LAYERS, 1)
@@ -70,7 +71,7 @@ def _call(keep: float) -> tuple[Tensor, None, Tensor]:
     return scores, None, total / (LAYERS * HEADS)
 
 
-def test_one_set_of_budgets_per_kept_fraction_with_straight_lines_between():
+def test_one_set_of_budgets_per_kept_fraction_with_straight_lines_between() -> None:
     basis = interpolation_weights(torch.tensor([*KNOTS, 0.001, 0.9, 0.1 * 2**0.5]))
     torch.testing.assert_close(basis[: len(KNOTS)], torch.eye(len(KNOTS)))
     assert torch.equal(basis[[6, 7]], torch.eye(len(KNOTS))[[0, -1]])
@@ -82,7 +83,7 @@ def test_one_set_of_budgets_per_kept_fraction_with_straight_lines_between():
     assert budgets(learned, 0, 0.1, 400)[0].sum() > 3 * budgets(learned, 0, 0.1, 400)[3].sum()
 
 
-def test_the_gradient_is_the_marginal_value_of_a_slot():
+def test_the_gradient_is_the_marginal_value_of_a_slot() -> None:
     learned = LearnedAllocator(Uniform(), LAYERS, HEADS, conditioned=True)
     features = torch.rand(LAYERS, 2, HEADS, 3, generator=torch.Generator().manual_seed(0))
     scores, _, total, _ = prompt(0, 0.2, 200)
@@ -99,7 +100,7 @@ def test_the_gradient_is_the_marginal_value_of_a_slot():
     assert learned.layer_budget.conditioner.out.weight.grad.abs().max() > 0
 
 
-def test_attention_features_of_known_attention():
+def test_attention_features_of_known_attention() -> None:
     obs = observe([50, 30], window=8, heads=2, group=3)
     features = attention_features(obs, 8)
     attention = SnapKV(window=8, kernel_size=1)(obs)[1, 0][obs.valid[1, 0]]
@@ -110,7 +111,7 @@ def test_attention_features_of_known_attention():
     assert ((features >= 0) & (features <= 1)).all()
 
 
-def test_conditioned_budgets_depend_on_the_prompt_and_static_ones_say_that_they_do_not():
+def test_conditioned_budgets_depend_on_the_prompt_and_static_ones_say_that_they_do_not() -> None:
     assert LearnedAllocator(Uniform(), LAYERS, HEADS).static
     assert not LearnedAllocator(AdaKV(), LAYERS, HEADS).static
     learned = LearnedAllocator(Uniform(), LAYERS, HEADS, conditioned=True, window=8)
@@ -124,6 +125,6 @@ def test_conditioned_budgets_depend_on_the_prompt_and_static_ones_say_that_they_
     assert not torch.equal(one, other)
 
 
-def test_a_policy_for_another_model_is_named():
+def test_a_policy_for_another_model_is_named() -> None:
     with pytest.raises(UserError, match="num_layers=2 num_heads=3: the model has 4 and 3"):
         LearnedAllocator(Uniform(), 2, HEADS)(*_call(0.2))

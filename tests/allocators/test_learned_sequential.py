@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedSequentialAllocator, Pyramid, Uniform
 from learnkv.allocators.conditioning import KNOTS
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 from learnkv.ops.round_to_budget import round_in_order, round_to_budget
 
@@ -32,7 +33,7 @@ def attention(seed: int, layers: int = LAYERS, heads: int = HEADS) -> Tensor:
     return torch.rand(layers, 2, heads, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def wishes(allocator, scores: Tensor, total: Tensor, features: Tensor | None) -> Tensor:
+def wishes(allocator: Allocator, scores: Tensor, total: Tensor, features: Tensor | None) -> Tensor:
     return allocator(scores, features, total / (scores.shape[0] * scores.shape[2]))
 
 
@@ -42,7 +43,7 @@ def wishes(allocator, scores: Tensor, total: Tensor, features: Tensor | None) ->
     [Uniform(), Pyramid(), Pyramid(beta=2, rounding="original"), LayerByLayer(), LayerByLayer(Pyramid())],
     ids=str,
 )
-def test_at_the_start_the_budgets_are_the_heuristics_to_the_entry(base, conditioned):
+def test_at_the_start_the_budgets_are_the_heuristics_to_the_entry(base: Allocator, conditioned: bool) -> None:
     learned = LearnedSequentialAllocator(base, LAYERS, HEADS, conditioned)
     exact = round_in_order if base.sequential else round_to_budget
     for seed in range(16):
@@ -54,7 +55,7 @@ def test_at_the_start_the_budgets_are_the_heuristics_to_the_entry(base, conditio
         assert torch.equal(ours, exact(wishes(base, scores, total, None), entries, total, protected)), seed
 
 
-def test_heads_share_a_layers_budget_by_its_scores_alone():
+def test_heads_share_a_layers_budget_by_its_scores_alone() -> None:
     scores, entries, total, protected = prompt(0, 0.2, 200)
     layerwise, ada = LayerByLayer(Pyramid(), AdaKV(floor=0.1)), AdaKV(Pyramid(), floor=0.1)
     ours, theirs = (wishes(one, scores, total, None) for one in (layerwise, ada))
@@ -67,7 +68,7 @@ def test_heads_share_a_layers_budget_by_its_scores_alone():
 
 
 @pytest.mark.parametrize("strength", [0.3, 30.0])
-def test_any_parameters_spend_the_budget_of_any_shape(strength):
+def test_any_parameters_spend_the_budget_of_any_shape(strength: float) -> None:
     """Learned corrections of e^30, too: layers that would take everything, and heads that would."""
     rng = random.Random(int(strength))
     for seed in range(16):
@@ -89,7 +90,7 @@ def test_any_parameters_spend_the_budget_of_any_shape(strength):
         assert (budgets - wanted).abs().max() < 2
 
 
-def test_a_layer_is_blind_to_those_after_it_and_not_to_those_before():
+def test_a_layer_is_blind_to_those_after_it_and_not_to_those_before() -> None:
     learned = randomised(LearnedSequentialAllocator(LayerByLayer(), LAYERS, HEADS))
     for held in learned.parameters():
         held.data *= 0.4
@@ -108,7 +109,7 @@ def test_a_layer_is_blind_to_those_after_it_and_not_to_those_before():
         assert all(not torch.equal(new[later], wanted[later]) for later in range(at + 1, LAYERS))
 
 
-def test_without_the_prompt_layers_share_by_the_softmax_of_learned_weights():
+def test_without_the_prompt_layers_share_by_the_softmax_of_learned_weights() -> None:
     learned = LearnedSequentialAllocator(Pyramid(), LAYERS, HEADS, conditioned=False)
     learned.layer_budget.logits.data[:] = torch.tensor([0.3, -0.5, 0.0, 1.0, 0.2])
     learned.head_importance.logits.data[:, 3] = torch.tensor([2.0, 0.0, 0.0])
@@ -124,7 +125,7 @@ def test_without_the_prompt_layers_share_by_the_softmax_of_learned_weights():
     assert (wanted[3, :, 1] - wanted[3, :, 2]).abs().max() < 1  # of the heuristic, too, one head has an entry more
 
 
-def test_what_a_layer_cannot_hold_goes_to_later_ones():
+def test_what_a_layer_cannot_hold_goes_to_later_ones() -> None:
     learned = LearnedSequentialAllocator(Uniform(), LAYERS, HEADS, conditioned=False)
     scores, entries, total, _ = prompt(0, 0.5, 100)
     learned.layer_budget.logits.data[:, 0] = 50.0
@@ -140,7 +141,7 @@ def test_what_a_layer_cannot_hold_goes_to_later_ones():
     torch.testing.assert_close(wanted[3:], (HEADS * entries).double().expand(2, 2))
 
 
-def test_the_gradient_is_the_slope():
+def test_the_gradient_is_the_slope() -> None:
     learned = randomised(LearnedSequentialAllocator(LayerByLayer(), LAYERS, HEADS)).requires_grad_(True)
     for held in learned.parameters():
         held.data *= 0.5
@@ -162,7 +163,7 @@ def test_the_gradient_is_the_slope():
         torch.testing.assert_close((held.grad * direction).sum().double(), measured, rtol=2e-2, atol=1e-2, msg=path)
 
 
-def test_what_needs_later_layers_is_no_base():
+def test_what_needs_later_layers_is_no_base() -> None:
     for base in (AdaKV(), LearnedAllocator(Uniform(), LAYERS, HEADS)):
         with pytest.raises(UserError, match=rf"^base={type(base).__name__}: expected a heuristic that needs no later"):
             LearnedSequentialAllocator(base)

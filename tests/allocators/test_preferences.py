@@ -10,7 +10,7 @@ from learnkv.errors import UserError
 BUDGET = torch.tensor([12.0], dtype=torch.float64)
 
 
-def test_cake_shares_by_entropy_and_variance():
+def test_cake_shares_by_entropy_and_variance() -> None:
     features = torch.tensor([[[[2.0, 0.25], [2.0, 0.75]]], [[[1.0, 2.0], [0.0, 2.0]]]])  # [L, 1, H, 2]
     scores = torch.zeros(2, 1, 2, 40)
     scores[..., -2:] = torch.inf
@@ -20,7 +20,7 @@ def test_cake_shares_by_entropy_and_variance():
     assert got.tolist() == pytest.approx([2 + 20 * 16 / 18, 2 + 20 * 2 / 18])
 
 
-def test_cake_looks_at_the_entries_before_the_window():
+def test_cake_looks_at_the_entries_before_the_window() -> None:
     obs = observe([30], window=5, heads=2, group=2)
     features = CAKE(window=5).features(obs)
     weights = torch.einsum("bhgwd,bhsd->bhgws", obs.queries.unflatten(1, (2, 2)), obs.keys) * obs.scaling
@@ -30,14 +30,14 @@ def test_cake_looks_at_the_entries_before_the_window():
     torch.testing.assert_close(features[..., 1], past.var(3).sum((2, 3)), rtol=1e-4, atol=1e-6)
 
 
-def test_a_prompt_within_the_window_has_no_preference():
+def test_a_prompt_within_the_window_has_no_preference() -> None:
     allocator = CAKE(window=8)
     features = torch.stack([allocator.features(observe([6], window=8, layer_idx=layer)) for layer in range(3)])
     assert features.eq(0).all()
     assert allocator(torch.zeros(3, 1, 2, 6), features, torch.tensor([2.0])).isfinite().all()
 
 
-def test_lava_weighs_layers_by_the_entropy_of_their_scores():
+def test_lava_weighs_layers_by_the_entropy_of_their_scores() -> None:
     scores = torch.zeros(3, 1, 2, 8)
     scores[0] = 0.7  # spread over 14 entries
     scores[1, 0, 0, 0] = 5.0  # all in one
@@ -55,6 +55,6 @@ def test_lava_weighs_layers_by_the_entropy_of_their_scores():
 @pytest.mark.parametrize(
     ("arguments", "told"), [({"window": 1}, "window=1"), ({"tau1": 0.0}, "tau1=0.0"), ({"tau2": -1.0}, "tau2")]
 )
-def test_cake_tells_what_it_cannot_do(arguments, told):
+def test_cake_tells_what_it_cannot_do(arguments: dict[str, float], told: str) -> None:
     with pytest.raises(UserError, match=told):
         CAKE(**arguments)

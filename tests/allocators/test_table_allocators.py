@@ -1,25 +1,32 @@
 """Budgets from files as deployed; their roundings in print are in the golden tests."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from support.tables import made_up
 from torch import Tensor
 
 from learnkv.allocators import LUKV, CompressKV, DuoAttention, FixedLayers, HeadKV
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 from learnkv.formats import duo, headkv, layers, lukv
 
 INF = torch.inf
 
 
-def wishes(allocator, budget: float, layers: int, heads: int, entries: int = 1000, protected: int = 0) -> Tensor:
+def wishes(
+    allocator: Allocator, budget: float, layers: int, heads: int, entries: int = 1000, protected: int = 0
+) -> Tensor:
     """[L, H] for one row."""
     scores = torch.zeros(layers, 1, heads, entries)
     scores[..., entries - protected :] = INF
     return allocator(scores, None, torch.tensor([budget], dtype=torch.float64))[:, 0]
 
 
-def test_headkv_deals_out_a_pool_by_scores_and_the_rest_equally(tmp_path):
+def test_headkv_deals_out_a_pool_by_scores_and_the_rest_equally(tmp_path: Path) -> None:
     file = headkv.write(tmp_path / "scores.json", [[[1.0], [3.0], [0.0], [0.0]], [[2.0, 4.0], [1.0], [0.0], [0.0]]])
     allocator = HeadKV(str(file), beta=2)
     assert allocator.importance.flatten().tolist() == pytest.approx([0.125, 0.375, 0, 0, 0.375, 0.125, 0, 0])
@@ -31,7 +38,7 @@ def test_headkv_deals_out_a_pool_by_scores_and_the_rest_equally(tmp_path):
     assert of_groups.flatten().tolist() == pytest.approx([3 + 30, 13, 3 + 30, 13])
 
 
-def test_headkv_s_original_pool_is_a_floating_point_quotient(tmp_path):
+def test_headkv_s_original_pool_is_a_floating_point_quotient(tmp_path: Path) -> None:
     """143 // 1.1 is 129, although 143 / 1.1 is 130."""
     file = headkv.write(tmp_path / "scores.json", [[[1.0], [0.0]]])
     allocator = HeadKV(str(file), beta=1.1, rounding="original")
@@ -41,12 +48,12 @@ def test_headkv_s_original_pool_is_a_floating_point_quotient(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"), [({"beta": 0.5}, "beta=0.5"), ({"scores": "no/such.json"}, "no/such.json")]
 )
-def test_headkv_tells_what_is_wrong(change, told):
+def test_headkv_tells_what_is_wrong(change: dict[str, float | str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         HeadKV(**{"scores": made_up("scores", 2, 2, 2), **change})
 
 
-def test_headkv_wants_scores_that_can_be_shared(tmp_path):
+def test_headkv_wants_scores_that_can_be_shared(tmp_path: Path) -> None:
     file = headkv.write(tmp_path / "scores.json", [[[-1.0], [3.0]]])
     with pytest.raises(UserError, match="at least 0"):
         HeadKV(str(file))
@@ -55,11 +62,11 @@ def test_headkv_wants_scores_that_can_be_shared(tmp_path):
 GATES = torch.tensor([[0.9, 0.1, 0.4], [1.02, -0.1, 0.4]], dtype=torch.float64)
 
 
-def duo_attention(tmp_path, **arguments) -> DuoAttention:
+def duo_attention(tmp_path: Path, **arguments: Any) -> DuoAttention:
     return DuoAttention(str(duo.write(tmp_path, GATES, 4, 16)), **arguments)
 
 
-def test_duo_attention_fills_heads_by_their_gates(tmp_path):
+def test_duo_attention_fills_heads_by_their_gates(tmp_path: Path) -> None:
     allocator = duo_attention(tmp_path)
     assert (allocator.sink, allocator.recent) == (4, 16)
     assert allocator.gates.flatten().tolist() == [0.9, 0.1, 0.4, 1, 0, 0.4]
@@ -72,7 +79,7 @@ def test_duo_attention_fills_heads_by_their_gates(tmp_path):
     assert wishes(allocator, 9, 2, 3, entries=12).flatten().tolist() == [9] * 6
 
 
-def test_duo_attention_with_a_given_sparsity(tmp_path):
+def test_duo_attention_with_a_given_sparsity(tmp_path: Path) -> None:
     """The quantile of 6 gates at 0.5 lies between the 3rd and the 4th, at 0.55 between the 3rd and the 4th as well."""
     assert duo_attention(tmp_path, sparsity=0.5).streaming().tolist() == [[False, True, False], [False, True, True]]
     assert duo_attention(tmp_path, sparsity=0.61).streaming().sum() == 4
@@ -86,7 +93,7 @@ def test_duo_attention_with_a_given_sparsity(tmp_path):
     assert wishes(duo_attention(tmp_path, sparsity=0.5), 9, 2, 3).tolist() == [[1000, 20, 1000], [1000, 20, 20]]
 
 
-def test_lukv_takes_the_row_of_the_nearest_target(tmp_path):
+def test_lukv_takes_the_row_of_the_nearest_target(tmp_path: Path) -> None:
     curve = (torch.arange(99.0).view(-1, 1, 1) / 100).repeat(1, 1, 2)
     curve[:, :, 1] = 1.5  # beyond all of it
     allocator = LUKV(str(lukv.write(tmp_path / "curve.npy", curve)))
@@ -94,12 +101,12 @@ def test_lukv_takes_the_row_of_the_nearest_target(tmp_path):
         assert wishes(allocator, 1000 * keep, 1, 2).flatten().tolist() == pytest.approx([1000 - 10 * row, 0], abs=1e-3)
 
 
-def test_fixed_layers_are_proportions(tmp_path):
+def test_fixed_layers_are_proportions(tmp_path: Path) -> None:
     allocator = FixedLayers(str(layers.write(tmp_path / "layers.json", [3, 1])))
     assert wishes(allocator, 10, 2, 3).tolist() == [[15] * 3, [5] * 3]
 
 
-def test_compresskv_gives_a_minimum_and_the_rest_by_errors(tmp_path):
+def test_compresskv_gives_a_minimum_and_the_rest_by_errors(tmp_path: Path) -> None:
     file = str(layers.write(tmp_path / "errors.json", [8, 1, 1, 0]))
     assert wishes(CompressKV(file, minimum=32), 132, 4, 1).flatten().tolist() == pytest.approx([352, 72, 72, 32])
     assert wishes(CompressKV(file, minimum=32), 40, 4, 1).flatten().tolist() == pytest.approx([84, 28, 28, 20])
@@ -125,11 +132,11 @@ def test_compresskv_gives_a_minimum_and_the_rest_by_errors(tmp_path):
         (lambda: FixedLayers(made_up("budgets", 6, 4, 1)), "budgets=.* holds 6 layers, the model has 3"),
     ],
 )
-def test_a_table_of_another_model_is_named(make, told):
+def test_a_table_of_another_model_is_named(make: Callable[..., Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         wishes(make(), 10, 3, 3)
 
 
-def test_the_shipped_tables_say_whose_they_are():
+def test_the_shipped_tables_say_whose_they_are() -> None:
     with pytest.raises(UserError, match=r"^scores=reference: made for 6 layers of 8 query heads, .*learnkv calibrate"):
         wishes(HeadKV(), 10, 32, 8)

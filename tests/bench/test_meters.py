@@ -1,5 +1,8 @@
 """The meter of the gates, on operations whose cost is known."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +23,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("run", "expected"), CASES.values(), ids=CASES.keys())
-def test_bytes(run, expected):
+def test_bytes(run: Callable[..., Any], expected: int) -> None:
     with Meter() as counts:
         run()
     assert counts.nbytes == expected
@@ -40,13 +43,13 @@ WAITS = {
 
 
 @pytest.mark.parametrize("read", WAITS.values(), ids=WAITS.keys())
-def test_waits(read):
+def test_waits(read: Callable[..., Any]) -> None:
     with Meter() as counts:
         read(torch.ones(5))
     assert sum(counts.waits.values()) == 1
 
 
-def test_what_waits_for_nothing():
+def test_what_waits_for_nothing() -> None:
     one = torch.ones(5)
     with Meter() as counts:
         one[torch.tensor([0, 2])].repeat_interleave(3).masked_fill(torch.tensor(True), 0).sort()
@@ -54,7 +57,7 @@ def test_what_waits_for_nothing():
     assert not counts.waits
 
 
-def test_allocations():
+def test_allocations() -> None:
     with Meter() as counts:
         held = torch.empty(100)
         held.add_(1).view(10, 10)
@@ -65,5 +68,5 @@ def test_allocations():
     assert nbytes(held.expand(7, 100)) == 400
 
 
-def test_slope():
+def test_slope() -> None:
     assert slope([1, 2, 4], [7, 9, 13]) == pytest.approx(2)

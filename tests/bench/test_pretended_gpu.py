@@ -5,7 +5,7 @@ call again what was called between the beginning and the end of their capture.
 import contextlib
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ class Graph:
 
 
 @contextlib.contextmanager
-def stream(one: Stream):
+def stream(one: Stream) -> Iterator[None]:
     assert isinstance(one, Stream)
     yield
 
@@ -94,7 +94,7 @@ def do_bench(call: Callable[[], object], warmup: int, rep: int, return_mode: str
     return 1e3 * (time.perf_counter() - begin)
 
 
-def test_a_race_goes_round_the_input_sets(on_meta_device):
+def test_a_race_goes_round_the_input_sets(on_meta_device: None) -> None:
     called: list[int] = []
     calls = [lambda at=at: called.append(at) for at in range(3)]
     found = race({"ours": calls, "slow": [lambda: time.sleep(2e-3)] * 2})
@@ -112,7 +112,7 @@ def test_a_race_goes_round_the_input_sets(on_meta_device):
     assert slow.us >= 2000
 
 
-def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device):
+def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device: None) -> None:
     def fail_in_capture() -> None:
         if Graph.capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -125,7 +125,7 @@ def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device):
     assert not Graph.capturing
 
 
-def test_ceilings(on_meta_device, monkeypatch):
+def test_ceilings(on_meta_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # Each measure is told of a dry run by itself, so that sizes stay small.
     monkeypatch.setattr(ceilings, "NODES", 20)
     rows = []
@@ -140,7 +140,7 @@ def test_ceilings(on_meta_device, monkeypatch):
     assert all(row["value"] > 0 for row in rows)
 
 
-def test_decode(on_meta_device, monkeypatch):
+def test_decode(on_meta_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = decode.generate
     monkeypatch.setattr(decode, "generate", lambda *args, graph, **options: eager(*args, graph=False, **options))
     monkeypatch.setattr(decode, "settings", decode.dry_settings)
@@ -153,7 +153,7 @@ def test_decode(on_meta_device, monkeypatch):
     assert {row["how"] for row in rows if row["impl"] in (decode.FULL, decode.OURS)} == {"graph"}
 
 
-def test_a_failure_is_a_row(on_meta_device, monkeypatch):
+def test_a_failure_is_a_row(on_meta_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
@@ -166,7 +166,7 @@ def test_a_failure_is_a_row(on_meta_device, monkeypatch):
     assert failed[decode.OURS].startswith("OutOfMemoryError: CUDA out of memory")
 
 
-def test_prefill_and_training(on_meta_device, monkeypatch):
+def test_prefill_and_training(on_meta_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for script in (prefill, train_step):
         monkeypatch.setattr(script, "LLAMA_8B", LLAMA_8B.tiny())
     monkeypatch.setattr(prefill, "PROMPTS", {120: 2, 130: 1})
@@ -181,7 +181,7 @@ def test_prefill_and_training(on_meta_device, monkeypatch):
     assert [row for row in rows if "failed" in row] == []
 
 
-def test_rounds_are_whole_and_some_two_milliseconds_long():
+def test_rounds_are_whole_and_some_two_milliseconds_long() -> None:
     calls = [lambda: None] * 16
     assert len(timing._rounds(calls, 4.0)) == 48  # at most 50
     assert len(timing._rounds(calls[:2], 27.0)) == 50

@@ -44,7 +44,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_writes_all_of_its_rows(parts, name):
+def test_every_script_writes_all_of_its_rows(parts: Path, name: str) -> None:
     part = json.loads((parts / f"{name}.json").read_text())
     assert part["finished"]
     assert part["environment"]["dry_run"]
@@ -58,7 +58,7 @@ def test_every_script_writes_all_of_its_rows(parts, name):
     assert all(row["err"] < 1e-2 for row in timed if "err" in row)
 
 
-def test_all_contenders_are_there(parts):
+def test_all_contenders_are_there(parts: Path) -> None:
     rows = json.loads((parts / "kernels.json").read_text())["rows"]
     for kernel, peers in {
         "decode_attention": {"learnkv", "flash varlen", "sdpa flash", "sdpa cudnn"},
@@ -75,7 +75,7 @@ def test_all_contenders_are_there(parts):
     assert {row["impl"] for row in steps} == set(decode.CONTENDERS)
 
 
-def test_the_merged_document(parts):
+def test_the_merged_document(parts: Path) -> None:
     document = merge.merge(parts)
     found = document["environment"]
     assert found["ceilings_measured"]
@@ -90,7 +90,7 @@ def test_the_merged_document(parts):
     assert "not measured on a GPU yet" in report.text([])
 
 
-def test_limits_and_peers_of_a_row():
+def test_limits_and_peers_of_a_row() -> None:
     """Ours 10 us for 21.5 MB at 4.3 TB/s and two nodes of 1.2 us: 5 of 10 us are bytes, 7.4 the limit."""
     rows = [
         {"part": "kernels", "kernel": "decode_attention", "impl": impl, "B": 8, "t_us": us, "traffic": "read"}
@@ -111,7 +111,7 @@ def test_limits_and_peers_of_a_row():
     assert "above_limit" not in rows[0]
 
 
-def test_a_part_is_on_disk_after_every_row(tmp_path):
+def test_a_part_is_on_disk_after_every_row(tmp_path: Path) -> None:
     part = Part(tmp_path / "one.json", "one", dry_run=True)
     part.add(Timing(2.0, 2.5, "graph"), Work(8e3, launches=1), kernel="select", impl="learnkv", B=None)
     part.add("OutOfMemoryError: no", kernel="select", impl="torch")
@@ -129,7 +129,7 @@ def test_a_part_is_on_disk_after_every_row(tmp_path):
     assert len(document["rows"]) == 4
 
 
-def test_a_contender_that_fails_does_not_stop_the_others():
+def test_a_contender_that_fails_does_not_stop_the_others() -> None:
     def fail() -> None:
         raise ValueError("no such\nthing")
 
@@ -140,11 +140,11 @@ def test_a_contender_that_fails_does_not_stop_the_others():
 
 
 @pytest.mark.parametrize(("nbytes", "sets"), [(1e3, 251659), (16e6, 16), (128e6, 2), (5e9, 2)])
-def test_inputs_go_round_until_the_cache_has_forgotten_them(nbytes, sets):
+def test_inputs_go_round_until_the_cache_has_forgotten_them(nbytes: float, sets: int) -> None:
     assert input_sets(nbytes, dry_run=False) == sets
 
 
-def test_targets_are_judged(tmp_path):
+def test_targets_are_judged(tmp_path: Path) -> None:
     """A document of a GPU with three rows: one target reached, one missed, the others open; the report says so."""
     base = {"part": "x", "model": "Llama-3.1-8B", "traffic": "read", "flops": 1.0, "n_launch": 2, "t_us_repeat": 1.0}
     call = base | {"kernel": "decode_attention", "impl": "learnkv", "skew": "uniform", "B": 8, "budget": 4096}
@@ -190,7 +190,7 @@ def test_targets_are_judged(tmp_path):
     assert {one.name for one in (tmp_path / "performance").iterdir()} == {"limit.png", "peers.png"}
 
 
-def test_the_gpu_run_loses_nothing_when_parts_die_or_hang(tmp_path):
+def test_the_gpu_run_loses_nothing_when_parts_die_or_hang(tmp_path: Path) -> None:
     """With an interpreter in whose hands one part hangs, one dies, and the others write what they should."""
     fake = tmp_path / "python"
     fake.write_text(
@@ -226,13 +226,13 @@ if name == "prefill":
     assert any(line.startswith("decode 124 ") for line in document["environment"]["status"])
 
 
-def test_the_page_says_what_was_measured():
+def test_the_page_says_what_was_measured() -> None:
     """`python -m benchmarks.report` changes nothing."""
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     between = page.partition(report.BEGIN)[2].partition(report.END)[0].strip()
     assert between == report.text(report.documents(ROOT / "benchmarks" / "results"))
 
 
-def test_a_clock_runs_out():
+def test_a_clock_runs_out() -> None:
     assert Clock(-1).over()
     assert not Clock(100).over()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks import training_cost
 from learnkv import Policy
@@ -12,7 +12,7 @@ from learnkv.training.objectives import ScoreRegression
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=256,
@@ -26,7 +26,7 @@ def model():
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def test_a_step_costs_what_its_formula_says_and_ever_less_for_longer_prompts(model):
+def test_a_step_costs_what_its_formula_says_and_ever_less_for_longer_prompts(model: PreTrainedModel) -> None:
     ratios = []
     for prompt in (256, 640):
         policy = training_cost.on_snapkv(model)
@@ -38,7 +38,7 @@ def test_a_step_costs_what_its_formula_says_and_ever_less_for_longer_prompts(mod
     assert ratios[1] < 0.6 * ratios[0]
 
 
-def test_reading_a_prompt_is_counted_by_the_pairs_that_are_read(model):
+def test_reading_a_prompt_is_counted_by_the_pairs_that_are_read(model: PreTrainedModel) -> None:
     layers, width, hidden, ffn, prompt = 2, 64, 256, 1024, 100
     linear = layers * (hidden * (2 * width + 2 * width // 2) + 3 * hidden * ffn)
     attention = layers * 4 * width * prompt * (prompt + 1) // 2
@@ -46,7 +46,7 @@ def test_reading_a_prompt_is_counted_by_the_pairs_that_are_read(model):
     assert found == 2 * linear * prompt + attention + 2 * 128 * hidden  # and one token's logits
 
 
-def test_a_regression_step_contains_the_second_reading_of_its_target(model):
+def test_a_regression_step_contains_the_second_reading_of_its_target(model: PreTrainedModel) -> None:
     layers, width, hidden, ffn, prompt = 2, 64, 256, 1024, 100
     policy = Policy(LearnedScorer(SnapKV(window=8), layers, 2, 16), Uniform()).requires_grad_(True)
     linear = layers * (hidden * (2 * width + 2 * width // 2) + 3 * hidden * ffn)

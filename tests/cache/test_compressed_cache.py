@@ -2,7 +2,9 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
@@ -51,7 +53,7 @@ def held_bytes(cache: CompressedCache, tail: int = 0, kept_entries: int | None =
     return entries * (2 * dim * size + 4) + layers * batch * heads * (2 * 8 + tail * 2 * dim * size)
 
 
-def storages(tensors) -> dict[int, int]:
+def storages(tensors: list[Tensor] | Iterator[Any]) -> dict[int, int]:
     """Bytes of every storage by its address."""
     return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
@@ -63,7 +65,7 @@ def alive() -> dict[int, int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_keep_is_equal_bytes_and_the_bytes_of_the_formula(dtype):
+def test_equal_keep_is_equal_bytes_and_the_bytes_of_the_formula(dtype: torch.dtype) -> None:
     model = attach(build("llama").to(dtype))
     whole = read(model, *padded([tokens(1, 100)[0], tokens(1, 61)[0]]))
     small = [policy_for(name, model).compress(whole.fork(), keep=0.25) for name in HEURISTICS + LEARNED]
@@ -74,7 +76,7 @@ def test_equal_keep_is_equal_bytes_and_the_bytes_of_the_formula(dtype):
 
 @pytest.mark.parametrize("one_shot", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_the_bytes_are_what_a_walk_over_live_tensors_finds(family, one_shot):
+def test_the_bytes_are_what_a_walk_over_live_tensors_finds(family: str, one_shot: bool) -> None:
     model, policy = attached(family), policy_for("pyramidkv", attached(family))
     ids, mask = padded([tokens(1, 120)[0], tokens(1, 90)[0]])
     before = alive()
@@ -99,7 +101,7 @@ def test_the_bytes_are_what_a_walk_over_live_tensors_finds(family, one_shot):
     assert sum(new.values()) == cache.nbytes + sum(sliding.values())
 
 
-def test_the_tail_grows_by_chunks_and_evicted_bytes_do_not_come_back():
+def test_the_tail_grows_by_chunks_and_evicted_bytes_do_not_come_back() -> None:
     model = attached("llama")
     cache = policy_for("adakv", model).compress(prefill(model, tokens(2, 100)), keep=0.2)
     for step in range(1, TAIL_CHUNK + 3):
@@ -118,7 +120,7 @@ class OneHead(Allocator):
         return wanted
 
 
-def test_one_dominant_head_costs_nothing_extra():
+def test_one_dominant_head_costs_nothing_extra() -> None:
     model = attached("llama")
     cache = Policy(Knorm(), OneHead(), sinks=1, recent=1).compress(prefill(model, tokens(2, 400)), keep=0.17)
     assert cache.budgets[1, :, 1].tolist() == [398, 398]
@@ -127,7 +129,7 @@ def test_one_dominant_head_costs_nothing_extra():
     assert cache.nbytes == held_bytes(cache)
 
 
-def test_a_fork_shares_storage_and_its_changes_are_its_own():
+def test_a_fork_shares_storage_and_its_changes_are_its_own() -> None:
     model, ids, said = attached("llama"), tokens(2, 60), tokens(2, 70, seed=1)
     parent = prefill(model, ids)
     expected = continuation(model, said, prefill(model, ids))
@@ -150,7 +152,7 @@ def test_a_fork_shares_storage_and_its_changes_are_its_own():
     assert forks[2].tail_length == 0
 
 
-def test_beams_share_the_prompt():
+def test_beams_share_the_prompt() -> None:
     model = attached("llama")
     cache = policy_for("adakv", model).compress(prefill(model, tokens(2, 100)), keep=0.2)
     prompt, alone = cache.nbytes, cache.fork()
@@ -168,12 +170,12 @@ PHASES = ["dense", "compressed", "relaxed"]
 @pytest.mark.compat
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_rows_are_repeated_and_chosen_in_every_phase(family, phase):
+def test_rows_are_repeated_and_chosen_in_every_phase(family: str, phase: str) -> None:
     model, policy = attached(family), policy_for("adakv", attached(family))
     prompts = [tokens(1, length)[0] for length in (30, 22, 17)]
     said, more = tokens(5, 4, seed=1), tokens(2, 3, seed=2)
 
-    def fresh(*rows):
+    def fresh(*rows: int) -> CompressedCache:
         cache = prefill(model, *padded([prompts[row] for row in rows]))
         finish = {"dense": lambda: cache, "compressed": lambda: policy.compress(cache, keep=0.5)}
         return finish.get(phase, lambda: policy.relax(cache, keep=0.5))()
@@ -200,12 +202,12 @@ def test_rows_are_repeated_and_chosen_in_every_phase(family, phase):
 
 @pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "streaming_llm", "adakv", "budgets"])
 @pytest.mark.parametrize("chunk_size", [None, 33])
-def test_reading_with_a_policy_is_reading_and_compressing(name, chunk_size):
+def test_reading_with_a_policy_is_reading_and_compressing(name: str, chunk_size: int | None) -> None:
     model, policy = attached("granite"), policy_for(name, attached("granite"))
     ids, mask = padded([tokens(1, 80)[0], tokens(1, 57)[0]])
     whole: list[int] = []
 
-    def count(module, args, kwargs, output):
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, None]) -> None:
         whole.append(sum(isinstance(layer.state, Prompt) for layer in kwargs["past_key_values"].layers))
 
     hooks = [layer.self_attn.register_forward_hook(count, with_kwargs=True) for layer in model.model.layers]
@@ -221,7 +223,7 @@ def test_reading_with_a_policy_is_reading_and_compressing(name, chunk_size):
     assert at_once.nbytes == later.nbytes
 
 
-def test_errors_of_an_empty_and_of_a_compressed_cache():
+def test_errors_of_an_empty_and_of_a_compressed_cache() -> None:
     model = attached("llama")
     empty = CompressedCache(model.config)
     with pytest.raises(UserError, match="the cache is empty: read a prompt first"):
@@ -250,7 +252,7 @@ def test_errors_of_an_empty_and_of_a_compressed_cache():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_kept_are_prompt_positions_with_their_own_keys(family):
+def test_what_is_kept_are_prompt_positions_with_their_own_keys(family: str) -> None:
     model, policy = attached(family), policy_for("adakv", attached(family))
     whole = prefill(model, *padded([tokens(1, 40)[0], tokens(1, 28)[0]]))
     small = policy.compress(whole.fork(), keep=0.5)

@@ -2,11 +2,14 @@
 
 import functools
 import gc
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from support.models import HEURISTICS, LEARNED, attached, build, padded, policy_for, tokens
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.meters import Counts, Meter, nbytes, slope
 from learnkv import CompressedCache, Policy, attach, generate, prefill
@@ -19,13 +22,13 @@ PROMPT = 1024
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
 @functools.cache
-def model():
+def model() -> PreTrainedModel:
     """Heads as wide as real ones: logits are small beside keys then, as they are there."""
     sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS * GROUP, "num_key_value_heads": HEADS}
     return attach(build("llama", head_dim=DIM, hidden_size=32, max_position_embeddings=4096, **sizes))
@@ -59,7 +62,7 @@ def compressed(layout: str, budget: float, length: int = PROMPT) -> CompressedCa
     return POLICIES[layout](model()).compress(prompt(length).fork(), budget=budget)
 
 
-def per_step(cache: CompressedCache, question: Tensor, **settings) -> Counts:
+def per_step(cache: CompressedCache, question: Tensor, **settings: Any) -> Counts:
     """Counts of eight decode steps, start and end of a turn taken out; allocations are those of the longer turn."""
     runs = []
     for new in (4, 12):
@@ -77,7 +80,7 @@ def per_step(cache: CompressedCache, question: Tensor, **settings) -> Counts:
 
 
 @every_layout
-def test_a_step_reads_the_bytes_that_were_kept(layout):
+def test_a_step_reads_the_bytes_that_were_kept(layout: str) -> None:
     budgets, steps = [384, 448, 512], 8
     caches = [compressed(layout, budget) for budget in budgets]
     kept = [int(cache.budgets.sum()) * ENTRY for cache in caches]
@@ -85,7 +88,7 @@ def test_a_step_reads_the_bytes_that_were_kept(layout):
     assert 1.0 <= slope(kept, moved) <= 1.05
 
 
-def test_one_dominant_head_moves_no_more_than_equal_heads():
+def test_one_dominant_head_moves_no_more_than_equal_heads() -> None:
     ours, equal = (
         per_step(compressed(layout, 400), tokens(2, 3)).nbytes for layout in ("one dominant head", "uniform")
     )
@@ -93,7 +96,7 @@ def test_one_dominant_head_moves_no_more_than_equal_heads():
 
 
 @every_layout
-def test_a_step_costs_the_same_after_a_longer_prompt(layout):
+def test_a_step_costs_the_same_after_a_longer_prompt(layout: str) -> None:
     short, long = (per_step(compressed(layout, 384, length), tokens(2, 3)) for length in (PROMPT, 2 * PROMPT))
     assert short.nbytes == long.nbytes
     assert short.kernels == long.kernels
@@ -122,7 +125,9 @@ class OnDevice:
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("lengths", [(3, 3), (3, 1)], ids=["questions alike", "questions padded"])
-def test_a_step_waits_for_nothing_and_allocates_nothing_that_grows(settings, lengths):
+def test_a_step_waits_for_nothing_and_allocates_nothing_that_grows(
+    settings: dict[str, Any], lengths: tuple[int, int]
+) -> None:
     question, mask = padded([tokens(1, length)[0] for length in lengths])
     small, large = (
         per_step(compressed("ragged", budget), question, attention_mask=mask, **settings) for budget in (32, 160)
@@ -135,7 +140,7 @@ def test_a_step_waits_for_nothing_and_allocates_nothing_that_grows(settings, len
     assert large.largest < 0.05 * nbytes(cache.layers[0].segment.keys)
 
 
-def test_one_host_sync_in_sixteen_steps():
+def test_one_host_sync_in_sixteen_steps() -> None:
     cache = compressed("uniform", 32)
     waits = []
     for new in (17, 33, 49):
@@ -147,7 +152,7 @@ def test_one_host_sync_in_sixteen_steps():
 
 
 @pytest.mark.parametrize("name", HEURISTICS + LEARNED)
-def test_compression_waits_for_nothing(name):
+def test_compression_waits_for_nothing(name: str) -> None:
     """What is read on the host are the tables of the references, of which a CPU has them there; kernels do not ask."""
     policy = policy_for(name, attached("llama"))
     whole = prefill(attached("llama"), tokens(2, 90), policies=[policy])
@@ -168,7 +173,7 @@ def test_compression_waits_for_nothing(name):
 
 
 @pytest.mark.parametrize("layout", ["uniform", "ragged"])
-def test_compression_makes_nothing_of_heads_by_window_by_slots(layout):
+def test_compression_makes_nothing_of_heads_by_window_by_slots(layout: str) -> None:
     """Temporaries of one layer's scores stay below four numbers per entry, those of selection over all layers too."""
     length, batch, window = 3072, 1, 32
     cache, policy = prompt(length, batch).fork(), POLICIES[layout](model())
@@ -184,7 +189,7 @@ def test_compression_makes_nothing_of_heads_by_window_by_slots(layout):
     assert counts.largest < 16 * LAYERS * entries
 
 
-def test_nothing_as_long_as_the_prompt_is_alive_after_compression():
+def test_nothing_as_long_as_the_prompt_is_alive_after_compression() -> None:
     def left(length: int) -> list[int]:
         gc.collect()
         before = alive()

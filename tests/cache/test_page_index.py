@@ -1,5 +1,7 @@
 """Caches whose single tokens read chosen pages: what they read, what they hold, and that all else is as before."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.models import assert_logits_close, attached, padded, tokens
@@ -7,7 +9,9 @@ from torch import Tensor
 
 from learnkv import continuation, generate, load_policy, prefill
 from learnkv.allocators import AdaKV
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
+from learnkv.ops.arguments import Pages, Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.pages import Quest
 from learnkv.policy.policy import Policy
@@ -16,16 +20,18 @@ from learnkv.scorers import SnapKV
 PAGE = 4
 
 
-def quest(**more) -> Policy:
+def quest(**more: Any) -> Policy:
     return Policy(None, pages=Quest(**{"page_size": PAGE, "dense_layers": 0, **more}))
 
 
 @pytest.fixture
-def steps(monkeypatch) -> list[dict]:
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments of all attention to pages from now on."""
-    recorded: list[dict] = []
+    recorded: list[dict[str, Any]] = []
 
-    def record(query, kept, tail, scaling, pages=None):
+    def record(
+        query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None = None
+    ) -> tuple[Tensor, Tensor]:
         if pages is not None:
             step = {"keys": kept.keys, "offset": kept.offset, "length": kept.length, "tail": tail.keys}
             step |= {"mask": tail.mask, "pages": pages.numbers}
@@ -38,7 +44,7 @@ def steps(monkeypatch) -> list[dict]:
     return recorded
 
 
-def expected(step: dict, tokens: list[int]) -> list[list[int]]:
+def expected(step: dict[str, Any], tokens: list[int]) -> list[list[int]]:
     """Pages of every kv head, from all keys that are there, by the rule of the kernels."""
     found = []
     query, tail = step["query"], step["tail"]
@@ -55,12 +61,12 @@ def expected(step: dict, tokens: list[int]) -> list[list[int]]:
     return found
 
 
-def check_steps(steps: list[dict], tokens: list[int]) -> None:
+def check_steps(steps: list[dict[str, Any]], tokens: list[int]) -> None:
     for step in steps:
         assert [[page for page in row if page >= 0] for row in step["pages"].tolist()] == expected(step, tokens)
 
 
-def test_every_step_reads_the_pages_that_all_keys_give(steps):
+def test_every_step_reads_the_pages_that_all_keys_give(steps: list[Any]) -> None:
     """Two turns of a batch with padding in prompts and questions, a row that ends early, more tokens than a tail holds
     at first, and a crop in between."""
     model, prompts = attached("llama"), [tokens(1, n, seed=1)[0] for n in (53, 30)]
@@ -83,7 +89,7 @@ def test_every_step_reads_the_pages_that_all_keys_give(steps):
     assert len(steps) == 2 * 3
 
 
-def test_reading_everything_is_the_full_cache():
+def test_reading_everything_is_the_full_cache() -> None:
     model, prompt, question = attached("qwen2"), tokens(2, 45), tokens(2, 3)
     whole = prefill(model, prompt)
     said = generate(model, question, whole.fork(), max_new_tokens=12)
@@ -96,14 +102,14 @@ def test_reading_everything_is_the_full_cache():
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_a_batch_is_every_row_alone(family):
+def test_a_batch_is_every_row_alone(family: str) -> None:
     """Single tokens after questions of different lengths, also where page boundaries differ from row to row."""
     model = attached(family)
     prompts = [tokens(1, n, seed=4)[0] for n in (50, 37, 21)]
     questions = [tokens(1, n, seed=5)[0] for n in ((4, 4, 4) if family == "gemma3" else (6, 2, 3))]
     more = tokens(3, 7, seed=6)
 
-    def run(policy, prompts, questions, more):
+    def run(policy: Policy, prompts: list[Tensor], questions: list[Tensor], more: Tensor) -> Tensor:
         cache = policy.compress(prefill(model, *padded(prompts)), keep=0.35)
         continuation(model, *padded(questions, "right")[:1], cache, padded(questions, "right")[1])
         return torch.cat([continuation(model, one, cache) for one in more.split(1, 1)], 1)
@@ -115,11 +121,11 @@ def test_a_batch_is_every_row_alone(family):
             assert_logits_close(together[row], alone[0])
 
 
-def bounds_nbytes(cache) -> int:
+def bounds_nbytes(cache: CompressedCache) -> int:
     return sum(layer.page_index.bounds.nbytes + layer.page_index.tokens.nbytes for layer in cache.compressed_layers())
 
 
-def test_nothing_is_freed_and_the_bounds_are_counted():
+def test_nothing_is_freed_and_the_bounds_are_counted() -> None:
     model = attached("llama")
     whole = prefill(model, tokens(2, 100))
     whole.seal()
@@ -132,17 +138,17 @@ def test_nothing_is_freed_and_the_bounds_are_counted():
     assert cache.kept_positions(1, 1, 1).tolist() == list(range(100))
 
 
-def test_layers_that_read_everything_count_as_such():
+def test_layers_that_read_everything_count_as_such() -> None:
     cache = quest(dense_layers=2).compress(prefill(attached("llama"), tokens(1, 100)), keep=0.2)
     assert cache.read == pytest.approx([(2 + 0.2) / 3])
     assert [layer.page_index is None for layer in cache.compressed_layers()] == [True, True, False]
 
 
-def test_forks_are_independent():
+def test_forks_are_independent() -> None:
     model, whole = attached("llama"), prefill(attached("llama"), tokens(2, 40))
     said = tokens(2, 6, seed=7)
 
-    def run(cache, ids):
+    def run(cache: CompressedCache, ids: Tensor) -> Tensor:
         return torch.cat([continuation(model, one, cache) for one in ids.split(1, 1)], 1)
 
     alone = run(quest().compress(whole.fork(), keep=0.3), said)
@@ -155,7 +161,7 @@ def test_forks_are_independent():
 
 
 @pytest.mark.compat
-def test_beams_and_transformers_own_generate():
+def test_beams_and_transformers_own_generate() -> None:
     model, prompt, question = attached("llama"), tokens(2, 40), tokens(2, 3)
     whole = quest().compress(prefill(model, prompt), keep=0.3)
     ours = generate(model, question, whole.fork(), max_new_tokens=8)
@@ -171,7 +177,7 @@ def test_beams_and_transformers_own_generate():
     assert torch.equal(searched, torch.cat(rows))
 
 
-def test_pages_of_an_evicted_cache(steps):
+def test_pages_of_an_evicted_cache(steps: list[Any]) -> None:
     """Ragged heads, some with less than a step may read; in one policy, or one after the other."""
     model = attached("llama")
     whole = prefill(model, tokens(2, 60), window=16)
@@ -195,7 +201,7 @@ def test_pages_of_an_evicted_cache(steps):
     assert min(wide.read) < 0.2
 
 
-def test_pages_of_a_cache_that_evicts_while_it_is_added_to(steps):
+def test_pages_of_a_cache_that_evicts_while_it_is_added_to(steps: list[Any]) -> None:
     """The tail of 8 slots is joined to the segment time and again; pages are those of what is held then."""
     model = attached("llama")
     policy = Policy(SnapKV(window=4), AdaKV(), evict_interval=8, pages=Quest(PAGE, dense_layers=0), read=0.5)
@@ -207,7 +213,7 @@ def test_pages_of_a_cache_that_evicts_while_it_is_added_to(steps):
     assert max(step["tail"].shape[2] for step in steps) <= 8
 
 
-def test_an_eviction_under_pages_keeps_them(steps):
+def test_an_eviction_under_pages_keeps_them(steps: list[Any]) -> None:
     model = attached("llama")
     cache = quest().compress(prefill(model, tokens(1, 60), window=16), keep=0.25)
     Policy(SnapKV(window=16)).compress(cache, keep=0.5)
@@ -227,17 +233,17 @@ def test_an_eviction_under_pages_keeps_them(steps):
         ({"scorer": SnapKV(), "pages": Quest()}, 0.0),
     ],
 )
-def test_the_fraction_read_is_given_once(parts, read):
+def test_the_fraction_read_is_given_once(parts: dict[str, Any], read: float | None) -> None:
     with pytest.raises(UserError, match=r"read="):
         Policy(**parts, read=read)
 
 
-def test_reading_is_not_trained():
+def test_reading_is_not_trained() -> None:
     with pytest.raises(UserError, match="pages"):
         quest().relax(prefill(attached("llama"), tokens(1, 20)), keep=0.5)
 
 
-def test_a_step_reads_the_bytes_of_its_pages(steps):
+def test_a_step_reads_the_bytes_of_its_pages(steps: list[Any]) -> None:
     """Of 400 entries a step at keep=0.1 gathers 40 per head, and the bounds."""
     read: list[int] = []
     model = attached("llama")
@@ -249,11 +255,11 @@ def test_a_step_reads_the_bytes_of_its_pages(steps):
     assert read == [2 * 40] * 3
 
 
-def held(cache) -> list[Tensor]:
+def held(cache: CompressedCache) -> list[Tensor]:
     return [layer.page_index.bounds for layer in cache.compressed_layers()]
 
 
-def test_bounds_are_not_copied_from_step_to_step():
+def test_bounds_are_not_copied_from_step_to_step() -> None:
     model = attached("llama")
     cache = quest().compress(prefill(model, tokens(1, 40)), keep=0.3)
     before = [one.data_ptr() for one in held(cache)]

@@ -1,8 +1,12 @@
 """Keys that are rotated to consecutive positions when entries are evicted."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.models import attached, padded, policy_for, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from learnkv import Policy, continuation, generate, prefill
 from learnkv.allocators import AdaKV
@@ -13,12 +17,12 @@ pytestmark = pytest.mark.compat
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
-def turned(model, keys, by):
+def turned(model: PreTrainedModel, keys: Tensor, by: Tensor) -> Tensor:
     """Keys [K, D] rotated on by so many positions [K], in float64, with the angles of the model's configuration."""
     dim = keys.shape[-1]
     rope = model.config.rope_parameters
@@ -31,7 +35,7 @@ def turned(model, keys, by):
 
 @pytest.mark.parametrize("rerotate", ["start", "end"])
 @pytest.mark.parametrize("one_shot", [False, True])
-def test_keys_stand_side_by_side(rerotate, one_shot):
+def test_keys_stand_side_by_side(rerotate: str, one_shot: bool) -> None:
     model, lengths = attached("llama"), (60, 33)
     prompt = padded([tokens(1, length)[0] for length in lengths])
     policy = Policy(SnapKV(), None if one_shot else AdaKV(), rerotate=rerotate)
@@ -50,7 +54,7 @@ def test_keys_stand_side_by_side(rerotate, one_shot):
                 torch.testing.assert_close(ours, turned(model, held, target - kept), rtol=0, atol=2e-5)
 
 
-def test_a_prompt_whose_end_is_kept_looks_shorter():
+def test_a_prompt_whose_end_is_kept_looks_shorter() -> None:
     """The latest entries alone, rotated from position 0 on, are in the first layer what a short prompt gives."""
     model, ids = attached("llama"), tokens(1, 50)
     cache = prefill(model, ids, policy=Policy(StreamingLLM(sinks=0), sinks=0, rerotate="start"), keep=0.4)
@@ -59,7 +63,7 @@ def test_a_prompt_whose_end_is_kept_looks_shorter():
     torch.testing.assert_close(ours, short.compressed_layers()[0].prompt.keys[0], rtol=0, atol=2e-5)
 
 
-def test_distances_stay_within_the_budget_while_tokens_are_added():
+def test_distances_stay_within_the_budget_while_tokens_are_added() -> None:
     """As in the original of StreamingLLM: what is held stands right before the next token, for ever."""
     model, every = attached("llama"), 4
     policy = Policy(StreamingLLM(sinks=2), sinks=0, recent=0, evict_interval=every, rerotate="end")
@@ -80,7 +84,7 @@ def test_distances_stay_within_the_budget_while_tokens_are_added():
     assert generate(model, tokens(2, 1), cache, max_new_tokens=6).shape == (2, 6)
 
 
-def test_rotated_rows_can_be_repeated():
+def test_rotated_rows_can_be_repeated() -> None:
     model, policy = attached("llama"), Policy(Knorm(), evict_interval=3, rerotate="end")
     cache = prefill(model, tokens(2, 40), policy=policy, keep=0.3)
     fork = cache.fork()
@@ -91,7 +95,7 @@ def test_rotated_rows_can_be_repeated():
     torch.testing.assert_close(ours, theirs[[1, 0, 1]], rtol=0, atol=2e-4)
 
 
-def test_training_and_learned_parts_leave_keys_in_place():
+def test_training_and_learned_parts_leave_keys_in_place() -> None:
     policy = policy_for("budgets", attached("llama"))
     rotating = Policy(policy.scorer, policy.allocator, rerotate="end")
     whole = prefill(attached("llama"), tokens(1, 40))

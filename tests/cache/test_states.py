@@ -17,14 +17,14 @@ def prompt() -> Prompt:
     return Prompt(keys, values, valid)
 
 
-def test_states_are_frozen():
+def test_states_are_frozen() -> None:
     read = prompt()
     for state in (read, read.seal()):
         with pytest.raises(dataclasses.FrozenInstanceError):
             state.segment = None
 
 
-def test_sealing_copies_nothing_and_keeps_the_prompt():
+def test_sealing_copies_nothing_and_keeps_the_prompt() -> None:
     read = prompt()
     kept = read.seal()
     assert kept.segment.keys.data_ptr() == read.keys.data_ptr()
@@ -32,7 +32,7 @@ def test_sealing_copies_nothing_and_keeps_the_prompt():
     assert kept.complete.entry_positions()[1, 0].tolist() == [-1, -1, *range(6)]
 
 
-def test_an_evicted_prompt_is_not_complete():
+def test_an_evicted_prompt_is_not_complete() -> None:
     read = prompt()
     kept = read.evict(read.seal().segment, None)
     with pytest.raises(UserError, match="already been compressed"):
@@ -41,7 +41,7 @@ def test_an_evicted_prompt_is_not_complete():
     assert kept.rows(torch.tensor([1]), 3).segment.length.tolist() == [6] * 3
 
 
-def test_continuations_share_a_relaxed_prompt_until_rows_are_selected():
+def test_continuations_share_a_relaxed_prompt_until_rows_are_selected() -> None:
     read = prompt()
     relaxed = read.relax(read.seal().segment, torch.rand(2, 3, 8))
     batch = torch.tensor([0, 0, 1, 1])
@@ -55,7 +55,7 @@ def test_continuations_share_a_relaxed_prompt_until_rows_are_selected():
     assert torch.equal(selected.gates, relaxed.gates[[1, 0]])
 
 
-def test_rows_of_a_merged_prompt_have_their_own_positions():
+def test_rows_of_a_merged_prompt_have_their_own_positions() -> None:
     positions = torch.arange(48).view(2, 3, 8)
     merged = dataclasses.replace(prompt(), positions=positions, rotated=positions + 1)
     row = merged.rows(torch.tensor([1]), 3)

@@ -1,10 +1,12 @@
 """Tables measured of the reference model, each against what it claims to measure."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from support.commands import calibrate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv import continuation, load_model, load_policy, prefill
 from learnkv.allocators import Uniform
@@ -13,7 +15,7 @@ from learnkv.calibration.curve import curve_of
 from learnkv.calibration.gates import head_gates
 from learnkv.calibration.heads import head_scores, word_f1
 from learnkv.calibration.layers import _output, layer_errors
-from learnkv.calibration.trials import sample_trials
+from learnkv.calibration.trials import Trial, sample_trials
 from learnkv.errors import RunError
 from learnkv.formats import duo, headkv, layers, lukv
 from learnkv.formats.files import TABLES
@@ -22,16 +24,18 @@ from learnkv.scorers import SnapKV
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_model("reference")
 
 
 @pytest.fixture(scope="module")
-def trials(loaded):
+def trials(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> list[Trial]:
     return list(sample_trials(loaded[1], 192, 4, seed=3))
 
 
-def test_a_needle_is_the_sentence_that_holds_the_answer(loaded, trials):
+def test_a_needle_is_the_sentence_that_holds_the_answer(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
+) -> None:
     tokenizer = loaded[1]
     for trial in trials:
         first, last = trial.needle
@@ -44,7 +48,9 @@ def test_a_needle_is_the_sentence_that_holds_the_answer(loaded, trials):
     assert all(torch.equal(one.context, other.context) for one, other in zip(trials, again, strict=True))
 
 
-def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(loaded):
+def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     tokenizer = copy.deepcopy(loaded[1])
     tokenizer.chat_template = "{% for one in messages %}<u>{{ one.content }}</u>{% endfor %}<a>"
     plain, chat = (next(sample_trials(one, 192, 1, seed=3)) for one in (loaded[1], tokenizer))
@@ -59,7 +65,9 @@ def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(loaded):
     assert sentences[0] == sentences[1]
 
 
-def test_attention_while_answering_is_the_model_s_own(loaded, trials):
+def test_attention_while_answering_is_the_model_s_own(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
+) -> None:
     model, trial = loaded[0], trials[0]
     before = torch.cat([trial.context, trial.question], 1)
     shown: list[torch.Tensor] = []
@@ -86,7 +94,9 @@ def test_attention_while_answering_is_the_model_s_own(loaded, trials):
             torch.testing.assert_close(_output(seen, kept), shown[0][-trial.answer.shape[1] :], rtol=1e-4, atol=1e-4)
 
 
-def test_layer_errors_are_shares_and_grow_where_entries_are_missed(loaded, trials):
+def test_layer_errors_are_shares_and_grow_where_entries_are_missed(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
+) -> None:
     model = loaded[0]
     errors = layer_errors(model, trials, Policy(SnapKV(window=8), Uniform()), keep=0.1)
     assert errors.shape == (6,)
@@ -94,7 +104,9 @@ def test_layer_errors_are_shares_and_grow_where_entries_are_missed(loaded, trial
     assert errors[4:].sum() > 0.5  # where the retrieval heads are
 
 
-def test_retrieval_heads_are_found_where_the_model_has_them(loaded, trials):
+def test_retrieval_heads_are_found_where_the_model_has_them(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
+) -> None:
     scores = head_scores(*loaded, trials, ["reasoning", "copying", "semantic"])
     means = {kind: headkv.mean_scores(found) for kind, found in scores.items()}
     assert {tuple(one.shape) for one in means.values()} == {(6, 8)}
@@ -103,19 +115,21 @@ def test_retrieval_heads_are_found_where_the_model_has_them(loaded, trials):
     assert means["copying"].max() <= 1
 
 
-def test_a_model_that_answers_nothing_is_told(loaded, trials):
+def test_a_model_that_answers_nothing_is_told(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
+) -> None:
     trial = type(trials[0])(**{**vars(trials[0]), "text": " something else"})
     with pytest.raises(RunError, match="answered none of 1 trials"):
         head_scores(*loaded, [trial], ["reasoning"])
 
 
-def test_overlap_is_the_f1_of_words():
+def test_overlap_is_the_f1_of_words() -> None:
     assert word_f1(" 4817293.", " 4817293.") == 1
     assert word_f1("Ada, Bob and Cy", "ada bob") == pytest.approx(2 * 2 / 6)
     assert word_f1("", " 1.") == 0
 
 
-def test_a_curve_keeps_the_most_useful_percents():
+def test_a_curve_keeps_the_most_useful_percents() -> None:
     """Head 0 has all its use in its first half; in head 1 what comes late is worth more than the start."""
     gains = torch.zeros(1, 2, 100)
     gains[0, 0, :50] = 3.0
@@ -128,12 +142,14 @@ def test_a_curve_keeps_the_most_useful_percents():
     torch.testing.assert_close(curve[49, 0], torch.tensor([0.5, 0.5]))
 
 
-def test_gates_start_at_one_where_only_the_penalty_moves_them(loaded, trials):
+def test_gates_start_at_one_where_only_the_penalty_moves_them(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
+) -> None:
     model = loaded[0]
     torch.testing.assert_close(head_gates(model, trials, 4, 12, 1, penalty=1.0), torch.full((6, 4), 0.95))
 
 
-def test_shipped_tables_fit_the_reference_model_and_agree_on_its_heads():
+def test_shipped_tables_fit_the_reference_model_and_agree_on_its_heads() -> None:
     scores = headkv.mean_scores(headkv.read(TABLES / "head_scores.json"))
     pattern, curve = duo.read(TABLES / "duo"), lukv.read(TABLES / "lukv.npy")
     assert (scores.shape, pattern.gates.shape, curve.shape) == ((6, 8), (6, 4), (99, 6, 4))
@@ -145,7 +161,9 @@ def test_shipped_tables_fit_the_reference_model_and_agree_on_its_heads():
 
 
 @pytest.mark.parametrize("name", ["headkv", "lukv", "duo_attention"])
-def test_tables_of_the_reference_model_are_read_from_its_yaml(loaded, trials, name):
+def test_tables_of_the_reference_model_are_read_from_its_yaml(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial], name: str
+) -> None:
     policy = load_policy(name)
     cache = prefill(loaded[0], trials[0].context, policies=[policy])
     small = policy.compress(cache, keep=0.25)
@@ -153,7 +171,7 @@ def test_tables_of_the_reference_model_are_read_from_its_yaml(loaded, trials, na
     assert small.budgets.unique().numel() > 1
 
 
-def test_what_is_asked_for_is_written_by_a_command(tmp_path, capsys):
+def test_what_is_asked_for_is_written_by_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"out={tmp_path}/deep", "only=copying_heads", "lengths=192", "samples=2", "seed=3"]
     assert calibrate(words) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "deep" / "copying_heads.json")]

@@ -1,7 +1,11 @@
 """What is measured of a model's queries and of KVzip's scores, against the model itself."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv import load_model, load_policy, prefill
 from learnkv.calibration.kvzip_gate import kvzip_gate
@@ -15,16 +19,18 @@ from learnkv.scorers.fast_kvzip import gate_scores
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_model("reference")
 
 
 @pytest.fixture(scope="module")
-def contexts(loaded):
+def contexts(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> list[Tensor]:
     return [trial.context for trial in sample_trials(loaded[1], 192, 4, seed=3)]
 
 
-def test_moments_are_those_of_all_queries_before_rotation(loaded, contexts):
+def test_moments_are_those_of_all_queries_before_rotation(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], contexts: list[Tensor]
+) -> None:
     model, shown = loaded[0], []
     projection = model.model.layers[2].self_attn.q_proj
     hook = projection.register_forward_hook(lambda module, given, made: shown.append(made[0, 4:].double()))
@@ -39,7 +45,7 @@ def test_moments_are_those_of_all_queries_before_rotation(loaded, contexts):
     torch.testing.assert_close(found["covariance"][2], theirs, rtol=1e-3, atol=1e-3)
 
 
-def agreement(weights, model, context) -> float:
+def agreement(weights: dict[str, Tensor], model: PreTrainedModel, context: Tensor) -> float:
     """Mean correlation over layers and heads between gate and KVzip, of a context."""
 
     class Both(KVzip):
@@ -55,7 +61,9 @@ def agreement(weights, model, context) -> float:
     return float(torch.stack(found).mean())
 
 
-def test_a_gate_learns_to_tell_kvzips_scores(loaded, contexts):
+def test_a_gate_learns_to_tell_kvzips_scores(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], contexts: list[Tensor]
+) -> None:
     model = loaded[0]
     start, learned = (kvzip_gate(model, contexts[:3], steps, batch=256) for steps in (1, 80))
     assert agreement(start, model, contexts[3]) < 0.2
@@ -67,7 +75,9 @@ def shipped() -> dict[str, torch.Tensor]:
     return tensors.read(TABLES / "kvzip_gate.safetensors", tensors.KVZIP_GATE)
 
 
-def test_the_shipped_gate_and_moments_are_the_reference_models(loaded, contexts):
+def test_the_shipped_gate_and_moments_are_the_reference_models(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], contexts: list[Tensor]
+) -> None:
     model = loaded[0]
     assert agreement(shipped(), model, contexts[3]) > 0.6
     held = tensors.read(TABLES / "query_moments.safetensors", tensors.MOMENTS)
@@ -83,7 +93,7 @@ def test_the_shipped_gate_and_moments_are_the_reference_models(loaded, contexts)
     ("held", "word"),
     [({}, r"expected mean of shape \[L, N, D\], got \[\]"), ({"mean": torch.zeros(2, 3, 4)}, "expected covariance")],
 )
-def test_a_file_of_something_else_is_named(held, word, tmp_path):
+def test_a_file_of_something_else_is_named(held: dict[str, Tensor], word: str, tmp_path: Path) -> None:
     tensors.write(tmp_path / "file", held)
     with pytest.raises(tensors.UserError, match=word):
         tensors.read(tmp_path / "file", tensors.MOMENTS)

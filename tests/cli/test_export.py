@@ -1,6 +1,7 @@
 """A trained policy's budgets in the formats of other methods; the export of a checkpoint is in the training tests."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from support.commands import export
 
 from learnkv import Policy, save_policy
 from learnkv.allocators import LUKV, DuoAttention, FixedLayers, HeadKV, LearnedAllocator, Uniform
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 from learnkv.formats import budgets, duo, headkv, layers, lukv
 from learnkv.persistence.policies import SHIPPED
@@ -17,18 +19,18 @@ from learnkv.scorers import SnapKV
 KNOWN = budgets.read(SHIPPED / "budgets.csv")
 
 
-def exported(tmp_path, kind: str, *words: str) -> str:
+def exported(tmp_path: Path, kind: str, *words: str) -> str:
     out = tmp_path / "deep" / kind
     assert export(["--ckpt", "reference", "--out", str(out), "--format", kind, *words]) == 0
     return str(out)
 
 
-def wanted(allocator, keep: float) -> torch.Tensor:
+def wanted(allocator: Allocator, keep: float) -> torch.Tensor:
     """[L, H] of 1000 entries."""
     return allocator(torch.zeros(6, 1, 4, 1000), None, torch.tensor([1000 * keep], dtype=torch.float64))[:, 0]
 
 
-def test_head_scores_are_the_kept_fractions(tmp_path):
+def test_head_scores_are_the_kept_fractions(tmp_path: Path) -> None:
     file = exported(tmp_path, "headkv", "keep=0.1", "group=2")
     assert headkv.mean_scores(headkv.read(file)).shape == (6, 8)
     got = wanted(HeadKV(file, beta=1), 0.1)
@@ -36,7 +38,9 @@ def test_head_scores_are_the_kept_fractions(tmp_path):
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_the_command_says_whether_budgets_depend_on_the_prompt(conditioned, tmp_path, capsys):
+def test_the_command_says_whether_budgets_depend_on_the_prompt(
+    conditioned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy = Policy(SnapKV(), LearnedAllocator(Uniform(), 6, 4, conditioned=conditioned))
     about = {"id": "someone/model", "config_hash": "0", "shapes": {"layers": 6, "heads": 4, "head_dim": 32}}
     folder = save_policy(policy, tmp_path / "policy", model=about, budgets=KNOWN if conditioned else None)
@@ -48,7 +52,7 @@ def test_the_command_says_whether_budgets_depend_on_the_prompt(conditioned, tmp_
     assert json.loads((folder / "manifest.json").read_text())["budgets"].startswith("mean" if conditioned else "static")
 
 
-def test_gates_rank_heads_by_their_kept_fractions(tmp_path):
+def test_gates_rank_heads_by_their_kept_fractions(tmp_path: Path) -> None:
     file = exported(tmp_path, "duo", "keep=0.2")
     pattern = duo.read(file)
     assert pattern.gates.max() == 1
@@ -58,7 +62,7 @@ def test_gates_rank_heads_by_their_kept_fractions(tmp_path):
     assert set(full.flatten().nonzero().flatten().tolist()) == set(best.tolist())
 
 
-def test_a_curve_evicts_what_the_target_says(tmp_path):
+def test_a_curve_evicts_what_the_target_says(tmp_path: Path) -> None:
     file = exported(tmp_path, "lukv")
     curve = lukv.read(file)
     assert curve.shape == (99, 6, 4)
@@ -68,13 +72,13 @@ def test_a_curve_evicts_what_the_target_says(tmp_path):
     torch.testing.assert_close(wanted(LUKV(file), 0.4), 1000 * torch.tensor(KNOWN[0.4]).double(), rtol=0, atol=0.02)
 
 
-def test_layer_budgets_are_means_over_heads(tmp_path):
+def test_layer_budgets_are_means_over_heads(tmp_path: Path) -> None:
     file = exported(tmp_path, "layers", "keep=0.05")
     assert layers.read(file).tolist() == pytest.approx(np.mean(KNOWN[0.05], axis=1), abs=1e-6)
     assert wanted(FixedLayers(file), 0.3).mean() == pytest.approx(300)
 
 
-def test_budgets_between_those_known_are_linear():
+def test_budgets_between_those_known_are_linear() -> None:
     table = {0.2: [[0.1, 0.3]], 0.4: [[0.2, 0.6]]}
     for keep, expected in (
         (0.1, (0.05, 0.15)),
@@ -86,7 +90,7 @@ def test_budgets_between_those_known_are_linear():
         assert budgets.interpolate(table, keep)[0].tolist() == pytest.approx(expected)
 
 
-def test_a_budget_table_comes_back(tmp_path):
+def test_a_budget_table_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "budgets.csv"
     file.write_text(budgets.text(KNOWN))
     assert budgets.read(file) == KNOWN
@@ -96,7 +100,7 @@ def test_a_budget_table_comes_back(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "layer,head,keep_0.1\n0,x,0.5\n", "layer,head\n0,0\n", "layer,head,keep_0.1\n0,1,0.5\n"]
 )
-def test_another_table_is_told(text, tmp_path):
+def test_another_table_is_told(text: str, tmp_path: Path) -> None:
     (tmp_path / "budgets.csv").write_text(text)
     with pytest.raises(UserError, match=r"budgets.csv: expected"):
         budgets.read(tmp_path / "budgets.csv")
@@ -111,6 +115,8 @@ def test_another_table_is_told(text, tmp_path):
         (["ckpt=reference"], "expected a checkpoint (.ckpt)"),
     ],
 )
-def test_what_cannot_be_exported_is_told(typed, told, tmp_path, capsys):
+def test_what_cannot_be_exported_is_told(
+    typed: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export([*typed, f"out={tmp_path}/out"]) == 2
     assert told in capsys.readouterr().err

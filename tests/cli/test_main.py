@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -12,14 +13,14 @@ from learnkv.errors import Preempted, RunError, UserError
 from learnkv.evaluation.config import EvalConfig
 
 
-def error_of(capsys) -> str:
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line on stderr."""
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
-def test_usage_lists_every_command(word, capsys):
+def test_usage_lists_every_command(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([word]) == 0
     usage = capsys.readouterr().out
     assert usage.startswith("usage: learnkv COMMAND [config=NAME] [key=value …]")
@@ -27,20 +28,22 @@ def test_usage_lists_every_command(word, capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_names_it(name, capsys):
+def test_the_help_of_a_command_names_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: learnkv {name} [--config")
 
 
-def test_no_command_is_one_line_and_exit_code_2(capsys):
+def test_no_command_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert error_of(capsys) == "error: no command: expected one of train, eval, calibrate, merge, memory, export, fetch"
 
 
 @pytest.mark.parametrize(("word", "end"), [("evla", "; did you mean eval?"), ("xyz", "export, fetch")])
-def test_an_unknown_command_is_answered_with_the_nearest(word, end, capsys):
+def test_an_unknown_command_is_answered_with_the_nearest(
+    word: Any, end: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([word, "samples=3"]) == 2
     line = error_of(capsys)
     assert line.startswith(f"error: {word}: expected one of train, eval, calibrate")
@@ -48,7 +51,9 @@ def test_an_unknown_command_is_answered_with_the_nearest(word, end, capsys):
 
 
 @pytest.mark.parametrize(("name", "extra"), [("train", "train"), ("memory", "train"), ("eval", "eval")])
-def test_a_missing_dependency_is_one_line_with_the_extra(name, extra, capsys, monkeypatch):
+def test_a_missing_dependency_is_one_line_with_the_extra(
+    name: str, extra: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(path: str) -> None:
         raise ModuleNotFoundError("No module named 'lightning.pytorch'", name="lightning.pytorch")
 
@@ -58,7 +63,7 @@ def test_a_missing_dependency_is_one_line_with_the_extra(name, extra, capsys, mo
     assert error_of(capsys) == f"error: learnkv {name} needs lightning, which is not installed: {install}"
 
 
-def test_a_missing_module_of_the_package_itself_keeps_its_traceback(monkeypatch):
+def test_a_missing_module_of_the_package_itself_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: str) -> None:
         raise ModuleNotFoundError(f"No module named {path!r}", name=path)
 
@@ -78,7 +83,13 @@ def test_a_missing_module_of_the_package_itself_keeps_its_traceback(monkeypatch)
         (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
 )
-def test_exit_codes(error, code, line, capsys, monkeypatch):
+def test_exit_codes(
+    error: BaseException | None,
+    code: int,
+    line: str | None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def evaluate(config: EvalConfig, resolved: str) -> None:
         assert config.samples == 3
         if error is not None:
@@ -89,7 +100,7 @@ def test_exit_codes(error, code, line, capsys, monkeypatch):
     assert (error_of(capsys) if line else None) == line
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def evaluate(config: EvalConfig, resolved: str) -> None:
         raise ZeroDivisionError
 
@@ -98,14 +109,14 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         main(["eval", "samples=3"])
 
 
-def test_an_empty_command_line_has_a_default_where_one_is_needed(capsys):
+def test_an_empty_command_line_has_a_default_where_one_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export"]) == 2
     assert error_of(capsys) == "error: ckpt=: expected a path, got nothing"
     assert main(["eval"]) == 2
     assert "no arguments: expected config=NAME|PATH or key=value; names: " in error_of(capsys)
 
 
-def test_python_m_learnkv_is_the_console_command():
+def test_python_m_learnkv_is_the_console_command() -> None:
     done = subprocess.run([sys.executable, "-m", "learnkv", "evla"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().endswith("did you mean eval?")

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -46,7 +47,7 @@ class Run:
 
 
 @pytest.fixture(autouse=True)
-def configs(tmp_path, monkeypatch):
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "configs" / "eval"
     folder.mkdir(parents=True)
     (folder / "quickstart.yaml").write_text("samples: 3\nkeep: [0.25, 0.1]\nlog: {mode: online}\n")
@@ -54,11 +55,11 @@ def configs(tmp_path, monkeypatch):
     return folder
 
 
-def parsed(*words):
+def parsed(*words: str) -> Run:
     return parse(Run, words, "eval")[0]
 
 
-def complaint(*words):
+def complaint(*words: str) -> str:
     with pytest.raises(UserError) as caught:
         parsed(*words)
     assert "\n" not in " ".join(str(caught.value).split())
@@ -66,11 +67,11 @@ def complaint(*words):
 
 
 @pytest.mark.parametrize("words", [["keep=0.5,0.25"], ["--keep=0.5,0.25"], ["--keep", "0.5", "0.25"]])
-def test_a_list_is_written_with_commas_or_spaces(words):
+def test_a_list_is_written_with_commas_or_spaces(words: list[str]) -> None:
     assert parsed(*words, "samples=7") == Run(keep=(0.5, 0.25), samples=7, loop=parsed().loop)
 
 
-def test_policies_add_up_and_other_repeated_keys_replace():
+def test_policies_add_up_and_other_repeated_keys_replace() -> None:
     run = parsed("--ckpt", "a", "b", "ckpt=c,d", "--ckpt", "runs/keep=0.5", "samples=1", "samples=2", "budget=64")
     assert run.ckpt == ("a", "b", "c", "d", "runs/keep=0.5")
     assert run.samples == 2
@@ -79,13 +80,13 @@ def test_policies_add_up_and_other_repeated_keys_replace():
     assert parsed("log.every=2,3", "log.every=4").log.every == (4,)
 
 
-def test_two_bounds_are_one_value_or_two():
+def test_two_bounds_are_one_value_or_two() -> None:
     assert parsed("bounds=256").bounds == (256, 256)
     assert parsed("bounds=16,32").bounds == (16, 32)
     assert complaint("bounds=1,2,3").startswith("bounds=1,2,3: expected ")
 
 
-def test_a_terminal_without_the_characters_gets_others(monkeypatch):
+def test_a_terminal_without_the_characters_gets_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(run: Run, resolved: str) -> None:
         print("1 ± 2 · 3 – 4 … ünd")
 
@@ -95,12 +96,12 @@ def test_a_terminal_without_the_characters_gets_others(monkeypatch):
     assert stream.buffer.getvalue() == b"1 +- 2 | 3 - 4 ... ?nd\n"
 
 
-def test_scalars_take_one_value_signs_and_exponents_included():
+def test_scalars_take_one_value_signs_and_exponents_included() -> None:
     run = parsed("--rate", "1e-4", "--model", "m=1", "log.every=2,3", "loop.max_steps=-5")
     assert (run.rate, run.model, run.log.every, run.loop["max_steps"]) == (1e-4, "m=1", (2, 3), -5)
 
 
-def test_a_named_config_comes_first_wherever_it_stands():
+def test_a_named_config_comes_first_wherever_it_stands() -> None:
     assert parsed("samples=5", "config=quickstart") == parsed("config=quickstart", "samples=5")
     run = parsed("samples=5", "config=quickstart")
     assert (run.samples, run.keep, run.log) == (5, (0.25, 0.1), Log("online"))
@@ -108,12 +109,12 @@ def test_a_named_config_comes_first_wherever_it_stands():
     assert parsed("config=quickstart", "log=null").log is None
 
 
-def test_a_config_is_a_path_too(tmp_path):
+def test_a_config_is_a_path_too(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("samples: 4\n")
     assert parsed(f"config={tmp_path / 'mine.yaml'}").samples == 4
 
 
-def test_a_config_may_stand_on_another_one_in_a_folder_below(configs):
+def test_a_config_may_stand_on_another_one_in_a_folder_below(configs: Path) -> None:
     (configs / "more").mkdir()
     (configs / "more" / "base.yaml").write_text("samples: 8\nrate: 0.5\nloop: {max_steps: 3}\nlog: {every: [5]}\n")
     (configs / "more" / "top.yaml").write_text("config: base.yaml\nrate: 0.25\nlog: {mode: online}\n")
@@ -124,7 +125,7 @@ def test_a_config_may_stand_on_another_one_in_a_folder_below(configs):
     assert set(yaml.safe_load(text)) == set(vars(run))
 
 
-def test_the_resolved_yaml_gives_the_same_run_again(tmp_path):
+def test_the_resolved_yaml_gives_the_same_run_again(tmp_path: Path) -> None:
     run, text = parse(Run, ["config=quickstart", "budget=64,32", "loop.max_steps=3", "samples=9"], "eval")
     assert set(yaml.safe_load(text)) == set(vars(run))
     (tmp_path / "again.yaml").write_text(text)
@@ -153,7 +154,7 @@ def test_the_resolved_yaml_gives_the_same_run_again(tmp_path):
         ("config=no/such.yaml", "config=no/such.yaml: expected a YAML file or one of: quickstart"),
     ],
 )
-def test_what_does_not_fit_is_one_line_with_the_word_as_typed(word, line):
+def test_what_does_not_fit_is_one_line_with_the_word_as_typed(word: str, line: str) -> None:
     assert complaint(word) == line
 
 
@@ -166,19 +167,19 @@ def test_what_does_not_fit_is_one_line_with_the_word_as_typed(word, line):
         ("log: {mod: online}", "log.mod: unknown key; did you mean log.mode?"),
     ],
 )
-def test_a_fault_in_the_file_names_the_file(tmp_path, text, line):
+def test_a_fault_in_the_file_names_the_file(tmp_path: Path, text: str, line: str) -> None:
     (tmp_path / "mine.yaml").write_text(text)
     assert complaint(f"config={tmp_path / 'mine.yaml'}", "samples=3") == f"config={tmp_path / 'mine.yaml'}: {line}"
 
 
-def test_broken_yaml_names_the_file(tmp_path):
+def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("samples: [3\n")
     assert complaint(f"config={tmp_path / 'mine.yaml'}").startswith(
         f"config={tmp_path / 'mine.yaml'}: Problems parsing"
     )
 
 
-def test_every_shipped_name_is_found(monkeypatch):
+def test_every_shipped_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     shipped = [path.relative_to(named_configs.CONFIGS) for path in named_configs.CONFIGS.rglob("*.yaml")]
     assert {path.parts[0] for path in shipped} >= {"eval", "policies"}
@@ -201,7 +202,7 @@ def nothing(run: Run, resolved: str) -> None:
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )
-def test_exit_codes(capsys, error, code, line):
+def test_exit_codes(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:
     def main(run: Run, resolved: str) -> None:
         raise error
 
@@ -209,7 +210,7 @@ def test_exit_codes(capsys, error, code, line):
     assert capsys.readouterr().err == line
 
 
-def test_a_good_run_returns_zero_and_a_bug_keeps_its_traceback(capsys):
+def test_a_good_run_returns_zero_and_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(nothing, ["samples=1"], "eval") == 0
     assert capsys.readouterr().err == ""
 
@@ -220,19 +221,19 @@ def test_a_good_run_returns_zero_and_a_bug_keeps_its_traceback(capsys):
         run_main(main, ["samples=1"], "eval")
 
 
-def test_no_arguments_at_all(capsys):
+def test_no_arguments_at_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(nothing, [], "eval") == 2
     assert "expected config=NAME|PATH or key=value; names: quickstart" in capsys.readouterr().err
 
 
-def test_help_lists_the_keys(capsys):
+def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run_main(nothing, ["--help"], "eval")
     assert stop.value.code == 0
     assert "--loop.max_steps" in capsys.readouterr().out
 
 
-def test_a_key_may_have_the_name_of_a_mappings_method():
+def test_a_key_may_have_the_name_of_a_mappings_method() -> None:
     config, resolved = parse(EvalConfig, ["ckpt=snapkv", "keys=greek"], "eval")
     assert config.keys == "greek"
     assert yaml.safe_load(resolved)["keys"] == "greek"
@@ -256,7 +257,7 @@ class Grouped:
     model: str = "reference"
 
 
-def test_keys_of_a_flat_group_are_typed_without_its_name(capsys):
+def test_keys_of_a_flat_group_are_typed_without_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     run, text = parse(Grouped, ["lengths=3,4", "log.mode=online", "model=m"], "eval")
     assert run == Grouped(Group((3, 4), Log("online")), "m")
     assert set(yaml.safe_load(text)) == {"lengths", "log", "model"}

@@ -5,18 +5,20 @@ import dataclasses
 
 import torch
 from support.observations import observe, randomised
+from torch import Tensor
 
 from learnkv.core.feature_cache import CachedFeatures, FeatureKey
+from learnkv.core.observation import Observation
 from learnkv.scorers import Constant, GateScorer, HiddenScorer
 
 KEY = FeatureKey("a", 1)
 
 
-def norms(obs):
+def norms(obs: Observation) -> Tensor:
     return obs.hidden.norm(dim=-1)[:, None, :, None]
 
 
-def test_nothing_but_the_key_is_compared():
+def test_nothing_but_the_key_is_compared() -> None:
     one, other = CachedFeatures(KEY, norms, True), CachedFeatures(FeatureKey("a", 1), lambda obs: obs.keys, False)
     assert one == other
     assert hash(one) == hash(other)
@@ -24,7 +26,7 @@ def test_nothing_but_the_key_is_compared():
     assert copy.deepcopy(one) is one
 
 
-def test_features_of_chunks_are_those_of_the_prompt():
+def test_features_of_chunks_are_those_of_the_prompt() -> None:
     whole, features = observe([30]), CachedFeatures(KEY, norms, True)
     want, gathered = norms(whole), None
     for begin, end in ((0, 11), (11, 12), (12, 30)):
@@ -34,7 +36,7 @@ def test_features_of_chunks_are_those_of_the_prompt():
     assert torch.equal(gathered, want)
 
 
-def test_the_key_follows_class_settings_and_weights():
+def test_the_key_follows_class_settings_and_weights() -> None:
     scorer = randomised(HiddenScorer(Constant(), 2, 2, 16, 32, width=3))
     assert scorer.feature_key == copy.deepcopy(scorer).feature_key == scorer.feature_key
     before = scorer.feature_key

@@ -16,18 +16,18 @@ def plan(budgets: list[int]) -> Plan:
     return Plan(SCORES, wanted.double(), wanted, torch.tensor([1]), sum(budgets), SCORES)
 
 
-def test_each_head_keeps_its_best():
+def test_each_head_keeps_its_best() -> None:
     assert plan([3, 1]).kept[0, 0].int().tolist() == [[1, 0, 1, 1, 0], [0, 0, 1, 0, 0]]
 
 
-def test_changed_counts_what_the_other_does_not_keep():
+def test_changed_counts_what_the_other_does_not_keep() -> None:
     first = plan([3, 1])
     other = dataclasses.replace(first, scores=-SCORES.nan_to_num(posinf=-9, neginf=9))
     assert changed(first, first).tolist() == [0]
     assert changed(first, other).tolist() == pytest.approx([1 / 4])
 
 
-def test_a_baseline_is_that_of_learned_scores():
+def test_a_baseline_is_that_of_learned_scores() -> None:
     device = torch.device("cpu")
     assert baseline_of([Scores(SCORES[0])] * 2, device) is None
     learned = Scores(SCORES[0], 2 * SCORES[0], 3 * SCORES[0]).masked(SCORES[0] < 2, SCORES[0] == 2)

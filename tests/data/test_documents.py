@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -20,20 +22,20 @@ class Words:
     bos_token_id, eos_token_id = None, 0
     longest = 0
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text: Any, add_special_tokens: Any = True) -> Any:
         self.longest = max(self.longest, len(text))
         return {"input_ids": [1 + ord(character) for character in text]}
 
-    def get_vocab(self):
+    def get_vocab(self) -> Any:
         return {"a": 1}
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def written(folder, name: str, text: str):
+def written(folder: Any, name: str, text: str) -> Any:
     """A file with one document in the format of its name."""
     file = folder / name
     row = {"text": text, "other": 1}
@@ -47,7 +49,9 @@ def written(folder, name: str, text: str):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "a[1].txt"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_long_document_is_tokenised_in_pieces(name, streaming, tmp_path, monkeypatch):
+def test_a_long_document_is_tokenised_in_pieces(
+    name: Any, streaming: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(documents, "PIECE", 64)
     text = "".join(f"line {i} of a text with ünï\u2028códe\n" for i in range(50))
     tokenizer = Words()
@@ -68,7 +72,7 @@ def test_a_long_document_is_tokenised_in_pieces(name, streaming, tmp_path, monke
         ("ab\n\n\ncd efgh", ["ab\n\n\n", "cd efgh"]),
     ],
 )
-def test_pieces_end_between_lines_or_words(text, cuts, monkeypatch):
+def test_pieces_end_between_lines_or_words(text: Any, cuts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "PIECE", 10)
     pieces = list(split(text))
     assert [piece for piece, _ in pieces] == cuts
@@ -100,7 +104,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_is_broken_is_named(fault, streaming, tmp_path):
+def test_what_is_broken_is_named(fault: Any, streaming: Any, tmp_path: Path) -> None:
     name, content, line = BROKEN[fault]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=line) as caught:
@@ -109,26 +113,26 @@ def test_what_is_broken_is_named(fault, streaming, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_parquet_of_numbers_is_named(tmp_path):
+def test_parquet_of_numbers_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"text": 5}]).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet, row 0: expected text in text, got int"):
         text_windows(str(tmp_path / "a.parquet"), Words(), 8)
 
 
-def test_rows_without_text_are_skipped(tmp_path):
+def test_rows_without_text_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": null}\n{"text": ""}\n\n{"text": "abcdefg"}\n')
     assert [row["input_ids"].tolist() for row in text_windows(str(file), Words(), 8)] == [[*range(98, 105), 0]]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfab")
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "ab"}')
     for name in ("a.txt", "a.jsonl"):
         assert list(file_pieces([str(tmp_path / name)], "text")) == [("ab", True)]
 
 
-def test_haystacks_and_questions_name_file_and_line(tmp_path):
+def test_haystacks_and_questions_name_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one.\ncaf\xe9.")
     with pytest.raises(UserError, match=r"haystack=.*a.txt, line 2: is not UTF-8"):
         essay(str(tmp_path / "a.txt"))
@@ -142,7 +146,7 @@ def test_haystacks_and_questions_name_file_and_line(tmp_path):
         read_document(str(tmp_path / "d" / "a.txt"), "text")
 
 
-def test_contents_are_hashes_without_paths(tmp_path):
+def test_contents_are_hashes_without_paths(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         written(tmp_path / folder, "a.txt", "some text")
@@ -151,20 +155,20 @@ def test_contents_are_hashes_without_paths(tmp_path):
     assert text_contents(["someone/text"]) == ["someone/text"]
 
 
-def test_a_cache_that_cannot_be_written_is_replaced(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     assert len(text_windows(str(written(tmp_path, "a.txt", "some text")), Words(), 5)) == 2
 
 
-def test_a_hub_id_without_network_fails_soon(monkeypatch):
+def test_a_hub_id_without_network_fails_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("learnkv.data.text.hub_fault", lambda: "huggingface.co cannot be reached (timed out)")
     with pytest.raises(UserError, match=r"text someone/text: no such file, and huggingface.co cannot be reached"):
         text_windows("someone/text", Words(), 8)
 
 
-def test_a_hub_id_that_was_never_downloaded_is_one_line(monkeypatch):
+def test_a_hub_id_that_was_never_downloaded_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
         UserError, match=r"text nobody/nothing: no such file, and loading it from the hub failed"

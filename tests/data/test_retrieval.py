@@ -2,23 +2,24 @@ import ast
 import inspect
 import re
 from dataclasses import fields
+from types import ModuleType
 
 import pytest
 
 from learnkv.data import retrieval_text, ruler_text
 from learnkv.data.haystack import NOISE, docstrings, essay, held_out_docstrings, sentences
-from learnkv.data.retrieval import NEXT_WORDS, Retrieval, count_words
+from learnkv.data.retrieval import NEXT_WORDS, Episode, Retrieval, count_words
 from learnkv.data.ruler_text import NeedleWording
 from learnkv.data.words import split_of
 from learnkv.errors import UserError
 
 
-def episodes(kind, length=220, count=20, **options):
+def episodes(kind: str, length: int = 220, count: int = 20, **options: int) -> list[Episode]:
     return [Retrieval(length, kinds={kind: 1}, **options).episode(index) for index in range(count)]
 
 
 @pytest.mark.parametrize("kind", Retrieval.KINDS)
-def test_an_episode_fills_its_length_and_depends_on_seed_and_index(kind):
+def test_an_episode_fills_its_length_and_depends_on_seed_and_index(kind: str) -> None:
     made = episodes(kind)
     assert made == episodes(kind)
     assert made != episodes(kind, seed=1)
@@ -31,7 +32,7 @@ def test_an_episode_fills_its_length_and_depends_on_seed_and_index(kind):
 
 
 @pytest.mark.parametrize("kind", ["needle", "crowd", "codes", "values", "chain", "span"])
-def test_every_part_of_an_answer_stands_in_the_context(kind):
+def test_every_part_of_an_answer_stands_in_the_context(kind: str) -> None:
     for episode in episodes(kind):
         for question, answer in episode.continuations:
             assert question.startswith("\n")
@@ -47,7 +48,7 @@ def test_every_part_of_an_answer_stands_in_the_context(kind):
                 assert {split_of(part) for part in parts} == {"train"}
 
 
-def test_codes_are_asked_for_by_codes():
+def test_codes_are_asked_for_by_codes() -> None:
     code = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
     for episode in episodes("codes", count=5):
         assert len(re.findall(code, episode.context)) >= 2 * len(episode.continuations)
@@ -56,14 +57,14 @@ def test_codes_are_asked_for_by_codes():
             assert re.fullmatch(f" {code}[.]", answer)
 
 
-def test_a_fact_and_its_question_share_the_words_before_the_value():
+def test_a_fact_and_its_question_share_the_words_before_the_value() -> None:
     for fact in retrieval_text.FACTS:
         before = fact.sentence.split("{value}")[0].rstrip()
         assert fact.question.endswith(before)
         assert fact.question_all.endswith(before)
 
 
-def test_next_text_continues_the_context():
+def test_next_text_continues_the_context() -> None:
     text = " ".join(" ".join(docstrings()).split())
     for episode in episodes("next", count=5):
         [(question, answer)] = episode.continuations
@@ -73,12 +74,12 @@ def test_next_text_continues_the_context():
         assert joint in text + " " + text[:2000]
 
 
-def test_a_tokenizer_may_count():
+def test_a_tokenizer_may_count() -> None:
     made = Retrieval(900, count=len).episode(0)
     assert 900 - 100 < len(made.context) <= 900
 
 
-def literals(module):
+def literals(module: ModuleType) -> set[tuple[str, str, str]]:
     """Runs of three words in the strings that a wording module is made of, docstrings aside."""
     tree = ast.parse(inspect.getsource(module))
     documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
@@ -90,7 +91,7 @@ def literals(module):
     return runs
 
 
-def test_training_and_evaluation_share_no_wording():
+def test_training_and_evaluation_share_no_wording() -> None:
     training, evaluation = literals(retrieval_text), literals(ruler_text)
     assert len(training) > 60
     assert len(evaluation) > 60
@@ -102,7 +103,7 @@ def test_training_and_evaluation_share_no_wording():
     assert not any(words in told for words in [*shown, "Copy "])
 
 
-def test_the_evaluations_essays_are_not_training_text():
+def test_the_evaluations_essays_are_not_training_text() -> None:
     seen = set(sentences(" ".join(docstrings())))
     long = [sentence for sentence in essay() if len(sentence) > 60]
     shared = [sentence for sentence in long if sentence in seen]
@@ -112,7 +113,7 @@ def test_the_evaluations_essays_are_not_training_text():
 
 
 @pytest.mark.parametrize("kind", ["needle", "crowd", "codes"])
-def test_where_not_all_facts_fit_there_are_fewer(kind):
+def test_where_not_all_facts_fit_there_are_fewer(kind: str) -> None:
     room = [Retrieval(length, len, kinds={kind: 1}) for length in (200, 4000)]
     short, long = ([one.episode(index) for index in range(20)] for one in room)
     assert all(0 < len(episode.context) <= 200 for episode in short)
@@ -122,7 +123,7 @@ def test_where_not_all_facts_fit_there_are_fewer(kind):
             assert answer.strip(" .") in episode.context, question
 
 
-def test_one_line_says_what_is_wrong():
+def test_one_line_says_what_is_wrong() -> None:
     with pytest.raises(UserError, match=r"kinds=.*expected weights, one above 0, of needle, crowd"):
         Retrieval(200, kinds={"riddle": 1})
     with pytest.raises(UserError, match="expected at least 1"):
@@ -131,7 +132,7 @@ def test_one_line_says_what_is_wrong():
         Retrieval(5, kinds={"chain": 1}).episode(0)
 
 
-def test_held_out_docstrings_are_of_no_text_that_is_trained_on():
+def test_held_out_docstrings_are_of_no_text_that_is_trained_on() -> None:
     held_out = held_out_docstrings()
     assert not set(held_out) & set(docstrings())
     assert len(held_out) > 300

@@ -1,12 +1,14 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learnkv.data.ruler import NEEDLES, NEW_TOKENS, TASKS, Ruler
+from learnkv.data.sample import Sample
 from learnkv.data.words import split_of
 from learnkv.errors import UserError
 
@@ -16,17 +18,17 @@ GENERATED = [task for task in TASKS if not task.startswith("qa")]
 class Letters:
     """A tokenizer of one token per three letters, with one special token in front."""
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [0] * add_special_tokens + [1] * ((len(text) + 2) // 3)}
 
 
-def size(sample):
+def size(sample: Sample) -> int:
     count = Letters()
     after = count(sample.question + sample.answer_prefix, add_special_tokens=False)["input_ids"]
     return len(count(sample.context)["input_ids"]) + len(after) + sample.max_new_tokens
 
 
-def names_in(text):
+def names_in(text: str) -> list[str]:
     """Every key, value and variable name that a prompt shows, by its looks."""
     uuids = re.findall(r"\b[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}\b", text)
     rest = re.sub(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", " ", text)
@@ -37,7 +39,7 @@ def names_in(text):
 
 @pytest.mark.parametrize("task", GENERATED)
 @pytest.mark.parametrize("length", [1500, 5200])
-def test_a_prompt_fills_its_length_and_holds_its_answers(task, length):
+def test_a_prompt_fills_its_length_and_holds_its_answers(task: str, length: int) -> None:
     for index in range(4):
         sample = Ruler(Letters(), length).sample(task, index)
         # One unit more would not have fitted: the largest is a needle of two UUIDs, or a common word's repetitions.
@@ -50,7 +52,7 @@ def test_a_prompt_fills_its_length_and_holds_its_answers(task, length):
 
 
 @pytest.mark.parametrize("task", GENERATED)
-def test_a_prompt_is_a_function_of_seed_and_index(task):
+def test_a_prompt_is_a_function_of_seed_and_index(task: str) -> None:
     ruler = Ruler(Letters(), 1500, seed=3)
     first = [ruler.sample(task, index) for index in (0, 1)]
     again = [Ruler(Letters(), 1500, seed=3).sample(task, index) for index in (1, 0)]
@@ -61,7 +63,7 @@ def test_a_prompt_is_a_function_of_seed_and_index(task):
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([*NEEDLES, "vt"]), st.integers(0, 10**6))
-def test_splits_never_meet(task, index):
+def test_splits_never_meet(task: str, index: int) -> None:
     for split in ("train", "eval"):
         sample = Ruler(Letters(), 1200, split=split).sample(task, index)
         names = names_in(sample.context)
@@ -73,7 +75,7 @@ def test_splits_never_meet(task, index):
 @pytest.mark.parametrize(
     ("task", "keys", "values"), [("niah_multikey_1", 4, 1), ("niah_multivalue", 1, 4), ("niah_multiquery", 4, 1)]
 )
-def test_as_many_needles_as_the_task_says(task, keys, values):
+def test_as_many_needles_as_the_task_says(task: str, keys: int, values: int) -> None:
     sample = Ruler(Letters(), 1500).sample(task, 0)
     told = re.findall(r"The secret number of (\S+) is (\d{7})\.", sample.context)
     assert len({key for key, _ in told}) == keys
@@ -83,7 +85,7 @@ def test_as_many_needles_as_the_task_says(task, keys, values):
     assert sorted(value for key, value in told if key in asked) == sorted(sample.answers)
 
 
-def test_a_chain_is_told_in_order_and_its_example_is_another_one():
+def test_a_chain_is_told_in_order_and_its_example_is_another_one() -> None:
     sample = Ruler(Letters(), 1500).sample("vt", 0)
     links = re.findall(r"Copy (\w+) to (\w+)\.", sample.context.split("Now the pages.")[1])
     assert [target for _, target in links] == sample.answers
@@ -95,7 +97,7 @@ def test_a_chain_is_told_in_order_and_its_example_is_another_one():
 
 
 @pytest.mark.parametrize(("length", "often", "seldom"), [(1500, 6, 1), (5200, 30, 3)])
-def test_common_words_come_back_as_often_as_the_task_says(length, often, seldom):
+def test_common_words_come_back_as_often_as_the_task_says(length: int, often: int, seldom: int) -> None:
     sample = Ruler(Letters(), length).sample("cwe", 0)
     listed = re.findall(r"\d+\. ([a-z-]+)", sample.context.split("Now the list.")[1])
     counts = {word: listed.count(word) for word in listed}
@@ -103,7 +105,7 @@ def test_common_words_come_back_as_often_as_the_task_says(length, often, seldom)
     assert {count for word, count in counts.items() if word not in sample.answers} == {seldom}
 
 
-def test_the_three_most_frequent_code_words_are_the_answers():
+def test_the_three_most_frequent_code_words_are_the_answers() -> None:
     sample = Ruler(Letters(), 1500).sample("fwe", 0)
     told = [word for word in sample.context.split("\n")[1].split() if word != "..."]
     ranked = sorted(set(told), key=told.count, reverse=True)
@@ -138,7 +140,7 @@ HOTPOTQA = [
 ]
 
 
-def test_questions_stand_among_other_documents(tmp_path):
+def test_questions_stand_among_other_documents(tmp_path: Path) -> None:
     squad, hotpotqa = tmp_path / "squad.json", tmp_path / "hotpotqa.json.gz"
     squad.write_text(json.dumps(SQUAD))
     hotpotqa.write_bytes(gzip.compress(json.dumps(HOTPOTQA).encode()))
@@ -155,7 +157,7 @@ def test_questions_stand_among_other_documents(tmp_path):
             ruler.sample(task, questions)
 
 
-def test_one_line_says_what_is_missing(tmp_path):
+def test_one_line_says_what_is_missing(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"rows": []}')
     with pytest.raises(UserError, match="qa_1: needs a file in squad's layout, qa=FILE; given: none"):
@@ -170,7 +172,7 @@ def test_one_line_says_what_is_missing(tmp_path):
         Ruler(Letters(), 100).sample("vt", 0)
 
 
-def test_a_haystack_file_replaces_the_essays(tmp_path):
+def test_a_haystack_file_replaces_the_essays(tmp_path: Path) -> None:
     file = tmp_path / "own.txt.gz"
     file.write_bytes(gzip.compress(b"Only these words\nare here. And these too."))
     context = Ruler(Letters(), 700, haystack=str(file)).sample("niah_single_2", 0).context.split("\n")[1]
@@ -181,7 +183,7 @@ def test_a_haystack_file_replaces_the_essays(tmp_path):
         Ruler(Letters(), 700, haystack=str(tmp_path / "empty.txt")).sample("niah_single_2", 0)
 
 
-def test_another_template_asks_for_the_same_facts():
+def test_another_template_asks_for_the_same_facts() -> None:
     """Keys, values and places are those of the usual template; of its words nothing is left."""
     for task in ("niah_single_2", "niah_multikey_2", "niah_multiquery"):
         usual, memo = (Ruler(Letters(), 1500, template=template).sample(task, 1) for template in ("secret", "memo"))
@@ -196,7 +198,7 @@ def test_another_template_asks_for_the_same_facts():
 
 
 @pytest.mark.parametrize(("language", "letters"), [("german", "äöüß"), ("greek", "αεου")])
-def test_keys_may_be_words_of_another_language(language, letters):
+def test_keys_may_be_words_of_another_language(language: str, letters: str) -> None:
     seen = set()
     for index in range(12):
         sample = Ruler(Letters(), 1500, keys=language).sample("niah_multikey_1", index)

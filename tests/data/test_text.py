@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -14,14 +15,14 @@ class Bytes:
 
     bos_token_id, eos_token_id = 256, 257
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         self.asked += 1
         return {"input_ids": [256] * add_special_tokens + list(text.encode())}
 
-    def get_vocab(self):
+    def get_vocab(self) -> dict[str, int]:
         return {str(i): i for i in range(258)}
 
 
@@ -31,17 +32,17 @@ EXPECTED = [[256, *STREAM[at : at + 7]] for at in range(0, len(STREAM) - 6, 7)]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def lines():
+def lines() -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "*.txt"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_windows_of_local_files(tmp_path, name, streaming):
+def test_windows_of_local_files(tmp_path: Path, name: str, streaming: bool) -> None:
     if name == "a.parquet":
         datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(tmp_path / name)
     elif name == "*.txt":
@@ -55,7 +56,7 @@ def test_windows_of_local_files(tmp_path, name, streaming):
     assert torch.stack(found).tolist() == EXPECTED
 
 
-def test_text_is_tokenised_once(tmp_path):
+def test_text_is_tokenised_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines())
     first, second, other = Bytes(), Bytes(), Bytes()
     text_windows(str(tmp_path / "a.jsonl"), first, 8)
@@ -65,7 +66,7 @@ def test_text_is_tokenised_once(tmp_path):
     assert len(text_windows(str(tmp_path / "a.jsonl"), other, 9)[0]["input_ids"]) == 9
 
 
-def test_one_line_says_what_is_wrong(tmp_path):
+def test_one_line_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines())
     (tmp_path / "a.csv").write_text("text\nhere\n")
     with pytest.raises(UserError, match=r"text .*/none\.txt: no such file"):

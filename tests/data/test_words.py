@@ -8,7 +8,7 @@ from learnkv.data.words import SPLITS, split_of
 
 
 @given(st.integers(0, 10**9), st.sampled_from(["words", "numbers", "uuids"]))
-def test_drawn_keys_and_values_belong_to_their_split(seed, kind):
+def test_drawn_keys_and_values_belong_to_their_split(seed: int, kind: str) -> None:
     for split in SPLITS:
         drawn = words.value(kind, random.Random(seed), split)
         assert split_of(drawn) == split
@@ -17,7 +17,7 @@ def test_drawn_keys_and_values_belong_to_their_split(seed, kind):
 
 
 @given(st.integers(0, 10**9), st.integers(1, 7))
-def test_variables_belong_to_their_split(seed, letters):
+def test_variables_belong_to_their_split(seed: int, letters: int) -> None:
     for split in SPLITS:
         name = words.variable(random.Random(seed), split, letters=letters)
         assert split_of(name) == split
@@ -25,14 +25,14 @@ def test_variables_belong_to_their_split(seed, letters):
         assert name.isupper()
 
 
-def test_word_lists_of_the_splits_are_disjoint_and_large():
+def test_word_lists_of_the_splits_are_disjoint_and_large() -> None:
     for kind in ("adjective", "noun", "verb"):
         train, evaluation = (set(words.word_list(kind, split)) for split in SPLITS)
         assert not train & evaluation
         assert len(train) > 2 * len(evaluation) > 200
 
 
-def test_the_split_is_stable():
+def test_the_split_is_stable() -> None:
     # A change here would let a shipped model have trained on what evaluation asks.
     assert [split_of(text) for text in ("apple", "tiger", "1234567", "7654321", "ABCDE")] == [
         "eval",
@@ -43,8 +43,9 @@ def test_the_split_is_stable():
     ]
 
 
-def test_taken_strings_are_not_drawn_again():
-    rng, taken = random.Random(0), set()
+def test_taken_strings_are_not_drawn_again() -> None:
+    rng = random.Random(0)
+    taken: set[str] = set()
     drawn = [words.number(rng, "eval", taken, digits=2) for _ in range(15)]
     assert len(set(drawn)) == 15
     assert set(drawn) == taken

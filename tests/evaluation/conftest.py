@@ -6,7 +6,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from learnkv.data.haystack import essay
 from learnkv.inference.attention import attach
@@ -16,7 +22,7 @@ CONTEXT = 512
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     trained = Tokenizer(BPE())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -49,13 +55,13 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def loaded(model_folder):
+def loaded(model_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = load_model(str(model_folder))
     return attach(model), tokenizer
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory) -> Path:
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "held_out.txt"
     file.write_text(" ".join(essay()[100:400]))
     return file

@@ -1,32 +1,37 @@
 """Where a prompt is cut, when an answer has ended, and what it scores."""
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.data.sample import Sample
 from learnkv.evaluation.tasks import answers
 from learnkv.evaluation.tasks.answers import Answers, EndOfAnswer, eos_tokens, loops, tokenised
-from learnkv.evaluation.tasks.base import pad
+from learnkv.evaluation.tasks.base import Prompt, pad
 from learnkv.inference.generate import generate
 from learnkv.inference.prefill import prefill
 
 TEMPLATE = "{{ bos_token }}user: {{ messages[0]['content'] }}\nreply:"
 
 
-def sample(*found, limit=64, metric="all", prefix=" It is"):
+def sample(*found: str, limit: int = 64, metric: str = "all", prefix: str = " It is") -> Sample:
     return Sample("Red is 123. Blue is 45.", "\nWhat is red?", prefix, list(found), "niah_single_1", limit, metric)
 
 
-def prompt_of(one, setting, tokenizer):
+def prompt_of(one: Sample, setting: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     (prompt,) = tokenised([(7, one)], setting, 64, tokenizer, haystack="noise")
     return prompt
 
 
-def text(tokenizer, ids):
+def text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids)
 
 
-def test_the_question_is_read_after_compression_or_before(loaded):
+def test_the_question_is_read_after_compression_or_before(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     _, tokenizer = loaded
     agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
     aware = prompt_of(sample("123"), "query_aware", tokenizer)
@@ -39,14 +44,18 @@ def test_the_question_is_read_after_compression_or_before(loaded):
     assert agnostic.digest != aware.digest
 
 
-def test_without_a_prefix_the_last_token_of_the_question_waits(loaded):
+def test_without_a_prefix_the_last_token_of_the_question_waits(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     _, tokenizer = loaded
     aware = prompt_of(sample("123", prefix=""), "query_aware", tokenizer)
     assert text(tokenizer, aware.prefill_ids + aware.suffix_ids) == "Red is 123. Blue is 45.\nWhat is red?"
     assert len(aware.suffix_ids) == 1
 
 
-def test_a_chat_template_stays_around_context_and_question(loaded, monkeypatch):
+def test_a_chat_template_stays_around_context_and_question(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, tokenizer = loaded
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
@@ -54,11 +63,13 @@ def test_a_chat_template_stays_around_context_and_question(loaded, monkeypatch):
     assert text(tokenizer, agnostic.suffix_ids) == "\nWhat is red?\nreply: It is"
 
 
-def ids(tokenizer, said):
+def ids(tokenizer: PreTrainedTokenizerBase, said: str) -> list[int]:
     return tokenizer(said).input_ids
 
 
-def test_an_answer_ends_when_nothing_can_change_its_score(loaded):
+def test_an_answer_ends_when_nothing_can_change_its_score(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     _, tokenizer = loaded
     end = EndOfAnswer(tokenizer, {1})
     assert not end(ids(tokenizer, "12, 3"), sample("12", "34"))
@@ -74,14 +85,18 @@ def test_an_answer_ends_when_nothing_can_change_its_score(loaded):
         "no. no. no. no. no. It is",
     ],
 )
-def test_an_answer_is_never_cut_before_it_is_found(loaded, said):
+def test_an_answer_is_never_cut_before_it_is_found(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], said: str
+) -> None:
     _, tokenizer = loaded
     end, whole = EndOfAnswer(tokenizer, {1}), ids(tokenizer, f"{said} 98765.")
     until = next(n for n in range(1, len(whole) + 1) if end(whole[:n], sample("98765")))
     assert sample("98765").score(end.text(whole[:until])) == 1
 
 
-def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(loaded):
+def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     _, tokenizer = loaded
     end = EndOfAnswer(tokenizer, {1})
     said = [*ids(tokenizer, "1"), 1, *ids(tokenizer, "7")]
@@ -94,7 +109,7 @@ def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(l
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 24])
-def test_a_loop_is_three_times_the_same_and_long(period):
+def test_a_loop_is_three_times_the_same_and_long(period: int) -> None:
     start, turn = [90, 91], list(range(period))
     least = max(32, 3 * period)
     said = start + turn * (-(-least // period) + 1)
@@ -105,7 +120,7 @@ def test_a_loop_is_three_times_the_same_and_long(period):
     assert not loops(broken)
 
 
-def test_answers_are_not_loops(loaded):
+def test_answers_are_not_loops(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     _, tokenizer = loaded
     numbers = "first 6976604, second 6976604, third 6976604, fourth 6976604, fifth 6976604."
     for said in ("9" * 31, numbers, "00000000-0000-4000-8000-0000", " ".join(str(n) for n in range(60))):
@@ -113,7 +128,9 @@ def test_answers_are_not_loops(loaded):
         assert not any(loops(tokens[:n]) for n in range(len(tokens) + 1))
 
 
-def test_eos_tokens_of_a_model(loaded, monkeypatch):
+def test_eos_tokens_of_a_model(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = loaded
     assert eos_tokens(model) == {1}
     monkeypatch.setattr(model.generation_config, "eos_token_id", [3, 4])
@@ -122,7 +139,9 @@ def test_eos_tokens_of_a_model(loaded, monkeypatch):
     assert eos_tokens(model) == set()
 
 
-def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkeypatch):
+def test_scores_are_shares_of_the_answers_and_finished_rows_leave(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = loaded
     samples = [sample("12", "34", "56", limit=30), sample("12", "34", metric="part"), sample("99", limit=11)]
     prompts = [prompt_of(one, "query_agnostic", tokenizer) for one in samples]
@@ -130,9 +149,11 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
         ids(tokenizer, text) for text in ("56 and no more of it, 12." + " x" * 40, "34", "9 8 7 6 5 4 3 2 1 99 99")
     ]
     script = [row + [1] * (60 - len(row)) for row in script]
-    asked = []
+    asked: list[Any] = []
 
-    def scripted(model, said, cache, mask, *, max_new_tokens, earlier, **settings):
+    def scripted(
+        model: Any, said: Any, cache: Any, mask: Any, *, max_new_tokens: Any, earlier: Any, **settings: Any
+    ) -> Any:
         assert settings == answers.GREEDY
         assert earlier == len(asked) * max_new_tokens
         first, rows = not asked, [row for row in range(3) if len(asked) < (4, 1, 2)[row]]
@@ -154,7 +175,7 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(loaded, monkey
     assert [one["score"] for one in records] == pytest.approx([200 / 3, 100, 0])
 
 
-def test_rounds_say_what_one_call_of_generate_says(loaded):
+def test_rounds_say_what_one_call_of_generate_says(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     model, tokenizer = loaded
     prompts = [prompt_of(sample("zz", limit=29), "query_agnostic", tokenizer)]
     cache = prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
@@ -165,7 +186,9 @@ def test_rounds_say_what_one_call_of_generate_says(loaded):
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 1.3}, {"min_new_tokens": 21}, {"no_repeat_ngram_size": 2}])
-def test_rounds_follow_the_generation_config_as_one_call_does(loaded, monkeypatch, settings):
+def test_rounds_follow_the_generation_config_as_one_call_does(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
     model, tokenizer = loaded
     free = [prompt_of(sample("zz", limit=29), "query_agnostic", tokenizer)]
     for name, value in settings.items():
@@ -176,14 +199,14 @@ def test_rounds_follow_the_generation_config_as_one_call_does(loaded, monkeypatc
     assert records[0]["answer"] == tokenizer.decode(whole[0], skip_special_tokens=True)
 
 
-def test_a_batch_says_what_each_prompt_says_alone(loaded):
+def test_a_batch_says_what_each_prompt_says_alone(loaded: Any) -> None:
     model, tokenizer = loaded
     contexts = ["Red is 123.", "Red is 123. Blue is 45. Green is 6, and more of it.", "Red."]
     many = [Sample(one, "\nWhat" + " is red" * n, " It", ["zz"], "t", 12) for n, one in enumerate(contexts, 1)]
     prompts = [prompt_of(one, "query_agnostic", tokenizer) for one in many]
     family = Answers(prompts, tokenizer)
 
-    def said(some):
+    def said(some: list[Prompt]) -> list[str]:
         cache = prefill(model, *pad([prompt.prefill_ids for prompt in some], "left", model.device))
         return [one["answer"] for one in family.measure(model, some, cache)[0]]
 
@@ -192,14 +215,16 @@ def test_a_batch_says_what_each_prompt_says_alone(loaded):
     assert len(set(together)) == 3
 
 
-def test_rows_that_say_about_as_much_are_measured_together(loaded):
+def test_rows_that_say_about_as_much_are_measured_together(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     _, tokenizer = loaded
     many = [sample("1" * 30), sample("1"), sample("1" * 20), sample("22")]
     family = Answers([prompt_of(one, "query_agnostic", tokenizer) for one in many], tokenizer)
     assert [len(p.sample.answers[0]) for p in sorted(family.prompts, key=family.effort)] == [1, 2, 20, 30]
 
 
-def test_padding_goes_to_one_side():
+def test_padding_goes_to_one_side() -> None:
     ids, mask = pad([[5, 6], [7]], "left", torch.device("cpu"))
     assert ids.tolist() == [[5, 6], [0, 7]]
     assert mask.tolist() == [[True, True], [False, True]]

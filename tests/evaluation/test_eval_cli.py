@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from support.commands import eval
 
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.evaluation import runner
 from learnkv.evaluation.folder import evaluation_folder
 
@@ -14,20 +17,22 @@ ROW = {"policy", "task", "length", "setting", "keep", "spent", "bytes", "bytes_f
 
 
 @pytest.fixture
-def words(model_folder, text_file, tmp_path):
+def words(model_folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
     common = [f"model={model_folder}", f"text={text_file}", f"output={tmp_path / 'run'}", "lengths=64", "samples=3"]
     return [*common, "tasks=text", "keep=0.5,0.2"]
 
 
-def results(tmp_path):
+def results(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "results.json").read_text())
 
 
-def values(tmp_path):
+def values(tmp_path: Path) -> dict[tuple[str, float], float]:
     return {(row["policy"], row["keep"]): row["kl"] for row in results(tmp_path)["rows"]}
 
 
-def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
+def test_policies_of_every_kind_in_one_run(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("scorer: {class_path: learnkv.scorers.Knorm}\nsinks: 2\n")
     assert eval([*words, "--ckpt", "snapkv", "--ckpt", "full", str(mine)]) == 0
@@ -53,12 +58,14 @@ def test_policies_of_every_kind_in_one_run(words, tmp_path, capsys):
     assert "results.md" in capsys.readouterr().out
 
 
-def test_baselines_are_compared_after_the_policies_of_ckpt(words, tmp_path):
+def test_baselines_are_compared_after_the_policies_of_ckpt(words: list[str], tmp_path: Path) -> None:
     assert eval([*words, "--ckpt", "knorm", "baselines=extra_passes,knorm,random,-kvzip", "samples=1"]) == 0
     assert list(dict.fromkeys(row["policy"] for row in results(tmp_path)["rows"])) == ["full", "knorm", "random"]
 
 
-def test_the_resolved_config_alone_repeats_the_run(words, tmp_path, monkeypatch):
+def test_the_resolved_config_alone_repeats_the_run(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert eval([*words, "--ckpt", "snapkv"]) == 0
     first = values(tmp_path)
     monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
@@ -67,10 +74,12 @@ def test_the_resolved_config_alone_repeats_the_run(words, tmp_path, monkeypatch)
     assert values(tmp_path) == first
 
 
-def test_an_interrupted_run_leaves_a_report_and_goes_on(words, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_a_report_and_goes_on(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain, calls = runner.prefill, []
 
-    def stops(*given, **options):
+    def stops(*given: Any, **options: Any) -> CompressedCache:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -89,11 +98,13 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(words, tmp_path, monkeyp
     assert {(row["policy"], row["keep"]): row["kl"] for row in whole} == resumed
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert eval([*words, "--ckpt", "snapkv", "samples=1"]) == 0
     before = (tmp_path / "run" / "samples.jsonl").read_text()
 
-    def full(self, records):
+    def full(self: Any, records: list[dict[str, Any]]) -> None:
         raise OSError(28, "No space left on device", str(self.path))
 
     monkeypatch.setattr(runner.Store, "add", full)
@@ -122,14 +133,16 @@ def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path, monkeypatch,
         ("config=missing", "config=missing: expected a YAML file or one of"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, capsys, word, line):
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], capsys: pytest.CaptureFixture[str], word: str, line: str
+) -> None:
     assert eval([*words, "--ckpt", "snapkv", word]) == 2
     said = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
     assert len(said) == 1
     assert line in said[0]
 
 
-def test_no_arguments_are_told_what_is_expected(capsys):
+def test_no_arguments_are_told_what_is_expected(capsys: pytest.CaptureFixture[str]) -> None:
     assert eval([]) == 2
     assert (
         "expected config=NAME|PATH or key=value; names: method_comparison, quickstart, ruler, text"
@@ -137,7 +150,9 @@ def test_no_arguments_are_told_what_is_expected(capsys):
     )
 
 
-def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):
+def test_two_policies_of_one_name_are_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.yaml").write_text("scorer: {class_path: learnkv.scorers.Knorm}\n")
@@ -145,11 +160,11 @@ def test_two_policies_of_one_name_are_refused(words, tmp_path, capsys):
     assert "a second policy that is called mine" in capsys.readouterr().err
 
 
-def records(tmp_path):
+def records(tmp_path: Path) -> Any:
     return [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
 
 
-def test_a_second_evaluation_adds_to_the_table(words, tmp_path, capsys):
+def test_a_second_evaluation_adds_to_the_table(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert eval([*words, "--ckpt", "snapkv"]) == 0
     first = values(tmp_path)
     assert eval([*words, "--ckpt", "knorm", "keep=0.4", "samples=2"]) == 0
@@ -164,7 +179,9 @@ def test_a_second_evaluation_adds_to_the_table(words, tmp_path, capsys):
     assert "| knorm (2 of 3 samples) |" in capsys.readouterr().out
 
 
-def test_other_prompts_and_other_models_are_not_in_one_table(words, tmp_path, capsys, model_folder):
+def test_other_prompts_and_other_models_are_not_in_one_table(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], model_folder: Any
+) -> None:
     assert eval([*words, "--ckpt", "snapkv"]) == 0
     assert eval([*words, "--ckpt", "knorm", "lengths=72"]) == 0
     assert {policy for policy, _ in values(tmp_path)} == {"full", "snapkv", "knorm"}
@@ -180,7 +197,9 @@ def test_other_prompts_and_other_models_are_not_in_one_table(words, tmp_path, ca
     )
 
 
-def test_a_moved_model_and_folder_continue(words, tmp_path, model_folder, monkeypatch):
+def test_a_moved_model_and_folder_continue(
+    words: Any, tmp_path: Path, model_folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert eval([*words, "--ckpt", "snapkv"]) == 0
     first = values(tmp_path)
     shutil.move(tmp_path / "run", tmp_path / "moved")
@@ -191,7 +210,9 @@ def test_a_moved_model_and_folder_continue(words, tmp_path, model_folder, monkey
     assert values(tmp_path) == first
 
 
-def test_samples_have_prompt_answer_and_costs_and_are_shown(words, tmp_path, capsys):
+def test_samples_have_prompt_answer_and_costs_and_are_shown(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert eval([*words, "--ckpt", "snapkv", "tasks=niah_single_1", "lengths=384", "samples=1", "--show", "1"]) == 0
     shown = capsys.readouterr().out
     for record in records(tmp_path):
@@ -212,7 +233,9 @@ def test_samples_have_prompt_answer_and_costs_and_are_shown(words, tmp_path, cap
 
 
 @pytest.mark.parametrize("content", ["model: reference\nobjective: null\n", "[broken", "5", ""])
-def test_the_folder_of_a_training_is_left_alone(words, tmp_path, capsys, content):
+def test_the_folder_of_a_training_is_left_alone(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(content)
     assert eval([*words, "--ckpt", "snapkv"]) == 2
@@ -221,14 +244,18 @@ def test_the_folder_of_a_training_is_left_alone(words, tmp_path, capsys, content
     assert eval([*words, "--ckpt", "snapkv", "samples=1", f"output={tmp_path / 'run' / 'eval'}"]) == 0
 
 
-def test_a_second_program_in_the_folder_is_one_line(words, tmp_path, capsys):
+def test_a_second_program_in_the_folder_is_one_line(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with evaluation_folder(str(tmp_path / "run")):
         assert eval([*words, "--ckpt", "snapkv"]) == 2
     assert "another program is writing into this folder" in capsys.readouterr().err.splitlines()[-1]
     assert eval([*words, "--ckpt", "snapkv", "samples=1"]) == 0
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(words, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_one_line(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert eval([*words, "--ckpt", "snapkv", f"output={tmp_path / 'file' / 'run'}"]) == 2
     assert "expected a folder that can be written" in capsys.readouterr().err.splitlines()[-1]

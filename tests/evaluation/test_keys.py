@@ -3,6 +3,8 @@
 import importlib
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,14 +30,14 @@ class Mine(Scorer):
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch, request):
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     """A policy of the user's own scorer, which imports a file beside it; called again it reads the files anew."""
     monkeypatch.syspath_prepend(tmp_path)
     name = f"mine_{abs(hash(request.node.name))}"
     (tmp_path / f"{name}_helper.py").write_text("FACTOR = 1.0\n")
     (tmp_path / f"{name}.py").write_text(SCORER.format(helper=f"{name}_helper"))
 
-    def load():
+    def load() -> Any:
         for module in (name, f"{name}_helper"):
             sys.modules.pop(module, None)
         importlib.invalidate_caches()
@@ -44,7 +46,7 @@ def mine(tmp_path, monkeypatch, request):
     return load, tmp_path / f"{name}.py", tmp_path / f"{name}_helper.py"
 
 
-def test_a_line_of_a_scorers_code_counts(mine):
+def test_a_line_of_a_scorers_code_counts(mine: Any) -> None:
     load, file, _ = mine
     before = policy_digest(load())
     assert policy_digest(load()) == before
@@ -52,22 +54,22 @@ def test_a_line_of_a_scorers_code_counts(mine):
     assert policy_digest(load()) != before
 
 
-def test_a_line_of_a_file_that_it_imports_counts(mine):
+def test_a_line_of_a_file_that_it_imports_counts(mine: Any) -> None:
     load, _, helper = mine
     before = policy_digest(load())
     helper.write_text("FACTOR = -2.0\n")
     assert policy_digest(load()) != before
 
 
-def test_a_method_that_is_replaced_at_run_time_counts(mine, monkeypatch):
+def test_a_method_that_is_replaced_at_run_time_counts(mine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = mine[0]()
     before = policy_digest(policy)
     monkeypatch.setattr(type(policy.scorer), "forward", lambda self, obs: obs.keys.float().sum(-1))
     assert policy_digest(policy) != before
 
 
-def test_a_class_without_a_file_counts_by_its_code():
-    def policy(line):
+def test_a_class_without_a_file_counts_by_its_code() -> None:
+    def policy(line: Any) -> Any:
         space = {"__name__": "typed_in"}
         exec(f"from learnkv.scorers import Scorer\nclass Typed(Scorer):\n  def forward(self, obs):\n    {line}", space)
         made = load_policy("knorm")
@@ -78,7 +80,7 @@ def test_a_class_without_a_file_counts_by_its_code():
     assert policy_digest(policy("return obs.keys.sum(-1)")) != policy_digest(policy("return obs.keys.amax(-1)"))
 
 
-def test_the_files_of_the_package_count(tmp_path, monkeypatch):
+def test_the_files_of_the_package_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sources.rooms_digest()
     copy = tmp_path / "learnkv"
     shutil.copytree(sys.modules["learnkv"].__path__[0], copy, ignore=shutil.ignore_patterns("*.safetensors", "*.npy"))
@@ -89,10 +91,10 @@ def test_the_files_of_the_package_count(tmp_path, monkeypatch):
     assert sources.rooms_digest.__wrapped__() != before
 
 
-def test_the_table_of_a_policy_counts_and_its_place_does_not(tmp_path):
+def test_the_table_of_a_policy_counts_and_its_place_does_not(tmp_path: Path) -> None:
     spec = load_policy("lukv").spec()
 
-    def digest(file):
+    def digest(file: Any) -> Any:
         spec["allocator"]["init_args"]["curve"] = str(file)
         return policy_digest(build_policy(spec))
 
@@ -108,7 +110,7 @@ def test_the_table_of_a_policy_counts_and_its_place_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("value", [torch.ones(3), np.ones(3), 2.0, {"a": [1.0]}])
-def test_what_a_scorer_holds_as_a_plain_attribute_counts(value):
+def test_what_a_scorer_holds_as_a_plain_attribute_counts(value: Any) -> None:
     policy = load_policy("knorm")
     before = policy_digest(policy)
     policy.scorer.table = value
@@ -117,19 +119,19 @@ def test_what_a_scorer_holds_as_a_plain_attribute_counts(value):
     assert len({before, with_value, policy_digest(policy)}) == 3
 
 
-def test_every_shipped_policy_has_its_own_digest_and_keeps_it():
+def test_every_shipped_policy_has_its_own_digest_and_keeps_it() -> None:
     names = ("reference", "snapkv", "kvzip", "headkv", "duo_attention", "quest", "fast_kvzip")
     first, again = ([policy_digest(load_policy(name)) for name in names] for _ in range(2))
     assert first == again
     assert len(set(first)) == len(names)
 
 
-def fingerprints(family, model):
+def fingerprints(family: Any, model: Any) -> Any:
     (job,) = runner.jobs_of(model, {"knorm": load_policy("knorm")}, [Budget(keep=0.5)])[1:]
     return {job.fingerprint(prompt) for prompt in family.prompts}
 
 
-def test_the_version_of_a_task_counts(loaded, monkeypatch):
+def test_the_version_of_a_task_counts(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [Prompt("text", 48, "query_agnostic", 0, [2, 3, 4], [5, 6])]
     before = fingerprints(Text(prompts), loaded[0])
     assert fingerprints(Text(prompts), loaded[0]) == before
@@ -138,7 +140,7 @@ def test_the_version_of_a_task_counts(loaded, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [Text, Answers])
-def test_the_tokenizer_and_its_chat_template_count(loaded, monkeypatch, kind):
+def test_the_tokenizer_and_its_chat_template_count(loaded: Any, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     model, tokenizer = loaded
     prompts = [Prompt("text", 48, "query_agnostic", 0, [2, 3, 4], [5, 6])]
     before = fingerprints(kind(prompts, tokenizer), model)
@@ -146,7 +148,7 @@ def test_the_tokenizer_and_its_chat_template_count(loaded, monkeypatch, kind):
     assert not fingerprints(kind(prompts, tokenizer), model) & before
 
 
-def test_what_changes_nothing_about_a_prompt_changes_no_key(loaded):
+def test_what_changes_nothing_about_a_prompt_changes_no_key(loaded: Any) -> None:
     from learnkv.data.sample import Sample
 
     sample = Sample("Red is 1.", "\nWhat?", " It", ["1"], "vt", 6)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,13 +12,13 @@ from learnkv.cli.main import main
 ROW = {"task": "vt", "length": 64, "setting": "query_agnostic", "keep": 0.5, "budget": None, "bytes": 1000, "n": 4}
 
 
-def row(policy, score, **changes):
+def row(policy: Any, score: Any, **changes: Any) -> Any:
     return {**ROW, "policy": policy, "score": score, "stderr": 1.0, "kl": None, "bytes_full": 2000, **changes}
 
 
 @pytest.fixture
-def write(tmp_path):
-    def write(name, rows, model="tiny", torch="2.13"):
+def write(tmp_path: Path) -> Any:
+    def write(name: Any, rows: Any, model: Any = "tiny", torch: Any = "2.13") -> Any:
         (tmp_path / name).mkdir()
         results = {"schema": 1, "model": model, "environment": {"torch": torch}, "rows": rows}
         (tmp_path / name / "results.json").write_text(json.dumps(results))
@@ -28,7 +30,7 @@ def write(tmp_path):
 FULL = row("full", 90.0, keep=1.0, bytes=2000)
 
 
-def test_folders_of_one_model_are_one_table(write, capsys):
+def test_folders_of_one_model_are_one_table(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     a = write("a", [FULL, row("snapkv", 50.0), row("snapkv", 20.0, keep=0.1)])
     b = write("b", [FULL, row("my_adakv", 60.0)])
     assert main(["merge", a, b]) == 0
@@ -43,7 +45,7 @@ def test_folders_of_one_model_are_one_table(write, capsys):
     ]
 
 
-def test_markdown_csv_and_latex_are_written(write, tmp_path, capsys):
+def test_markdown_csv_and_latex_are_written(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write("a", [FULL, row("snapkv", 50.0)]), write("b", [FULL, row("my_adakv", 60.0)])
     files = [str(tmp_path / f"out/merged{suffix}") for suffix in (".md", ".csv", ".tex")]
     assert main(["merge", f"folders={a},{b}", f"out={','.join(files)}"]) == 0
@@ -61,7 +63,7 @@ def test_markdown_csv_and_latex_are_written(write, tmp_path, capsys):
     assert latex.count(r"\toprule") == latex.count(r"\end{table}") == 1
 
 
-def test_what_is_not_the_same_has_names_of_its_own(write, capsys):
+def test_what_is_not_the_same_has_names_of_its_own(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
     a = write("a", [FULL, row("snapkv", 50.0)])
     b = write("b", [row("full", 80.0, keep=1.0), row("snapkv", 40.0)], torch="2.14")
     c = write("c", [FULL, row("snapkv", 10.0, task="cwe", n=2)], model="large")
@@ -88,7 +90,7 @@ def test_what_is_not_the_same_has_names_of_its_own(write, capsys):
         (["{old}", "out=x.docx"], "out=x.docx: expected a file ending in .md, .csv, .tex"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, capsys, words, line):
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Any, line: Any) -> None:
     (tmp_path / "results.json").write_text('{"schema": 0, "rows": []}')
     assert main(["merge", *(word.format(old=tmp_path) for word in words)]) == 2
     assert line in capsys.readouterr().err

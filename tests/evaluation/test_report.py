@@ -1,7 +1,11 @@
 """Tables and pictures of made-up results: the right numbers in the right places, settings never in one table."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from learnkv.evaluation import pictures
 from learnkv.evaluation.report import markdown, size
@@ -12,7 +16,9 @@ BYTES = {1.0: 2_000_000, 0.5: 1_000_000, 0.1: 200_000}
 MEANS = {"full": 90, "snapkv": 30, "adakv": 40, "learned-mine": 80}
 
 
-def record(policy, keep, setting, task, index, shift=0.0, **more):
+def record(
+    policy: str, keep: float, setting: str, task: str, index: int, shift: float = 0.0, **more: Any
+) -> dict[str, Any]:
     score = MEANS[policy] + shift - 20 * (keep == 0.1) + 4 * index + (task == "vt")
     about = {"policy": policy, "task": task, "length": 1024, "setting": setting, "index": index, "keep": keep}
     size = {"budget": None, "asked": keep, "spent": keep, "bytes": BYTES[keep], "bytes_full": BYTES[1.0]}
@@ -20,14 +26,16 @@ def record(policy, keep, setting, task, index, shift=0.0, **more):
     return {**about, **size, "haystack": "noise", "score": score, **budgets, **more}
 
 
-def records_of(setting, tasks=("niah_single_1", "vt"), shift=0.0, **more):
+def records_of(
+    setting: str, tasks: tuple[str, ...] = ("niah_single_1", "vt"), shift: float = 0.0, **more: Any
+) -> list[dict[str, Any]]:
     found = [record("full", 1.0, setting, task, i, shift, **more) for task in tasks for i in range(3)]
     for policy in ("snapkv", "adakv", "learned-mine"):
         found += [record(policy, k, setting, t, i, shift, **more) for k in KEEPS for t in tasks for i in range(3)]
     return found
 
 
-def text_records():
+def text_records() -> list[dict[str, Any]]:
     kl = {"full": 0.0, "snapkv": 0.4, "adakv": 0.2, "learned-mine": 0.1}
     found = []
     for one in records_of("query_agnostic", ("text",)):
@@ -36,17 +44,18 @@ def text_records():
 
 
 @pytest.fixture
-def both():
+def both() -> list[dict[str, Any]]:
     return records_of("query_agnostic") + records_of("query_aware", shift=5.0)
 
 
-def report(records, starts=None):
+def report(records: list[dict[str, Any]], starts: dict[str, str] | None = None) -> str:
     return markdown("tiny", rows_of(records), records, starts or {})
 
 
-def tables(text):
+def tables(text: str) -> dict[str, list[list[str]]]:
     """Heading and rows of every table."""
-    found, heading = {}, ""
+    found: dict[str, Any] = {}
+    heading = ""
     for line in text.splitlines():
         if line.startswith("#"):
             heading = line
@@ -55,7 +64,7 @@ def tables(text):
     return found
 
 
-def test_a_table_per_setting_with_score_error_bytes_and_share(both):
+def test_a_table_per_setting_with_score_error_bytes_and_share(both: list[dict[str, Any]]) -> None:
     found = tables(report(both))
     agnostic = next(table for title, table in found.items() if title.startswith("## Query-agnostic"))
     aware = next(table for title, table in found.items() if title.startswith("## Query-aware"))
@@ -67,12 +76,12 @@ def test_a_table_per_setting_with_score_error_bytes_and_share(both):
     assert not any("query" in " ".join(row) for table in found.values() for row in table)
 
 
-def test_the_full_cache_stands_above_the_table(both):
+def test_the_full_cache_stands_above_the_table(both: list[dict[str, Any]]) -> None:
     text = report(both)
     assert "Mean over 2 tasks (niah_single_1, vt), 3 samples each. Full cache: **94.5 ± 1.6** · 2 MB · 1.000." in text
 
 
-def test_learned_minus_heuristic_is_paired(both):
+def test_learned_minus_heuristic_is_paired(both: list[dict[str, Any]]) -> None:
     found = tables(report(both, {"learned-mine": "adakv"}))
     assert found["### Query-aware: learned-mine minus heuristic, paired by prompt"][1][1] == "+50.0 ± 0.0"
     assert found["### Query-agnostic: learned-mine minus heuristic, paired by prompt"] == [
@@ -83,7 +92,7 @@ def test_learned_minus_heuristic_is_paired(both):
     ]
 
 
-def test_every_task_is_listed_once_per_policy_and_keep(both):
+def test_every_task_is_listed_once_per_policy_and_keep(both: list[dict[str, Any]]) -> None:
     details = report(both).split("## Every task")[1]
     agnostic = next(table for title, table in tables(details).items() if "Query-agnostic" in title)
     assert agnostic[0] == ["policy", "budget", "bytes", "niah_single_1", "vt"]
@@ -91,7 +100,7 @@ def test_every_task_is_listed_once_per_policy_and_keep(both):
     assert len(agnostic) == 1 + 1 + 3 * 2
 
 
-def test_passes_that_a_policy_takes_beside_the_first_are_named(both):
+def test_passes_that_a_policy_takes_beside_the_first_are_named(both: list[dict[str, Any]]) -> None:
     assert "reads every prompt" not in report(both)
     for one in both:
         one["prefills"] = 2.125 if one["policy"] == "adakv" else 1.0
@@ -99,7 +108,7 @@ def test_passes_that_a_policy_takes_beside_the_first_are_named(both):
     assert report(both).count("reads every prompt") == 2
 
 
-def test_text_is_a_table_of_kl(both):
+def test_text_is_a_table_of_kl(both: list[dict[str, Any]]) -> None:
     found = tables(report(both + text_records(), {"learned-mine": "snapkv"}))
     kl = next(table for title, table in found.items() if title.startswith("## Text"))
     assert kl[1] == ["snapkv", "**0.4100** · ppl 2.72 · 1 MB · 0.500", "**0.4100** · ppl 2.72 · 200 kB · 0.100"]
@@ -108,7 +117,7 @@ def test_text_is_a_table_of_kl(both):
     assert minus[-1] == ["best heuristic", "adakv", "adakv"]
 
 
-def test_one_sample_has_no_error_and_no_policy_no_table():
+def test_one_sample_has_no_error_and_no_policy_no_table() -> None:
     one = [record("full", 1.0, "query_agnostic", "vt", 0)]
     assert "Full cache: **91.0** · 2 MB · 1.000." in report(one)
     assert list(tables(report(one))) == ["### Query-agnostic: the question is read after compression, 1,024 tokens"]
@@ -116,15 +125,15 @@ def test_one_sample_has_no_error_and_no_policy_no_table():
 
 
 @pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1500, "1.5 kB"), (3_146_000, "3.15 MB"), (2e9, "2 GB")])
-def test_sizes(count, text):
+def test_sizes(count: float, text: str) -> None:
     assert size(count) == text
 
 
-def lines_of(axis):
+def lines_of(axis: Axes) -> dict[str, np.ndarray[Any, Any]]:
     return {container.get_label(): container.lines[0].get_xydata() for container in axis.containers}
 
 
-def test_pareto_shows_score_against_bytes_in_a_panel_per_setting(both):
+def test_pareto_shows_score_against_bytes_in_a_panel_per_setting(both: list[dict[str, Any]]) -> None:
     figure = pictures.pareto(rows_of(both + text_records()))
     agnostic, aware, text = figure.axes
     assert agnostic.get_title().startswith("Query-agnostic")
@@ -144,7 +153,9 @@ def test_pareto_shows_score_against_bytes_in_a_panel_per_setting(both):
     assert len(set(markers.values())) == 3
 
 
-def test_with_many_policies_names_stay_inside_and_who_holds_the_whole_cache_moves_no_tick(both):
+def test_with_many_policies_names_stay_inside_and_who_holds_the_whole_cache_moves_no_tick(
+    both: list[dict[str, Any]],
+) -> None:
     some = [one for one in both if one["policy"] == "snapkv"]
     whole = [one | {"policy": "quest", "bytes": 2_100_000} for one in some]
     more = [one | {"policy": f"quite_a_long_name_{at}"} for at in range(30) for one in some]
@@ -160,7 +171,7 @@ def test_with_many_policies_names_stay_inside_and_who_holds_the_whole_cache_move
     assert all(axis.get_window_extent().width > 300 for axis in figure.axes)
 
 
-def test_heatmap_shows_mean_kept_fractions(both):
+def test_heatmap_shows_mean_kept_fractions(both: list[dict[str, Any]]) -> None:
     figure = pictures.heatmap(both, "learned-mine")
     panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
     assert [axis.get_title() for axis in panels] == [
@@ -173,7 +184,7 @@ def test_heatmap_shows_mean_kept_fractions(both):
     assert pictures.heatmap(both, "snapkv") is None
 
 
-def test_pictures_are_written_whole(both, tmp_path):
+def test_pictures_are_written_whole(both: list[dict[str, Any]], tmp_path: Path) -> None:
     pictures.save(pictures.pareto(rows_of(both)), tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["pareto.png"]

@@ -1,11 +1,16 @@
 """One prefill per batch for everything, bytes by the formula, and nothing done twice."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.allocators import AdaKV, LearnedAllocator, Uniform
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.observation import Observation
 from learnkv.data.sample import Sample
 from learnkv.evaluation import runner
@@ -24,23 +29,23 @@ KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]
 NAMES = ("snapkv", "adakv")
 
 
-def text_prompts(rows, length=48):
+def text_prompts(rows: int, length: int = 48) -> list[Prompt]:
     tokens = torch.randint(2, 400, (rows, length), generator=torch.Generator().manual_seed(1)).tolist()
     cut = length - 13
     return [Prompt("text", length, "query_agnostic", i, ids[:cut], ids[cut:]) for i, ids in enumerate(tokens)]
 
 
-def question_prompts(tokenizer, rows):
+def question_prompts(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[Prompt]:
     samples = [Sample(f"{'Red is. ' * (i + 2)}", "\nWhat?", " It", ["zz"], "vt", 6) for i in range(rows)]
     return list(tokenised(enumerate(samples), "query_agnostic", 64, tokenizer))
 
 
 @pytest.fixture
-def prefills(monkeypatch):
+def prefills(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """How many prompts were read in each prefill."""
     counts, plain = [], runner.prefill
 
-    def counted(model, ids, mask, **options):
+    def counted(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> CompressedCache:
         counts.append(len(ids))
         return plain(model, ids, mask, **options)
 
@@ -48,18 +53,26 @@ def prefills(monkeypatch):
     return counts
 
 
-def policies(*names):
+def policies(*names: str) -> dict[str, Policy]:
     return {name: load_policy(name) for name in names}
 
 
-def untimed(row):
+def untimed(row: Any) -> Any:
     """A row without what differs between two runs of the same command."""
     return {
         key: value for key, value in row.items() if key not in ("prefill_seconds", "tokens_per_second", "peak_bytes")
     }
 
 
-def compare(loaded, prompts, path, names=NAMES, keeps=KEEPS, batch_size=4, family=Text):
+def compare(
+    loaded: Any,
+    prompts: Any,
+    path: Any,
+    names: Any = NAMES,
+    keeps: Any = KEEPS,
+    batch_size: Any = 4,
+    family: Any = Text,
+) -> Any:
     families = [family(prompts)] if family is Text else [Answers(prompts, loaded[1])]
     jobs = runner.jobs_of(loaded[0], policies(*names), keeps)
     path.mkdir(exist_ok=True)
@@ -68,7 +81,9 @@ def compare(loaded, prompts, path, names=NAMES, keeps=KEEPS, batch_size=4, famil
     return runner.finished(families, jobs, store)
 
 
-def test_one_prefill_per_batch_for_all_policies_and_budgets(loaded, tmp_path, prefills):
+def test_one_prefill_per_batch_for_all_policies_and_budgets(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, prefills: list[Any]
+) -> None:
     records = compare(loaded, text_prompts(6), tmp_path)
     assert prefills == [4, 2]
     assert len(records) == 6 * (1 + 2 * 3)
@@ -82,7 +97,7 @@ def test_one_prefill_per_batch_for_all_policies_and_budgets(loaded, tmp_path, pr
     assert all(row["n"] == 6 for row in rows)
 
 
-def test_what_is_spent_and_held(loaded, tmp_path):
+def test_what_is_spent_and_held(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:
     model = loaded[0]
     layers, heads, dim, entries = 2, 2, model.config.head_dim, 35
     rows = rows_of(compare(loaded, text_prompts(4), tmp_path))
@@ -97,13 +112,15 @@ def test_what_is_spent_and_held(loaded, tmp_path):
             assert row["bytes"] == round(
                 row["spent"] * entries * layers * heads * (per_entry + 4) + 16 * layers * heads
             )
-    by_keep = {}
+    by_keep: dict[float, Any] = {}
     for row in rows:
         by_keep.setdefault((row["keep"], row["budget"]), set()).add(row["bytes"])
     assert all(len(held) == 1 for held in by_keep.values())
 
 
-def test_bytes_of_unequal_prompts_go_by_what_each_keeps(loaded, tmp_path):
+def test_bytes_of_unequal_prompts_go_by_what_each_keeps(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     records = compare(loaded, question_prompts(loaded[1], 3), tmp_path, ("snapkv",), KEEPS[:1], family=Answers)
     held = [one for one in records if one["policy"] == "snapkv"]
     lengths = [one["bytes_full"] for one in held]
@@ -114,7 +131,9 @@ def test_bytes_of_unequal_prompts_go_by_what_each_keeps(loaded, tmp_path):
     )
 
 
-def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(loaded, tmp_path):
+def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     keeps = [Budget(keep=1.0), Budget(keep=0.7), Budget(keep=0.1)]
     rows = rows_of(compare(loaded, text_prompts(5), tmp_path, ("snapkv",), keeps))
     full, whole, most, least = rows
@@ -126,7 +145,9 @@ def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(loaded, tmp_path
 
 
 @pytest.mark.parametrize("family", [Text, Answers])
-def test_batches_do_not_change_results(loaded, tmp_path, family):
+def test_batches_do_not_change_results(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, family: type[Any]
+) -> None:
     prompts = text_prompts(5) if family is Text else question_prompts(loaded[1], 5)
     for size in (1, 5):
         (tmp_path / str(size)).mkdir()
@@ -140,7 +161,9 @@ def test_batches_do_not_change_results(loaded, tmp_path, family):
         assert one.get("kl", 0) == pytest.approx(other.get("kl", 0), abs=1e-5)
 
 
-def test_finished_samples_are_not_read_again(loaded, tmp_path, prefills):
+def test_finished_samples_are_not_read_again(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, prefills: list[Any]
+) -> None:
     first = compare(loaded, text_prompts(3), tmp_path)
     prefills.clear()
     assert compare(loaded, text_prompts(3), tmp_path) == first
@@ -150,7 +173,12 @@ def test_finished_samples_are_not_read_again(loaded, tmp_path, prefills):
     assert [one for one in more if one["index"] < 3] == first
 
 
-def test_only_what_is_missing_is_measured(loaded, tmp_path, prefills, monkeypatch):
+def test_only_what_is_missing_is_measured(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    tmp_path: Path,
+    prefills: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     compare(loaded, text_prompts(3), tmp_path, ("snapkv",))
     prefills.clear()
     compressed, plain = [], Policy.compress
@@ -162,13 +190,18 @@ def test_only_what_is_missing_is_measured(loaded, tmp_path, prefills, monkeypatc
     assert [one["class_path"] for one in compressed] == ["learnkv.allocators.AdaKV"] * len(KEEPS)
 
 
-def test_an_interrupted_run_continues_where_it_was(loaded, tmp_path, prefills, monkeypatch):
+def test_an_interrupted_run_continues_where_it_was(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    tmp_path: Path,
+    prefills: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     prompts = text_prompts(6)
     (tmp_path / "whole").mkdir()
     whole = compare(loaded, prompts, tmp_path / "whole", batch_size=2)
     measured, plain = [], Text.measure
 
-    def stops(self, *given):
+    def stops(self: Any, *given: Any) -> tuple[list[dict[str, float]], Tensor]:
         measured.append(given)
         if len(measured) == 12:  # within the second batch of 1 + 2 * 3
             raise KeyboardInterrupt
@@ -190,7 +223,9 @@ def test_an_interrupted_run_continues_where_it_was(loaded, tmp_path, prefills, m
     assert all(Store(tmp_path / "samples.jsonl")[name] == record for name, record in done.items())
 
 
-def test_only_prompts_that_every_policy_finished_are_compared(loaded, tmp_path):
+def test_only_prompts_that_every_policy_finished_are_compared(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     prompts = text_prompts(3)
     compare(loaded, prompts[:2], tmp_path)
     jobs = runner.jobs_of(loaded[0], policies(*NAMES), KEEPS)
@@ -198,7 +233,7 @@ def test_only_prompts_that_every_policy_finished_are_compared(loaded, tmp_path):
     assert {record["index"] for record in found} == {0, 1}
 
 
-def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded, tmp_path):
+def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded: Any, tmp_path: Path) -> None:
     """Another seed gives prompts of the same task, length and number: the full cache has the last one's."""
     first, second = text_prompts(4)[:2], [replace(prompt, index=i) for i, prompt in enumerate(text_prompts(4)[1:3])]
     compare(loaded, first, tmp_path, ("snapkv",))
@@ -212,14 +247,14 @@ def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded,
     assert {(record["policy"], record["index"]) for record in records} == {(n, 0) for n in ("full", "adakv", "knorm")}
 
 
-def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded):
+def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded: Any) -> None:
     model = loaded[0]
     (here, there) = text_prompts(2)
     learned = Policy(Knorm())
     learned.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
     seen = set()
 
-    def note(policy, budget=KEEPS[0], prompt=here):
+    def note(policy: Policy, budget: Budget = KEEPS[0], prompt: Prompt = here) -> None:
         (job,) = runner.jobs_of(model, {"x": policy}, [budget])[1:]
         assert job.fingerprint(prompt) not in seen
         seen.add(job.fingerprint(prompt))
@@ -231,14 +266,16 @@ def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded):
     note(load_policy("snapkv"))
     note(Policy(Knorm(), sinks=5))
     with torch.no_grad():
-        learned.weight += 1
+        learned.weight.add_(1)
     note(learned)
     model.model.norm.weight[0] += 1
     note(learned)
     model.model.norm.weight[0] -= 1
 
 
-def test_budgets_are_recorded_for_policies_that_learned_them(loaded, tmp_path):
+def test_budgets_are_recorded_for_policies_that_learned_them(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     learned = Policy(Knorm())
     learned.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
     jobs = runner.jobs_of(loaded[0], {"learned": learned, "knorm": load_policy("knorm")}, KEEPS[:1])
@@ -252,7 +289,7 @@ def test_budgets_are_recorded_for_policies_that_learned_them(loaded, tmp_path):
             assert float(kept.mean()) == pytest.approx(record["spent"])
 
 
-def test_the_heuristic_below_a_learned_policy_is_found():
+def test_the_heuristic_below_a_learned_policy_is_found() -> None:
     learned = Policy(SnapKV(window=32), LearnedAllocator(AdaKV(), num_layers=2, num_heads=2))
     others = {"adakv": Policy(SnapKV(window=32), AdaKV()), "snapkv": Policy(SnapKV(window=32), Uniform())}
     assert runner.baselines_of({"learned": learned, **others}) == {"learned": "adakv"}
@@ -268,19 +305,25 @@ class HiddenSize(Scorer):
         return seen.hidden.norm(dim=-1).unsqueeze(1).expand(seen.keys.shape[:3])
 
 
-def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded, tmp_path):
+def test_a_scorer_gets_the_hidden_states_that_it_needs(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     jobs = runner.jobs_of(loaded[0], {"hidden": Policy(HiddenSize())}, KEEPS[:1])
     store = Store(tmp_path / "samples.jsonl")
     runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
     assert sum(record["policy"] == "hidden" and record["kl"] > 0 for record in store.records.values()) == 2
 
 
-def test_passes_of_the_model_that_a_policy_takes_are_counted(loaded, tmp_path):
+def test_passes_of_the_model_that_a_policy_takes_are_counted(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     records = compare(loaded, text_prompts(2), tmp_path, names=("snapkv", "kvzip"), keeps=[Budget(keep=0.5)])
     assert {row["policy"]: row["prefills"] for row in rows_of(records)} == {"full": 1.0, "snapkv": 1.0, "kvzip": 2.0}
 
 
-def test_what_is_read_stands_beside_what_is_held(loaded, tmp_path):
+def test_what_is_read_stands_beside_what_is_held(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     """Pages are read of a cache that holds everything, and their bounds: 32 of 35 entries, then one page of 16."""
     keeps = [Budget(tokens=32), Budget(tokens=16)]
     records = compare(loaded, text_prompts(2), tmp_path, names=("snapkv", "quest"), keeps=keeps)

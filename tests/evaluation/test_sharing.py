@@ -1,7 +1,12 @@
 """A prompt is scored once for all budgets, and what is kept is the same."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv import continuation
 from learnkv.allocators import CAKE
@@ -21,7 +26,9 @@ KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]
 
 
 @pytest.mark.parametrize("name", ["adakv", "cake", "criticalkv", "defensivekv", "kvzip", "restkv", "vase"])
-def test_sharing_scores_between_budgets_changes_nothing_that_is_kept(loaded, name):
+def test_sharing_scores_between_budgets_changes_nothing_that_is_kept(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], name: str
+) -> None:
     model, _ = loaded
     policy = load_policy(name)
     ids = torch.randint(2, 400, (2, 96), generator=torch.Generator().manual_seed(3))
@@ -38,17 +45,19 @@ def test_sharing_scores_between_budgets_changes_nothing_that_is_kept(loaded, nam
 class Counting(Scorer):
     """Knorm, with the layers that it scored and whether it knew the budget."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.calls = []
+        self.calls: list[Any] = []
 
-    def forward(self, obs: Observation):
+    def forward(self, obs: Observation) -> Tensor:
         self.calls.append((obs.layer_idx, obs.keep is not None))
         return Knorm()(obs)
 
 
 @pytest.mark.parametrize("reads_budget", [False, True])
-def test_a_layer_is_scored_once_for_all_budgets_unless_scores_depend_on_them(loaded, tmp_path, reads_budget):
+def test_a_layer_is_scored_once_for_all_budgets_unless_scores_depend_on_them(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, reads_budget: bool
+) -> None:
     scorer = Counting()
     scorer.reads_budget = reads_budget
     ids = list(range(2, 42))
@@ -60,7 +69,9 @@ def test_a_layer_is_scored_once_for_all_budgets_unless_scores_depend_on_them(loa
 
 
 @pytest.mark.parametrize("name", ["defensivekv", "layer_defensivekv", "restkv"])
-def test_what_does_not_depend_on_the_budget_is_computed_once(loaded, tmp_path, monkeypatch, name):
+def test_what_does_not_depend_on_the_budget_is_computed_once(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     policy = load_policy(name)
     prepared = []
     once = policy.scorer.prepare
@@ -72,7 +83,9 @@ def test_what_does_not_depend_on_the_budget_is_computed_once(loaded, tmp_path, m
     assert prepared == list(range(loaded[0].config.num_hidden_layers))
 
 
-def test_features_are_computed_anew_when_tokens_were_added(loaded):
+def test_features_are_computed_anew_when_tokens_were_added(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     """While nothing has been evicted each online eviction splits the budget by the features of that moment."""
     model, _ = loaded
     policy = Policy(SnapKV(window=8), CAKE(window=8), evict_interval=8)

@@ -2,22 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from learnkv.evaluation.store import Store, replacing, slot_of
 
 
-def record(fingerprint, policy="snapkv", index=0, score=1.0):
+def record(fingerprint: str, policy: str = "snapkv", index: int = 0, score: float = 1.0) -> dict[str, Any]:
     about = {"policy": policy, "task": "vt", "length": 64, "setting": "query_agnostic", "index": index}
     return {**about, "keep": 0.5, "budget": None, "score": score, "fingerprint": fingerprint}
 
 
-def lines(path):
+def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_what_was_added_is_there_again(tmp_path):
+def test_what_was_added_is_there_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "samples.jsonl")
     store.add([record("a"), record("b", index=1)])
     store.add([record("c", index=2)])
@@ -26,7 +27,7 @@ def test_what_was_added_is_there_again(tmp_path):
     assert again["b"] == record("b", index=1)
 
 
-def test_a_line_that_was_cut_off_is_done_again_and_nothing_else(tmp_path):
+def test_a_line_that_was_cut_off_is_done_again_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     Store(path).add([record("a"), record("b", index=1)])
     path.write_bytes(path.read_bytes()[:-20])
@@ -38,7 +39,7 @@ def test_a_line_that_was_cut_off_is_done_again_and_nothing_else(tmp_path):
     assert [one["fingerprint"] for one in lines(path)] == ["a", "b"]
 
 
-def test_outdated_records_go_and_foreign_ones_stay(tmp_path):
+def test_outdated_records_go_and_foreign_ones_stay(tmp_path: Path) -> None:
     store = Store(tmp_path / "samples.jsonl")
     store.add([record("old"), record("same", index=1), record("foreign", policy="adakv")])
     store.forget_outdated([("new", slot_of(record("new"))), ("same", slot_of(record("same", index=1)))])
@@ -53,20 +54,20 @@ def _fail_within(path: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x1c", "\r", "\n", "\ud800"])
-def test_an_answer_may_hold_any_character(tmp_path, separator):
+def test_an_answer_may_hold_any_character(tmp_path: Path, separator: Any) -> None:
     records = [{**record("a"), "answer": f"before{separator}after"}, record("b", index=1)]
     Store(tmp_path / "samples.jsonl").add(records)
     assert list(Store(tmp_path / "samples.jsonl").records.values()) == records
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
 
 
-def test_separators_that_an_earlier_version_left_in_a_line_do_not_cut_it(tmp_path):
+def test_separators_that_an_earlier_version_left_in_a_line_do_not_cut_it(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(json.dumps({**record("a"), "answer": "x\u2028\x85y"}, ensure_ascii=False) + "\n5\n{}\n", "utf-8")
     assert list(Store(path).records) == ["a"]
 
 
-def test_records_after_a_line_that_was_cut_off_are_whole(tmp_path):
+def test_records_after_a_line_that_was_cut_off_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     Store(path).add([record("a"), record("b", index=1)])
     path.write_bytes(path.read_bytes()[:-20])
@@ -74,7 +75,7 @@ def test_records_after_a_line_that_was_cut_off_are_whole(tmp_path):
     assert list(Store(path).records) == ["a", "c"]
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
     with pytest.raises(RuntimeError):

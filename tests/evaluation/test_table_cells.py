@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -24,7 +26,7 @@ ROW = {
 }
 
 
-def samples(loaded, file):
+def samples(loaded: Any, file: Any) -> Any:
     config = EvalConfig(tasks=(str(file),), lengths=(64,))
     return [prompt.sample for family in tasks.load(config, loaded[1], 4096) for prompt in family.prompts]
 
@@ -54,7 +56,7 @@ def samples(loaded, file):
         ("{'text': ['12'], 'answer_start': [3]}", ["12"]),
     ],
 )
-def test_answers_that_can_be_read_in_one_way(cell, answers):
+def test_answers_that_can_be_read_in_one_way(cell: Any, answers: Any) -> None:
     assert answers_of(cell, "here") == answers
 
 
@@ -85,25 +87,26 @@ def test_answers_that_can_be_read_in_one_way(cell, answers):
         "[" * 5000,
     ],
 )
-def test_answers_that_cannot_be_scored_are_one_line(cell):
+def test_answers_that_cannot_be_scored_are_one_line(cell: Any) -> None:
     with pytest.raises(UserError, match=r"^here: expected") as caught:
         answers_of(cell, "here")
     assert len(str(caught.value)) < 250
 
 
-def test_blank_text_and_counts():
+def test_blank_text_and_counts() -> None:
     assert [text_of(cell, "here") for cell in (None, "", float("nan"), "a")] == ["", "", "", "a"]
     assert [count_of(cell, "here") for cell in (8, "8", "8.0", 8.0, np.int64(8))] == [8] * 5
     for cell in (None, "", "8.5", 0, -1, True, "many", float("nan"), float("inf"), [8]):
         with pytest.raises(UserError, match="expected a whole number of at least 1"):
             count_of(cell, "here")
-    for cell in (5, ["a"], {}):
+    others: list[Any] = [5, ["a"], {}]
+    for other in others:
         with pytest.raises(UserError, match="expected text, got"):
-            text_of(cell, "here")
+            text_of(other, "here")
 
 
 @pytest.mark.parametrize("writer", ["pandas_csv", "datasets_csv", "parquet", "parquet_to_csv", "jsonl", "json", "gz"])
-def test_whoever_writes_a_table_its_answers_are_the_same(loaded, tmp_path, writer):
+def test_whoever_writes_a_table_its_answers_are_the_same(loaded: Any, tmp_path: Path, writer: Any) -> None:
     frame, file = pd.DataFrame([ROW, ROW]), tmp_path / "table[1].csv"
     lines = f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n"
     if writer == "pandas_csv":
@@ -130,7 +133,7 @@ def test_whoever_writes_a_table_its_answers_are_the_same(loaded, tmp_path, write
 
 
 @pytest.mark.parametrize("blank", ["", "None", "nan", "<NA>"])
-def test_a_blank_question_is_nothing_and_a_blank_answer_is_refused(loaded, tmp_path, blank):
+def test_a_blank_question_is_nothing_and_a_blank_answer_is_refused(loaded: Any, tmp_path: Path, blank: Any) -> None:
     file = tmp_path / "table.csv"
     pd.DataFrame([{**ROW, "question": blank, "answer": "12"}]).to_csv(file, index=False)
     assert samples(loaded, file)[0].question == ""
@@ -154,7 +157,7 @@ def test_a_blank_question_is_nothing_and_a_blank_answer_is_refused(loaded, tmp_p
         ("t.jsonl.gz", b"{}", "cannot be read: "),
     ],
 )
-def test_defects_of_a_file_are_one_line(loaded, tmp_path, name, content, line):
+def test_defects_of_a_file_are_one_line(loaded: Any, tmp_path: Path, name: Any, content: Any, line: Any) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"tasks=.*{name}: .*{line}|tasks=.*{name}: {line}") as caught:
         samples(loaded, tmp_path / name)
@@ -162,11 +165,11 @@ def test_defects_of_a_file_are_one_line(loaded, tmp_path, name, content, line):
 
 
 @pytest.mark.parametrize("column", ["context", "task", "max_new_tokens", "answer"])
-def test_the_column_of_a_wrong_cell_is_named(loaded, tmp_path, column):
+def test_the_column_of_a_wrong_cell_is_named(loaded: Any, tmp_path: Path, column: Any) -> None:
     (tmp_path / "t.jsonl").write_text(f"{json.dumps(ROW)}\n{json.dumps({**ROW, column: None})}\n")
     with pytest.raises(UserError, match=f"row 2, column {column}: expected"):
         samples(loaded, tmp_path / "t.jsonl")
 
 
-def test_an_answer_over_two_lines_can_be_found():
+def test_an_answer_over_two_lines_can_be_found() -> None:
     assert Sample("", "", "", ["a\nb", "c\u2028d"], "t", 8).score("A\nB c d") == 1

@@ -1,29 +1,33 @@
 """Which prompts `tasks=` means, and the one line for what it cannot mean."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.data.ruler import NEEDLES, TASKS
 from learnkv.errors import UserError
 from learnkv.evaluation import tasks
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks import ruler
+from learnkv.evaluation.tasks.base import Family, Prompt
 
 LAYOUT = ("context", "question", "answer_prefix", "answer", "task", "max_new_tokens")
 
 
-def load(loaded, context=512, **keys):
+def load(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], context: int = 512, **keys: Any) -> list[Family]:
     settings = {"tasks": ("niah_single_1",), "lengths": (384,), "samples": 2, **keys}
     return tasks.load(EvalConfig(**settings), loaded[1], context)
 
 
-def prompts(families):
+def prompts(families: list[Family]) -> list[Prompt]:
     return [prompt for family in families for prompt in family.prompts]
 
 
-def table(rows=6):
+def table(rows: int = 6) -> list[dict[str, Any]]:
     return [
         {
             "context": f"Page {i}. The code is {i}{i}{i}.",
@@ -37,20 +41,22 @@ def table(rows=6):
     ]
 
 
-def test_groups_are_written_out():
+def test_groups_are_written_out() -> None:
     assert ruler.tasks_named(["niah"], ()) == list(NEEDLES)
     assert ruler.tasks_named(["ruler"], ("qa.json",)) == list(TASKS)
     assert ruler.tasks_named(["ruler"], ()) == [task for task in TASKS if not task.startswith("qa")]
     assert ruler.tasks_named(["vt", "niah", "vt", "qa_1"], ()) == ["vt", *NEEDLES, "qa_1"]
 
 
-def test_generated_prompts_fill_the_length_in_both_settings(loaded):
+def test_generated_prompts_fill_the_length_in_both_settings(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     families = load(loaded, tasks=("niah_single_1", "niah_single_2"), setting=("query_agnostic", "query_aware"))
     assert [{p.setting for p in family.prompts} for family in families] == [{"query_agnostic"}, {"query_aware"}]
     found = prompts(families)
     assert len(found) == 2 * 2 * 2
     assert all(320 < prompt.room <= 384 for prompt in found)
-    by_text = {}
+    by_text: dict[str, Any] = {}
     for prompt in found:
         by_text.setdefault((prompt.task, prompt.index), set()).add(tuple(prompt.prefill_ids + prompt.suffix_ids))
     assert all(len(same) == 1 for same in by_text.values())
@@ -60,13 +66,15 @@ def test_generated_prompts_fill_the_length_in_both_settings(loaded):
     }
 
 
-def test_more_samples_extend_fewer(loaded):
+def test_more_samples_extend_fewer(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     few, many = (prompts(load(loaded, samples=n)) for n in (2, 4))
     assert {p.digest for p in few} < {p.digest for p in many}
     assert len(many) == 4
 
 
-def test_a_seed_draws_other_prompts_and_a_chat_template_leaves_room(loaded, monkeypatch):
+def test_a_seed_draws_other_prompts_and_a_chat_template_leaves_room(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, there = (prompts(load(loaded, seed=seed)) for seed in (1, 2))
     assert not {p.digest for p in here} & {p.digest for p in there}
     template = "{{ bos_token }}" + "system: be brief. " * 4 + "{{ messages[0]['content'] }} reply:"
@@ -75,7 +83,9 @@ def test_a_seed_draws_other_prompts_and_a_chat_template_leaves_room(loaded, monk
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_a_table_is_read_from_any_file(loaded, tmp_path, suffix):
+def test_a_table_is_read_from_any_file(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, suffix: str
+) -> None:
     file = tmp_path / f"mine.{suffix}"
     rows = datasets.Dataset.from_list(table())
     if suffix == "csv":
@@ -89,7 +99,9 @@ def test_a_table_is_read_from_any_file(loaded, tmp_path, suffix):
     assert all(loaded[1].decode(prompt.suffix_ids) == "\nWhat is the code? It is" for prompt in found)
 
 
-def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(loaded, tmp_path):
+def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in table(20)))
     few, many = (prompts(load(loaded, tasks=(str(file),), samples=n)) for n in (2, 5))
@@ -98,7 +110,9 @@ def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(loaded, tmp_p
     assert len(many) == 10
 
 
-def test_text_is_cut_before_a_last_quarter(loaded, text_file):
+def test_text_is_cut_before_a_last_quarter(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], text_file: Path
+) -> None:
     found = prompts(load(loaded, tasks=("text",), text=str(text_file), lengths=(64,), samples=3))
     assert [(len(p.prefill_ids), len(p.suffix_ids)) for p in found] == [
         (47, 17)
@@ -125,13 +139,17 @@ def test_text_is_cut_before_a_last_quarter(loaded, text_file):
         ({"tasks": ("niah_single_2",), "haystack": "missing.txt"}, "missing.txt"),
     ],
 )
-def test_what_cannot_be_is_one_line(loaded, keys, line):
+def test_what_cannot_be_is_one_line(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], keys: dict[str, Any], line: str
+) -> None:
     with pytest.raises(UserError, match=line) as caught:
         load(loaded, **keys)
     assert "\n" not in str(caught.value)
 
 
-def test_a_table_without_its_columns_or_with_several_lengths(loaded, tmp_path):
+def test_a_table_without_its_columns_or_with_several_lengths(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps({key: "x" for key in LAYOUT if key != "answer_prefix"}) + "\n")
     with pytest.raises(UserError, match=r"expected the columns .*; answer_prefix missing"):
@@ -140,7 +158,9 @@ def test_a_table_without_its_columns_or_with_several_lengths(loaded, tmp_path):
         load(loaded, tasks=(str(file),), lengths=(64, 128))
 
 
-def test_a_prompt_longer_than_the_context_is_named(loaded, tmp_path):
+def test_a_prompt_longer_than_the_context_is_named(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps({**table(1)[0], "context": "word " * 600}) + "\n")
     with pytest.raises(UserError, match=r"niah_single_1: prompt 0 has \d+ tokens .* the model's context is 512"):
@@ -159,12 +179,12 @@ def test_a_prompt_longer_than_the_context_is_named(loaded, tmp_path):
         ({"setting": ()}, "setting=: expected at least one"),
     ],
 )
-def test_values_out_of_range(keys, line):
+def test_values_out_of_range(keys: dict[str, int | tuple[float, ...]], line: str) -> None:
     with pytest.raises(UserError, match=line):
         EvalConfig(**keys)
 
 
-def test_budgets_are_asked_largest_first():
+def test_budgets_are_asked_largest_first() -> None:
     assert [str(b) for b in EvalConfig(keep=(0.1, 0.5, 0.1)).budgets] == ["keep 0.5", "keep 0.1"]
     assert [str(b) for b in EvalConfig(budget=(64, 256)).budgets] == ["budget 256", "budget 64"]
     assert [str(b) for b in EvalConfig(keep=(0.5,), budget=(64,)).budgets] == ["keep 0.5", "budget 64"]

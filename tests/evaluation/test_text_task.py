@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError
 from learnkv.evaluation.tasks import text
 from learnkv.evaluation.tasks.base import Prompt, pad
@@ -11,16 +13,16 @@ from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy
 
 
-def prompts_of(loaded, rows=3):
+def prompts_of(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], rows: int = 3) -> list[Prompt]:
     tokens = torch.randint(2, len(loaded[1]), (rows, 48), generator=torch.Generator().manual_seed(1)).tolist()
     return [Prompt("text", 48, "query_agnostic", i, ids[:31], ids[31:]) for i, ids in enumerate(tokens)]
 
 
-def read(model, prompts):
+def read(model: PreTrainedModel, prompts: list[Prompt]) -> CompressedCache:
     return prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
 
 
-def test_the_full_cache_gives_the_plain_models_loss(loaded):
+def test_the_full_cache_gives_the_plain_models_loss(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     model, prompts = loaded[0], prompts_of(loaded)
     records, _ = Text(prompts).measure(model, prompts, read(model, prompts))
     ids = torch.tensor([prompt.prefill_ids + prompt.suffix_ids for prompt in prompts])
@@ -32,7 +34,9 @@ def test_the_full_cache_gives_the_plain_models_loss(loaded):
     assert [one["kl"] for one in records] == [0, 0, 0]
 
 
-def test_kl_is_from_the_full_to_the_compressed_distribution(loaded):
+def test_kl_is_from_the_full_to_the_compressed_distribution(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
     model, prompts = loaded[0], prompts_of(loaded)
     family, cache = Text(prompts), read(model, prompts)
     _, full = family.measure(model, prompts, cache.fork())
@@ -45,7 +49,9 @@ def test_kl_is_from_the_full_to_the_compressed_distribution(loaded):
     assert max(one["kl"] for one in same) < 1e-8
 
 
-def test_nan_stops_the_run(loaded, monkeypatch):
+def test_nan_stops_the_run(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, prompts = loaded[0], prompts_of(loaded, 1)
     monkeypatch.setattr(text, "continuation", lambda *a: torch.full((1, 17, 8), float("nan")))
     with pytest.raises(RunError, match="NaN"):

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,29 +19,31 @@ RESULTS = CONFIGS.parent / "docs" / "results"
 CONFIG = yaml.safe_load((CONFIGS / "eval" / "method_comparison.yaml").read_text(encoding="utf-8"))
 
 
-def test_every_policy_is_compared_but_those_that_evict_while_tokens_are_generated():
+def test_every_policy_is_compared_but_those_that_evict_while_tokens_are_generated() -> None:
     left_out = set(select_methods()) - set(select_methods(CONFIG["baselines"]))
     assert left_out == {"h2o_decode", "rkv_decode", "cake_decode"} == set(select_methods(["online"]))
 
 
-def test_every_published_method_is_compared():
+def test_every_published_method_is_compared() -> None:
     assert {name for order in ORDERS for name in order.scores} <= set(select_methods(CONFIG["baselines"]))
 
 
-def test_the_tasks_are_those_that_the_model_can_do():
+def test_the_tasks_are_those_that_the_model_can_do() -> None:
     card = (REFERENCE / "README.md").read_text(encoding="utf-8")
     scores = re.findall(r"^\| (\w+) \| [\d-]+ \| [^|]+ \| ([\d.]+) ±", card, re.MULTILINE)
     assert CONFIG["tasks"] == [task for task, score in scores if float(score) >= 80]
 
 
-def test_the_findings_name_every_disagreement_with_a_published_order():
+def test_the_findings_name_every_disagreement_with_a_published_order() -> None:
     orders = json.loads((RESULTS / "method_comparison.json").read_text(encoding="utf-8"))["orders"]
     findings = (RESULTS / "method_comparison_findings.md").read_text(encoding="utf-8")
     named = re.findall(r"^- `(\w+)` above `(\w+)`", findings, re.MULTILINE)
     assert set(named) == {(pair["better"], pair["worse"]) for pair in orders if pair["verdict"] == "disagrees"}
 
 
-def record(policy, index, score, keep=0.1, task="vt", setting="query_agnostic"):
+def record(
+    policy: str, index: int, score: int, keep: float = 0.1, task: str = "vt", setting: str = "query_agnostic"
+) -> dict[str, Any]:
     about = {"policy": policy, "task": task, "length": 1024, "setting": setting, "index": index}
     size = {"spent": keep, "bytes": 10.0, "bytes_full": 100.0, "haystack": None, "asked": keep, "budget": None}
     return {**about, **size, "keep": keep, "score": score, "fingerprint": f"{policy}{keep}{setting}{task}{index}"}
@@ -55,7 +58,7 @@ SCORES = {
 }
 
 
-def records(setting="query_agnostic"):
+def records(setting: str = "query_agnostic") -> list[dict[str, Any]]:
     return [
         record(name, index, score, 1.0 if name == "full" else 0.1, setting=setting)
         for name, scores in SCORES.items()
@@ -63,7 +66,7 @@ def records(setting="query_agnostic"):
     ]
 
 
-def test_pairs_of_a_published_order_get_the_verdict_of_the_paired_difference():
+def test_pairs_of_a_published_order_get_the_verdict_of_the_paired_difference() -> None:
     order = Published("them", "query_agnostic", 0.12, {"snapkv": 90.0, "kvzip": 60.0, "keydiff": 30.0, "knorm": 29.5})
     found = {(pair.better, pair.worse): pair for pair in pairs(records(), [order])}
     assert len(found) == 6
@@ -76,13 +79,13 @@ def test_pairs_of_a_published_order_get_the_verdict_of_the_paired_difference():
     assert found["keydiff", "knorm"].verdict == "tied"
 
 
-def test_settings_are_not_mixed():
+def test_settings_are_not_mixed() -> None:
     order = Published("them", "query_aware", 0.1, {"snapkv": 90.0, "kvzip": 60.0})
     assert list(pairs(records(), [order])) == []
     assert len(list(pairs(records() + records("query_aware"), [order]))) == 1
 
 
-def test_prompts_that_a_method_has_not_finished_are_left_out():
+def test_prompts_that_a_method_has_not_finished_are_left_out() -> None:
     some = records() + records("query_aware")
     some.remove(record("kvzip", 2, 100))
     kept = tables.complete(some)
@@ -93,7 +96,7 @@ def test_prompts_that_a_method_has_not_finished_are_left_out():
     assert [one["policy"] for one in kept if one["setting"] == "query_aware"][::4] == list(SCORES)
 
 
-def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path):
+def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path) -> None:
     asked = {"model": "reference", "ckpt": ["quest"], "baselines": ["snapkv", "knorm"], "samples": 4}
     asked |= {"tasks": ["vt", "cwe"], "lengths": [1024], "setting": ["query_agnostic"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(asked))
@@ -122,6 +125,6 @@ def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path):
     ).read_text(encoding="utf-8")
 
 
-def test_a_folder_without_results_is_one_line(tmp_path: Path):
+def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(f"results={tmp_path}: expected a folder of")):
         tables.write(tables.TablesConfig(results=str(tmp_path), out=str(tmp_path), commit="abc"), "")

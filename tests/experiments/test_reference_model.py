@@ -1,10 +1,13 @@
 import dataclasses
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from experiments.reference_model.config import ReferenceConfig, Shape
 from experiments.reference_model.corpus import train_tokenizer
@@ -38,24 +41,26 @@ CONFIG = ReferenceConfig(stages=STAGES, shape=TINY, warmup=2, cooldown=3, tokens
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(iter([TEXT]), 400)
 
 
 @pytest.fixture(scope="module")
-def pools(tokenizer):
+def pools(tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray[Any, Any]]:
     ids = np.array(tokenizer(TEXT, add_special_tokens=False)["input_ids"] * 4, dtype=np.int16)
     return [ids, ids[len(ids) // 2 :]]
 
 
-def test_single_digits_and_the_beginning_of_a_prompt(tokenizer):
+def test_single_digits_and_the_beginning_of_a_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.tokenize(" 407") == ["Ġ", "4", "0", "7"]
     assert tokenizer("The")["input_ids"][0] == tokenizer.bos_token_id == 0
     assert tokenizer.decode(tokenizer(" Zoë 12-ab.\n")["input_ids"], skip_special_tokens=True) == " Zoë 12-ab.\n"
 
 
 @pytest.mark.parametrize("kind", READ + ASKED)
-def test_a_row_has_its_length_and_asks_for_what_stands_there(tokenizer, pools, kind):
+def test_a_row_has_its_length_and_asks_for_what_stands_there(
+    tokenizer: PreTrainedTokenizerBase, pools: list[np.ndarray[Any, Any]], kind: str
+) -> None:
     for seed in range(5):
         ids, labels = RowMaker(tokenizer, pools, Difficulty(), random.Random(seed)).row(kind, 480)
         assert ids.shape == labels.shape == (480,)
@@ -75,28 +80,34 @@ def test_a_row_has_its_length_and_asks_for_what_stands_there(tokenizer, pools, k
             assert {split_of(value) for value in values} == {"train"}
 
 
-def test_a_question_that_cannot_fit_is_refused(tokenizer, pools):
+def test_a_question_that_cannot_fit_is_refused(
+    tokenizer: PreTrainedTokenizerBase, pools: list[np.ndarray[Any, Any]]
+) -> None:
     with pytest.raises(UserError, match="no row of kind mixed fits in 12 tokens"):
         RowMaker(tokenizer, pools, Difficulty(), random.Random(0)).row("mixed", 12)
     with pytest.raises(UserError, match="kinds=riddle: expected some of text, "):
         Stage(steps=1, lengths={96: 1.0}, kinds={"riddle": 1.0})
 
 
-def test_the_rate_is_a_trapezoid_over_the_stages():
+def test_the_rate_is_a_trapezoid_over_the_stages() -> None:
     slower = dataclasses.replace(STAGES[0], rate=0.5)
     config = dataclasses.replace(CONFIG, learning_rate=2.0, stages=[slower, STAGES[1]])
     assert [config.rate_at(step) for step in range(6)] == pytest.approx([1 / 2, 1, 1, 2, 4 / 3, 2 / 3])
     assert [CONFIG.stage_at(step) for step in range(6)] == [STAGES[0]] * 3 + [STAGES[1]] * 3
 
 
-def test_kinds_weigh_by_rows_and_questions_by_labels(tokenizer, pools):
+def test_kinds_weigh_by_rows_and_questions_by_labels(
+    tokenizer: PreTrainedTokenizerBase, pools: list[np.ndarray[Any, Any]]
+) -> None:
     run = ReferenceTraining(CONFIG, tokenizer, pools)
     wanted = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]]).bool()
     weights = run._weights(wanted, ["text", "single", "chain", "text"])
     assert weights.tolist() == pytest.approx([0.5 / 6, 0.5 / 3, 0.5 / 3, 0.5 / 6])
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(tokenizer, pools, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    tokenizer: PreTrainedTokenizerBase, pools: list[np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
     whole = ReferenceTraining(CONFIG, tokenizer, pools)
     seen = [whole.train_step() for _ in range(5)]
     first = ReferenceTraining(CONFIG, tokenizer, pools)
@@ -113,7 +124,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tokenizer, pools, tmp_path):
     assert not torch.equal(other.batch(0)[0], whole.batch(0)[0])
 
 
-def test_training_learns_and_exports_a_model_that_loads(tmp_path):
+def test_training_learns_and_exports_a_model_that_loads(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text(TEXT)
     stage = Stage(steps=25, lengths={64: 1.0}, kinds={"text": 1.0})
@@ -135,13 +146,13 @@ def test_training_learns_and_exports_a_model_that_loads(tmp_path):
     assert len(told) == 2
 
 
-def test_perplexity_against_numbers_by_hand():
+def test_perplexity_against_numbers_by_hand() -> None:
     class Fixed:
         """Gives token 1 three quarters and token 0 the rest, whatever came before."""
 
         device = "cpu"
 
-        def __call__(self, input_ids):
+        def __call__(self, input_ids: Tensor) -> type[Any]:
             logits = torch.tensor([0.25, 0.75]).log().expand(1, input_ids.shape[1], 2)
             return type("Output", (), {"logits": logits})
 
@@ -151,7 +162,7 @@ def test_perplexity_against_numbers_by_hand():
     assert found.unigram == pytest.approx((0.75**3 * 0.25) ** (-1 / 4))
 
 
-def test_the_card_names_what_misses_its_bar():
+def test_the_card_names_what_misses_its_bar() -> None:
     figures = [Figure("vt", 1024, 50, 79.9, 1.0), Figure("niah_multivalue", 1024, 50, 95.0, 1.0)]
     figures += [Figure("vt", 512, 50, 10.0, 1.0), Figure("cwe", 1024, 50, 0.0, 0.0)]
     assert missed(figures) == ["vt"]
@@ -159,7 +170,7 @@ def test_the_card_names_what_misses_its_bar():
     assert "| cwe | - | does not fit | 0.0 ± 0.0 |" in table(figures).split("\n")
 
 
-def test_the_shipped_recipe_parses():
+def test_the_shipped_recipe_parses() -> None:
     config, resolved = parse(ReferenceConfig, ["config=reference", "text=a.txt,b.jsonl.gz"], "train")
     assert config.text == ["a.txt", "b.jsonl.gz"]
     assert config.stages[0].lengths == {96: 1.0}
@@ -168,7 +179,7 @@ def test_the_shipped_recipe_parses():
     assert "cooldown: 840" in resolved
 
 
-def test_the_shipped_model_retrieves():
+def test_the_shipped_model_retrieves() -> None:
     weights = REFERENCE / "model.safetensors"
     assert weights.stat().st_size < 10_000_000
     model, tokenizer = load_model("reference")

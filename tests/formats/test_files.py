@@ -14,7 +14,7 @@ def _fail_within(file: Path) -> None:
         raise RuntimeError("halfway")
 
 
-def test_a_file_is_replaced_at_the_end_and_kept_on_an_error(tmp_path):
+def test_a_file_is_replaced_at_the_end_and_kept_on_an_error(tmp_path: Path) -> None:
     file = tmp_path / "table.csv"
     with atomic_write(file) as part:
         part.write_text("new")
@@ -27,7 +27,7 @@ def test_a_file_is_replaced_at_the_end_and_kept_on_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_folders_are_created_and_files_are_no_folders(tmp_path):
+def test_folders_are_created_and_files_are_no_folders(tmp_path: Path) -> None:
     assert write_text(tmp_path / "deep" / "a.txt", "a").read_text() == "a"
     assert make_folder(tmp_path / "deep" / "er", "output").is_dir()
     with pytest.raises(UserError, match=r"output=.*a.txt: expected a folder that can be written"):

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +11,7 @@ from learnkv.errors import UserError
 from learnkv.formats.folder_lock import folder_lock
 
 
-def test_the_second_is_refused_until_the_first_ends(tmp_path):
+def test_the_second_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     with folder_lock(tmp_path, "output"):
         second = folder_lock(tmp_path, "output")
         with pytest.raises(UserError, match=r"output=.*: another program is writing into this folder"), second:
@@ -21,7 +23,7 @@ def test_the_second_is_refused_until_the_first_ends(tmp_path):
         pass
 
 
-def test_it_ends_with_a_killed_process(tmp_path):
+def test_it_ends_with_a_killed_process(tmp_path: Path) -> None:
     code = "import os, sys, pathlib; from learnkv.formats.folder_lock import folder_lock\n"
     code += "with folder_lock(pathlib.Path(sys.argv[1]), 'output'): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
@@ -29,8 +31,8 @@ def test_it_ends_with_a_killed_process(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_written_without(tmp_path, monkeypatch):
-    def fail(*_, **__):
+def test_a_file_system_without_locks_is_written_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise NotImplementedError("no flock")
 
     monkeypatch.setattr("learnkv.formats.folder_lock.FileLock.acquire", fail)

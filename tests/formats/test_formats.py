@@ -2,6 +2,9 @@
 
 import json
 import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from learnkv.errors import UserError
 from learnkv.formats import duo, headkv, heads, layers, lukv
 
 
-def test_head_scores_come_back_whatever_the_order_of_the_keys(tmp_path):
+def test_head_scores_come_back_whatever_the_order_of_the_keys(tmp_path: Path) -> None:
     trials = [[[0.1, 0.25], [0.0, 1e-9]], [[3, 0.5], [0.7]]]
     file = headkv.write(tmp_path / "deep" / "scores.json", trials)
     assert file.read_text() == '{"0-0": [0.1, 0.25], "0-1": [0.0, 1e-09], "1-0": [3, 0.5], "1-1": [0.7]}'
@@ -34,7 +37,7 @@ def test_head_scores_come_back_whatever_the_order_of_the_keys(tmp_path):
         ('{"0-0": [0.1], "0-1": [0.2], "1-1": [0.3]}', "head 1-0 of 2 layers of 2 is missing"),
     ],
 )
-def test_faults_of_head_scores_are_told(text, told, tmp_path):
+def test_faults_of_head_scores_are_told(text: str | None, told: str, tmp_path: Path) -> None:
     file = tmp_path / "scores.json"
     if text is not None:
         file.write_text(text)
@@ -43,7 +46,7 @@ def test_faults_of_head_scores_are_told(text, told, tmp_path):
     assert str(error.value).startswith(str(file))
 
 
-def test_a_pattern_comes_back_with_its_config(tmp_path):
+def test_a_pattern_comes_back_with_its_config(tmp_path: Path) -> None:
     gates = torch.tensor([[1.0, -0.0009765625], [0.5, 0.9921875]], dtype=torch.float64)
     duo.write(tmp_path, gates, 8, 24, {"lr": 0.02, "recent_size": 1})
     assert (tmp_path / "full_attention_heads.tsv").read_text() == (
@@ -67,7 +70,7 @@ def test_a_pattern_comes_back_with_its_config(tmp_path):
         ("nan\t0.5\n", '{"sink_size": 1, "recent_size": 2}', "finite numbers"),
     ],
 )
-def test_faults_of_a_pattern_are_told(gates, config, told, tmp_path):
+def test_faults_of_a_pattern_are_told(gates: str, config: str | None, told: str, tmp_path: Path) -> None:
     (tmp_path / "full_attention_heads.tsv").write_text(gates)
     if config is not None:
         (tmp_path / "config.json").write_text(config)
@@ -76,7 +79,7 @@ def test_faults_of_a_pattern_are_told(gates, config, told, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ">f4"])
-def test_a_curve_comes_back_in_its_own_type(dtype, tmp_path):
+def test_a_curve_comes_back_in_its_own_type(dtype: str | type[Any], tmp_path: Path) -> None:
     curve = np.random.default_rng(0).random((99, 3, 2)).astype(dtype)
     np.save(tmp_path / "first.npy", curve)
     read = lukv.read(tmp_path / "first.npy")
@@ -99,7 +102,9 @@ def test_a_curve_comes_back_in_its_own_type(dtype, tmp_path):
         (None, "cannot be read: No such file"),
     ],
 )
-def test_faults_of_a_curve_are_told_and_nothing_is_unpickled(held, told, tmp_path):
+def test_faults_of_a_curve_are_told_and_nothing_is_unpickled(
+    held: bytes | np.ndarray[Any, Any] | None, told: str, tmp_path: Path
+) -> None:
     file = tmp_path / "curve.npy"
     if isinstance(held, bytes):
         file.write_bytes(held)
@@ -110,7 +115,7 @@ def test_faults_of_a_curve_are_told_and_nothing_is_unpickled(held, told, tmp_pat
     assert str(error.value).startswith(str(file))
 
 
-def test_a_number_per_layer_comes_back(tmp_path):
+def test_a_number_per_layer_comes_back(tmp_path: Path) -> None:
     file = layers.write(tmp_path / "layers.json", [3.5, 1, 0.25])
     assert file.read_text() == "[3.5, 1, 0.25]\n"
     assert layers.read(file).tolist() == [3.5, 1, 0.25]
@@ -127,20 +132,20 @@ def test_a_number_per_layer_comes_back(tmp_path):
         ("[1, true]", "expected numbers"),
     ],
 )
-def test_faults_of_layers_are_told(text, told, tmp_path):
+def test_faults_of_layers_are_told(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "layers.json").write_text(text)
     with pytest.raises(UserError, match=told):
         layers.read(tmp_path / "layers.json")
 
 
 @pytest.mark.parametrize("write", [lambda f: layers.write(f, [1]), lambda f: lukv.write(f, torch.zeros(99, 1, 1))])
-def test_a_file_that_cannot_be_written_is_told(write, tmp_path):
+def test_a_file_that_cannot_be_written_is_told(write: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         write(tmp_path / "a file" / "table")
 
 
-def test_a_figure_per_head_comes_back(tmp_path):
+def test_a_figure_per_head_comes_back(tmp_path: Path) -> None:
     scores = torch.tensor([[0.5, 0.125], [1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
     file = heads.write(tmp_path / "heads.json", scores)
     assert file.read_text() == '{"shape": [3, 2], "score": [[0.5, 0.125], [1.0, 0.0], [0.25, 0.75]]}\n'
@@ -157,7 +162,7 @@ def test_a_figure_per_head_comes_back(tmp_path):
         ('{"score": [[1, NaN]]}', "finite numbers"),
     ],
 )
-def test_faults_of_figures_per_head_are_told(text, told, tmp_path):
+def test_faults_of_figures_per_head_are_told(text: str, told: str, tmp_path: Path) -> None:
     file = tmp_path / "heads.json"
     file.write_text(text)
     with pytest.raises(UserError, match=told):

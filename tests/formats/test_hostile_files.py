@@ -2,6 +2,8 @@
 
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_yaml_is_refused_soon(kind, tmp_path):
+def test_hostile_yaml_is_refused_soon(kind: Any, tmp_path: Path) -> None:
     text, line = HOSTILE[kind]
     (tmp_path / "a.yaml").write_text(text)
     begun = time.monotonic()
@@ -41,7 +43,7 @@ def test_hostile_yaml_is_refused_soon(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_ordinary_yaml_is_read(tmp_path):
+def test_ordinary_yaml_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: &b {x: [1, 2.5, null, yes]}\nother: *b\nmore: {<<: *b, y: a}\n")
     base = {"x": [1, 2.5, None, True]}
     assert read_yaml(tmp_path / "a.yaml") == {"base": base, "other": base, "more": {**base, "y": "a"}}
@@ -50,7 +52,7 @@ def test_ordinary_yaml_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 2, 500, 100_000])
-def test_nested_json_is_refused(depth, tmp_path):
+def test_nested_json_is_refused(depth: Any, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * depth + "]" * depth)
     with pytest.raises(UserError, match=r"a.json: (is nested deeper|expected JSON)"):
         read_json(tmp_path / "a.json")
@@ -58,19 +60,19 @@ def test_nested_json_is_refused(depth, tmp_path):
     assert read_json(tmp_path / "a.json") == {"a": [[1], {"b": 2}]}
 
 
-def test_shared_containers_are_counted_wherever_they_occur():
-    bomb: list = [1]
+def test_shared_containers_are_counted_wherever_they_occur() -> None:
+    bomb: list[Any] = [1]
     for _ in range(40):
         bomb = [bomb, bomb]
     with pytest.raises(UserError, match="its aliases stand for more"):
         check_size(bomb, "spec")
-    loop: dict = {}
+    loop: dict[str, Any] = {}
     loop["a"] = loop
     with pytest.raises(UserError, match="nested deeper"):
         check_size(loop, "spec")
 
 
-def test_sizes_are_limited_and_latin_1_is_named(tmp_path):
+def test_sizes_are_limited_and_latin_1_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\xe9" * 10)
     with pytest.raises(UserError, match="at most 9 bytes"):
         read_text_file(tmp_path / "a", 9)
@@ -81,7 +83,7 @@ def test_sizes_are_limited_and_latin_1_is_named(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 8 + b"{}", b"\x02\0\0\0\0\0\0\0{}", b"\x40\0\0\0\0\0\0\0" + b"[" * 64]
 )
-def test_broken_safetensors_are_one_line(content, tmp_path):
+def test_broken_safetensors_are_one_line(content: Any, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(content)
     if content[:1] == b"\x02":
         assert read_tensors(tmp_path / "a.safetensors") == {}
@@ -91,7 +93,7 @@ def test_broken_safetensors_are_one_line(content, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_every_changed_byte_of_a_sealed_checkpoint_is_noticed(tmp_path):
+def test_every_changed_byte_of_a_sealed_checkpoint_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "a.ckpt"
     torch.save({"a": torch.arange(6.0), "b": [1, "x"]}, file)
     assert seal.fault(file) is None
@@ -107,7 +109,7 @@ def test_every_changed_byte_of_a_sealed_checkpoint_is_noticed(tmp_path):
         assert seal.fault(file) or end < len(good) - 100  # cut archives are refused by torch
 
 
-def test_checkpoints_without_a_digest_have_checksums(tmp_path):
+def test_checkpoints_without_a_digest_have_checksums(tmp_path: Path) -> None:
     file = tmp_path / "a.ckpt"
     torch.save({"a": torch.arange(600.0)}, file)
     good = file.read_bytes()
@@ -116,7 +118,7 @@ def test_checkpoints_without_a_digest_have_checksums(tmp_path):
     assert "bytes have changed" in seal.fault(file)
 
 
-def test_a_digest_follows_the_content(tmp_path):
+def test_a_digest_follows_the_content(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_text("one")
     before = file_digest(file)
@@ -126,7 +128,7 @@ def test_a_digest_follows_the_content(tmp_path):
     assert file_digest(tmp_path / "b") != before
 
 
-def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(UserError, match=r"output=.*: expected a folder that can be written .*read-only"):
         make_folder(tmp_path, "output")

@@ -3,6 +3,8 @@
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from learnkv.formats.hub_network import hub_fault
 
 
 @pytest.fixture(autouse=True)
-def online(monkeypatch):
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     hub_network._connection_fault.cache_clear()
     for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -20,7 +22,7 @@ def online(monkeypatch):
     hub_network._connection_fault.cache_clear()
 
 
-def test_a_refused_connection_is_a_fault(monkeypatch):
+def test_a_refused_connection_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
@@ -29,7 +31,7 @@ def test_a_refused_connection_is_a_fault(monkeypatch):
     assert "127.0.0.1 cannot be reached" in hub_fault()
 
 
-def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch):
+def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = threading.Event()
     monkeypatch.setattr(socket, "create_connection", lambda *_: ended.wait(30))
     begun = time.monotonic()
@@ -38,13 +40,13 @@ def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch):
     ended.set()
 
 
-def test_the_proxy_is_tried_instead(monkeypatch):
+def test_the_proxy_is_tried_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert hub_fault() is None
 
 
-def test_offline_needs_no_connection(monkeypatch):
+def test_offline_needs_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(socket, "create_connection", None)
     assert hub_fault() == "HF_HUB_OFFLINE is set"

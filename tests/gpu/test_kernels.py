@@ -39,7 +39,7 @@ def relative(got: Tensor, truth: Tensor) -> float:
         (QWEN_05B, 8, 2048, "uniform"),
     ],
 )
-def test_decode_attention(shape: Shape, batch: int, kept: int, skew: str, dtype: torch.dtype):
+def test_decode_attention(shape: Shape, batch: int, kept: int, skew: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     inputs = Inputs.random(
         Case(shape, batch, kept, skew), row_lengths(batch, shape.kv_heads, kept, skew), DEVICE, dtype
@@ -49,7 +49,7 @@ def test_decode_attention(shape: Shape, batch: int, kept: int, skew: str, dtype:
         assert inputs.error(inputs.ours()) < TOLERANCE[dtype]
 
 
-def test_several_new_tokens_see_each_other_causally():
+def test_several_new_tokens_see_each_other_causally() -> None:
     """A question of 24 tokens over unequal heads, every output against float64."""
     torch.manual_seed(0)
     shape, batch, new, kept = LLAMA_8B, 2, 24, 300
@@ -73,7 +73,7 @@ def test_several_new_tokens_see_each_other_causally():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("shape", "batch"), [(LLAMA_8B, 2), (QWEN_7B, 1)])
-def test_window_scores(shape: Shape, batch: int, dtype: torch.dtype):
+def test_window_scores(shape: Shape, batch: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     slots, window = 16384 + 5, 32
     queries = torch.randn(batch, shape.heads, window, shape.dim, device=DEVICE, dtype=dtype)
@@ -99,7 +99,7 @@ def test_window_scores(shape: Shape, batch: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize(("rows", "slots"), [(8, 131072), (256, 32768)])
-def test_select(rows: int, slots: int):
+def test_select(rows: int, slots: int) -> None:
     """The indices of a stable sort; scores of attention in half precision, so that many tie."""
     torch.manual_seed(0)
     scores = torch.randn(rows, slots, device=DEVICE).mul(3).softmax(-1).bfloat16().float()
@@ -111,7 +111,7 @@ def test_select(rows: int, slots: int):
 
 
 @pytest.mark.parametrize("dim", [64, 128])
-def test_gather(dim: int):
+def test_gather(dim: int) -> None:
     torch.manual_seed(0)
     rows, slots = 64, 8192
     keys, values = (torch.randn(rows, slots, dim, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -125,7 +125,7 @@ def test_gather(dim: int):
 
 
 @pytest.mark.parametrize(("batch", "prompt"), [(8, 32768), (1, 131072)])
-def test_reading_pages(batch: int, prompt: int):
+def test_reading_pages(batch: int, prompt: int) -> None:
     """Bounds, scores, the list of the best pages and the attention to them, each given what the one before made."""
     torch.manual_seed(0)
     inputs = pages.Inputs(LLAMA_8B, batch, prompt, 2048, DEVICE)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.kernels import DEVICE
+from transformers import PreTrainedModel
 
 from benchmarks.shapes import LLAMA_8B
 from learnkv import CompressedCache, Policy, attach, generate, prefill
@@ -22,7 +23,7 @@ FULL = PROMPT * SHAPE.token_bytes
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> PreTrainedModel:
     return attach(SHAPE.build(DEVICE))
 
 
@@ -37,12 +38,12 @@ def peak(call: Callable[[], CompressedCache]) -> tuple[int, CompressedCache]:
     return torch.cuda.max_memory_allocated() - before, made
 
 
-def read(model, **options: object) -> CompressedCache:
+def read(model: PreTrainedModel, **options: object) -> CompressedCache:
     ids = torch.randint(1, SHAPE.vocabulary, (1, PROMPT), device=DEVICE)
     return prefill(model, ids, window=32, **options)  # type: ignore[arg-type]
 
 
-def test_compression_makes_the_pool_and_little_else(model):
+def test_compression_makes_the_pool_and_little_else(model: PreTrainedModel) -> None:
     policy = Policy(SnapKV(), AdaKV())
     cache = read(model)
     policy.compress(cache.fork(), keep=KEEP)  # compiles
@@ -54,7 +55,7 @@ def test_compression_makes_the_pool_and_little_else(model):
     assert small.nbytes == pytest.approx(KEEP * FULL * (1 + 4 / 512), rel=0.01)
 
 
-def test_what_is_evicted_is_freed(model):
+def test_what_is_evicted_is_freed(model: PreTrainedModel) -> None:
     before = torch.cuda.memory_allocated()
     cache = read(model)
     assert torch.cuda.memory_allocated() - before >= FULL
@@ -66,7 +67,7 @@ def test_what_is_evicted_is_freed(model):
     assert torch.cuda.memory_allocated() - before <= 2**22
 
 
-def test_read_once_the_full_cache_never_exists(model):
+def test_read_once_the_full_cache_never_exists(model: PreTrainedModel) -> None:
     policy = Policy(SnapKV(), Uniform())
     read(model, policy=policy, keep=KEEP)
     whole, cache = peak(lambda: read(model))
@@ -76,9 +77,9 @@ def test_read_once_the_full_cache_never_exists(model):
     assert whole - once > (1 - KEEP - 2 / SHAPE.layers) * FULL
 
 
-def test_generation_allocates_nothing_of_the_size_of_the_cache(model):
+def test_generation_allocates_nothing_of_the_size_of_the_cache(model: PreTrainedModel) -> None:
     cache = read(model, policy=Policy(SnapKV(), Uniform()), keep=KEEP)
     question = torch.ones(1, 3, dtype=torch.long, device=DEVICE)
     generate(model, question, cache.fork(), max_new_tokens=8)
-    extra, _ = peak(lambda: [generate(model, question, cache, max_new_tokens=40), cache][1])
+    extra, _ = peak(lambda: (generate(model, question, cache, max_new_tokens=40), cache)[1])
     assert extra < 0.25 * cache.nbytes

@@ -34,7 +34,7 @@ def close(got: tuple[Tensor, ...], truth: tuple[Tensor, ...], dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_gradient_of_a_mask(dtype):
+def test_the_gradient_of_a_mask(dtype: torch.dtype) -> None:
     """Two continuations of one prompt, heads that keep unequal numbers of its entries."""
     torch.manual_seed(0)
     heads, copies = LLAMA_8B.kv_heads, 2
@@ -61,7 +61,7 @@ def test_the_gradient_of_a_mask(dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_soft_gates(dtype):
+def test_soft_gates(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     heads = LLAMA_8B.kv_heads
     held = [numbers(1, heads, SLOTS, dtype=dtype) for _ in range(2)]
@@ -81,7 +81,7 @@ def test_soft_gates(dtype):
     close((got,), (attend(exact=True),), dtype)
 
 
-def test_a_step_needs_nothing_of_the_size_of_queries_times_entries():
+def test_a_step_needs_nothing_of_the_size_of_queries_times_entries() -> None:
     """Eight layers, 256 tokens after 32k: such a tensor of one layer alone would be 0.54 GB in half precision."""
     shape = dataclasses.replace(LLAMA_8B, layers=8, hidden=1024, ffn=2048, vocabulary=1000)
     model = attach(shape.build(DEVICE))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.kernels import DEVICE
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.shapes import LLAMA_8B, QWEN_7B, Shape
 from learnkv import CompressedCache, Policy, attach, continuation, generate, prefill
@@ -26,7 +27,7 @@ POLICIES = {
 }
 
 
-def model_of(shape: Shape, dtype: torch.dtype = torch.bfloat16):
+def model_of(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     return attach(shape.tiny().build(DEVICE, dtype))
 
 
@@ -45,17 +46,17 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_alarm_rings():
+def test_the_alarm_rings() -> None:
     with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
         tokens(3).sum().item()
 
 
-def compressed(model, policy: Policy, batch: int = 2, keep: float = 0.2) -> CompressedCache:
+def compressed(model: PreTrainedModel, policy: Policy, batch: int = 2, keep: float = 0.2) -> CompressedCache:
     return policy.to(DEVICE).compress(prefill(model, tokens(batch, 700), window=16), keep=keep)
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_compression(name):
+def test_compression(name: str) -> None:
     model, policy = model_of(LLAMA_8B), POLICIES[name]().to(DEVICE)
     cache = prefill(model, tokens(2, 700), window=16)
     policy.compress(cache.fork(), keep=0.2)  # compiles
@@ -64,7 +65,7 @@ def test_compression(name):
     assert cache.spent == pytest.approx([0.2, 0.2], abs=1e-3)
 
 
-def test_a_decode_step():
+def test_a_decode_step() -> None:
     model = model_of(LLAMA_8B)
     cache = compressed(model, POLICIES["adakv"]())
     token = tokens(2, 1)
@@ -77,7 +78,7 @@ def test_a_decode_step():
 
 @pytest.mark.parametrize("shape", [LLAMA_8B, QWEN_7B], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_graph_says_the_same(shape, batch):
+def test_a_graph_says_the_same(shape: Shape, batch: int) -> None:
     """Two turns, so that the second replays the graph of the first where its buffers still fit."""
     model = model_of(shape)
     cache = compressed(model, POLICIES["adakv"](), batch)
@@ -92,7 +93,7 @@ def test_a_graph_says_the_same(shape, batch):
     assert len(set(said[0][0].flatten().tolist())) > 3  # not one token over and over
 
 
-def test_a_graph_draws_the_same():
+def test_a_graph_draws_the_same() -> None:
     model = model_of(LLAMA_8B)
     cache = compressed(model, POLICIES["snapkv"]())
     drawn = [
@@ -103,7 +104,7 @@ def test_a_graph_draws_the_same():
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_questions_of_different_lengths_in_a_graph():
+def test_questions_of_different_lengths_in_a_graph() -> None:
     model = model_of(LLAMA_8B)
     cache = compressed(model, POLICIES["adakv"]())
     question = tokens(2, 6)
@@ -113,7 +114,7 @@ def test_questions_of_different_lengths_in_a_graph():
     assert torch.equal(*said)
 
 
-def test_kernels_say_what_references_say():
+def test_kernels_say_what_references_say() -> None:
     """In single precision a whole model gives the same tokens and keeps the same entries."""
     model = model_of(LLAMA_8B, torch.float32)
     found = []
@@ -126,7 +127,7 @@ def test_kernels_say_what_references_say():
         assert torch.equal(one, other)
 
 
-def test_a_graph_is_refused_by_name():
+def test_a_graph_is_refused_by_name() -> None:
     model = model_of(LLAMA_8B)
     cache = compressed(model, POLICIES["snapkv"]())
     with using("reference"), pytest.raises(UserError, match="graph=True"):

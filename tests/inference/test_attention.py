@@ -1,12 +1,15 @@
 """An attached model computes what it did before, and what cannot be expressed is refused by name."""
 
 import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.models import FAMILIES, assert_logits_close, attached, build, padded, plain, tokens
-from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
 from learnkv import CompressedCache, attach, continuation, detach, generate, load_policy, prefill
@@ -17,12 +20,12 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
-def logits(model, cache=None):
+def logits(model: PreTrainedModel, cache: Cache | None = None) -> Tensor:
     """Logits of a left-padded prompt, of a token after it, and of three more."""
     ids, mask = padded([tokens(1, length)[0] for length in (33, 20)])
     cache = DynamicCache(config=model.config) if cache is None else cache
@@ -35,7 +38,7 @@ def logits(model, cache=None):
 
 @pytest.mark.compat
 @every_family
-def test_an_attached_model_is_the_untouched_one_with_an_ordinary_cache(family):
+def test_an_attached_model_is_the_untouched_one_with_an_ordinary_cache(family: str) -> None:
     before = logits(plain(family))
     assert torch.equal(logits(attached(family)), before)
     cut, whole = tokens(2, 40)[:, :-1], tokens(2, 40)
@@ -47,7 +50,7 @@ def test_an_attached_model_is_the_untouched_one_with_an_ordinary_cache(family):
 
 @pytest.mark.compat
 @every_family
-def test_an_attached_model_generates_what_the_untouched_one_does(family):
+def test_an_attached_model_generates_what_the_untouched_one_does(family: str) -> None:
     ids, mask = padded([tokens(1, length)[0] for length in (21, 12)])
     for settings in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
         ours, theirs = (
@@ -60,21 +63,21 @@ def test_an_attached_model_generates_what_the_untouched_one_does(family):
 class Rounded(QuantizedLayer):
     """A quantised layer of transformers without the package that would do the rounding."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(q_group_size=8, residual_length=4)
 
-    def _quantize(self, tensor, axis):
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
         return (tensor * 8).round().to(torch.int8)
 
-    def _dequantize(self, q_tensor):
+    def _dequantize(self, q_tensor: Tensor) -> Tensor:
         return q_tensor.to(torch.float32) / 8
 
 
-def quantised():
+def quantised() -> Cache:
     return Cache(layers=[Rounded() for _ in range(3)])
 
 
-def test_quantised_and_static_caches_are_ordinary_ones():
+def test_quantised_and_static_caches_are_ordinary_ones() -> None:
     ours, theirs = (logits(model, quantised()) for model in (attached("llama"), plain("llama")))
     assert torch.equal(ours, theirs)
     assert (theirs - logits(plain("llama"))).abs().max() > 1e-2  # it did round
@@ -86,14 +89,14 @@ def test_quantised_and_static_caches_are_ordinary_ones():
 
 
 @pytest.mark.parametrize("other", [DynamicCache, quantised, lambda: None])
-def test_other_caches_are_not_continued(other):
+def test_other_caches_are_not_continued(other: Callable[..., Any] | type[Any]) -> None:
     for call in (continuation, lambda *given: generate(*given, max_new_tokens=2)):
         with pytest.raises(UserError, match=r"expected a CompressedCache, .* got (DynamicCache|Cache|NoneType)$"):
             call(attached("llama"), tokens(1, 3), other())
 
 
 @pytest.mark.compat
-def test_detach_restores_the_model():
+def test_detach_restores_the_model() -> None:
     model = build("llama")
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     attributes = set(vars(model))
@@ -112,7 +115,7 @@ def test_detach_restores_the_model():
             model(input_ids=tokens(1, 2), past_key_values=stranger)
 
 
-def test_a_copy_is_attached_and_detached_for_itself():
+def test_a_copy_is_attached_and_detached_for_itself() -> None:
     model = attach(build("llama"))
     twin = detach(copy.deepcopy(model))
     ids = tokens(1, 30)
@@ -122,7 +125,7 @@ def test_a_copy_is_attached_and_detached_for_itself():
     assert continuation(model, ids, cache).isfinite().all()
 
 
-def test_another_attention_is_switched_with_a_notice_and_switched_back():
+def test_another_attention_is_switched_with_a_notice_and_switched_back() -> None:
     model = build("llama", attn="eager")
     with pytest.warns(UserWarning, match="'eager' is replaced by sdpa"):
         attach(model)
@@ -134,7 +137,7 @@ def test_another_attention_is_switched_with_a_notice_and_switched_back():
 @pytest.mark.parametrize(
     ("family", "word"), [("gemma2", "gemma2: attention logit soft-capping"), ("gpt-oss", r"gpt_oss: .* \(s_aux\)")]
 )
-def test_families_that_cannot_be_expressed_are_refused_by_name(family, word):
+def test_families_that_cannot_be_expressed_are_refused_by_name(family: str, word: str) -> None:
     model = build(family, attn="eager")
     with pytest.raises(UserError, match=word):
         attach(model)
@@ -142,7 +145,7 @@ def test_families_that_cannot_be_expressed_are_refused_by_name(family, word):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_gemma2_works_without_its_capping():
+def test_gemma2_works_without_its_capping() -> None:
     models = [build("gemma2", attn="eager", attn_logit_softcapping=None) for _ in range(2)]
     with pytest.warns(UserWarning, match="replaced by sdpa"):
         attach(models[0])
@@ -154,7 +157,7 @@ def test_gemma2_works_without_its_capping():
 
 
 @pytest.mark.parametrize("argument", ["softcap", "s_aux"])
-def test_arguments_of_attention_are_refused_by_name(argument):
+def test_arguments_of_attention_are_refused_by_name(argument: str) -> None:
     model = attach(build("llama"))
     attention = model.model.layers[1].self_attn
     attention.register_forward_pre_hook(
@@ -165,7 +168,7 @@ def test_arguments_of_attention_are_refused_by_name(argument):
 
 
 @pytest.mark.compat
-def test_a_sliding_window_is_refused_once_it_is_exceeded():
+def test_a_sliding_window_is_refused_once_it_is_exceeded() -> None:
     model = attach(build("mistral", sliding_window=20))
     said = continuation(model, tokens(1, 5), cache := prefill(model, tokens(1, 15)))
     assert torch.equal(
@@ -177,7 +180,7 @@ def test_a_sliding_window_is_refused_once_it_is_exceeded():
         prefill(model, tokens(1, 21))
 
 
-def test_models_of_another_kind_are_refused():
+def test_models_of_another_kind_are_refused() -> None:
     with pytest.raises(UserError, match="expected a transformers model, got Linear"):
         attach(nn.Linear(2, 2))
     odd = build("llama")
@@ -186,7 +189,7 @@ def test_models_of_another_kind_are_refused():
         attach(odd)
 
 
-def test_compiled_models():
+def test_compiled_models() -> None:
     small = {"num_hidden_layers": 1}
     model, ids = build("llama", **small), tokens(1, 24)
     with pytest.raises(UserError, match=r"got OptimizedModule \(compile it after attach\)"):
@@ -199,7 +202,7 @@ def test_compiled_models():
 
 
 @pytest.mark.parametrize("second", ["cpu", "disk"])
-def test_weights_placed_by_a_device_map(second, tmp_path):
+def test_weights_placed_by_a_device_map(second: str, tmp_path: Path) -> None:
     plain("llama").save_pretrained(tmp_path)
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     places |= {"model.layers.0": "cpu", "model.layers.1": second, "model.layers.2": "cpu"}
@@ -216,16 +219,16 @@ def test_weights_placed_by_a_device_map(second, tmp_path):
 class Int8Linear(nn.Module):
     """A linear layer with a packed weight, as quantised models have them."""
 
-    def __init__(self, linear):
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.scale = linear.weight.abs().amax() / 127
         self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         return hidden @ (self.weight.to(hidden.dtype) * self.scale).T
 
 
-def test_quantised_weights():
+def test_quantised_weights() -> None:
     models = [build("llama"), build("llama")]
     for model in models:
         for layer in model.model.layers:

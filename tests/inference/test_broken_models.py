@@ -1,6 +1,8 @@
 """Models that cannot be loaded are one line: broken weights, a tokenizer of another model, no network."""
 
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 
 
 class Payload:
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return print, ("ran",)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     """The reference model's folder without weights."""
     for file in REFERENCE.glob("*.json"):
         shutil.copy(file, tmp_path / file.name)
@@ -29,7 +31,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("weights", [POINTER, b"", b"\x80\x02broken", b"PK\x03\x04" + b"\0" * 99, Payload()])
-def test_a_broken_file_of_weights_is_one_line(folder, weights, capsys):
+def test_a_broken_file_of_weights_is_one_line(folder: Any, weights: Any, capsys: pytest.CaptureFixture[str]) -> None:
     if isinstance(weights, bytes):
         (folder / "pytorch_model.bin").write_bytes(weights)
     else:
@@ -41,7 +43,7 @@ def test_a_broken_file_of_weights_is_one_line(folder, weights, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder: Any) -> None:
     shutil.copy(REFERENCE / "model.safetensors", folder)
     model, tokenizer = load_model(str(folder))
     size = model.get_input_embeddings().num_embeddings
@@ -54,7 +56,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder):
         load_model(str(folder))
 
 
-def test_special_tokens_that_the_model_does_not_embed_are_refused(folder):
+def test_special_tokens_that_the_model_does_not_embed_are_refused(folder: Any) -> None:
     model, tokenizer = load_model("reference")
     AutoModelForCausalLM.from_pretrained(REFERENCE).save_pretrained(folder)
     size = model.get_input_embeddings().num_embeddings
@@ -68,7 +70,7 @@ def test_special_tokens_that_the_model_does_not_embed_are_refused(folder):
 
 
 @pytest.mark.parametrize("load", [load_model, empty_model])
-def test_a_hub_id_without_network_is_one_line(load, monkeypatch):
+def test_a_hub_id_without_network_is_one_line(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "hub_fault", lambda: "huggingface.co cannot be reached (timed out)")
     with pytest.raises(
         UserError, match=r"model=nobody/nothing: no such folder, none of the models .* timed out"

@@ -1,16 +1,22 @@
 """When a decode step is captured as a CUDA graph, and what is said where it is not."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.models import attached, policy_for, tokens
+from transformers import PreTrainedModel
 
 from learnkv import CompressedCache, generate, prefill
 from learnkv.errors import RunError, UserError
 from learnkv.inference.cuda_graph import capture, refusal
 
 
-def test_why_a_step_is_not_captured():
-    def reason(family: str, cache: CompressedCache | None = None, slots: int = 9, **config) -> str | None:
+def test_why_a_step_is_not_captured() -> None:
+    def reason(
+        family: str, cache: CompressedCache | None = None, slots: int = 9, **config: dict[str, dict[str, str]]
+    ) -> str | None:
         model = OnCuda(attached(family))
         for name, value in config.items():
             setattr(model.config, name, value)
@@ -35,11 +41,11 @@ def test_why_a_step_is_not_captured():
 class OnCuda:
     """A model that says its weights are on a GPU."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config.__class__.from_dict(model.config.to_dict())
 
-    def parameters(self):
+    def parameters(self) -> list[type[Any]]:
         return [type("Weight", (), {"device": torch.device("cuda", 0)})]
 
-    def modules(self):
+    def modules(self) -> Iterator[Any]:
         return self.model.modules()

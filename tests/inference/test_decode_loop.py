@@ -1,5 +1,8 @@
 """Decode steps: nothing waits, nothing moves, and a turn leaves behind what token-by-token reading leaves behind."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.models import attached, build, padded, policy_for, tokens
@@ -15,17 +18,19 @@ WAYS = pytest.mark.parametrize("way", [{}, DRAWN], ids=["greedy", "drawn"])
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
 @pytest.fixture
-def captured(monkeypatch) -> list[DecodeLoop]:
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[DecodeLoop]:
     """The loops whose step is captured, one entry per capture; a replay computes the step again."""
     loops: list[DecodeLoop] = []
 
-    def capture(step, device, generator):
+    def capture(
+        step: Callable[..., Any], device: torch.device, generator: torch.Generator | None
+    ) -> Callable[..., Any]:
         loops.append(step.__self__)
         return step
 
@@ -42,7 +47,7 @@ def compressed(*lengths: int, family: str = "llama") -> CompressedCache:
 
 def one_by_one(question: Tensor, cache: CompressedCache, new: int, ends: list[int], pad: int) -> list[list[int]]:
     """Greedy answers up to and with their end, by single tokens of single rows."""
-    answers = []
+    answers: list[Any] = []
     for row in range(len(question)):
         alone, ids = cache.fork(), question[row : row + 1]
         alone.batch_select_indices(torch.tensor([row]))
@@ -74,7 +79,7 @@ def ending_early(cache: CompressedCache, question: Tensor) -> list[int]:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_rows_that_end_between_two_checks(static, request):
+def test_rows_that_end_between_two_checks(static: bool, request: pytest.FixtureRequest) -> None:
     if static:
         request.getfixturevalue("captured")
     cache, question = compressed(40, 31), tokens(2, 5, seed=3)
@@ -96,12 +101,12 @@ def test_rows_that_end_between_two_checks(static, request):
 
 
 @pytest.mark.parametrize(("end", "runs"), [(0, 1), (1, 17), (16, 17), (17, 30)])
-def test_the_model_runs_to_the_next_check_and_no_further(end, runs):
+def test_the_model_runs_to_the_next_check_and_no_further(end: int, runs: int) -> None:
     model, seen = attach(build("llama")), []
     cache, question = prefill(model, tokens(2, 30)), tokens(2, 4)
     model.register_forward_hook(lambda *_: seen.append(0))
 
-    def stop(said: Tensor) -> Tensor:
+    def stop(said: Tensor) -> OnDevice:
         return OnDevice(torch.full((2,), said.shape[1] > end))
 
     said = generate(model, question, cache, max_new_tokens=30, stop=stop)
@@ -124,7 +129,9 @@ class OnDevice:
 
 @WAYS
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 2)])
-def test_static_steps_generate_the_same_tokens(way, lengths, captured, monkeypatch):
+def test_static_steps_generate_the_same_tokens(
+    way: dict[str, Any], lengths: tuple[int, int], captured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, questions = attached("llama"), [tokens(1, length, seed=6)[0] for length in lengths]
     turns = [padded(questions, "right"), (tokens(2, 3, seed=7), None), (tokens(2, 2, seed=8), None)]
     ours, theirs = compressed(50, 33), compressed(50, 33)
@@ -139,10 +146,10 @@ def test_static_steps_generate_the_same_tokens(way, lengths, captured, monkeypat
     assert_left_alike(ours, theirs)
 
 
-def test_a_graph_is_captured_again_only_when_rows_or_tails_move(captured):
+def test_a_graph_is_captured_again_only_when_rows_or_tails_move(captured: list[Any]) -> None:
     model, cache, question = attached("llama"), compressed(40, 31), tokens(2, 5)
 
-    def captures(cache: CompressedCache, **settings) -> int:
+    def captures(cache: CompressedCache, **settings: Any) -> int:
         before = len(captured)
         generate(model, question[: len(cache.prompt_lengths)], cache, **{"max_new_tokens": 9, **settings})
         return len(captured) - before
@@ -165,7 +172,9 @@ def test_a_graph_is_captured_again_only_when_rows_or_tails_move(captured):
     assert captures(fork) == 0
 
 
-def test_a_graph_is_captured_when_it_has_something_to_repeat(captured, monkeypatch):
+def test_a_graph_is_captured_when_it_has_something_to_repeat(
+    captured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("learnkv.inference.decode_loop.WORTH_CAPTURING", 16)
     model, question = attached("llama"), tokens(2, 3)
 
@@ -183,10 +192,12 @@ class Trace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple] = []
+        self.seen: list[tuple[Any, ...]] = []
         self.made: list[Tensor] = []  # held, so that no address is used twice
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: tuple[type[Any], ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> int | Tensor | tuple[Tensor, Tensor]:
         result = func(*args, **(kwargs or {}))
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         own = {one.untyped_storage().data_ptr() for one in self.made}
@@ -201,7 +212,9 @@ class Trace(TorchDispatchMode):
 @WAYS
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("lengths", [(4, 4), (4, 2)])
-def test_a_static_step_repeats_itself_and_leaves_the_host_alone(way, family, lengths, captured, monkeypatch):
+def test_a_static_step_repeats_itself_and_leaves_the_host_alone(
+    way: dict[str, Any], family: str, lengths: tuple[int, int], captured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same operations on the same places, whatever is said: what a graph of one step relies on."""
     traces, states, cache = [], [], compressed(50, 33, family=family)
     step = DecodeLoop._step
@@ -227,7 +240,7 @@ def test_a_static_step_repeats_itself_and_leaves_the_host_alone(way, family, len
     assert not waits & {name for name, *_ in traces[0]}
 
 
-def test_a_turn_that_fails_leaves_a_cache_that_goes_on(captured):
+def test_a_turn_that_fails_leaves_a_cache_that_goes_on(captured: list[Any]) -> None:
     model, cache = attached("llama"), compressed(40, 31)
     fresh, question = cache.fork(), tokens(2, 5)
     generate(model, question, fresh, max_new_tokens=1)

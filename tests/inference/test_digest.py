@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +18,16 @@ from learnkv.inference.models import REFERENCE, load_model
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     return shutil.copytree(REFERENCE, tmp_path / "model")
 
 
-def digests(folder, **options):
+def digests(folder: Any, **options: Any) -> Any:
     model, tokenizer = load_model(str(folder), **options)
     return model_digest(model), tokenizer_digest(tokenizer)
 
 
-def change_json(file, **values):
+def change_json(file: Any, **values: Any) -> None:
     content = json.loads(file.read_text()) if file.exists() else {}
     for key, value in values.items():
         if isinstance(content.get(key), dict) and isinstance(value, dict):
@@ -34,7 +36,7 @@ def change_json(file, **values):
     file.write_text(json.dumps(content))
 
 
-def last_number(folder):
+def last_number(folder: Any) -> None:
     file = folder / "model.safetensors"
     weights = load_file(file)
     weight = weights[max(weights, key=lambda name: weights[name].numel())]
@@ -54,19 +56,19 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_any_content_of_a_model_counts(folder, change):
+def test_any_content_of_a_model_counts(folder: Any, change: Any) -> None:
     before = digests(folder)[0]
     CHANGES[change](folder)
     assert digests(folder)[0] != before
 
 
-def test_a_chat_template_counts(folder):
+def test_a_chat_template_counts(folder: Any) -> None:
     before = digests(folder)[1]
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     assert digests(folder)[1] != before
 
 
-def test_neither_the_folder_nor_attach_counts_but_the_number_format_does(folder, tmp_path):
+def test_neither_the_folder_nor_attach_counts_but_the_number_format_does(folder: Any, tmp_path: Path) -> None:
     before = digests(folder)
     folder.rename(tmp_path / "moved")
     assert digests(tmp_path / "moved") == before == digests("reference")
@@ -75,27 +77,27 @@ def test_neither_the_folder_nor_attach_counts_but_the_number_format_does(folder,
     assert model_digest(detach(attach(model))) == model_digest(attach(model)) == before[0]
 
 
-def test_padding_of_the_last_call_does_not_count():
+def test_padding_of_the_last_call_does_not_count() -> None:
     _, tokenizer = load_model("reference")
     before = tokenizer_digest(tokenizer)
     tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=4)
     assert tokenizer_digest(tokenizer) == before
 
 
-def change_weight(model):
+def change_weight(model: Any) -> None:
     model.model.norm.weight.data[-1] += 1
 
 
-def change_frequency(model):
+def change_frequency(model: Any) -> None:
     model.model.rotary_emb.inv_freq[-1] *= 1.01
 
 
-def change_epsilon(model):
+def change_epsilon(model: Any) -> None:
     model.model.norm.variance_epsilon = 1e-2
 
 
 @pytest.mark.parametrize("change", [change_weight, change_frequency, change_epsilon])
-def test_what_is_changed_in_memory_counts(change):
+def test_what_is_changed_in_memory_counts(change: Any) -> None:
     model = build("llama")
     before = weights_digest(model)
     assert weights_digest(model) == before
@@ -103,7 +105,7 @@ def test_what_is_changed_in_memory_counts(change):
     assert weights_digest(model) != before
 
 
-def test_the_last_bit_of_a_computed_buffer_does_not_count():
+def test_the_last_bit_of_a_computed_buffer_does_not_count() -> None:
     """Another processor computes rotations with another last bit."""
     model = build("llama")
     before = weights_digest(model)
@@ -112,14 +114,14 @@ def test_the_last_bit_of_a_computed_buffer_does_not_count():
     assert weights_digest(model) == before
 
 
-def test_offloaded_weights_are_refused():
+def test_offloaded_weights_are_refused() -> None:
     model = build("llama")
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
     with pytest.raises(UserError, match=r"weight lm_head.weight is offloaded"):
         weights_digest(model)
 
 
-def test_a_hub_id_without_a_network_is_one_line_at_once(monkeypatch):
+def test_a_hub_id_without_a_network_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_connection.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_connection, "is_reachable", lambda: False)
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("the network was tried"))
@@ -128,7 +130,7 @@ def test_a_hub_id_without_a_network_is_one_line_at_once(monkeypatch):
     assert hub_connection.constants.HF_HUB_OFFLINE is False
 
 
-def test_a_connection_that_takes_too_long_is_none(monkeypatch):
+def test_a_connection_that_takes_too_long_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_connection, "SECONDS", 0.05)
     monkeypatch.setattr(hub_connection, "_connect", lambda *a: __import__("time").sleep(1))
     assert hub_connection.is_reachable.__wrapped__() is False

@@ -1,5 +1,8 @@
 """Generating: like transformers' own generate() where nothing is evicted, turn by turn, to its end."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.models import (
@@ -15,6 +18,7 @@ from support.models import (
     tokens,
 )
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from learnkv import CompressedCache, attach, continuation, generate, prefill
 from learnkv.errors import RunError, UserError
@@ -26,7 +30,7 @@ NEW = 8
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
@@ -40,7 +44,9 @@ def compressed(family: str, *prompts: Tensor, keep: float = 0.4, name: str = "ad
 @pytest.mark.compat
 @every_family
 @searches
-def test_with_everything_kept_all_ways_generate_what_the_untouched_model_does(family, search):
+def test_with_everything_kept_all_ways_generate_what_the_untouched_model_does(
+    family: str, search: dict[str, int]
+) -> None:
     model = attached(family)
     prompts, question = [tokens(1, length)[0] for length in (40, 27)], tokens(2, 5, seed=1)
     ids, mask = padded([torch.cat([prompt, said]) for prompt, said in zip(prompts, question, strict=True)])
@@ -61,7 +67,7 @@ def test_with_everything_kept_all_ways_generate_what_the_untouched_model_does(fa
 @pytest.mark.compat
 @every_family
 @searches
-def test_compressed_prompts_generate_the_same_through_transformers(family, search):
+def test_compressed_prompts_generate_the_same_through_transformers(family: str, search: dict[str, int]) -> None:
     model, prompts, question = attached(family), [tokens(1, n, seed=2)[0] for n in (45, 31)], tokens(2, 6, seed=3)
     ours = generate(model, question, compressed(family, *prompts), max_new_tokens=NEW, **search)
     filled, mask = compressed(family, *prompts), padded(prompts)[1]
@@ -78,7 +84,7 @@ def test_compressed_prompts_generate_the_same_through_transformers(family, searc
 
 @searches
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_questions_of_different_lengths_are_answered_as_alone(search, side):
+def test_questions_of_different_lengths_are_answered_as_alone(search: dict[str, int], side: str) -> None:
     model, prompts = attached("qwen3"), [tokens(1, length, seed=4)[0] for length in (30, 44, 21)]
     questions = [tokens(1, length, seed=5)[0] for length in (7, 1, 3)]
     cache = compressed("qwen3", *prompts)
@@ -94,7 +100,7 @@ def test_questions_of_different_lengths_are_answered_as_alone(search, side):
 
 @pytest.mark.compat
 @every_family
-def test_turns_are_one_conversation(family):
+def test_turns_are_one_conversation(family: str) -> None:
     model, prompt = attached(family), tokens(1, 50, seed=7)[0]
     questions = [tokens(1, length, seed=8) for length in (5, 1, 9)]
     cache, said = compressed(family, prompt), []
@@ -110,7 +116,7 @@ def test_turns_are_one_conversation(family):
 
 
 @searches
-def test_what_was_generated_is_read_before_a_continuation(search):
+def test_what_was_generated_is_read_before_a_continuation(search: dict[str, int]) -> None:
     model, prompt, more = attached("llama"), tokens(1, 30)[0], tokens(1, 4, seed=9)
     cache, question = compressed("llama", prompt), tokens(1, 6, seed=10)
     answer = generate(model, question, cache, max_new_tokens=5, **search)
@@ -121,7 +127,7 @@ def test_what_was_generated_is_read_before_a_continuation(search):
 
 
 @pytest.mark.parametrize("lengths", [(6, 6), (6, 2)])
-def test_what_transformers_read_is_remembered(lengths):
+def test_what_transformers_read_is_remembered(lengths: tuple[int, int]) -> None:
     model, prompts = attached("llama"), [tokens(1, n)[0] for n in (30, 19)]
     questions, more = [tokens(1, length, seed=11)[0] for length in lengths], tokens(2, 3, seed=12)
     ids, mask = padded(questions)
@@ -135,7 +141,7 @@ def test_what_transformers_read_is_remembered(lengths):
         assert_logits_close(ours[row], told[0, -4:])
 
 
-def test_cropping_generated_tokens():
+def test_cropping_generated_tokens() -> None:
     model, said = attached("llama"), tokens(2, 9, seed=13)
     caches = [compressed("llama", tokens(1, 30)[0], tokens(1, 14)[0]) for _ in range(2)]
     logits = continuation(model, said, caches[0])
@@ -148,7 +154,7 @@ def test_cropping_generated_tokens():
             caches[0].crop(count)
 
 
-def test_a_row_ends_at_eos_and_the_conversation_goes_on():
+def test_a_row_ends_at_eos_and_the_conversation_goes_on() -> None:
     model, prompts = attached("llama"), [tokens(1, 33)[0], tokens(1, 25)[0]]
     question, more = tokens(2, 4, seed=14), tokens(2, 2, seed=15)
     free = generate(model, question, compressed("llama", *prompts), max_new_tokens=6)
@@ -167,7 +173,7 @@ def test_a_row_ends_at_eos_and_the_conversation_goes_on():
     assert torch.equal(stopped, free[:1, :3])
 
 
-def test_beams_end_at_eos_and_the_conversation_goes_on():
+def test_beams_end_at_eos_and_the_conversation_goes_on() -> None:
     model, question, more = attached("llama"), tokens(2, 4, seed=14), tokens(2, 2, seed=15)
     prompts = [tokens(1, 33)[0], tokens(1, 25)[0]]
     free = generate(model, question, compressed("llama", *prompts), max_new_tokens=6, num_beams=2)
@@ -186,7 +192,7 @@ def test_beams_end_at_eos_and_the_conversation_goes_on():
         assert torch.equal(generate(model, said, compressed("llama", prompts[row]), max_new_tokens=3)[0], second[row])
 
 
-def test_stop_is_called_after_every_token_and_ends_its_row():
+def test_stop_is_called_after_every_token_and_ends_its_row() -> None:
     model, question, asked = attached("llama"), tokens(2, 4), []
 
     def stop(said: Tensor) -> Tensor:
@@ -200,13 +206,13 @@ def test_stop_is_called_after_every_token_and_ends_its_row():
     assert torch.equal(asked[-1], ours)
 
 
-def test_drawing_is_repeatable_and_follows_the_distribution():
+def test_drawing_is_repeatable_and_follows_the_distribution() -> None:
     model, question = attached("llama"), tokens(1, 4)
     cache = compressed("llama", tokens(1, 30)[0])
     probabilities = continuation(model, question, cache.fork())[0, -1].mul(1 / 1.5).softmax(-1)
     cache.batch_repeat_interleave(1500)
 
-    def draw(**settings):
+    def draw(**settings: Any) -> Any:
         same, whole = question.expand(1500, -1), {"temperature": 1.5, "top_k": 0}
         return generate(model, same, cache.fork(), max_new_tokens=1, do_sample=True, **{**whole, **settings})[:, 0]
 
@@ -231,11 +237,11 @@ def test_drawing_is_repeatable_and_follows_the_distribution():
         assert ((seen - expected).abs() <= 5 * (expected / 1500).sqrt() + 1e-3).all()
 
 
-def poisoned(after: int):
+def poisoned(after: int) -> PreTrainedModel:
     """A model whose output is NaN after so many forward passes, reading the prompt included."""
     model, passes = attach(build("llama")), []
 
-    def poison(module, args, output):
+    def poison(module: PreTrainedModel, args: tuple[Any, ...], output: Any) -> Any:
         passes.append(0)
         output.logits[:] = torch.nan if len(passes) > after else output.logits
         return output
@@ -245,7 +251,7 @@ def poisoned(after: int):
 
 
 @searches
-def test_nan_in_the_output_ends_the_run(search):
+def test_nan_in_the_output_ends_the_run(search: dict[str, int]) -> None:
     with pytest.raises(RunError, match="NaN after 0 new tokens"):
         generate(model := poisoned(1), tokens(2, 3), prefill(model, tokens(2, 9)), max_new_tokens=4, **search)
     steps = 4 if search else 16  # where it is looked for

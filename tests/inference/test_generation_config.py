@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -67,14 +68,14 @@ OPTIONS = {
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[Any]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 @contextlib.contextmanager
-def configured(asked: dict[str, Any]):
+def configured(asked: dict[str, Any]) -> Iterator[Any]:
     """The untouched model and the attached one with these settings in their generation configs."""
     models = plain("llama"), attached("llama")
     before = [model.generation_config for model in models]
@@ -89,7 +90,7 @@ def configured(asked: dict[str, Any]):
             model.generation_config = original
 
 
-def theirs(model, prompts, questions, **call) -> list[list[int]] | None:
+def theirs(model: Any, prompts: Any, questions: Any, **call: Any) -> list[list[int]] | None:
     """What transformers generates; None where it fails."""
     ids, mask = padded([torch.cat(pair) for pair in zip(prompts, questions, strict=True)])
     ids = ids.masked_fill(mask == 0, 0)
@@ -100,7 +101,7 @@ def theirs(model, prompts, questions, **call) -> list[list[int]] | None:
     return (said if torch.is_tensor(said) else said.sequences)[:, ids.shape[1] :].tolist()
 
 
-def ours(model, prompts, questions, **call) -> list[list[int]]:
+def ours(model: Any, prompts: Any, questions: Any, **call: Any) -> list[list[int]]:
     ids, mask = padded(questions, "right")
     prompt_ids, prompt_mask = padded(prompts)
     cache = prefill(model, prompt_ids.masked_fill(prompt_mask == 0, 0), prompt_mask)
@@ -123,7 +124,9 @@ def until_end(row: list[int], ends: list[int]) -> list[int]:
     lengths=st.lists(st.tuples(st.integers(2, 30), st.integers(1, 6)), min_size=1, max_size=2),
     seed=st.integers(0, 99),
 )
-def test_every_setting_gives_the_tokens_of_transformers_or_one_line(asked, call, in_call, lengths, seed):
+def test_every_setting_gives_the_tokens_of_transformers_or_one_line(
+    asked: Any, call: Any, in_call: Any, lengths: Any, seed: Any
+) -> None:
     call = {"do_sample": False, **call}
     prompts, questions = ([tokens(1, pair[index], seed=7 + index)[0] for pair in lengths] for index in (0, 1))
     with configured({} if in_call else asked) as (untouched, model):
@@ -160,7 +163,7 @@ REFUSED = {
 @pytest.mark.compat
 @pytest.mark.parametrize("in_call", [True, False])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_give_other_tokens_is_refused_by_name(name, in_call):
+def test_what_would_give_other_tokens_is_refused_by_name(name: Any, in_call: Any) -> None:
     asked = {name: REFUSED[name]}
     with configured({} if in_call else asked) as (_, model):
         cache = prefill(model, tokens(1, 9))
@@ -169,7 +172,7 @@ def test_what_would_give_other_tokens_is_refused_by_name(name, in_call):
         assert cache.tail_length == 0
 
 
-def test_names_and_values_that_transformers_does_not_know_are_refused():
+def test_names_and_values_that_transformers_does_not_know_are_refused() -> None:
     for asked, line in (
         ({"repetition_penaltee": 1.1}, "repetition_penaltee: not an argument"),
         ({"repetition_penalty": -1.0}, "generation config: .*strictly positive"),
@@ -183,7 +186,7 @@ def test_names_and_values_that_transformers_does_not_know_are_refused():
             )
 
 
-def test_arguments_go_before_the_generation_config_and_sampling_is_the_calls_choice():
+def test_arguments_go_before_the_generation_config_and_sampling_is_the_calls_choice() -> None:
     prompts, questions = [tokens(1, 20)[0]], [tokens(1, 4)[0]]
     free = ours(attached("llama"), prompts, questions)
     with configured({"repetition_penalty": 1.8, "do_sample": True, "eos_token_id": free[0][2]}) as (_, model):
@@ -196,7 +199,7 @@ def test_arguments_go_before_the_generation_config_and_sampling_is_the_calls_cho
 @pytest.mark.compat
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}])
 @pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 4}])
-def test_every_turn_counts_all_tokens_before_it(search, penalty):
+def test_every_turn_counts_all_tokens_before_it(search: Any, penalty: Any) -> None:
     prompts, turns = [tokens(1, n, seed=3)[0] for n in (21, 20)], [tokens(2, 3, seed=4), tokens(2, 5, seed=5)]
     eos = {"eos_token_id": list(range(1, 60))} if "min_new_tokens" in penalty else {"eos_token_id": 96}
     ids, mask = padded(prompts)
@@ -218,7 +221,7 @@ def test_every_turn_counts_all_tokens_before_it(search, penalty):
             said[row] = torch.cat([said[row], expected])
 
 
-def test_penalties_follow_rows_forks_and_crops():
+def test_penalties_follow_rows_forks_and_crops() -> None:
     model, prompts = attached("llama"), [tokens(1, n, seed=6)[0] for n in (30, 17, 24)]
     question, call = tokens(3, 4, seed=7), {"max_new_tokens": 6, "repetition_penalty": 1.9}
     cache = policy_for("adakv", model).compress(prefill(model, *padded(prompts)), keep=0.4)
@@ -233,7 +236,7 @@ def test_penalties_follow_rows_forks_and_crops():
     assert torch.equal(generate(model, question, cache, **call), together)
 
 
-def test_a_cache_that_does_not_know_its_tokens_serves_what_does_not_count_them():
+def test_a_cache_that_does_not_know_its_tokens_serves_what_does_not_count_them() -> None:
     model, ids = attached("llama"), tokens(1, 20)
     cache = CompressedCache(model.config)
     model(ids, past_key_values=cache)
@@ -249,7 +252,7 @@ def test_a_cache_that_does_not_know_its_tokens_serves_what_does_not_count_them()
         generate(model, tokens(1, 3), known, max_new_tokens=2, no_repeat_ngram_size=2)
 
 
-def test_stop_strings_end_a_row_where_transformers_ends_it():
+def test_stop_strings_end_a_row_where_transformers_ends_it() -> None:
     model, tokenizer = load_model("reference")
     untouched, _ = load_model("reference")
     prompt, question = tokenizer("Red is 123. Blue is", return_tensors="pt").input_ids, tokens(1, 2)
@@ -263,7 +266,7 @@ def test_stop_strings_end_a_row_where_transformers_ends_it():
         assert said.shape[1] < 12
 
 
-def test_the_generation_config_of_the_model_does_not_change():
+def test_the_generation_config_of_the_model_does_not_change() -> None:
     with configured({"repetition_penalty": 1.3, "min_new_tokens": 2}) as (_, model):
         before = GenerationConfig.from_dict(model.generation_config.to_dict())
         for search in ({}, {"num_beams": 2}, {"do_sample": True}):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from learnkv.errors import UserError
 POLICIES = ["full", "adakv", "quest", "h2o_decode"]
 
 
-def turns(name: str, modes: list[bool], static: bool = False) -> list:
+def turns(name: str, modes: list[bool], static: bool = False) -> list[Any]:
     """Answers of as many turns, the prompt read in the first mode; True: within inference mode."""
     model, answers, cache = attached("llama"), [], None
     for turn, mode in enumerate(modes):
@@ -34,7 +35,7 @@ def turns(name: str, modes: list[bool], static: bool = False) -> list:
     "modes", [[True, False, False], [True, False, True], [False, True, False], [True, True, False]]
 )
 @pytest.mark.parametrize("static", [False, True])
-def test_turns_are_the_same_in_every_mode(name, modes, static, monkeypatch):
+def test_turns_are_the_same_in_every_mode(name: Any, modes: Any, static: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if static:
         if name not in ("full", "adakv"):
             pytest.skip("its steps are not captured")
@@ -45,7 +46,7 @@ def test_turns_are_the_same_in_every_mode(name, modes, static, monkeypatch):
         assert torch.equal(one, other)
 
 
-def test_beams_forks_and_row_selection_outside():
+def test_beams_forks_and_row_selection_outside() -> None:
     model = attached("llama")
     with torch.inference_mode():
         cache = prefill(model, tokens(2, 40))
@@ -60,7 +61,7 @@ def test_beams_forks_and_row_selection_outside():
     assert torch.equal(*said)
 
 
-def test_training_on_it_is_refused_in_one_line():
+def test_training_on_it_is_refused_in_one_line() -> None:
     model = attached("llama")
     policy = copy.deepcopy(policy_for("ranked", model)).requires_grad_()
     with torch.inference_mode():

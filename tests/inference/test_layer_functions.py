@@ -1,5 +1,8 @@
 """Rotations and output projections are those of the layer, whatever it is made of."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.models import attached, build, tokens
@@ -16,12 +19,12 @@ PROJECTING = ("criticalkv", "defensivekv", "restkv", "critical_adakv", "layer_de
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[Any]:
     with torch.no_grad():
         yield
 
 
-def kept(model, policy, keep=0.3):
+def kept(model: Any, policy: Any, keep: Any = 0.3) -> Any:
     cache = policy.compress(prefill(model, tokens(2, 60), policies=[policy]), keep=keep)
     positions = [
         cache.kept_positions(layer, row, head).tolist() for layer in range(3) for row in (0, 1) for head in (0, 1)
@@ -29,10 +32,10 @@ def kept(model, policy, keep=0.3):
     return positions, continuation(model, tokens(2, 5), cache)
 
 
-def rotating_by(layout, order, direction=1, start=0):
+def rotating_by(layout: Any, order: Any, direction: Any = 1, start: Any = 0) -> Any:
     """A replacement of Llama's `apply_rotary_pos_emb`."""
 
-    def apply(q, k, cos, sin, unsqueeze_dim=1):
+    def apply(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: Any = 1) -> Any:
         pairs = layout.pairs
         cos, sin = (part.unsqueeze(unsqueeze_dim) for part in (cos, sin))
         cos, sin = (part[..., :pairs] if order == "halves" else part[..., ::2] for part in (cos, sin))
@@ -49,7 +52,7 @@ CONVENTIONS = {
 }
 
 
-def permuted(model, channels):
+def permuted(model: Any, channels: Any) -> Any:
     """The model with the channels of its queries and keys in another order."""
     for layer in model.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
@@ -59,7 +62,7 @@ def permuted(model, channels):
 
 
 @pytest.mark.parametrize("name", [*ROTATING, "rerotate"])
-def test_interleaved_pairs_are_the_same_model(name, monkeypatch):
+def test_interleaved_pairs_are_the_same_model(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama with rows of its projections in another order: every score and every rotated key must follow."""
     policy = Policy(StreamingLLM(), rerotate="start") if name == "rerotate" else load_policy(name)
     expected = kept(attached("llama"), policy)
@@ -75,16 +78,16 @@ def test_interleaved_pairs_are_the_same_model(name, monkeypatch):
 
 
 @pytest.mark.parametrize("convention", ["last channels", "last pairs"])
-def test_partial_rotation_of_the_last_channels(convention, monkeypatch):
+def test_partial_rotation_of_the_last_channels(convention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     half = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     channels = torch.arange(16).roll(-8)
     if convention == "last pairs":
         channels = torch.cat([torch.arange(8, 16), torch.arange(8).view(2, 4).flip(0).T.flatten()])
 
-    def first(q, k, cos, sin, unsqueeze_dim=1):
+    def first(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: Any = 1) -> Any:
         return rotating_by(Layout.halves(4), "halves")(q, k, cos, sin, unsqueeze_dim)
 
-    def short(apply):
+    def short(apply: Any) -> Any:
         return lambda q, k, cos, sin, unsqueeze_dim=1: apply(
             q, k, *(part[..., :8] for part in (cos, sin)), unsqueeze_dim
         )
@@ -100,7 +103,7 @@ def test_partial_rotation_of_the_last_channels(convention, monkeypatch):
         torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=5e-4)
 
 
-def halved(self, x, position_ids):
+def halved(self: Any, x: Any, position_ids: Any) -> Any:
     """Embeddings of half as many angles."""
     angle = position_ids.unsqueeze(-1) * 1e4 ** (-torch.arange(4) / 4)
     angle = torch.cat([angle, angle], -1)
@@ -108,18 +111,18 @@ def halved(self, x, position_ids):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_conventions_are_found_in_every_type(dtype):
+def test_conventions_are_found_in_every_type(dtype: Any) -> None:
     model = attach(build("llama").to(dtype))
     obs = prefill(model, tokens(1, 30)).layers[0].observation()
     assert obs.rope.layout == Layout.halves(8)
     assert torch.equal(obs.projection, model.model.layers[0].self_attn.o_proj.weight)
 
 
-def test_a_norm_after_rotation_is_refused_when_it_matters(monkeypatch):
+def test_a_norm_after_rotation_is_refused_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     rotate = modeling_llama.apply_rotary_pos_emb
     scale = torch.linspace(0.5, 2, 16)
 
-    def scaled(*args, **kwargs):
+    def scaled(*args: Any, **kwargs: Any) -> Any:
         return tuple(part * scale for part in rotate(*args, **kwargs))
 
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", scaled)
@@ -133,24 +136,24 @@ def test_a_norm_after_rotation_is_refused_when_it_matters(monkeypatch):
 
 
 class Scaled(nn.Linear):
-    def forward(self, hidden):
+    def forward(self, hidden: Any) -> Any:
         return 3 * super().forward(hidden) + 1
 
 
 class Columns(nn.Module):
     """A linear map whose weight is stored in another way."""
 
-    def __init__(self, weight):
+    def __init__(self, weight: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter((weight.T * 7).contiguous())
 
-    def forward(self, hidden):
+    def forward(self, hidden: Any) -> Any:
         return hidden @ self.weight / 7
 
 
 @pytest.mark.parametrize("name", PROJECTING)
 @pytest.mark.parametrize("made_of", ["scaled", "columns", "hook"])
-def test_output_projections_are_applied_not_read(name, made_of):
+def test_output_projections_are_applied_not_read(name: Any, made_of: Any) -> None:
     """A scale and a bias that the weight does not show; weights in another order; a hook that changes the result."""
     model, expected, policy = build("llama"), build("llama"), load_policy(name)
     generator = torch.Generator().manual_seed(0)
@@ -171,7 +174,7 @@ def test_output_projections_are_applied_not_read(name, made_of):
 
 
 @pytest.mark.parametrize("name", PROJECTING)
-def test_unmerged_adapters_count(name):
+def test_unmerged_adapters_count(name: Any) -> None:
     from peft import LoraConfig
 
     results, policy = [], load_policy(name)
@@ -191,13 +194,13 @@ def test_unmerged_adapters_count(name):
     assert results[0][0] == results[1][0]
 
 
-def test_gates_and_norms_before_the_output_are_refused():
+def test_gates_and_norms_before_the_output_are_refused() -> None:
     class Gated(nn.Module):
-        def __init__(self, linear):
+        def __init__(self, linear: Any) -> None:
             super().__init__()
             self.linear = linear
 
-        def forward(self, hidden):
+        def forward(self, hidden: Any) -> Any:
             return self.linear(hidden / hidden.norm(dim=-1, keepdim=True).clamp(min=1e-6))
 
     model = build("llama")
@@ -209,7 +212,7 @@ def test_gates_and_norms_before_the_output_are_refused():
         kept(model, load_policy("criticalkv"))
 
 
-def test_layers_are_probed_once_and_leave_no_trace():
+def test_layers_are_probed_once_and_leave_no_trace() -> None:
     model, calls = build("llama"), []
     attach(model)
     model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: calls.append(1))

@@ -2,20 +2,21 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import build
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from learnkv import attach, continuation, generate, load_policy, prefill, save_policy
+from learnkv.core.adapter import Adapter
 from learnkv.errors import UserError
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.runner import jobs_of
 from learnkv.inference import lora
 from learnkv.inference.digest import model_digest
-from learnkv.inference.lora import Adapter
 from learnkv.inference.models import describe_model
 from learnkv.policy.policy import Policy
 from learnkv.scorers import SnapKV
@@ -26,11 +27,11 @@ NEXT = torch.randint(3, 90, (2, 5), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def model():
+def model() -> PreTrainedModel:
     return attach(build("llama"))
 
 
-def disturbed(model, seed: int = 0) -> Adapter:
+def disturbed(model: PreTrainedModel, seed: int = 0) -> Adapter:
     """The adapter of the model with weights that change something."""
     if "learnkv" not in getattr(model, "peft_config", ()):
         lora.add(model, NEW)
@@ -46,7 +47,7 @@ def policy(adapter: Adapter | None = None) -> Policy:
 
 
 @torch.no_grad()
-def test_an_adapter_acts_only_after_compression(model):
+def test_an_adapter_acts_only_after_compression(model: PreTrainedModel) -> None:
     whole = prefill(model, PROMPT)
     full = continuation(model, NEXT, whole.fork())
     small = continuation(model, NEXT, policy().compress(whole.fork(), keep=0.3))
@@ -68,7 +69,7 @@ def test_an_adapter_acts_only_after_compression(model):
     assert torch.equal(model(PROMPT, past_key_values=DynamicCache()).logits, build("llama")(PROMPT).logits)
 
 
-def test_an_adapter_is_what_low_rank_matrices_added_to_the_weights_are(model):
+def test_an_adapter_is_what_low_rank_matrices_added_to_the_weights_are(model: PreTrainedModel) -> None:
     mine = disturbed(model)
     held = policy(mine).compress(prefill(model, PROMPT), keep=0.3)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_an_adapter_is_what_low_rank_matrices_added_to_the_weights_are(model):
     assert tokens[:, 0].tolist() == last.argmax(-1).tolist()
 
 
-def test_an_exported_policy_takes_its_adapter_along(model, tmp_path):
+def test_an_exported_policy_takes_its_adapter_along(model: PreTrainedModel, tmp_path: Path) -> None:
     mine = disturbed(model)
     held = policy(mine).compress(prefill(model, PROMPT), keep=0.3)
     with torch.no_grad():
@@ -110,7 +111,7 @@ def test_an_exported_policy_takes_its_adapter_along(model, tmp_path):
     assert len({job.digest for job in jobs_of(model, names, [Budget(keep=0.3)])}) == 4
 
 
-def test_an_adapter_that_does_not_fit_is_refused(model, tmp_path):
+def test_an_adapter_that_does_not_fit_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     mine = disturbed(model)
     other = attach(build("llama"))
     held = prefill(other, PROMPT)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +40,13 @@ def tokenizer_of(begins: bool = True, template: str | None = None) -> PreTrained
     )
 
 
-def config_of(**changes) -> LlamaConfig:
+def config_of(**changes: int) -> LlamaConfig:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaConfig(**{**sizes, "num_key_value_heads": 2, "vocab_size": len(WORDS), **changes})
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory):
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     LlamaForCausalLM(config_of()).to(torch.float16).save_pretrained(folder)
@@ -52,18 +55,18 @@ def stored(tmp_path_factory):
 
 
 @pytest.fixture
-def broken(stored, tmp_path):
+def broken(stored: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stored, tmp_path / "broken")
 
 
-def complaint(call):
+def complaint(call: Callable[..., Any]) -> str:
     with pytest.raises(UserError) as caught:
         call()
     assert len(str(caught.value)) < 300
     return str(caught.value)
 
 
-def test_a_folder_gives_a_frozen_model_and_a_left_padding_tokenizer(stored):
+def test_a_folder_gives_a_frozen_model_and_a_left_padding_tokenizer(stored: Path) -> None:
     model, tokenizer = load_model(str(stored))
     plain = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float32)
     ids = torch.tensor([[0, 3, 4, 5]])
@@ -74,7 +77,7 @@ def test_a_folder_gives_a_frozen_model_and_a_left_padding_tokenizer(stored):
     assert batch["attention_mask"] == [[0, 1, 1], [1, 1, 1]]
 
 
-def test_dtype_and_attention_are_chosen(stored):
+def test_dtype_and_attention_are_chosen(stored: Path) -> None:
     model, _ = load_model(str(stored), dtype="bfloat16", attn="eager")
     assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
     assert torch_dtype("auto", torch.device("cuda")) == "auto"
@@ -82,65 +85,65 @@ def test_dtype_and_attention_are_chosen(stored):
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "/missing", "", "~/nothing/here"])
-def test_a_missing_folder_is_named_and_the_network_left_alone(name, monkeypatch):
+def test_a_missing_folder_is_named_and_the_network_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("a local name reached for the network"))
     assert complaint(lambda: load_model(name)).startswith(
         f"model={name}: expected `reference`, smollm2, a model's folder"
     )
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path} has no config.json" in complaint(lambda: load_model(str(tmp_path)))
 
 
-def test_corrupt_weights(broken):
+def test_corrupt_weights(broken: Path) -> None:
     (broken / "model.safetensors").write_bytes(b"\xff" * 100)
     assert f"model={broken}: its weights are corrupt" in complaint(lambda: load_model(str(broken)))
     (broken / "model.safetensors").unlink()
     assert complaint(lambda: load_model(str(broken))).startswith(f"model={broken}: ")
 
 
-def test_cut_off_weights(broken):
+def test_cut_off_weights(broken: Path) -> None:
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert f"model={broken}: its weights are corrupt" in complaint(lambda: load_model(str(broken)))
 
 
-def test_missing_weights_are_not_drawn_at_random(broken):
+def test_missing_weights_are_not_drawn_at_random(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     assert "weights are not in its files, first model.layers.2." in complaint(lambda: load_model(str(broken)))
 
 
-def test_weights_of_other_sizes(broken):
+def test_weights_of_other_sizes(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "hidden_size": 32}))
     assert complaint(lambda: load_model(str(broken))).startswith(f"model={broken}: ")
 
 
-def test_not_a_causal_language_model(broken):
+def test_not_a_causal_language_model(broken: Path) -> None:
     T5Config().save_pretrained(broken)
     assert complaint(lambda: load_model(str(broken))).endswith("expected a causal language model, got a T5Config")
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_unknown_devices(device):
+def test_unknown_devices(device: str) -> None:
     assert complaint(lambda: torch_device(device)).startswith(f"device={device}: ")
 
 
-def test_unknown_dtype():
+def test_unknown_dtype() -> None:
     line = complaint(lambda: torch_dtype("fp16", torch.device("cpu")))
     assert line == "dtype=fp16: expected auto, float32, bfloat16, float16"
 
 
-def test_config_hash_depends_on_sizes_only(stored):
+def test_config_hash_depends_on_sizes_only(stored: Path) -> None:
     here = config_hash(LlamaForCausalLM(config_of()))
     assert config_hash(load_model(str(stored), dtype="bfloat16")[0]) == here
     for changes in ({"num_key_value_heads": 4}, {"num_hidden_layers": 1}, {"vocab_size": 14}, {"head_dim": 8}):
         assert config_hash(LlamaForCausalLM(config_of(**changes))) != here
 
 
-def test_a_model_is_described_by_name_hash_and_shapes(stored, monkeypatch):
+def test_a_model_is_described_by_name_hash_and_shapes(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = load_model(str(stored))
     shapes = {"layers": 2, "heads": 2, "head_dim": 4, "hidden_size": 16, "groups": 2}
     assert describe_model(model) == {"id": str(stored), "config_hash": config_hash(model), "shapes": shapes}
@@ -148,7 +151,9 @@ def test_a_model_is_described_by_name_hash_and_shapes(stored, monkeypatch):
     assert describe_model(load_model("reference")[0])["id"] == "reference"
 
 
-def test_the_digest_of_a_model_does_not_change_when_its_description_grows(stored, monkeypatch):
+def test_the_digest_of_a_model_does_not_change_when_its_description_grows(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = load_model(str(stored))
     digest, described = model_digest(model), describe_model(model)
     more = {**described, "shapes": {**described["shapes"], "another": 3}}
@@ -159,12 +164,12 @@ def test_the_digest_of_a_model_does_not_change_when_its_description_grows(stored
 
 
 @pytest.mark.parametrize(("begins", "context"), [(True, "<s>red"), (False, "red")])
-def test_without_a_template_the_context_begins_as_the_tokenizer_would_begin_it(begins, context):
+def test_without_a_template_the_context_begins_as_the_tokenizer_would_begin_it(begins: bool, context: str) -> None:
     tokenizer = tokenizer_of(begins)
     assert format_prompt(tokenizer, "red", " which", " it is") == (context, " which", " it is")
     assert tokenizer(context, add_special_tokens=False).input_ids == tokenizer("red").input_ids
 
 
-def test_a_chat_template_goes_around_both_and_stays_separable():
+def test_a_chat_template_goes_around_both_and_stays_separable() -> None:
     parts = format_prompt(tokenizer_of(template=TEMPLATE), " red", "\nwhich", " it is")
     assert parts == ("<s>user: red", "\nwhich\nreply: ", " it is")

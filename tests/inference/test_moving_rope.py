@@ -1,5 +1,8 @@
 """RoPE whose angles depend on the number of tokens: exact, or refused before a number is made."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.models import assert_logits_close, build, padded, plain, tokens
@@ -33,23 +36,23 @@ MESSAGE = r"RoPE \((longrope|dynamic)\) change with the length: those of {} toke
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[Any]:
     with torch.no_grad():
         yield
 
 
-def new(kind):
+def new(kind: Any) -> Any:
     family, changes = KINDS[kind]
     return build(family, **changes)
 
 
-def message(other, read):
+def message(other: Any, read: Any) -> Any:
     return MESSAGE.format(other, read)
 
 
 @every_kind
 @pytest.mark.parametrize("chunk_size", [None, 10, 47, 70])
-def test_a_prompt_has_the_angles_of_its_length_whatever_chunks_it_is_read_in(kind, chunk_size):
+def test_a_prompt_has_the_angles_of_its_length_whatever_chunks_it_is_read_in(kind: Any, chunk_size: Any) -> None:
     ours, ids = attach(new(kind)), tokens(1, 80)
     whole = DynamicCache()
     new(kind)(input_ids=ids, past_key_values=whole)
@@ -59,7 +62,7 @@ def test_a_prompt_has_the_angles_of_its_length_whatever_chunks_it_is_read_in(kin
 
 
 @every_kind
-def test_what_was_read_before_does_not_matter(kind):
+def test_what_was_read_before_does_not_matter(kind: Any) -> None:
     """transformers' dynamic RoPE remembers the longest text; two caches would rotate by each other's angles."""
     ours = attach(new(kind))
     prefill(ours, tokens(1, 120))
@@ -73,7 +76,7 @@ def test_what_was_read_before_does_not_matter(kind):
 
 
 @pytest.mark.parametrize("name", [None, "snapkv", "expected_attention"])
-def test_texts_beyond_the_switch_are_continued_with_its_angles(name):
+def test_texts_beyond_the_switch_are_continued_with_its_angles(name: Any) -> None:
     ours, ids = attach(new("longrope")), tokens(1, 90)
     policies = [] if name is None else [load_policy(name)]
     caches = [prefill(ours, ids[:, :70], chunk_size=size, policies=policies) for size in (None, 20)]
@@ -88,7 +91,7 @@ def test_texts_beyond_the_switch_are_continued_with_its_angles(name):
 
 @every_kind
 @pytest.mark.parametrize("keep", [1, 0.5])
-def test_a_continuation_across_the_switch_is_refused(kind, keep):
+def test_a_continuation_across_the_switch_is_refused(kind: Any, keep: Any) -> None:
     ours, ids = attach(new(kind)), tokens(1, SWITCH + 12)
     cache = load_policy("snapkv").compress(prefill(ours, ids[:, :SWITCH]), keep=keep)
     with pytest.raises(UserError, match=message(SWITCH + 12, SWITCH)):
@@ -102,7 +105,7 @@ def test_a_continuation_across_the_switch_is_refused(kind, keep):
 
 
 @every_kind
-def test_generate_of_transformers_is_refused_there_too(kind):
+def test_generate_of_transformers_is_refused_there_too(kind: Any) -> None:
     """Phi-3's own drops the cache at the switch, and with it what was evicted."""
     ours, ids = attach(new(kind)), tokens(1, SWITCH - 2)
     settings = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
@@ -115,7 +118,7 @@ def test_generate_of_transformers_is_refused_there_too(kind):
 
 
 @every_kind
-def test_rows_on_both_sides_of_the_switch_are_refused(kind):
+def test_rows_on_both_sides_of_the_switch_are_refused(kind: Any) -> None:
     ours = attach(new(kind))
     with pytest.raises(UserError, match=message(30, 60)):
         prefill(ours, *padded([tokens(1, 60)[0], tokens(1, 30)[0]]))
@@ -124,7 +127,7 @@ def test_rows_on_both_sides_of_the_switch_are_refused(kind):
     assert_logits_close(continuation(ours, tokens(2, 6), together)[1:], continuation(ours, tokens(2, 6)[1:], alone))
 
 
-def test_chunks_of_a_cache_that_is_filled_by_hand():
+def test_chunks_of_a_cache_that_is_filled_by_hand() -> None:
     ours, ids = attach(new("longrope")), tokens(1, 60)
     cache = CompressedCache(ours.config)
     ours(input_ids=ids[:, :40], past_key_values=cache)
@@ -132,7 +135,7 @@ def test_chunks_of_a_cache_that_is_filled_by_hand():
         ours(input_ids=ids[:, 40:], past_key_values=cache)
 
 
-def test_ordinary_caches_are_rotated_as_before():
+def test_ordinary_caches_are_rotated_as_before() -> None:
     ours, theirs, ids = attach(new("dynamic")), new("dynamic"), tokens(1, 70)
     prefill(ours, ids)
     theirs(input_ids=ids)
@@ -160,7 +163,7 @@ def test_ordinary_caches_are_rotated_as_before():
         ),
     ],
 )
-def test_prompts_as_long_as_the_scaling_allows(rope, context):
+def test_prompts_as_long_as_the_scaling_allows(rope: Any, context: Any) -> None:
     model = build("llama", max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope})
     assert context_length(model) == context
     expected = build("llama", max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope})
@@ -172,7 +175,7 @@ def test_prompts_as_long_as_the_scaling_allows(rope, context):
         prefill(model, tokens(1, context + 1))
 
 
-def test_untouched_models_have_no_moving_rope():
+def test_untouched_models_have_no_moving_rope() -> None:
     for family in ("llama", "gemma3"):
         assert attach(build(family))._learnkv_embeddings == []
     assert plain("llama").config.rope_parameters["rope_type"] == "default"

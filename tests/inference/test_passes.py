@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.compat
 
 
 @pytest.mark.parametrize("other", ["sdpa", "eager"])
-def test_an_attention_that_is_set_after_attach(other):
+def test_an_attention_that_is_set_after_attach(other: Any) -> None:
     model = attach(build("llama"))
     cache = load_policy("snapkv").compress(prefill(model, tokens(1, 30)), keep=0.5)
     model.set_attn_implementation(other)
@@ -31,7 +33,7 @@ def test_an_attention_that_is_set_after_attach(other):
     assert torch.equal(continuation(attach(detach(model)), tokens(1, 3), cache), expected)
 
 
-def test_gradient_checkpointing_while_training():
+def test_gradient_checkpointing_while_training() -> None:
     model = attach(build("llama"))
     cache = prefill(model, tokens(1, 30))
     model.gradient_checkpointing_enable()
@@ -43,7 +45,7 @@ def test_gradient_checkpointing_while_training():
     assert torch.equal(continuation(model, tokens(1, 3), cache), before)
 
 
-def test_a_layer_that_is_skipped():
+def test_a_layer_that_is_skipped() -> None:
     model = attach(build("llama"))
     cache = prefill(model, tokens(1, 30))
     attention = model.model.layers[1].self_attn
@@ -55,13 +57,13 @@ def test_a_layer_that_is_skipped():
             call()
 
 
-def test_a_layer_with_an_attention_of_its_own():
+def test_a_layer_with_an_attention_of_its_own() -> None:
     class Own(LlamaAttention):
-        def forward(self, hidden_states, **_):
+        def forward(self, hidden_states: Any, **_: Any) -> Any:
             return self.o_proj(self.q_proj(hidden_states)), None
 
     class Changed(LlamaAttention):
-        def forward(self, hidden_states, **kwargs):
+        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
             return super().forward(2 * hidden_states, **kwargs)
 
     model = build("llama")
@@ -72,7 +74,7 @@ def test_a_layer_with_an_attention_of_its_own():
     class Without(torch.nn.Module):
         forward = Own.forward
 
-    stranger = Without()
+    stranger: Any = Without()
     stranger.layer_idx, stranger.o_proj, stranger.q_proj = 0, torch.nn.Identity(), torch.nn.Identity()
     model = build("llama")
     model.model.layers[0].self_attn = stranger
@@ -81,8 +83,8 @@ def test_a_layer_with_an_attention_of_its_own():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_layers_that_attend_twice_or_to_other_keys():
-    def twice(self, *args, **kwargs):
+def test_layers_that_attend_twice_or_to_other_keys() -> None:
+    def twice(self: Any, *args: Any, **kwargs: Any) -> Any:
         forward(self, *args, **{**kwargs, "past_key_values": None})
         return forward(self, *args, **kwargs)
 
@@ -132,7 +134,7 @@ SHARED = {
 
 
 @pytest.mark.parametrize("where", ["generation_config", "config"])
-def test_a_config_that_turns_the_cache_off(where, tmp_path):
+def test_a_config_that_turns_the_cache_off(where: Any, tmp_path: Path) -> None:
     model = build("llama", use_cache=False) if where == "config" else build("llama")
     model.generation_config.use_cache = False
     attach(model)
@@ -148,7 +150,7 @@ def test_a_config_that_turns_the_cache_off(where, tmp_path):
     assert model.generate(both, max_new_tokens=6, do_sample=False).shape == (1, 40)  # without a cache, as before
 
 
-def test_attached_models_are_copied_and_pickled():
+def test_attached_models_are_copied_and_pickled() -> None:
     model = attach(build("llama"))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.prepare_inputs_for_generation.model is twin

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.models import attached, padded, plain, policy_for, tokens
+from torch import Tensor
 
 from learnkv import CompressedCache, continuation, generate, prefill
 from learnkv.errors import UserError
@@ -10,7 +11,7 @@ from learnkv.errors import UserError
 
 @pytest.mark.compat
 @pytest.mark.parametrize("how", [{"assistant_model": 1}, {"prompt_lookup_num_tokens": 2}])
-def test_assisted_decoding_is_refused(how):
+def test_assisted_decoding_is_refused(how: dict[str, int]) -> None:
     if "assistant_model" in how:
         how = {"assistant_model": plain("llama")}
     model, ids = attached("llama"), tokens(1, 34)
@@ -36,7 +37,7 @@ def test_assisted_decoding_is_refused(how):
         ({"attention_mask": torch.zeros(1, 3)}, "empty question: expected at least one token in every row"),
     ],
 )
-def test_settings_are_checked(settings, line):
+def test_settings_are_checked(settings: dict[str, int | Tensor], line: str) -> None:
     with pytest.raises(UserError, match=line):
         generate(
             attached("llama"),
@@ -57,12 +58,12 @@ def test_settings_are_checked(settings, line):
         (tokens(1, 513), None, "prompt of 513 tokens: the model's context is 512"),
     ],
 )
-def test_prompts_are_checked(ids, mask, line):
+def test_prompts_are_checked(ids: Tensor, mask: str | None, line: str) -> None:
     with pytest.raises(UserError, match=line):
         prefill(attached("llama"), ids, mask)
 
 
-def test_the_context_is_that_of_the_model():
+def test_the_context_is_that_of_the_model() -> None:
     model = attached("llama")
     ids, mask = padded([tokens(1, 500)[0], tokens(1, 480)[0]])
     cache = policy_for("snapkv", model).compress(prefill(model, ids, mask), keep=0.1)
@@ -77,7 +78,7 @@ def test_the_context_is_that_of_the_model():
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "full"])
-def test_more_rows_than_prompts_are_not_continued_through_transformers_either(policy):
+def test_more_rows_than_prompts_are_not_continued_through_transformers_either(policy: str) -> None:
     model, ids = attached("llama"), tokens(1, 9)
     cache = policy_for(policy, model).compress(prefill(model, ids[:, :6]), keep=0.5)
     for attempt in (cache, policy_for("snapkv", model).relax(prefill(model, ids[:, :6]), keep=0.5)):

@@ -2,16 +2,18 @@
 
 import importlib
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.models import assert_logits_close, attached, build, kept_mask, padded, policy_for, tokens
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from learnkv import Policy, attach, continuation, detach, load_model, load_policy, prefill, save_policy
+from learnkv.core.adapter import Adapter
 from learnkv.errors import UserError
-from learnkv.inference.lora import Adapter
 from learnkv.inference.models import describe_model
 from learnkv.pages import Quest
 from learnkv.scorers import SnapKV
@@ -21,13 +23,13 @@ SOME = ["snapkv", "adakv", "cake", "h2o", "kvzip", "expected_attention", "tokens
 
 
 @pytest.fixture
-def press():
+def press() -> Any:
     """The press's class; it needs kvpress, whose transformers is older than the one that we test with."""
     pytest.importorskip("kvpress", reason="kvpress is not installed: pip install learnkv[kvpress]")
     return importlib.import_module(MODULE).LearnKVPress
 
 
-def seen(model, length: int, rows: int = 1) -> Tensor:
+def seen(model: PreTrainedModel, length: int, rows: int = 1) -> Tensor:
     """[L, B, H, S] what kvpress does not mask."""
     heads = model.config.num_key_value_heads
     found = torch.ones(len(model.model.layers), rows, heads, length, dtype=torch.bool)
@@ -38,7 +40,7 @@ def seen(model, length: int, rows: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def read(model, how, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
+def read(model: PreTrainedModel, how: Any, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
     """A prompt as kvpress's pipeline reads it."""
     cache = DynamicCache()
     with how(model):
@@ -46,7 +48,7 @@ def read(model, how, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
     return cache
 
 
-def test_without_kvpress_one_line_says_what_to_install(monkeypatch):
+def test_without_kvpress_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kvpress", None)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     with pytest.raises(UserError, match=r"expected kvpress, pip install learnkv\[kvpress\]") as caught:
@@ -57,7 +59,7 @@ def test_without_kvpress_one_line_says_what_to_install(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("keep", [0.1, 0.43])
-def test_a_press_keeps_what_the_policy_keeps_and_the_same_is_said(press, name, keep):
+def test_a_press_keeps_what_the_policy_keeps_and_the_same_is_said(press: Any, name: str, keep: float) -> None:
     ids, more, policy = tokens(1, 90), tokens(1, 6, seed=3), policy_for(name, attached("llama"))
     ours = prefill(attached("llama"), ids, policy=policy, keep=keep)
     model = build("llama")
@@ -76,7 +78,7 @@ def test_a_press_keeps_what_the_policy_keeps_and_the_same_is_said(press, name, k
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["reference", "adakv"])
-def test_the_reference_model_says_the_same_in_a_pipeline(press, name, tmp_path):
+def test_the_reference_model_says_the_same_in_a_pipeline(press: Any, name: str, tmp_path: Path) -> None:
     from kvpress import KVPressTextGenerationPipeline
 
     rain = "Rain fell on the hills all day and nobody went out of the house. "
@@ -98,7 +100,7 @@ def test_the_reference_model_says_the_same_in_a_pipeline(press, name, tmp_path):
 
 
 @torch.no_grad()
-def test_every_row_of_a_padded_batch_and_every_prompt_has_its_own(press):
+def test_every_row_of_a_padded_batch_and_every_prompt_has_its_own(press: Any) -> None:
     policy, model = policy_for("adakv", attached("llama")), build("llama")
     ids, mask = padded([tokens(1, 70)[0], tokens(1, 41)[0]])
     ours = prefill(attached("llama"), ids, mask, policy=policy, keep=0.3)
@@ -119,7 +121,7 @@ def test_every_row_of_a_padded_batch_and_every_prompt_has_its_own(press):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_an_exported_folder_is_a_press(press, tmp_path):
+def test_an_exported_folder_is_a_press(press: Any, tmp_path: Path) -> None:
     policy, model = policy_for("tokens", attached("llama")), build("llama")
     folder = save_policy(policy, tmp_path / "policy", model=describe_model(model))
     ours = prefill(attached("llama"), tokens(1, 60), policy=policy, keep=0.2)
@@ -130,8 +132,8 @@ def test_an_exported_folder_is_a_press(press, tmp_path):
         pass
 
 
-def test_what_kvpress_cannot_do_is_refused(press):
-    def enter(policy: Policy, model=None, ratio: float = 0.5) -> None:
+def test_what_kvpress_cannot_do_is_refused(press: Any) -> None:
+    def enter(policy: Policy, model: PreTrainedModel | None = None, ratio: float = 0.5) -> None:
         with press(policy, ratio)(model or build("llama")):
             pass
 

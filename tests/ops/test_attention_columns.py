@@ -1,13 +1,17 @@
 """Column sums and maxima of attention."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.observations import observe
+from torch import Tensor
 
+from learnkv.core.observation import Observation
 from learnkv.ops.attention_columns import attention_columns, reference
 
 
-def columns(seen, **more):
+def columns(seen: Observation, **more: Any) -> Tensor:
     return attention_columns(
         seen.queries,
         seen.keys,
@@ -19,7 +23,7 @@ def columns(seen, **more):
     )
 
 
-def by_hand(seen, reduce, weight):
+def by_hand(seen: Observation, reduce: str, weight: Tensor) -> Tensor:
     """One query after the other, in float64."""
     batch, heads, slots = seen.valid.shape
     group = seen.queries.shape[1] // heads
@@ -39,7 +43,7 @@ def by_hand(seen, reduce, weight):
 
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("window", [1, 7, 29])
-def test_every_query_counts_once_whatever_the_block(reduce, window, monkeypatch):
+def test_every_query_counts_once_whatever_the_block(reduce: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = observe([29, 12, 1], window=window)
     weight = torch.rand(seen.query_positions.shape, generator=torch.Generator().manual_seed(0))
     expected = by_hand(seen, reduce, weight)
@@ -49,6 +53,6 @@ def test_every_query_counts_once_whatever_the_block(reduce, window, monkeypatch)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_query_gives_away_all_of_its_attention():
+def test_a_query_gives_away_all_of_its_attention() -> None:
     seen = observe([40, 13], window=9)
     torch.testing.assert_close(columns(seen).sum(-1), torch.full((2, 2, 3), 9.0))

@@ -1,12 +1,13 @@
 """Checksums depend on every value and its place."""
 
+import pytest
 import torch
 
 from learnkv.ops import checksum as module
 from learnkv.ops.checksum import checksum
 
 
-def test_any_change_is_noticed():
+def test_any_change_is_noticed() -> None:
     values = [torch.randn(40, 30), torch.randn(7)]
     before = checksum(values)
     assert checksum([one.clone() for one in values]) == before
@@ -19,13 +20,13 @@ def test_any_change_is_noticed():
     assert checksum([2 * one for one in values]) != before
 
 
-def test_a_large_tensor_is_read_in_pieces(monkeypatch):
+def test_a_large_tensor_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(1000)
     monkeypatch.setattr(module, "_PIECE", 64)
     assert checksum([values]) == checksum(values.split(64))
 
 
-def test_types_and_layouts():
+def test_types_and_layouts() -> None:
     half = torch.randn(8, 6).bfloat16()
     assert checksum([half]) == checksum([half.float()])
     assert checksum([half.T]) == checksum([half.T.contiguous()])

@@ -29,15 +29,15 @@ def waiting_copies(source: str) -> list[int]:
 
 
 @pytest.mark.parametrize("file", PATH)
-def test_compression_and_decoding_upload(file):
+def test_compression_and_decoding_upload(file: str) -> None:
     assert waiting_copies((PACKAGE / file).read_text(encoding="utf-8")) == []
 
 
-def test_the_breach_is_found():
+def test_the_breach_is_found() -> None:
     assert waiting_copies("x = 1\ny = torch.tensor([1], device=d)\nz = torch.tensor([1])") == [2]
 
 
-def test_upload():
+def test_upload() -> None:
     one = upload([1, 2], torch.device("cpu"))
     assert one.dtype == torch.int64
     assert one.tolist() == [1, 2]

@@ -9,15 +9,15 @@ from learnkv.ops.dispatch import Impl, implementation, using
 BOTH = ("reference", "triton")
 
 
-def name(impl: Impl, available: tuple[str, ...] = BOTH, **options) -> str:
+def name(impl: Impl, available: tuple[str, ...] = BOTH, **options: bool) -> str:
     return implementation("select", impl, available, torch.ones(1, **options)).__name__.rsplit(".", 1)[1]
 
 
-def test_on_the_cpu_auto_is_the_reference():
+def test_on_the_cpu_auto_is_the_reference() -> None:
     assert name("auto") == "reference"
 
 
-def test_auto_means_something_else_within_a_block():
+def test_auto_means_something_else_within_a_block() -> None:
     with using("triton"):
         assert name("auto") == "triton"
         assert name("reference") == "reference"
@@ -28,13 +28,13 @@ def test_auto_means_something_else_within_a_block():
     assert name("auto") == "reference"
 
 
-def test_a_choice_ends_with_its_block_also_when_it_fails():
+def test_a_choice_ends_with_its_block_also_when_it_fails() -> None:
     with pytest.raises(RuntimeError, match="inside"), using("triton"):
         raise RuntimeError("inside")
     assert name("auto") == "reference"
 
 
-def test_an_explicit_choice_never_falls_back(monkeypatch):
+def test_an_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="impl='triton': select has reference"):
         name("triton", ("reference",))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -42,7 +42,7 @@ def test_an_explicit_choice_never_falls_back(monkeypatch):
         name("triton")
 
 
-def test_kernels_refuse_what_needs_a_gradient(monkeypatch):
+def test_kernels_refuse_what_needs_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UserError, match="computes no gradients"):
         name("triton", requires_grad=True)

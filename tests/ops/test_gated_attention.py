@@ -1,7 +1,11 @@
 """Gated attention: forward of the deployed set, gradients for every entry, against autograd in float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
@@ -11,7 +15,7 @@ BATCH, HEADS, SLOTS, DIM, SCALING = 2, 2, 12, 8, 0.4
 group_and_copies = pytest.mark.parametrize(("group", "copies"), [(1, 1), (2, 1), (3, 2), (7, 3)])
 
 
-def problem(group, copies, new=4, before=2, seed=0):
+def problem(group: int, copies: int, new: int = 4, before: int = 2, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows = BATCH * copies
     shapes = {
@@ -31,12 +35,12 @@ def problem(group, copies, new=4, before=2, seed=0):
     return made, mask
 
 
-def dense(made, mask):
+def dense(made: dict[str, Tensor], mask: Tensor) -> Tensor:
     """The definition, in the precision of its inputs: softmax weights times gates, normalised."""
     rows, query_heads = made["query"].shape[:2]
     copies, group = rows // BATCH, query_heads // HEADS
 
-    def spread(tensor):
+    def spread(tensor: Tensor) -> Tensor:
         return tensor.repeat_interleave(copies, 0).repeat_interleave(group, 1)
 
     keys = torch.cat([spread(made["keys"]), made["tail_keys"].repeat_interleave(group, 1)], 2)
@@ -48,14 +52,16 @@ def dense(made, mask):
     return weights / weights.sum(-1, keepdim=True) @ values
 
 
-def gradients(function, made, mask, direction):
+def gradients(
+    function: Callable[..., Any], made: dict[str, Tensor], mask: Tensor, direction: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     inputs = {name: held.clone().requires_grad_() for name, held in made.items()}
     output = function(inputs, mask)
     (output * direction.to(output.dtype)).sum().backward()
     return output.detach(), {name: held.grad for name, held in inputs.items()}
 
 
-def ours(made, mask):
+def ours(made: dict[str, Tensor], mask: Tensor | None) -> Tensor:
     return gated_attention(
         made["query"],
         made["keys"],
@@ -68,7 +74,7 @@ def ours(made, mask):
 
 @group_and_copies
 @pytest.mark.parametrize("soft", [False, True])
-def test_output_and_gradients_are_those_of_the_definition(group, copies, soft):
+def test_output_and_gradients_are_those_of_the_definition(group: int, copies: int, soft: bool) -> None:
     made, mask = problem(group, copies)
     if soft:
         made["gates"] = torch.rand(made["gates"].shape, generator=torch.Generator().manual_seed(1))
@@ -84,7 +90,7 @@ def test_output_and_gradients_are_those_of_the_definition(group, copies, soft):
 
 
 @group_and_copies
-def test_gates_of_zero_and_one_are_eviction(group, copies):
+def test_gates_of_zero_and_one_are_eviction(group: int, copies: int) -> None:
     made, mask = problem(group, copies)
     rows = made["gates"].repeat_interleave(copies, 0).bool()
     pool_keys, pool_values = (
@@ -109,7 +115,7 @@ def test_gates_of_zero_and_one_are_eviction(group, copies):
 
 
 @group_and_copies
-def test_the_gradient_of_a_gate_is_the_formula_for_kept_and_evicted_entries_alike(group, copies):
+def test_the_gradient_of_a_gate_is_the_formula_for_kept_and_evicted_entries_alike(group: int, copies: int) -> None:
     """dL/dm_i = sum over queries of exp(s_qi - lse_q) <dL/do_q, v_i - o_q>."""
     made, mask = problem(group, copies)
     direction = torch.randn(made["query"].shape, generator=torch.Generator().manual_seed(3))
@@ -129,7 +135,7 @@ def test_the_gradient_of_a_gate_is_the_formula_for_kept_and_evicted_entries_alik
     torch.testing.assert_close(grads["gates"], formula.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_gradient_of_a_dominating_evicted_entry_is_bounded_and_the_output_untouched():
+def test_the_gradient_of_a_dominating_evicted_entry_is_bounded_and_the_output_untouched() -> None:
     made, mask = problem(2, 1)
     made["gates"][1, 0, 5] = 0
     before = ours(made, mask)
@@ -150,7 +156,7 @@ def test_the_gradient_of_a_dominating_evicted_entry_is_bounded_and_the_output_un
     torch.testing.assert_close(grads["gates"][1, 0, 5], (weight * gain).sum().float(), rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_mask_the_tail_is_causal():
+def test_without_a_mask_the_tail_is_causal() -> None:
     made, _ = problem(2, 2)
     mask = torch.ones(4, 1, 4, 6, dtype=torch.bool).tril(2)
     assert torch.equal(ours(made, None), ours(made, mask))

@@ -1,9 +1,13 @@
 """Compaction against indexing row by row."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from learnkv.ops.arguments import Ragged
 from learnkv.ops.gather_kv import Rerotation, gather_kv
@@ -11,7 +15,7 @@ from learnkv.ops.rotary import Layout
 
 
 @st.composite
-def budgets(draw):
+def budgets(draw: Callable[..., Any]) -> tuple[int, int, int, list[int]]:
     """Entries kept by R rows of L layers, out of S slots; one row may have them all."""
     layers, rows, slots = draw(st.integers(1, 4)), draw(st.integers(1, 5)), draw(st.integers(1, 9))
     count = st.one_of(st.just(0), st.just(slots), st.integers(0, slots))
@@ -20,7 +24,9 @@ def budgets(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(budgets(), st.booleans())
-def test_each_row_is_written_to_its_own_segment_and_nothing_else(problem, strided):
+def test_each_row_is_written_to_its_own_segment_and_nothing_else(
+    problem: tuple[int, int, int, list[int]], strided: bool
+) -> None:
     layers, rows, slots, counts = problem
     generator = torch.Generator().manual_seed(sum(counts))
     chosen = [torch.randperm(slots, generator=generator)[:count].sort().values for count in counts]
@@ -47,14 +53,14 @@ def test_each_row_is_written_to_its_own_segment_and_nothing_else(problem, stride
 
 @pytest.mark.parametrize("channels", [6, 4])
 @pytest.mark.parametrize("align", ["first", "last"])
-def test_rerotated_keys_are_those_of_the_new_positions(channels, align):
+def test_rerotated_keys_are_those_of_the_new_positions(channels: int, align: str) -> None:
     """Channels behind the first `channels` are not rotated. Aligned to the last, a row ends where the prompt does."""
     slots, padding, dim = 40, 3, 6
     generator = torch.Generator().manual_seed(0)
     plain, values = torch.randn(2, 4, slots, dim, generator=generator, dtype=torch.float64)
     frequencies = 0.5 ** torch.arange(channels // 2)
 
-    def rotated(keys, positions):
+    def rotated(keys: Tensor, positions: Tensor) -> Tensor:
         turn = torch.polar(torch.ones(()).double(), positions.unsqueeze(-1) * frequencies.double())
         pairs = torch.complex(keys[..., : channels // 2], keys[..., channels // 2 : channels]) * turn
         return torch.cat([pairs.real, pairs.imag, keys[..., channels:]], -1)

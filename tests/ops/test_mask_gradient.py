@@ -1,9 +1,13 @@
 """Attention to what was kept has the gradients of gated attention with gates of zero and one."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from support.arguments import call
 from support.continuations import SEGMENT, Case, double, without
+from torch import Tensor
 
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
@@ -21,7 +25,9 @@ CASES = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
-def gradients(function, given, direction):
+def gradients(
+    function: Callable[..., Any], given: dict[str, Any], direction: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     leaves = {name: given[name].detach().clone().requires_grad_() for name in DIFFERENTIABLE}
     output = call(function, given | leaves)
     output.backward(direction)
@@ -29,7 +35,7 @@ def gradients(function, given, direction):
 
 
 @every_case
-def test_the_gradients_are_those_of_gated_attention(case):
+def test_the_gradients_are_those_of_gated_attention(case: Case) -> None:
     given = double(case.inputs())
     if case.masked:
         given["tail_mask"][0, 0, 0, 0] = True  # where nothing is seen, the gate's gradient has no bound to agree on
@@ -44,7 +50,7 @@ def test_the_gradients_are_those_of_gated_attention(case):
 
 
 @every_case
-def test_the_output_is_that_of_deployment(case):
+def test_the_output_is_that_of_deployment(case: Case) -> None:
     given = case.inputs()
     output, _ = call(decode_attention, without(given, "gates", "keys", "values"))
     given["gates"] = torch.rand(given["gates"].shape)  # which are not read
@@ -52,29 +58,29 @@ def test_the_output_is_that_of_deployment(case):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_of_the_continuation_are_differences_of_the_output(masked):
+def test_gradients_of_the_continuation_are_differences_of_the_output(masked: bool) -> None:
     given = double(Case([3, 0], slots=4, dim=3, new=2, tail=3, copies=2, masked=masked).inputs())
     leaves = [given[name].requires_grad_() for name in ("query", "tail_keys", "tail_values")]
 
-    def attend(query, tail_keys, tail_values):
+    def attend(query: Tensor, tail_keys: Tensor, tail_values: Tensor) -> Tensor:
         changed = {"query": query, "tail_keys": tail_keys, "tail_values": tail_values}
         return call(relaxed_attention, given | changed)
 
     assert torch.autograd.gradcheck(attend, leaves)
 
 
-def test_gradients_of_soft_gates_are_differences_of_the_output():
+def test_gradients_of_soft_gates_are_differences_of_the_output() -> None:
     given = without(double(Case([3, 0], slots=4, dim=3, new=2, tail=3, copies=2).inputs()), *SEGMENT)
     given["gates"] = torch.rand(given["gates"].shape, generator=torch.Generator().manual_seed(0)).double() * 0.8 + 0.1
     leaves = [given[name].requires_grad_() for name in DIFFERENTIABLE]
 
-    def attend(*held):
+    def attend(*held: Tensor) -> Tensor:
         return call(gated_attention, given | dict(zip(DIFFERENTIABLE, held, strict=True)))
 
     assert torch.autograd.gradcheck(attend, leaves)
 
 
-def test_a_query_that_sees_nothing_has_no_gradient():
+def test_a_query_that_sees_nothing_has_no_gradient() -> None:
     case = Case([0, 3], slots=6, dim=4, masked=True)
     given = double(case.inputs())
     given["tail_mask"][:] = False
@@ -88,7 +94,7 @@ def test_a_query_that_sees_nothing_has_no_gradient():
     assert found["gates"][:, 1].abs().min() > 0
 
 
-def test_lower_precision_is_as_good_as_its_inputs():
+def test_lower_precision_is_as_good_as_its_inputs() -> None:
     case = Case([9, 30, 0, 64], copies=2, group=2, dim=16, slots=70)
     exact = double(case.inputs(torch.bfloat16))
     _, found = gradients(relaxed_attention, case.inputs(torch.bfloat16), case.direction(torch.bfloat16))

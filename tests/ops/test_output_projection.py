@@ -12,7 +12,7 @@ def drawn(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 2**24])
-def test_l1_norms_are_those_of_every_query_heads_part(at_once, monkeypatch):
+def test_l1_norms_are_those_of_every_query_heads_part(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_AT_ONCE", at_once)
     values, weight = drawn(2, 3, 7, 4), drawn(10, 3 * 2 * 4)
     norms = projected_l1(values, weight)
@@ -24,7 +24,7 @@ def test_l1_norms_are_those_of_every_query_heads_part(at_once, monkeypatch):
             torch.testing.assert_close(norms[:, head, member], want)
 
 
-def test_l2_norms_are_those_of_every_query_heads_part():
+def test_l2_norms_are_those_of_every_query_heads_part() -> None:
     values, weight = drawn(2, 3, 7, 4), drawn(10, 3 * 2 * 4)
     norms = projected_l2(values, weight)
     assert norms.shape == (2, 3, 2, 7)
@@ -37,7 +37,7 @@ def test_l2_norms_are_those_of_every_query_heads_part():
 
 
 @pytest.mark.parametrize("outputs", [3, 4, 50])
-def test_isometries_measure_as_the_projection_does(outputs):
+def test_isometries_measure_as_the_projection_does(outputs: int) -> None:
     weight, vectors = drawn(outputs, 6 * 4), drawn(6, 9, 4)
     small = isometries(weight, 6)
     assert small.shape == (6, min(outputs, 4), 4)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernels import DEVICE, ROUNDING, assert_within, draw, poisoned
+from torch import Tensor
 
 from learnkv.ops.arguments import Ragged
 from learnkv.ops.page_bounds import empty_bounds, page_bounds, page_scores
@@ -12,7 +13,7 @@ from learnkv.ops.page_bounds import empty_bounds, page_bounds, page_scores
 IMPLS = ["reference", "triton"]
 
 
-def in_loops(rows, page_size, pages):
+def in_loops(rows: list[Tensor], page_size: int, pages: int) -> Tensor:
     """Bounds [R, 2, P, D] of rows of keys [n, D]."""
     bounds = empty_bounds(rows[0], len(rows), 2, pages, rows[0].shape[1])
     for row, keys in enumerate(rows):
@@ -21,7 +22,7 @@ def in_loops(rows, page_size, pages):
     return bounds
 
 
-def test_empty_bounds_are_inside_out():
+def test_empty_bounds_are_inside_out() -> None:
     bounds = empty_bounds(torch.zeros(1), 3, 2, 5, 4)
     assert (bounds[:, 0] == torch.finfo(torch.float32).max).all()
     assert (bounds[:, 1] == -bounds[:, 0]).all()
@@ -36,7 +37,9 @@ def test_empty_bounds_are_inside_out():
     half=st.booleans(),
     holes=st.booleans(),
 )
-def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(lengths, later, page_size, dim, half, holes):
+def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(
+    lengths: list[int], later: list[int], page_size: int, dim: int, half: bool, holes: bool
+) -> None:
     """Segments of a pool first, then a few keys at a time from buffers where they may lie apart; all else is NaN."""
     dtype = torch.bfloat16 if half else torch.float32
     rows = [draw(count + sum(later), dim, seed=row, dtype=dtype) for row, count in enumerate(lengths)]
@@ -66,7 +69,7 @@ def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(lengths, lat
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_entries_that_begin_within_a_page_touch_one_page_more(impl):
+def test_entries_that_begin_within_a_page_touch_one_page_more(impl: str) -> None:
     keys = draw(35, 32, seed=0)
     bounds, one = empty_bounds(keys, 1, 2, 9, 32), torch.ones(1, dtype=torch.long, device=DEVICE)
     page_bounds(Ragged(keys, keys, 0 * one, 3 * one, 3), 0 * one, bounds, 4, impl=impl)
@@ -75,7 +78,7 @@ def test_entries_that_begin_within_a_page_touch_one_page_more(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_scores_of_one_page_by_hand(impl):
+def test_scores_of_one_page_by_hand(impl: str) -> None:
     low, high = torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([[3.0, 0.5, 4.0]])
     bounds = torch.stack([torch.stack([low, high])]).to(DEVICE)
     query = torch.tensor([[[2.0, -1.0, 0.0], [-2.0, 3.0, -1.0]]], device=DEVICE)
@@ -95,7 +98,9 @@ def test_scores_of_one_page_by_hand(impl):
         (1, 1, 8, 256, torch.bfloat16, "sum"),
     ],
 )
-def test_scores_within_the_error_budget(batch, heads, group, dim, dtype, reduce):
+def test_scores_within_the_error_budget(
+    batch: int, heads: int, group: int, dim: int, dtype: torch.dtype, reduce: str
+) -> None:
     """Pages without entries are inside out or NaN, and -inf; a row may have none at all."""
     count, rows = 70, batch * heads
     query = draw(batch, heads * group, dim, seed=0, dtype=dtype)
@@ -116,7 +121,7 @@ def test_scores_within_the_error_budget(batch, heads, group, dim, dtype, reduce)
     assert_within(got[there], truth[there], (dim**0.5 + group) * ROUNDING[torch.float32] * sizes[there])
 
 
-def test_no_key_within_the_bounds_scores_higher():
+def test_no_key_within_the_bounds_scores_higher() -> None:
     keys, query = draw(64, 32, seed=0), draw(1, 1, 32, seed=1)
     bounds = in_loops([keys], 16, 4)
     scores = page_scores(query, bounds, torch.tensor([4], device=DEVICE))

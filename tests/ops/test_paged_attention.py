@@ -6,11 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.arguments import call
 from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
+from torch import Tensor
 
 from learnkv.ops.decode_attention import decode_attention
 
 
-def problem(lengths, heads, group, dim, tail, page_size, dtype=torch.float32, per_query=False, padded=False, spare=0):
+def problem(
+    lengths: list[int],
+    heads: int,
+    group: int,
+    dim: int,
+    tail: int,
+    page_size: int,
+    dtype: torch.dtype = torch.float32,
+    per_query: bool = False,
+    padded: bool = False,
+    spare: int = 0,
+) -> dict[str, int | Tensor]:
     """Inputs of one token per row; what no row owns is NaN, and so are `spare` slots behind the tail."""
     batch, generator = len(lengths) // heads, torch.Generator().manual_seed(sum(lengths))
     length = torch.tensor(lengths)
@@ -47,7 +59,7 @@ def problem(lengths, heads, group, dim, tail, page_size, dtype=torch.float32, pe
     }
 
 
-def in_loops(given):
+def in_loops(given: dict[str, int | Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and the output for values of the same sizes, all positive; float64."""
     query, pages, page_size = given["query"].double(), given["pages"].cpu(), given["page_size"]
     batch, query_heads, _, _ = query.shape
@@ -74,7 +86,7 @@ def in_loops(given):
     return output, lse, sizes
 
 
-def check(given, impl):
+def check(given: dict[str, int | Tensor], impl: str) -> None:
     with poisoned():
         output, lse = call(decode_attention, given, impl=impl)
     truth, log_mass, sizes = in_loops(given)
@@ -139,12 +151,12 @@ CASES = {
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_against_loops(case, impl):
+def test_against_loops(case: dict[str, int | list[int]], impl: str) -> None:
     check(problem(**case), impl)
 
 
 @pytest.mark.parametrize("name", ["pages across segment and tail", "a tail of fixed capacity, padded"])
-def test_bfloat16_on_the_kernel(name):
+def test_bfloat16_on_the_kernel(name: str) -> None:
     check(problem(**CASES[name], dtype=torch.bfloat16), "triton")
 
 
@@ -156,11 +168,13 @@ def test_bfloat16_on_the_kernel(name):
     padded=st.booleans(),
     per_query=st.booleans(),
 )
-def test_any_shape_on_the_reference(lengths, tail, page_size, padded, per_query):
+def test_any_shape_on_the_reference(
+    lengths: list[int], tail: int, page_size: int, padded: bool, per_query: bool
+) -> None:
     check(problem(lengths, 1, 2, 8, tail, page_size, padded=padded, per_query=per_query), "reference")
 
 
-def test_all_pages_are_everything():
+def test_all_pages_are_everything() -> None:
     given = problem([37, 0, 201, 64], 2, 2, 32, 9, 16)
     given["pages"] = torch.arange(14, dtype=torch.int32, device=DEVICE).repeat(4, 1)
     whole = {name: held for name, held in given.items() if not name.startswith("page")}

@@ -22,7 +22,7 @@ def priors(seed: int, coarse: bool) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return scores, held, held.sum((0, 2))
 
 
-def test_unmoved_scores_give_every_head_what_it_held():
+def test_unmoved_scores_give_every_head_what_it_held() -> None:
     for seed in range(40):
         scores, held, total = priors(seed, coarse=seed % 2 == 0)
         for size in (1.0, 0.01, 30.0):
@@ -30,7 +30,7 @@ def test_unmoved_scores_give_every_head_what_it_held():
             assert torch.equal(ranked_counts(margins(same, same, held), total).long(), held), (seed, size)
 
 
-def test_a_head_whose_scores_rise_gets_more_and_the_others_pay():
+def test_a_head_whose_scores_rise_gets_more_and_the_others_pay() -> None:
     prior, held, total = priors(1, coarse=False)
     scores = prior.clone()
     scores[2, :, 1] += 1.5
@@ -42,7 +42,7 @@ def test_a_head_whose_scores_rise_gets_more_and_the_others_pay():
     assert (got.transpose(1, 2)[others] <= held.transpose(1, 2)[others]).all()
 
 
-def test_counts_and_heads_together_have_the_gradient_of_one_soft_ranking():
+def test_counts_and_heads_together_have_the_gradient_of_one_soft_ranking() -> None:
     """Heads hold the same scores in another order, so that hard and soft counts agree and nothing is approximate."""
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(SLOTS, generator=generator, dtype=torch.float64)

@@ -1,5 +1,7 @@
 """Rotations undone, and continued beyond the prompt."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def rotary(cos: torch.Tensor, sin: torch.Tensor, chunk: int = SLOTS, layout: Lay
 @pytest.mark.parametrize("chunk", [SLOTS, 290, 20, 7, 1])
 @pytest.mark.parametrize("size", [1.0, 1.3])
 @pytest.mark.parametrize(("layout", "channels"), [(HALVES, DIM), *((layout, DIM + 8) for layout in LAYOUTS)])
-def test_unrotate_undoes_rotate_for_the_last_slots(size, layout, channels, chunk):
+def test_unrotate_undoes_rotate_for_the_last_slots(size: Any, layout: Any, channels: Any, chunk: Any) -> None:
     cos, sin = (part.float() for part in table(0, SLOTS, size))
     before = torch.randn(2, 3, 20, channels, generator=torch.Generator().manual_seed(0))
     after = layout.rotate(before, cos[:, -20:].unsqueeze(1), sin[:, -20:].unsqueeze(1))
@@ -33,7 +35,7 @@ def test_unrotate_undoes_rotate_for_the_last_slots(size, layout, channels, chunk
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_pairs_are_rotated_as_complex_numbers(layout):
+def test_pairs_are_rotated_as_complex_numbers(layout: Any) -> None:
     cos, sin = table(7, 12)
     vectors = torch.randn(5, DIM + 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = torch.complex(*layout.split(vectors)) * torch.complex(cos[0], sin[0])
@@ -48,14 +50,16 @@ def test_pairs_are_rotated_as_complex_numbers(layout):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("size", [1.0, 1.3])
 @pytest.mark.parametrize("chunk", [SLOTS, 128, 7, 1])
-def test_the_rotation_continues_as_the_model_would(dtype, tolerance, size, chunk):
+def test_the_rotation_continues_as_the_model_would(
+    dtype: torch.dtype, tolerance: float, size: float, chunk: int
+) -> None:
     cos, sin = (part.to(dtype) for part in table(0, SLOTS, size))
     got = rotary(cos, sin, chunk).after(torch.tensor([SLOTS]), 512)
     for mine, theirs in zip(got, table(SLOTS, SLOTS + 512, size), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=size * tolerance)
 
 
-def test_a_padded_row_continues_from_its_own_length():
+def test_a_padded_row_continues_from_its_own_length() -> None:
     cos, sin = table(0, SLOTS)
     short = 77
     padded = [torch.cat([part[:, :1].expand(1, SLOTS - short, -1), part[:, :short]], 1) for part in (cos, sin)]
@@ -67,7 +71,7 @@ def test_a_padded_row_continues_from_its_own_length():
     torch.testing.assert_close(got[0][1], table(SLOTS, SLOTS + 9)[0][0], rtol=0, atol=1e-9)
 
 
-def test_one_token_shows_no_angle():
+def test_one_token_shows_no_angle() -> None:
     cos, sin = table(5, 6)
     ahead, _ = rotary(cos, sin).after(torch.tensor([1]), 3)
     torch.testing.assert_close(ahead, cos.expand(1, 3, -1))

@@ -1,15 +1,19 @@
 """Whole budgets: exact, bounded, proportional, the same for a row in any batch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from learnkv.ops.round_to_budget import round_in_order, round_layer, round_to_budget
 
 
 @st.composite
-def problems(draw):
+def problems(draw: Callable[..., Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Wishes [L, B, H] of any size with the entries, totals and protected numbers of every row."""
     layers, batch, heads = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     wish = st.one_of(
@@ -22,12 +26,12 @@ def problems(draw):
         entries.append(draw(st.integers(1, 60)))
         protected.append(draw(st.integers(0, entries[-1])))
         total.append(draw(st.integers(layers * heads * protected[-1], layers * heads * entries[-1])))
-    return wanted.view(layers, batch, heads), *(torch.tensor(one) for one in (entries, total, protected))
+    return wanted.view(layers, batch, heads), torch.tensor(entries), torch.tensor(total), torch.tensor(protected)
 
 
 @settings(max_examples=120, deadline=None)
 @given(problems())
-def test_every_row_spends_exactly_its_total_within_bounds(problem):
+def test_every_row_spends_exactly_its_total_within_bounds(problem: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     wanted, entries, total, protected = problem
     budgets = round_to_budget(wanted, entries, total, protected)
     assert budgets.dtype == torch.int64
@@ -44,7 +48,9 @@ def test_every_row_spends_exactly_its_total_within_bounds(problem):
 
 @settings(max_examples=120, deadline=None)
 @given(problems())
-def test_layer_after_layer_every_row_spends_exactly_its_total_and_no_layer_waits_for_a_later_one(problem):
+def test_layer_after_layer_every_row_spends_exactly_its_total_and_no_layer_waits_for_a_later_one(
+    problem: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
     """Whatever earlier layers wish, also more or less than there is."""
     wanted, entries, total, protected = problem
     budgets = round_in_order(wanted, entries, total, protected)
@@ -61,7 +67,7 @@ def test_layer_after_layer_every_row_spends_exactly_its_total_and_no_layer_waits
         assert torch.equal(alone[:, 0], budgets[:, row])
 
 
-def test_layer_after_layer_fractions_add_up():
+def test_layer_after_layer_fractions_add_up() -> None:
     """Sums over layers are rounded, not layers: 2.4 + 2.4 + 2.4 + 2.8 are 10."""
     wanted = torch.tensor([[[1.2, 1.2]], [[0.9, 1.5]], [[1.2, 1.2]], [[1.4, 1.4]]], dtype=torch.float64)
     got = round_in_order(wanted, torch.tensor([9]), torch.tensor([10]), torch.tensor([0]))
@@ -69,7 +75,7 @@ def test_layer_after_layer_fractions_add_up():
     assert got[1].tolist() == [[1, 2]]
 
 
-def test_layer_after_layer_wishes_are_taken_at_their_word():
+def test_layer_after_layer_wishes_are_taken_at_their_word() -> None:
     """Not in proportion: a layer does not know what others will ask for. The last one takes what is left."""
     wanted = torch.tensor([[[4.0]], [[30.0]], [[0.0]], [[0.0]]], dtype=torch.float64)
     got = round_in_order(wanted, torch.tensor([9]), torch.tensor([16]), torch.tensor([1]))
@@ -80,7 +86,9 @@ def test_layer_after_layer_wishes_are_taken_at_their_word():
 
 @settings(max_examples=80, deadline=None)
 @given(problems())
-def test_the_budgets_are_scaled_clipped_wishes_to_within_one_entry(problem):
+def test_the_budgets_are_scaled_clipped_wishes_to_within_one_entry(
+    problem: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
     """Water-filling found by bisection on the scale: an independent solution of the same equation."""
     wanted, entries, total, protected = problem
     budgets = round_to_budget(wanted, entries, total, protected)
@@ -97,7 +105,7 @@ def test_the_budgets_are_scaled_clipped_wishes_to_within_one_entry(problem):
         assert (budgets[:, row].flatten() - exact).abs().max() < 1 + 1e-6
 
 
-def test_whole_wishes_that_spend_the_total_are_left_alone():
+def test_whole_wishes_that_spend_the_total_are_left_alone() -> None:
     for seed in range(50):
         generator = torch.Generator().manual_seed(seed)
         wanted = torch.randint(3, 40, (6, 2, 4), generator=generator)
@@ -112,7 +120,7 @@ def test_whole_wishes_that_spend_the_total_are_left_alone():
             assert torch.equal(got, wanted)
 
 
-def test_equal_wishes_differ_by_one_at_most_and_the_first_heads_get_more():
+def test_equal_wishes_differ_by_one_at_most_and_the_first_heads_get_more() -> None:
     got = round_to_budget(torch.full((3, 1, 2), 7.0), torch.tensor([10]), torch.tensor([21]), torch.tensor([2]))
     assert got.flatten().tolist() == [4, 4, 4, 3, 3, 3]
     assert (
@@ -121,7 +129,7 @@ def test_equal_wishes_differ_by_one_at_most_and_the_first_heads_get_more():
     )
 
 
-def test_the_largest_remainders_get_the_last_entries():
+def test_the_largest_remainders_get_the_last_entries() -> None:
     wanted = torch.tensor([[[1.2, 2.9, 3.5, 2.4]]])
     assert round_to_budget(wanted, torch.tensor([9]), torch.tensor([10]), torch.tensor([0])).flatten().tolist() == [
         1,
@@ -131,7 +139,7 @@ def test_the_largest_remainders_get_the_last_entries():
     ]
 
 
-def test_what_one_head_cannot_hold_goes_to_the_others():
+def test_what_one_head_cannot_hold_goes_to_the_others() -> None:
     """A plain clamp would spend 10 + 3 * 2 here."""
     wanted = torch.tensor([[[34.0, 2.0]], [[2.0, 2.0]]])
     got = round_to_budget(wanted, torch.tensor([10]), torch.tensor([40]), torch.tensor([1]))
@@ -140,7 +148,7 @@ def test_what_one_head_cannot_hold_goes_to_the_others():
     assert got.flatten().tolist() == [10, 5, 5, 5]
 
 
-def test_one_dominant_head_takes_everything_but_the_protected_entries():
+def test_one_dominant_head_takes_everything_but_the_protected_entries() -> None:
     wanted = torch.zeros(4, 1, 2)
     wanted[2, 0, 1] = 1.0
     got = round_to_budget(wanted, torch.tensor([1000]), torch.tensor([800]), torch.tensor([5]))
@@ -148,14 +156,14 @@ def test_one_dominant_head_takes_everything_but_the_protected_entries():
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e5])
-def test_only_proportions_matter(scale):
+def test_only_proportions_matter(scale: float) -> None:
     wanted = torch.rand(4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
     arguments = torch.tensor([50, 30]), torch.tensor([200, 111]), torch.tensor([2, 0])
     assert torch.equal(round_to_budget(wanted * scale, *arguments), round_to_budget(wanted, *arguments))
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_long_prompts_whose_heads_wish_nothing_or_very_much(seed):
+def test_long_prompts_whose_heads_wish_nothing_or_very_much(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     wanted = torch.randint(0, 3, (80, 3, 2), generator=generator) * 1e5
     entries = torch.randint(10_000, 131_072, (3,), generator=generator)

@@ -9,7 +9,7 @@ from learnkv.ops.shifted_mean import shifted_mean
 
 @pytest.mark.parametrize(("width", "shift"), [(1, 0), (5, 0), (5, 2), (5, -2), (9, 4), (41, -20), (3, 1)])
 @pytest.mark.parametrize("inside", [slice(0, 20), slice(6, 17), slice(3, 4)])
-def test_it_is_a_mean_over_a_padded_row(width, shift, inside):
+def test_it_is_a_mean_over_a_padded_row(width: int, shift: int, inside: slice) -> None:
     figures = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
     among = torch.zeros(20, dtype=torch.bool)
     among[inside] = True
@@ -20,7 +20,7 @@ def test_it_is_a_mean_over_a_padded_row(width, shift, inside):
     torch.testing.assert_close(got[:, inside], want)
 
 
-def test_every_row_has_its_own_width_and_shift():
+def test_every_row_has_its_own_width_and_shift() -> None:
     figures = torch.arange(8.0).expand(3, 8)
     among = torch.ones(8, dtype=torch.bool)
     got = shifted_mean(figures, among, torch.tensor([1, 3, 1]), torch.tensor([0, 0, 2]))

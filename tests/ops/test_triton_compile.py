@@ -34,7 +34,7 @@ def rows(kernel: str, case: str = "") -> list[Row]:
     return found
 
 
-def test_every_kernel_compiles_and_none_spills():
+def test_every_kernel_compiles_and_none_spills() -> None:
     kernels = {"_attend", "_merge", "_count_digits", "_count_kept", "_write", "_gather"}
     kernels |= {"_split_normalisers", "_join_normalisers", "_reduce_weights", "_pool"}
     kernels |= {"_enclose", "_score", "_list_slots"}
@@ -48,7 +48,7 @@ def spills(row: Row) -> bool:
     return int(row["spilled"]) > (32 if "rotated" in str(row["case"]) else 0)
 
 
-def test_sm_80():
+def test_sm_80() -> None:
     words = (
         "decode d128 g7",
         "by query head",
@@ -64,7 +64,7 @@ def test_sm_80():
 
 
 @pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed", "d128 g4 paged"])
-def test_two_programs_of_a_decode_step_share_a_processor(case):
+def test_two_programs_of_a_decode_step_share_a_processor(case: str) -> None:
     """The grid has two programs per processor, which must run at the same time."""
     for row in rows("_attend", f"decode {case}"):
         if row["case"] == f"decode {case}":
@@ -72,7 +72,7 @@ def test_two_programs_of_a_decode_step_share_a_processor(case):
             assert 2 * int(row["registers"]) * 32 * int(row["warps"]) <= REGISTERS
 
 
-def test_keys_and_values_are_read_sixteen_bytes_at_a_time():
+def test_keys_and_values_are_read_sixteen_bytes_at_a_time() -> None:
     for row in rows("_attend"):
         assert int(row["wide_copies"]) >= 8, row
     for row in rows("_gather"):
@@ -84,7 +84,7 @@ def test_keys_and_values_are_read_sixteen_bytes_at_a_time():
             assert int(row["wide_copies"]) >= 6, row
 
 
-def test_tensor_cores_are_used():
+def test_tensor_cores_are_used() -> None:
     """One step has too few rows for wgmma; questions and windows have enough."""
     assert all(row["mma"] for row in rows("_attend", "decode d128 g4") if row["case"] == "decode d128 g4")
     assert all(row["mma"] for row in rows("_score"))

@@ -1,6 +1,7 @@
 """The decode kernel against the reference in float64, within an error budget worked out from the inputs."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -114,22 +115,22 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_against_the_truth(case):
+def test_against_the_truth(case: Case) -> None:
     check(case)
 
 
-def test_a_tile_of_queries_per_program():
+def test_a_tile_of_queries_per_program() -> None:
     """So many queries that every tile has one program, which then reads all rows and leaves nothing to merge."""
     check(Case([70, 10], heads=2, group=4, dim=32, new=70, tail=70))
 
 
-def test_more_parts_than_are_merged_at_once(monkeypatch):
+def test_more_parts_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """23 programs for one row; a merge takes 16 parts at a time."""
     monkeypatch.setattr("learnkv.ops.decode_attention.triton.processors", lambda device: 12)
     check(Case([1400], heads=1, group=2, dim=32))
 
 
-def test_segments_without_a_single_entry_and_an_empty_pool():
+def test_segments_without_a_single_entry_and_an_empty_pool() -> None:
     given = Case([0, 0], group=2, dim=32).inputs()
     given |= {name: given[name][:0] for name in ("kept_keys", "kept_values")}
     output, lse = call(decode_attention, given, impl="triton")
@@ -139,7 +140,7 @@ def test_segments_without_a_single_entry_and_an_empty_pool():
     torch.testing.assert_close(output, weight.softmax(-1) @ seen.repeat_interleave(2, 1))
 
 
-def test_every_run_gives_the_same_bits():
+def test_every_run_gives_the_same_bits() -> None:
     given = Case([500, 3, 64, 129], group=4, dim=64, dtype=torch.bfloat16).inputs()
     first, again = (call(decode_attention, given, impl="triton") for _ in range(2))
     assert torch.equal(first[0], again[0])
@@ -148,14 +149,14 @@ def test_every_run_gives_the_same_bits():
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="counts the steps of the interpreter")
 @pytest.mark.parametrize("lengths", [[1100, 0, 0, 20], [280, 280, 280, 280]])
-def test_the_longest_row_decides_nothing(lengths, monkeypatch):
+def test_the_longest_row_decides_nothing(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every program reads the same number of blocks, whether one head dominates or all are equal."""
     from triton.runtime.interpreter import interpreter_builder
 
     blocks: dict[int, int] = {}
     dot = interpreter_builder.create_dot
 
-    def count(*args):
+    def count(*args: Any) -> Any:
         program = interpreter_builder.grid_idx[0]
         blocks[program] = blocks.get(program, 0) + 1
         return dot(*args)
@@ -170,7 +171,7 @@ def test_the_longest_row_decides_nothing(lengths, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_one_graph_serves_a_whole_generation():
+def test_one_graph_serves_a_whole_generation() -> None:
     """Lengths and the tail's length change between replays; pointers and the grid do not."""
     case = Case([300, 40, 0, 65], group=4, dim=128, tail=60, capacity=64, dtype=torch.bfloat16)
     given = case.inputs()

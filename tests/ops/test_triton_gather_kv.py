@@ -1,10 +1,13 @@
 """Compaction on the kernel: the same bits as the reference, and not one of them outside of this layer's segments."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw
+from torch import Tensor
 
 from learnkv.ops.arguments import Ragged
 from learnkv.ops.gather_kv import Rerotation, gather_kv
@@ -21,7 +24,9 @@ from learnkv.ops.select import select
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 10**6),
 )
-def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
+def test_the_same_bits_as_the_reference(
+    heads: int, layers: int, slots: int, dim: int, dtype: torch.dtype, seed: int
+) -> None:
     """Of several layers that share a pool; segments of a random length, empty ones too; absent entries are NaN."""
     generator = torch.Generator().manual_seed(seed)
     rows = layers * heads
@@ -57,7 +62,7 @@ def test_the_same_bits_as_the_reference(heads, layers, slots, dim, dtype, seed):
         (80, Layout.interleaved(12, start=56), torch.bfloat16),
     ],
 )
-def test_rerotated_keys_within_the_error_budget(dim, layout, dtype):
+def test_rerotated_keys_within_the_error_budget(dim: Any, layout: Any, dtype: Any) -> None:
     """Rows of one layer of a pool that two share, one of them empty; positions up to 100000."""
     slots, length = 300, torch.tensor([[120, 0, 77], [3, 300, 1]])
     offset = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
@@ -67,7 +72,7 @@ def test_rerotated_keys_within_the_error_budget(dim, layout, dtype):
     frequencies = 10_000.0 ** (-torch.arange(layout.pairs, device=DEVICE) / layout.pairs)
     how = Rerotation(positions, torch.tensor([0, 5, 99_000], device=DEVICE), frequencies, layout)
 
-    def run(impl, dtype):
+    def run(impl: str, dtype: torch.dtype) -> Tensor:
         pools = torch.full((2, len(index), dim), torch.nan, dtype=dtype, device=DEVICE)
         table = (offset[1].to(DEVICE), length[1].to(DEVICE))
         gather_kv(keys.to(dtype), values.to(dtype), index, 3, Ragged(*pools, *table, slots), how, impl=impl)
@@ -82,7 +87,7 @@ def test_rerotated_keys_within_the_error_budget(dim, layout, dtype):
 
 
 @pytest.mark.gpu
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits() -> None:
     slots, dim = 2**20, 128
     held = torch.arange(17 * slots, device=DEVICE).remainder(251).bfloat16().view(17, slots, 1).expand(-1, -1, dim)
     held = held.contiguous()

@@ -1,5 +1,7 @@
 """The kernels of training against the references in float64, within an error budget worked out from the inputs."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.arguments import call
@@ -19,7 +21,7 @@ UNIT = ROUNDING[torch.float32]
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # the interpreter's logarithm of a closed gate
 
 
-def as_called(case: Case, gated: bool = False) -> dict:
+def as_called(case: Case, gated: bool = False) -> dict[str, Any]:
     """Arguments of `mask_gradient`: inputs, and the exact forward's results as the kernel would have stored them."""
     given = case.inputs()
     gates = draw(given["kept_keys"].shape[0], seed=9).sigmoid().mul(1.2).clamp(max=1) if gated else None
@@ -36,7 +38,7 @@ def norm(held: Tensor) -> Tensor:
     return torch.cat([length, torch.zeros_like(held[..., 1:], dtype=torch.float64)], -1)
 
 
-def budgets(given: dict, case: Case) -> list[Tensor]:
+def budgets(given: dict[str, Any], case: Case) -> list[Tensor]:
     """Largest errors of the four gradients that rounding explains.
 
     The partial sums of a score grow no faster than the product of the norms. A weight is off by what its score and the
@@ -98,23 +100,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_against_the_truth(case):
+def test_against_the_truth(case: Case) -> None:
     check(case)
 
 
-def test_gates_of_what_was_read():
+def test_gates_of_what_was_read() -> None:
     check(Case([9, 70, 0, 1], copies=2, dim=64), gated=True)
     check(Case([65], heads=1, group=4, dim=128, dtype=torch.bfloat16, masked=True), gated=True)
 
 
-def test_a_pool_without_entries():
+def test_a_pool_without_entries() -> None:
     given = as_called(Case([0, 0], slots=20))
     given |= {name: given[name][:0] for name in ("kept_keys", "kept_values")}
     for got, told in zip(*(call(mask_gradient, given, impl=impl) for impl in ("triton", "reference")), strict=True):
         torch.testing.assert_close(got, told, rtol=1e-4, atol=1e-5)
 
 
-def test_every_run_gives_the_same_bits():
+def test_every_run_gives_the_same_bits() -> None:
     given = as_called(Case([50, 3], copies=2, dtype=torch.bfloat16))
     first, again = (call(mask_gradient, given, impl="triton") for _ in range(2))
     assert all(map(torch.equal, first, again))
@@ -131,7 +133,7 @@ GATED = {
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("case", GATED.values(), ids=GATED.keys())
-def test_gated_attention(case, soft):
+def test_gated_attention(case: Case, soft: bool) -> None:
     given = without(case.inputs(), *SEGMENT)
     if soft:
         given["gates"] = torch.where(given["gates"] == 1, torch.rand_like(given["gates"]), given["gates"])
@@ -151,7 +153,7 @@ def test_gated_attention(case, soft):
         torch.testing.assert_close(got.double(), told, rtol=error, atol=error * float(told.abs().max()))
 
 
-def test_a_forward_and_its_backward_run_on_the_kernels():
+def test_a_forward_and_its_backward_run_on_the_kernels() -> None:
     case = Case([9, 0, 33, 64], copies=2)
     results = []
     for impl in ("reference", "triton"):
@@ -164,7 +166,7 @@ def test_a_forward_and_its_backward_run_on_the_kernels():
         torch.testing.assert_close(got, told, rtol=2e-5, atol=2e-5)
 
 
-def test_the_kernels_have_no_gradient_of_the_prompt():
+def test_the_kernels_have_no_gradient_of_the_prompt() -> None:
     given = without(Case([9, 30]).inputs(), *SEGMENT)
     given["keys"].requires_grad_()
     with pytest.raises(UserError, match="impl='triton': gated_attention computes no gradients"):

@@ -2,6 +2,7 @@
 
 import importlib
 
+import pytest
 import torch
 from support.kernels import DEVICE
 from support.models import build, tokens
@@ -40,7 +41,7 @@ def run(impl: Impl, policy: Policy, steps: int = STEPS) -> tuple[list[list[int]]
     return [*kept, *said.tolist()], cache.budgets
 
 
-def counted(monkeypatch, kernels: dict[str, list[str]]) -> dict[str, int]:
+def counted(monkeypatch: pytest.MonkeyPatch, kernels: dict[str, list[str]]) -> dict[str, int]:
     """How often each of the kernels has been launched."""
     launched: dict[str, int] = {}
     for op, names in kernels.items():
@@ -54,7 +55,7 @@ def counted(monkeypatch, kernels: dict[str, list[str]]) -> dict[str, int]:
     return launched
 
 
-def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch):
+def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     launched, policy = counted(monkeypatch, KERNELS), Policy(SnapKV(window=8, kernel_size=3), AdaKV())
     want, budgets = run("reference", policy)
     assert not launched
@@ -69,7 +70,7 @@ def test_the_same_tokens_and_every_kernel_was_launched(monkeypatch):
     assert launched["_write"] == 1
 
 
-def test_the_same_tokens_from_chosen_pages(monkeypatch):
+def test_the_same_tokens_from_chosen_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     launched, policy = counted(monkeypatch, PAGES), Policy(None, pages=Quest(page_size=4, dense_layers=0))
     steps = 4
     want, read = run("reference", policy, steps)
@@ -84,7 +85,7 @@ def test_the_same_tokens_from_chosen_pages(monkeypatch):
     assert launched["_attend"] == layers * steps
 
 
-def test_the_same_gradients_and_every_kernel_of_training_was_launched(monkeypatch):
+def test_the_same_gradients_and_every_kernel_of_training_was_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     model, said = attach(build("mistral").to(DEVICE)), tokens(2, 5, seed=1).to(DEVICE)
     whole = prefill(model, tokens(1, 40).to(DEVICE), window=8)
     policy = Policy(SnapKV(window=8), LearnedAllocator(Uniform(), 2, 2)).to(DEVICE)

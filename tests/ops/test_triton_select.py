@@ -28,7 +28,9 @@ def check(scores: Tensor, budget: list[int]) -> Tensor:
     special=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_the_same_indices_as_a_stable_sort(slots, shares, levels, special, seed):
+def test_the_same_indices_as_a_stable_sort(
+    slots: int, shares: list[float], levels: int | None, special: bool, seed: int
+) -> None:
     """Scores of few levels tie often; special ones are infinite, negative zero and NaN, which a sort calls highest."""
     scores = draw(len(shares), slots, seed=seed).cpu()
     if levels is not None:
@@ -40,7 +42,7 @@ def test_the_same_indices_as_a_stable_sort(slots, shares, levels, special, seed)
     check(scores, [round(share * slots) for share in shares])
 
 
-def test_bits_in_every_digit():
+def test_bits_in_every_digit() -> None:
     """Scores that differ in one of the 32 bits of a float only, so that each of the four histograms decides once."""
     base = 0x3F955A3C
     bits = torch.tensor([[base ^ (1 << bit) for bit in range(31)] + [base] * 3, list(range(base - 17, base + 17))])
@@ -50,7 +52,7 @@ def test_bits_in_every_digit():
             check(scores, [kept, min(kept, 34)])
 
 
-def test_ties_go_to_the_lower_slots_also_across_blocks():
+def test_ties_go_to_the_lower_slots_also_across_blocks() -> None:
     scores = torch.zeros(2, 2 * BLOCK + 100)
     scores[0, BLOCK + 7] = 1.0
     assert check(scores, [BLOCK + 3, 5]).tolist() == [
@@ -61,7 +63,7 @@ def test_ties_go_to_the_lower_slots_also_across_blocks():
 
 
 @pytest.mark.parametrize("budget", [[0, 0], [0, 10], [10, 0], [10, 10]])
-def test_rows_that_keep_nothing_or_everything(budget):
+def test_rows_that_keep_nothing_or_everything(budget: list[int]) -> None:
     check(draw(2, 10, seed=0).cpu(), budget)
 
 
@@ -73,7 +75,9 @@ def test_rows_that_keep_nothing_or_everything(budget):
     levels=st.sampled_from([1, 3, None]),
     seed=st.integers(0, 10**6),
 )
-def test_lists_of_one_size_for_all_rows(slots, budget, spare, levels, seed):
+def test_lists_of_one_size_for_all_rows(
+    slots: int, budget: list[int], spare: int, levels: int | None, seed: int
+) -> None:
     """What `select` gives of each row, then -1; entries that are not there are never listed, protected ones always."""
     scores = draw(len(budget), slots, seed=seed).cpu()
     if levels is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def on_device(seen: Observation, dtype: torch.dtype = torch.float32) -> Observat
     return dataclasses.replace(seen, **moved, **made)
 
 
-def run(seen: Observation, impl: str, **options) -> Tensor:
+def run(seen: Observation, impl: str, **options: Any) -> Tensor:
     return window_scores(
         seen.queries,
         seen.keys,
@@ -39,7 +40,7 @@ def double(seen: Observation) -> Observation:
     return dataclasses.replace(seen, queries=seen.queries.double(), keys=seen.keys.double())
 
 
-def check(seen: Observation, **options) -> None:
+def check(seen: Observation, **options: Any) -> None:
     with poisoned():
         got = run(seen, "triton", **options)
     truth = run(double(seen), "reference", **options)
@@ -70,7 +71,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("at", range(0, len(OPTIONS), 2))
-def test_every_option_against_the_truth(at):
+def test_every_option_against_the_truth(at: int) -> None:
     for number in (at, at + 1):
         kernel_size, pooling, window_reduce, group_reduce, group_first = OPTIONS[number]
         check(
@@ -84,15 +85,15 @@ def test_every_option_against_the_truth(at):
 
 
 @pytest.mark.parametrize("dim", [96, 256])
-def test_bfloat16(dim):
+def test_bfloat16(dim: int) -> None:
     check(on_device(observe([300, 3], window=32, heads=1, group=2, dim=dim), torch.bfloat16))
 
 
-def test_a_window_of_more_than_one_tile():
+def test_a_window_of_more_than_one_tile() -> None:
     check(on_device(observe([200], window=90, heads=1, group=2, dim=32)), group_reduce="max")
 
 
-def test_holes_and_a_head_without_entries():
+def test_holes_and_a_head_without_entries() -> None:
     """Entries that were evicted, differently in every head, leave holes; keys there are NaN."""
     seen = observe([200, 90], window=12, heads=3, dim=32)
     there = torch.rand(seen.valid.shape, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -102,14 +103,14 @@ def test_holes_and_a_head_without_entries():
         check(on_device(dataclasses.replace(seen, keys=keys, valid=seen.valid & there)), **options)
 
 
-def test_transposed_keys_and_queries_as_models_make_them():
+def test_transposed_keys_and_queries_as_models_make_them() -> None:
     seen = on_device(observe([100], window=8, heads=2, dim=32))
     swapped = [held.transpose(1, 2).contiguous().transpose(1, 2) for held in (seen.queries, seen.keys)]
     assert not swapped[1].is_contiguous()
     check(dataclasses.replace(seen, queries=swapped[0], keys=swapped[1]))
 
 
-def test_the_normalisers_of_prefill_are_used():
+def test_the_normalisers_of_prefill_are_used() -> None:
     """With them shifted by log 2 all weights are halved."""
     seen = on_device(observe([120, 7], window=16, heads=2, group=4, dim=64))
     exact = double(seen)
@@ -127,13 +128,15 @@ def test_the_normalisers_of_prefill_are_used():
 
 
 @pytest.mark.parametrize(("group_first", "per_slot"), [(True, 2), (False, 2 * 8)])
-def test_nothing_of_size_heads_by_window_by_slots_is_made(group_first, per_slot):
+def test_nothing_of_size_heads_by_window_by_slots_is_made(group_first: bool, per_slot: int) -> None:
     """The largest tensor is that of the scores, or what is pooled, never what the window's queries give one by one."""
     seen = on_device(observe([400], window=8, heads=2, group=8, dim=4))
     largest = 0
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: tuple[Any, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Tensor:
             nonlocal largest
             made = func(*args, **(kwargs or {}))
             if isinstance(made, Tensor) and "empty" in str(func):

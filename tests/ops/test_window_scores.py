@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from learnkv.ops.window_scores import reference, window_scores
 REDUCE = {"mean": lambda x: sum(x) / len(x), "max": max, "sum": sum}
 
 
-def run(seen: Observation, kernel_size: int = 3, **options) -> Tensor:
+def run(seen: Observation, kernel_size: int = 3, **options: Any) -> Tensor:
     return window_scores(
         seen.queries,
         seen.keys,
@@ -38,7 +39,14 @@ def pooled(row: list[float], kernel_size: int, pooling: str) -> list[float]:
 
 
 def by_definition(
-    seen: Observation, row: int, head: int, kernel_size, pooling, window_reduce, group_reduce, group_first
+    seen: Observation,
+    row: int,
+    head: int,
+    kernel_size: int,
+    pooling: str,
+    window_reduce: str,
+    group_reduce: str,
+    group_first: bool,
 ) -> list[float]:
     """Scores of the valid entries of one head, which must be a stretch of slots without holes."""
     there = seen.valid[row, head]
@@ -75,7 +83,9 @@ OPTIONS = list(itertools.product([1, 5], ["avg", "max"], ["mean", "sum"], ["mean
 
 
 @pytest.mark.parametrize(("kernel_size", "pooling", "window_reduce", "group_reduce", "group_first"), OPTIONS)
-def test_every_option_against_the_definition(kernel_size, pooling, window_reduce, group_reduce, group_first):
+def test_every_option_against_the_definition(
+    kernel_size: int, pooling: str, window_reduce: str, group_reduce: str, group_first: bool
+) -> None:
     seen = observe([19, 11, 6, 3, 1], window=6, dim=4)
     options = {
         "pooling": pooling,
@@ -92,7 +102,7 @@ def test_every_option_against_the_definition(kernel_size, pooling, window_reduce
 
 
 @pytest.mark.parametrize(("kernel_size", "pooling"), [(1, "avg"), (5, "avg"), (5, "max")])
-def test_query_heads_apart_get_what_each_gets_alone(kernel_size, pooling):
+def test_query_heads_apart_get_what_each_gets_alone(kernel_size: int, pooling: str) -> None:
     seen = observe([19, 6], window=6, dim=4, group=3)
     got = run(seen, kernel_size, pooling=pooling, group_reduce="none")
     assert got.shape == (2, 2, 3, 19)
@@ -102,7 +112,9 @@ def test_query_heads_apart_get_what_each_gets_alone(kernel_size, pooling):
 
 
 @pytest.mark.parametrize("group_reduce", ["mean", "none"])
-def test_long_prompts_are_read_in_stretches_with_the_same_result(group_reduce, monkeypatch):
+def test_long_prompts_are_read_in_stretches_with_the_same_result(
+    group_reduce: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = observe([500, 130], window=6, dim=4)
     once = run(seen, group_reduce=group_reduce)
     monkeypatch.setattr(reference, "_FEW", 0)
@@ -111,7 +123,7 @@ def test_long_prompts_are_read_in_stretches_with_the_same_result(group_reduce, m
     torch.testing.assert_close(once, stretches)
 
 
-def test_even_attention_by_hand():
+def test_even_attention_by_hand() -> None:
     """Zero keys: a query at position p gives 1/(p+1) to each of the entries it sees."""
     seen = observe([5], window=2, heads=1)
     seen = dataclasses.replace(seen, keys=torch.zeros_like(seen.keys))
@@ -123,7 +135,7 @@ def test_even_attention_by_hand():
     torch.testing.assert_close(mean, torch.tensor([past * 2 / 3, past, past * 2 / 3, window, window]))
 
 
-def test_neither_past_nor_window_is_pooled_with_the_other():
+def test_neither_past_nor_window_is_pooled_with_the_other() -> None:
     """A spike on the last entry of the past must not reach the window, nor one in the window the past."""
     seen = observe([12], window=4, heads=1, group=1, dim=1)
     spiked = torch.zeros_like(seen.keys)
@@ -139,7 +151,7 @@ def test_neither_past_nor_window_is_pooled_with_the_other():
     assert (scores[:8] < 1e-6).all()
 
 
-def test_entries_of_the_window_are_seen_by_later_queries_only():
+def test_entries_of_the_window_are_seen_by_later_queries_only() -> None:
     """The second query must not see the third's key, however well it fits."""
     seen = observe([6], window=3, heads=1, group=1, dim=1)
     keys = torch.zeros_like(seen.keys)
@@ -149,7 +161,7 @@ def test_entries_of_the_window_are_seen_by_later_queries_only():
     torch.testing.assert_close(scores[0], torch.tensor((1 / 4 + 1 / 5) / 3))
 
 
-def test_evicted_entries_leave_a_gap_and_take_no_attention():
+def test_evicted_entries_leave_a_gap_and_take_no_attention() -> None:
     """Holes: the others get what they get when the entries between were never there, but for the pooling."""
     seen = observe([20], window=4, heads=1)
     there = torch.ones(20, dtype=torch.bool)
@@ -162,7 +174,7 @@ def test_evicted_entries_leave_a_gap_and_take_no_attention():
     assert (run(holes, 1)[0, 0, ~there] == 0).all()
 
 
-def test_the_softmax_is_in_float32():
+def test_the_softmax_is_in_float32() -> None:
     """In bfloat16, whose steps near 1 are 1/128, weights of 1/512 would come out rounded."""
     seen = observe([511], window=1, heads=1)
     seen = dataclasses.replace(seen, keys=torch.zeros_like(seen.keys).bfloat16(), queries=seen.queries.bfloat16())
@@ -171,6 +183,6 @@ def test_the_softmax_is_in_float32():
     torch.testing.assert_close(scores, torch.full_like(scores, 1 / 511), rtol=1e-6, atol=0)
 
 
-def test_an_implementation_that_is_not_there_is_refused():
+def test_an_implementation_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="impl='nonsense'"):
         run(observe([5]), impl="nonsense")

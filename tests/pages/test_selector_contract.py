@@ -1,5 +1,7 @@
 """What a cache relies on, for every page selector there is."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.observations import subclasses
@@ -16,7 +18,7 @@ every_selector = pytest.mark.parametrize("cls", SELECTORS)
 HEADS, GROUP, DIM = 2, 3, 16
 
 
-def problem(selector: PageSelector, entries: list[int], tokens: list[int], spare: int = 0) -> tuple:
+def problem(selector: PageSelector, entries: list[int], tokens: list[int], spare: int = 0) -> tuple[Any, ...]:
     """Arguments of a selector: rows whose heads hold so many entries, with room for `spare` more pages."""
     batch, generator = len(tokens), torch.Generator().manual_seed(0)
     length = torch.tensor(entries)
@@ -34,12 +36,12 @@ def listed(pages: Tensor) -> list[list[int]]:
     return [[page for page in row if page >= 0] for row in pages.tolist()]
 
 
-def test_the_walk_finds_the_selectors():
+def test_the_walk_finds_the_selectors() -> None:
     assert Quest in SELECTORS
 
 
 @every_selector
-def test_lists_are_ascending_and_as_long_as_announced(cls):
+def test_lists_are_ascending_and_as_long_as_announced(cls: type[Any]) -> None:
     selector = cls()
     query, bounds, entries, tokens, most = problem(selector, [130, 47, 5, 260], [64, 100])
     pages = selector(query, bounds, entries, tokens, most)
@@ -58,7 +60,7 @@ def test_lists_are_ascending_and_as_long_as_announced(cls):
 
 
 @every_selector
-def test_a_row_gets_what_it_gets_alone(cls):
+def test_a_row_gets_what_it_gets_alone(cls: type[Any]) -> None:
     selector = cls()
     together = listed(selector(*problem(selector, [300, 130, 70, 5], [150, 48], spare=3)))
     alone = listed(selector(*problem(selector, [300, 130], [150])))
@@ -67,19 +69,21 @@ def test_a_row_gets_what_it_gets_alone(cls):
 
 
 @every_selector
-def test_whoever_may_read_everything_does(cls):
+def test_whoever_may_read_everything_does(cls: type[Any]) -> None:
     selector = cls()
     pages = listed(selector(*problem(selector, [32, 128], [10_000])))
     assert {len(row) for row in pages} == {32 // selector.page_size, 128 // selector.page_size}
 
 
 @every_selector
-def test_nothing_waits_for_the_device(cls):
+def test_nothing_waits_for_the_device(cls: type[Any]) -> None:
     selector, syncs = cls(), []
     given = problem(selector, [130, 47], [64])
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: tuple[Any, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> int | Tensor | tuple[Tensor, Tensor]:
             if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"):
                 syncs.append(str(func))
             return func(*args, **(kwargs or {}))

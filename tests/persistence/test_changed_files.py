@@ -4,6 +4,8 @@ import json
 import pickle
 import sys
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +23,14 @@ KNORM = {"class_path": "learnkv.scorers.Knorm"}
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     return save_policy(
         policy_for("tokens", attached("llama")), tmp_path / "policy", model=describe_model(attached("llama"))
     )
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path: Path) -> Any:
     policy = policy_for("tokens", attached("llama"))
     description = {"format_version": 1, "policy": policy.spec(), "model": describe_model(attached("llama"))}
     state = {f"policy.{name}": weight for name, weight in policy.state_dict().items()}
@@ -36,13 +38,13 @@ def checkpoint(tmp_path):
     return tmp_path / "last.ckpt"
 
 
-def flip(file, index: int) -> None:
+def flip(file: Any, index: int) -> None:
     content = bytearray(file.read_bytes())
     content[index] ^= 1
     file.write_bytes(bytes(content))
 
 
-def test_a_changed_weight_of_an_export_is_noticed(folder):
+def test_a_changed_weight_of_an_export_is_noticed(folder: Any) -> None:
     load_policy(folder)
     flip(folder / "policy.safetensors", -3)
     with pytest.raises(UserError, match=r"policy.safetensors: has changed since the export"):
@@ -50,7 +52,7 @@ def test_a_changed_weight_of_an_export_is_noticed(folder):
 
 
 @pytest.mark.parametrize("name", ["policy.yaml", "budgets.csv"])
-def test_a_changed_text_of_an_export_is_noticed(name, folder):
+def test_a_changed_text_of_an_export_is_noticed(name: Any, folder: Any) -> None:
     text = (folder / name).read_text()
     (folder / name).write_text(
         text.replace("sinks: 4", "sinks: 5") if name == "policy.yaml" else text.replace("1", "2")
@@ -59,7 +61,7 @@ def test_a_changed_text_of_an_export_is_noticed(name, folder):
         load_policy(folder)
 
 
-def test_an_older_export_has_no_digests(folder):
+def test_an_older_export_has_no_digests(folder: Any) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -68,7 +70,7 @@ def test_an_older_export_has_no_digests(folder):
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_a_changed_checkpoint_is_noticed(checkpoint, sealed):
+def test_a_changed_checkpoint_is_noticed(checkpoint: Any, sealed: Any) -> None:
     if sealed:
         seal.seal(checkpoint)
     load_policy(checkpoint)
@@ -82,12 +84,12 @@ def test_a_changed_checkpoint_is_noticed(checkpoint, sealed):
 
 
 class Payload:
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return print, ("ran",)
 
 
 @pytest.mark.parametrize("how", ["torch", "pickle", "legacy"])
-def test_a_pickle_is_refused_without_advice(how, tmp_path, capsys):
+def test_a_pickle_is_refused_without_advice(how: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "last.ckpt"
     if how == "pickle":
         file.write_bytes(pickle.dumps({"learnkv": Payload()}))
@@ -101,7 +103,7 @@ def test_a_pickle_is_refused_without_advice(how, tmp_path, capsys):
     assert "ran" not in captured.out
 
 
-def test_a_bomb_in_a_checkpoint_is_refused(checkpoint):
+def test_a_bomb_in_a_checkpoint_is_refused(checkpoint: Any) -> None:
     content = torch.load(checkpoint, weights_only=True)
     bomb = [1]
     for _ in range(40):
@@ -112,7 +114,7 @@ def test_a_bomb_in_a_checkpoint_is_refused(checkpoint):
         load_policy(checkpoint)
 
 
-def test_a_bomb_in_a_policy_is_refused_by_the_command(tmp_path, capsys):
+def test_a_bomb_in_a_policy_is_refused_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     text += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
     (tmp_path / "bomb.yaml").write_text(text)
@@ -122,7 +124,7 @@ def test_a_bomb_in_a_policy_is_refused_by_the_command(tmp_path, capsys):
     assert "its aliases stand for more" in capsys.readouterr().err
 
 
-def test_a_config_that_extends_itself_is_refused(tmp_path, capsys):
+def test_a_config_that_extends_itself_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.yaml").write_text("config: a.yaml")
     assert eval([f"config={tmp_path / 'a.yaml'}"]) == 2
     assert "extends more than 16 files, or itself" in capsys.readouterr().err
@@ -137,7 +139,7 @@ def test_a_config_that_extends_itself_is_refused(tmp_path, capsys):
         {"scorer": KNORM, "decode": {"class_path": "stranger.Scorer"}},
     ],
 )
-def test_no_module_of_a_stranger_is_imported(spec, tmp_path, monkeypatch):
+def test_no_module_of_a_stranger_is_imported(spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stranger.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"names the class stranger\.Scorer; only learnkv's own are built"):
@@ -145,5 +147,5 @@ def test_no_module_of_a_stranger_is_imported(spec, tmp_path, monkeypatch):
     assert "stranger" not in sys.modules
 
 
-def test_a_component_may_be_named_by_its_path_alone():
+def test_a_component_may_be_named_by_its_path_alone() -> None:
     assert build_policy({"scorer": "learnkv.scorers.Knorm"}).spec() == build_policy({"scorer": KNORM}).spec()

@@ -2,19 +2,21 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from support.models import build, kept, padded, tokens
+from transformers import PreTrainedModel
 
 from learnkv import attach, continuation, prefill, save_policy
 from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedSequentialAllocator, Pyramid, Uniform
+from learnkv.core.adapter import Adapter
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.run import load_policies
 from learnkv.inference import lora as adapters
-from learnkv.inference.lora import Adapter
 from learnkv.inference.models import describe_model
 from learnkv.pages import Quest
 from learnkv.persistence.policies import GRID
@@ -42,7 +44,7 @@ LATER = {"all": {}, "judged": {"evict_interval": 5}, "otherwise": {"evict_interv
 
 
 @pytest.fixture(scope="module")
-def model():
+def model() -> PreTrainedModel:
     return attach(build("llama"))
 
 
@@ -53,7 +55,7 @@ def disturbed(module: torch.nn.Module | None, seed: int) -> torch.nn.Module | No
     return module
 
 
-def adapter(model) -> Adapter:
+def adapter(model: PreTrainedModel) -> Adapter:
     """One that changes what is said."""
     new = Adapter(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
     adapters.add(model, new)
@@ -65,7 +67,7 @@ def adapter(model) -> Adapter:
 
 
 @torch.no_grad()
-def said(model, policy: Policy, keep: float) -> tuple[list, list, torch.Tensor]:
+def said(model: PreTrainedModel, policy: Policy, keep: float) -> tuple[list[Any], list[Any], torch.Tensor]:
     """What is kept of two prompts, what after more tokens, and the logits of these."""
     held = prefill(model, *padded([tokens(1, 90)[0], tokens(1, 61)[0]]), policy=policy, keep=keep)
     at_first = [kept(held, row) for row in (0, 1)]
@@ -96,8 +98,17 @@ def said(model, policy: Policy, keep: float) -> tuple[list, list, torch.Tensor]:
 @example("gate", "learned", False, "none", "judged", None, (2, 4), 0.3, 8)
 @example("heuristic", "conditioned", False, "none", "all", None, (4, 8), 0.06, 4)
 def test_every_combination_of_parts_comes_back(
-    model, scorer, allocator, adapted, pages, later, rerotate, protected, keep, seed
-):
+    model: PreTrainedModel,
+    scorer: str,
+    allocator: str,
+    adapted: bool,
+    pages: str,
+    later: str,
+    rerotate: str | None,
+    protected: tuple[int, int],
+    keep: float,
+    seed: int,
+) -> None:
     sinks, recent = protected
     made = Policy(
         SCORERS[scorer](), ALLOCATORS[allocator](), sinks, recent, rerotate=rerotate, **PAGES[pages], **LATER[later]

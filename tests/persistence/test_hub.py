@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -23,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A hub that is a folder: what is sent to it lies where fetched repositories lie, at the branch `main`."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     made = []
@@ -31,13 +32,13 @@ def hub(tmp_path, monkeypatch) -> Path:
     def repository(repo_id: str) -> Path:
         return tmp_path / "hub" / f"models--{repo_id.replace('/', '--')}"
 
-    def create_repo(self, repo_id, *, exist_ok=False, **kwargs):
+    def create_repo(self: Any, repo_id: str, *, exist_ok: bool = False, **kwargs: Any) -> None:
         if not repo_id.startswith("me/"):
             raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required\nand more")
         assert exist_ok
         made.append(repo_id)
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, **kwargs):
+    def upload_folder(self: Any, *, repo_id: str, folder_path: Path, allow_patterns: list[str], **kwargs: str) -> None:
         assert repo_id in made
         files = [path for path in sorted(Path(folder_path).rglob("*")) if path.is_file()]
         names = [path.relative_to(folder_path).as_posix() for path in files]
@@ -54,7 +55,7 @@ def hub(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path: Path) -> Path:
     """An exported policy, beside it files that are nobody's business."""
     made = policy_for("conditioned", attached("llama"))
     told = {"val/learned_kl@0.1": 0.123456, "train/kl": 0.5}
@@ -66,7 +67,7 @@ def folder(tmp_path) -> Path:
     return where
 
 
-def test_a_policy_comes_back_from_the_hub(hub, folder, capsys):
+def test_a_policy_comes_back_from_the_hub(hub: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export([f"ckpt={folder}", "push=me/tiny-policy"]) == 0
     assert "pushed: me/tiny-policy" in capsys.readouterr().err
     sent = [path for path in hub.rglob("*") if path.is_file() and "snapshots" in path.parts]
@@ -89,7 +90,7 @@ def test_a_policy_comes_back_from_the_hub(hub, folder, capsys):
     assert kept(load_policy(snapshot).compress(whole.fork(), keep=0.3), 0) == ours
 
 
-def test_a_run_and_its_adapter_are_sent(hub, folder):
+def test_a_run_and_its_adapter_are_sent(hub: Path, folder: Path) -> None:
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "adapter" / "optimizer.pt").write_text("")
@@ -99,7 +100,7 @@ def test_a_run_and_its_adapter_are_sent(hub, folder):
     assert not names & {"optimizer.pt", "notes.txt", "modeling.py"}
 
 
-def test_a_checkpoint_is_exported_and_sent(hub, tmp_path):
+def test_a_checkpoint_is_exported_and_sent(hub: Path, tmp_path: Path) -> None:
     made = policy_for("tokens", attached("llama"))
     ours = {"format_version": 1, "policy": made.spec(), "model": describe_model(attached("llama"))}
     state = {f"policy.{name}": held for name, held in made.state_dict().items()}
@@ -121,14 +122,16 @@ def test_a_checkpoint_is_exported_and_sent(hub, tmp_path):
         (["ckpt=last.ckpt", "push=me/x"], "out=: expected a path"),
     ],
 )
-def test_what_cannot_be_sent_or_fetched_is_told_in_a_line(hub, words, told, capsys):
+def test_what_cannot_be_sent_or_fetched_is_told_in_a_line(
+    hub: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export(words) == 2
     line = capsys.readouterr().err
     assert told in line
     assert line.count("\n") == 1
 
 
-def test_a_repository_of_something_else_is_told(hub):
+def test_a_repository_of_something_else_is_told(hub: Path) -> None:
     other = hub / "models--me--other"
     (other / "snapshots" / COMMIT).mkdir(parents=True)
     (other / "refs").mkdir()
@@ -137,7 +140,7 @@ def test_a_repository_of_something_else_is_told(hub):
         load_policy("me/other")
 
 
-def test_no_network_is_asked_about_a_mistyped_path(tmp_path, monkeypatch):
+def test_no_network_is_asked_about_a_mistyped_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     assert is_repository("someone/policy")
@@ -148,7 +151,7 @@ def test_no_network_is_asked_about_a_mistyped_path(tmp_path, monkeypatch):
         load_policy("runs/mine")
 
 
-def test_the_card_says_what_was_measured(folder):
+def test_the_card_says_what_was_measured(folder: Path) -> None:
     head, page = (folder / "README.md").read_text().removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(head)["base_model"] == "someone/tiny"
     for line in (
@@ -166,7 +169,7 @@ def test_the_card_says_what_was_measured(folder):
     assert "mean over the validation prompts" in page
 
 
-def test_the_card_of_a_model_on_this_disk_names_no_path_and_no_figures(tmp_path):
+def test_the_card_of_a_model_on_this_disk_names_no_path_and_no_figures(tmp_path: Path) -> None:
     description = {**describe_model(attached("llama")), "id": "/home/someone/llama"}
     save_policy(policy_for("tokens", attached("llama")), tmp_path, model=description)
     page = (tmp_path / "README.md").read_text()

@@ -11,7 +11,7 @@ from learnkv.policy.policy import Policy
 from learnkv.scorers import ExpectedAttention, SnapKV
 
 
-def test_all_is_every_yaml_but_the_full_cache():
+def test_all_is_every_yaml_but_the_full_cache() -> None:
     assert {*select_methods(), FULL} == {path.stem for path in (CONFIGS / "policies").glob("*.yaml")}
     assert select_methods(["all"]) == sorted(select_methods())
 
@@ -34,11 +34,11 @@ def test_all_is_every_yaml_but_the_full_cache():
         ("expected_attention_measured", {"calibrated"}),
     ],
 )
-def test_kinds_follow_from_the_components(name, kinds):
+def test_kinds_follow_from_the_components(name: str, kinds: set[str]) -> None:
     assert method(name).kinds == kinds
 
 
-def test_a_kind_of_a_component_within_another_counts():
+def test_a_kind_of_a_component_within_another_counts() -> None:
     wrapped = Policy(load_policy("criticalkv").scorer.__class__(ExpectedAttention(moments="reference")))
     assert kinds_of(wrapped) == {"calibrated"}
     assert kinds_of(Policy(SnapKV(), LearnedAllocator(Uniform(), 2, 2))) == {"trained", "observation_window"}
@@ -56,11 +56,11 @@ def test_a_kind_of_a_component_within_another_counts():
         (["./mine.yaml", "full"], ["./mine.yaml", "full"]),
     ],
 )
-def test_words_add_and_take_away_in_order(words, names):
+def test_words_add_and_take_away_in_order(words: list[str], names: list[str]) -> None:
     assert select_methods(words) == names
 
 
-def test_a_selection_that_begins_by_taking_away_begins_with_all():
+def test_a_selection_that_begins_by_taking_away_begins_with_all() -> None:
     assert select_methods(["-online", "-random"]) == select_methods(["all", "-random", "-online"])
     assert set(select_methods()) - set(select_methods(["-online", "-random"])) == {
         *select_methods(["online"]),
@@ -69,7 +69,7 @@ def test_a_selection_that_begins_by_taking_away_begins_with_all():
 
 
 @pytest.mark.parametrize(("word", "near"), [("snapvk", "snapkv"), ("-snapvk", "snapkv"), ("trainde", "trained")])
-def test_a_mistyped_word_is_answered_with_the_nearest(word, near):
+def test_a_mistyped_word_is_answered_with_the_nearest(word: str, near: str) -> None:
     with pytest.raises(UserError) as error:
         select_methods(["all", word], "methods")
     assert str(error.value).startswith(f"methods={word}: expected all, a kind ({', '.join(KINDS)}) or a method")

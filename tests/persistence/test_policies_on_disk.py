@@ -4,7 +4,9 @@ import csv
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ MEASURED = {keep: [[keep] * 2] * 3 for keep in GRID}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Policy]:
     """A learned policy's folder and the policy."""
     model = attached("llama")
     policy = policy_for("tokens", model)
@@ -33,12 +35,12 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(exported, tmp_path):
+def folder(exported: tuple[Path, Policy], tmp_path: Path) -> Path:
     """A copy to break."""
     return shutil.copytree(exported[0], tmp_path / "policy")
 
 
-def checkpoint(policy, file, **changes):
+def checkpoint(policy: Policy, file: Path, **changes: Any) -> Path:
     """What train.py writes, as far as policies are concerned."""
     ours = {"format_version": 1, "policy": policy.spec(), "model": describe_model(attached("llama"))}
     state = {f"policy.{name}": held for name, held in policy.state_dict().items()}
@@ -46,7 +48,7 @@ def checkpoint(policy, file, **changes):
     return file
 
 
-def same_choices(one, other):
+def same_choices(one: Policy, other: Policy) -> None:
     prompts = padded([tokens(1, 90)[0], tokens(1, 61)[0]])
     whole = prefill(attached("llama"), *prompts, policies=[one, other])
     for keep in (0.05, 0.1, 0.33, 0.6):
@@ -55,7 +57,7 @@ def same_choices(one, other):
 
 
 @pytest.mark.parametrize("name", HEURISTICS + LEARNED)
-def test_an_exported_policy_and_a_checkpoint_keep_the_same_entries(name, tmp_path):
+def test_an_exported_policy_and_a_checkpoint_keep_the_same_entries(name: str, tmp_path: Path) -> None:
     model, policy = attached("llama"), policy_for(name, attached("llama"))
     measured = None if policy.allocator.static else MEASURED
     back = load_policy(save_policy(policy, tmp_path / "new" / "policy", model=describe_model(model), budgets=measured))
@@ -70,7 +72,7 @@ def test_an_exported_policy_and_a_checkpoint_keep_the_same_entries(name, tmp_pat
         same_choices(loaded, policy)
 
 
-def test_the_folder_is_what_a_person_can_read(exported):
+def test_the_folder_is_what_a_person_can_read(exported: tuple[Path, Policy]) -> None:
     folder, policy = exported
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
@@ -89,13 +91,13 @@ def test_the_folder_is_what_a_person_can_read(exported):
     assert set(load_file(folder / "policy.safetensors")) == set(policy.state_dict())
 
 
-def table(folder):
+def table(folder: Path) -> list[dict[str, str]]:
     with (folder / "budgets.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("name", ["snapkv", "pyramidkv", "tokens", "onehead"])
-def test_the_budget_table_is_what_a_prompt_gets(name, tmp_path, monkeypatch):
+def test_the_budget_table_is_what_a_prompt_gets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("learnkv.persistence.policies._NOMINAL_ENTRIES", 500)
     model = attached("llama")
     if name == "onehead":
@@ -115,7 +117,7 @@ def test_the_budget_table_is_what_a_prompt_gets(name, tmp_path, monkeypatch):
         torch.testing.assert_close(told, got, rtol=0, atol=1e-6)
 
 
-def test_measured_budgets_are_written_as_measured_and_asked_for(tmp_path):
+def test_measured_budgets_are_written_as_measured_and_asked_for(tmp_path: Path) -> None:
     policy, model = Policy(SnapKV(), AdaKV(Pyramid())), describe_model(attached("llama"))
     with pytest.raises(UserError, match="budgets depend on the prompt"):
         save_policy(policy, tmp_path, model=model)
@@ -123,7 +125,9 @@ def test_measured_budgets_are_written_as_measured_and_asked_for(tmp_path):
     assert [row["keep_0.5"] for row in table(tmp_path)] == [f"{x:.6f}" for x in (0.1, 0.9, 0.4, 0.6, 0.25, 0.75)]
 
 
-def test_a_policy_of_another_model_is_refused_with_hash_and_shapes(exported, tmp_path):
+def test_a_policy_of_another_model_is_refused_with_hash_and_shapes(
+    exported: tuple[Path, Policy], tmp_path: Path
+) -> None:
     folder, policy = exported
     other = describe_model(attached("qwen2"))
     for path in (folder, checkpoint(policy, tmp_path / "last.ckpt")):
@@ -138,27 +142,27 @@ def test_a_policy_of_another_model_is_refused_with_hash_and_shapes(exported, tmp
     assert load_policy("snapkv", model=other).scorer is not None
 
 
-def breaks(name, content):
-    def change(folder):
+def breaks(name: str, content: bytes | str) -> Callable[..., Any]:
+    def change(folder: Path) -> None:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
     return change
 
 
-def edit(name, **changes):
-    def change(folder):
+def edit(name: str, **changes: Any) -> Callable[..., Any]:
+    def change(folder: Path) -> None:
         loaded = yaml.safe_load((folder / name).read_text())
         (folder / name).write_text(json.dumps({**loaded, **changes}))
 
     return change
 
 
-def cut_weights(folder):
+def cut_weights(folder: Path) -> None:
     whole = (folder / "policy.safetensors").read_bytes()
     (folder / "policy.safetensors").write_bytes(whole[: len(whole) // 2])
 
 
-def other_weights(folder):
+def other_weights(folder: Path) -> None:
     state = load_file(folder / "policy.safetensors")
     save_file({name: held[..., :1].contiguous() for name, held in state.items()}, folder / "policy.safetensors")
 
@@ -190,7 +194,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("fault", BREAKS)
-def test_broken_folders_are_refused_in_one_line(folder, fault):
+def test_broken_folders_are_refused_in_one_line(folder: Path, fault: str) -> None:
     change, line = BREAKS[fault]
     change(folder)
     with pytest.raises(UserError, match=line) as caught:
@@ -202,14 +206,14 @@ def test_broken_folders_are_refused_in_one_line(folder, fault):
 class Trap:
     """Unpickling it writes a file."""
 
-    def __init__(self, file):
+    def __init__(self, file: Path) -> None:
         self.file = file
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Path]]:
         return Path.touch, (self.file,)
 
 
-def test_a_checkpoint_never_runs_code(exported, tmp_path):
+def test_a_checkpoint_never_runs_code(exported: tuple[Path, Policy], tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     poisoned = checkpoint(exported[1], tmp_path / "last.ckpt", callbacks=Trap(sprung))
     with pytest.raises(UserError, match=r"last.ckpt: not a checkpoint of learnkv's train.py") as caught:
@@ -235,7 +239,7 @@ def test_a_checkpoint_never_runs_code(exported, tmp_path):
         {"learnkv": {}},
     ],
 )
-def test_files_that_are_not_checkpoints(content, tmp_path):
+def test_files_that_are_not_checkpoints(content: bytes | dict[str, dict[str, Any]], tmp_path: Path) -> None:
     file = tmp_path / "x.ckpt"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -248,7 +252,7 @@ def test_files_that_are_not_checkpoints(content, tmp_path):
         load_policy(tmp_path / "none.ckpt")
 
 
-def test_classes_from_elsewhere_have_to_be_allowed(tmp_path, monkeypatch):
+def test_classes_from_elsewhere_have_to_be_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
         "from learnkv.scorers import Scorer\n\n\nclass Mine(Scorer):\n    def forward(self, seen):\n"
         "        return seen.positions.float()\n"
@@ -269,7 +273,7 @@ def test_classes_from_elsewhere_have_to_be_allowed(tmp_path, monkeypatch):
         build_policy(nested)
 
 
-def test_names_in_tables(tmp_path):
+def test_names_in_tables(tmp_path: Path) -> None:
     for path, name in {
         "snapkv": "snapkv",
         "configs/policies/adakv.yaml": "adakv",
@@ -283,7 +287,7 @@ def test_names_in_tables(tmp_path):
     )
 
 
-def test_a_learned_policy_without_weights_has_to_be_trained(tmp_path):
+def test_a_learned_policy_without_weights_has_to_be_trained(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
         "scorer: {class_path: learnkv.scorers.HiddenScorer, init_args: {base: {class_path: learnkv.scorers.Constant}}}"

@@ -39,7 +39,7 @@ QWEN = Qwen3Config(
     ],
     ids=["llama", "qwen", "reference"],
 )
-def test_the_learned_policy_is_small(config, parameters, at_most):
+def test_the_learned_policy_is_small(config: LlamaConfig, parameters: int, at_most: float) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         spec = build_policy(yaml.safe_load(CONFIG.read_text())["policy"]["init_args"]).spec()

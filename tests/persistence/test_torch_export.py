@@ -5,15 +5,18 @@ import os
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from support.commands import export
 from support.models import attached, padded, policy_for, tokens
 from support.observations import randomised
+from torch import Tensor
 
 from learnkv import Policy, prefill, save_policy
 from learnkv.allocators import AdaKV, LayerByLayer, LearnedAllocator, LearnedSequentialAllocator, Pyramid, Uniform
+from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
 from learnkv.inference.models import describe_model
 from learnkv.persistence.torch_export import DESCRIPTION, export_budgets
@@ -31,7 +34,7 @@ torch.save([program(**one) for one in asked], sys.argv[3])
 """
 
 
-def asked(policy: Policy, rows: list[int], keep: float):
+def asked(policy: Policy, rows: list[int], keep: float) -> tuple[dict[str, Tensor], Tensor]:
     """What goes into the program for a batch of prompts, and the budgets that the policy gives them."""
     cache = prefill(attached("llama"), *padded([tokens(1, row)[0] for row in rows]), policies=[policy])
     wanted = policy.plan(cache, keep=keep).budgets
@@ -48,7 +51,7 @@ def asked(policy: Policy, rows: list[int], keep: float):
 
 @pytest.mark.parametrize("name", ["conditioned", "over scores"])
 @torch.no_grad()
-def test_a_program_gives_the_budgets_of_its_policy_without_learnkv(name, tmp_path):
+def test_a_program_gives_the_budgets_of_its_policy_without_learnkv(name: str, tmp_path: Path) -> None:
     if name == "conditioned":
         policy = policy_for("conditioned", attached("llama"))
         budgets = {0.1: [[0.1] * 2] * 3}
@@ -80,7 +83,7 @@ def test_a_program_gives_the_budgets_of_its_policy_without_learnkv(name, tmp_pat
     assert (about["layers"], about["heads"], about["sinks"], about["recent"]) == (3, 2, policy.sinks, policy.recent)
 
 
-def test_what_cannot_be_written_is_told(tmp_path):
+def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_budgets(tmp_path / "a file" / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2)), SHAPES)
@@ -100,7 +103,7 @@ def test_what_cannot_be_written_is_told(tmp_path):
     ],
 )
 @torch.no_grad()
-def test_who_is_not_shown_scores_does_not_look_at_them(allocator, ranks):
+def test_who_is_not_shown_scores_does_not_look_at_them(allocator: Allocator, ranks: bool) -> None:
     randomised(allocator)
     features, budget = torch.rand(3, 1, 2, 3), torch.tensor([9.0], dtype=torch.float64)
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]

@@ -1,6 +1,7 @@
 """A learned policy at initialisation keeps what its base policy keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -53,25 +54,35 @@ FORMS = [(form, by) for form in ("heads", "keys") for by in ("shares", "conditio
 
 @pytest.mark.parametrize(("tokenwise", "by"), [*FORMS, ("hidden", "scores"), ("gate", "scores")])
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-def test_at_initialisation_a_learned_policy_keeps_what_the_heuristic_keeps(tokenwise, base, by):
+def test_at_initialisation_a_learned_policy_keeps_what_the_heuristic_keeps(
+    tokenwise: str, base: type[Any], by: str
+) -> None:
     follows = "scores" if by == "scores" else "shares"
     check_start(base, tokenwise, LearnedAllocator(base(), LAYERS, HEADS, conditioned=by == "conditioned", by=follows))
 
 
 @pytest.mark.parametrize("base", [Uniform, Pyramid, lambda: LayerByLayer(Pyramid())], ids=["uniform", "pyramid", "ada"])
 @pytest.mark.parametrize("conditioned", [False, True], ids=["static", "conditioned"])
-def test_at_initialisation_a_sequential_policy_keeps_what_the_heuristic_keeps(base, conditioned):
+def test_at_initialisation_a_sequential_policy_keeps_what_the_heuristic_keeps(
+    base: Callable[..., Any] | type[Any], conditioned: bool
+) -> None:
     check_start(base, "keys", LearnedSequentialAllocator(base(), LAYERS, HEADS, conditioned=conditioned))
 
 
 @pytest.mark.parametrize("tokenwise", START)
 @pytest.mark.parametrize("scorer", [ExpectedAttention, KeyDiff, H2O, LAVa, CAKE, ReSTKV])
-def test_at_initialisation_a_learned_policy_keeps_what_any_scorer_keeps(scorer, tokenwise):
+def test_at_initialisation_a_learned_policy_keeps_what_any_scorer_keeps(scorer: type[Any], tokenwise: str) -> None:
     allocator = LearnedAllocator(AdaKV(), LAYERS, HEADS, by="scores")
     check_start(AdaKV, tokenwise, allocator, scorer, KEEPS[::5])
 
 
-def check_start(base, tokenwise: str, allocator: Allocator, scorer=SnapKV, keeps: Sequence[float] = KEEPS) -> None:
+def check_start(
+    base: Callable[..., Any] | type[Any],
+    tokenwise: str,
+    allocator: Allocator,
+    scorer: type[Any] = SnapKV,
+    keeps: Sequence[float] = KEEPS,
+) -> None:
     learned = Policy(START[tokenwise](scorer()) if tokenwise in START else scorer(), allocator)
     heuristic = Policy(scorer(), base())
     assert learned.base_policy().spec() == heuristic.spec()

@@ -1,11 +1,16 @@
 """Layers evicted as soon as they have read the prompt keep what a complete prompt would have been compressed to."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.models import attached, kept, padded, policy_for, tokens
+from torch import Tensor
 
 from learnkv import Policy, continuation, prefill
 from learnkv.allocators import AdaKV, LayerByLayer, Pyramid
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.scorers import H2O, SnapKV
 
 pytestmark = pytest.mark.compat
@@ -22,18 +27,18 @@ POLICIES = {
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
-def prompts(seed: int = 0):
+def prompts(seed: int = 0) -> tuple[Tensor, Tensor]:
     return padded([tokens(1, length, seed=seed)[0] for length in LENGTHS])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_evicting_layer_by_layer_is_evicting_at_the_end(name, family):
+def test_evicting_layer_by_layer_is_evicting_at_the_end(name: str, family: str) -> None:
     model = attached(family)
     policy, said = POLICIES[name](model), tokens(3, 5, seed=1)
     assert policy.reads_once
@@ -47,7 +52,7 @@ def test_evicting_layer_by_layer_is_evicting_at_the_end(name, family):
 
 
 @pytest.mark.parametrize("chunk_size", [7, 40, 96])
-def test_whatever_the_chunks_and_the_batch(chunk_size):
+def test_whatever_the_chunks_and_the_batch(chunk_size: int) -> None:
     model = attached("llama")
     policy = POLICIES["causal"](model)
     together = prefill(model, *prompts(), policy=policy, keep=0.2)
@@ -61,13 +66,13 @@ def test_whatever_the_chunks_and_the_batch(chunk_size):
 
 
 @pytest.mark.parametrize("name", ["static", "heads by scores", "causal", "at the end"])
-def test_the_prompt_is_held_in_full_by_one_layer_at_most(name, monkeypatch):
+def test_the_prompt_is_held_in_full_by_one_layer_at_most(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes while the prompt is read: one layer, beside what the layers before it kept."""
     model, ids, held = attached("llama"), tokens(2, 400), []
     policy = policy_for("adakv", model) if name == "at the end" else POLICIES[name](model)
     totals = Policy.totals
 
-    def watched(self, cache, *how):
+    def watched(self: Any, cache: CompressedCache, *how: Any) -> tuple[list[int], list[int]]:
         """Called when a layer, or all of them, has been read, before anything of it is evicted."""
         held.append(cache.nbytes)
         return totals(self, cache, *how)

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ class Poisoned(Knorm):
         super().__init__()
         self.number, self.layer = number, layer
 
-    def forward(self, obs) -> Tensor:
+    def forward(self, obs: Any) -> Tensor:
         scores = super().forward(obs)
         if obs.layer_idx == self.layer:
             scores = scores.clone()
@@ -36,7 +38,7 @@ class Poisoned(Knorm):
 class Refined(Knorm):
     """Scores that are not numbers once the budgets are known."""
 
-    def refine(self, obs, scores: Tensor, budgets: Tensor) -> Tensor:
+    def refine(self, obs: Any, scores: Tensor, budgets: Tensor) -> Tensor:
         return scores * torch.nan if obs.layer_idx == 2 else scores
 
 
@@ -54,7 +56,7 @@ class PoisonedBudgets(Uniform):
 class OneNumberPerEntry(Knorm):
     """Scores without heads."""
 
-    def forward(self, obs) -> Tensor:
+    def forward(self, obs: Any) -> Tensor:
         return super().forward(obs)[:, 0]
 
 
@@ -91,7 +93,7 @@ CASES = [
 
 @pytest.mark.parametrize(("make", "line"), CASES)
 @pytest.mark.parametrize("way", ["compress", "relax", "one-shot", "shared"])
-def test_they_are_refused_where_they_appear(make, line, way):
+def test_they_are_refused_where_they_appear(make: Any, line: Any, way: Any) -> None:
     policy, model = make(), attached("llama")
 
     def plan() -> None:
@@ -106,9 +108,9 @@ def test_they_are_refused_where_they_appear(make, line, way):
         plan()
 
 
-def test_scores_of_padding_may_be_anything():
+def test_scores_of_padding_may_be_anything() -> None:
     class Padding(Knorm):
-        def forward(self, obs) -> Tensor:
+        def forward(self, obs: Any) -> Tensor:
             return super().forward(obs).masked_fill(~obs.valid, torch.nan)
 
     ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
@@ -118,7 +120,7 @@ def test_scores_of_padding_may_be_anything():
         assert torch.equal(*(cache.kept_positions(layer, 0, 1) for cache in caches))
 
 
-def test_decoded_tokens_are_checked_too():
+def test_decoded_tokens_are_checked_too() -> None:
     policy = Policy(Knorm(), evict_interval=4, decode=Poisoned())
     cache = policy.compress(prefill(attached("llama"), tokens(2, 30)), keep=0.4)
     with pytest.raises(UserError, match=r"^Poisoned: scores are not finite"):
@@ -126,7 +128,7 @@ def test_decoded_tokens_are_checked_too():
 
 
 @pytest.fixture
-def deferred(monkeypatch):
+def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: nothing is raised at once."""
 
     def note(values: Tensor, name: str, found: list[Invalid], first: int = 0) -> Tensor:
@@ -139,7 +141,7 @@ def deferred(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [make for make, line in CASES if line == SCORES])
-def test_on_a_gpu_they_are_refused_at_the_next_host_sync(make, deferred):
+def test_on_a_gpu_they_are_refused_at_the_next_host_sync(make: Any, deferred: Any) -> None:
     model = attached("llama")
     for use in (
         lambda cache: cache.spent,
@@ -157,7 +159,7 @@ def test_on_a_gpu_they_are_refused_at_the_next_host_sync(make, deferred):
         make().relax(prefill(model, tokens(2, 30)), keep=0.4)
 
 
-def test_one_host_sync_for_all_checks_of_a_plan(monkeypatch):
+def test_one_host_sync_for_all_checks_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     found, syncs = [Invalid(torch.zeros(2, 1, 2, dtype=torch.bool), "x", 0)] * 3, []
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: syncs.append(1) or tolist(self))
@@ -168,7 +170,7 @@ def test_one_host_sync_for_all_checks_of_a_plan(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_weights_that_are_not_numbers_are_refused_at_load(number, tmp_path):
+def test_weights_that_are_not_numbers_are_refused_at_load(number: Any, tmp_path: Path) -> None:
     policy, model = copy.deepcopy(policy_for("conditioned", attached("llama"))), attached("llama")
     _key, weight = next(iter(policy.state_dict().items()))
     weight.view(-1)[-1] = number
@@ -177,7 +179,7 @@ def test_weights_that_are_not_numbers_are_refused_at_load(number, tmp_path):
         load_policy(folder)
 
 
-def test_infinite_parts_of_a_running_cache_do_not_hold_a_plan():
+def test_infinite_parts_of_a_running_cache_do_not_hold_a_plan() -> None:
     cache = Policy(Knorm()).compress(prefill(attached("llama"), tokens(2, 30)), keep=0.4)
     assert all(isinstance(check, functools.partial) for check in cache.checks)
     assert len(cache.spent) == 2

@@ -1,5 +1,8 @@
 """Eviction while tokens are added: the budget holds after every step, and the plan is the one for prompts."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from support import components
@@ -18,6 +21,7 @@ from support.models import (
 )
 
 from learnkv import Policy, continuation, generate, load_policy, prefill
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.scorers import H2O, TOVA, GateScorer, HiddenScorer, KVzip, SnapKV, StreamingLLM
 
@@ -33,12 +37,12 @@ SOME = ["h2o", "snapkv", "adakv", "tova", "conditioned", "hidden"]
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
-def evicting(name: str, evict_interval: int, family: str = "llama", **changes) -> Policy:
+def evicting(name: str, evict_interval: int, family: str = "llama", **changes: Any) -> Policy:
     if name in TOKENS:
         return Policy(components.build(TOKENS[name], 3, 2, 2, 16, 48), evict_interval=evict_interval, **changes)
     known = policy_for(name, attached(family))
@@ -47,7 +51,7 @@ def evicting(name: str, evict_interval: int, family: str = "llama", **changes) -
     return Policy(known.scorer, known.allocator, known.sinks, known.recent, evict_interval, **changes)
 
 
-def budgeted_bytes(cache, name: str) -> int:
+def budgeted_bytes(cache: CompressedCache, name: str) -> int:
     """What may be held: entries within the budget with their positions and features, tables, a tail of so many slots
     with its queries and hidden states, and the last queries before it."""
     schedule, layer = cache.schedule, cache.compressed_layers()[0]
@@ -72,7 +76,7 @@ def budgeted_bytes(cache, name: str) -> int:
         *((name, 7, {"budget": 50}) for name in SOME),
     ],
 )
-def test_the_budget_holds_after_every_step(name, evict_interval, spend):
+def test_the_budget_holds_after_every_step(name: str, evict_interval: int, spend: dict[str, int]) -> None:
     model, policy = attached("llama"), evicting(name, evict_interval)
     cache = prefill(model, *padded([tokens(1, 40)[0], tokens(1, 23)[0]]), policy=policy, **spend)
     heads = 3 * 2
@@ -92,7 +96,7 @@ def test_the_budget_holds_after_every_step(name, evict_interval, spend):
     assert list(cache.schedule.kept) == [min(most, heads * n) for most, n in zip(budget, cache.lengths, strict=True)]
 
 
-def kept_of(cache, row):
+def kept_of(cache: CompressedCache, row: int) -> list[tuple[int, int, int]]:
     """(layer, head, position) of everything that is retained of a row."""
     return [
         (layer, head, position)
@@ -103,7 +107,7 @@ def kept_of(cache, row):
 
 
 @every_policy
-def test_what_is_kept_of_prompt_and_tail_is_what_would_be_kept_of_a_prompt(name):
+def test_what_is_kept_of_prompt_and_tail_is_what_would_be_kept_of_a_prompt(name: str) -> None:
     """Nothing is evicted before the budget is reached, so both have read the same; then one path plans for both."""
     model, policy = attached("llama"), evicting(name, evict_interval=21)
     first, more = tokens(2, 40), tokens(2, 21, seed=1)
@@ -121,7 +125,7 @@ def test_what_is_kept_of_prompt_and_tail_is_what_would_be_kept_of_a_prompt(name)
 
 
 @pytest.mark.parametrize("name", ["h2o", "adakv"])
-def test_evicting_from_the_tail_is_masking(name):
+def test_evicting_from_the_tail_is_masking(name: str) -> None:
     model, policy = attached("llama"), evicting(name, evict_interval=20)
     first, more, said = tokens(1, 30), tokens(1, 20, seed=1), tokens(1, 9, seed=2)
     cache = prefill(model, first, policy=policy, budget=35)
@@ -135,7 +139,7 @@ def test_evicting_from_the_tail_is_masking(name):
     assert_logits_close(continuation(model, said, cache)[0], theirs)
 
 
-def test_heads_keep_the_budgets_that_they_were_given():
+def test_heads_keep_the_budgets_that_they_were_given() -> None:
     model, policy = attached("llama"), evicting("adakv", evict_interval=8)
     cache = prefill(model, tokens(1, 60), policy=policy, keep=0.3)
     given = cache.budgets.clone()
@@ -148,7 +152,7 @@ def test_heads_keep_the_budgets_that_they_were_given():
         assert {0, *range(newest - 7, newest + 1)} <= set(cache.kept_positions(layer, 0, head).tolist())
 
 
-def test_streaming_llm_keeps_the_first_and_the_latest_for_ever():
+def test_streaming_llm_keeps_the_first_and_the_latest_for_ever() -> None:
     model = attached("llama")
     cache = prefill(
         model, tokens(1, 30), policy=Policy(StreamingLLM(sinks=3), sinks=0, recent=0, evict_interval=1), budget=10
@@ -161,7 +165,7 @@ def test_streaming_llm_keeps_the_first_and_the_latest_for_ever():
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(("name", "evict_interval"), [("h2o", 1), ("snapkv", 6), ("tokens", 6), ("tova", 16)])
-def test_transformers_generates_the_same(family, name, evict_interval):
+def test_transformers_generates_the_same(family: str, name: str, evict_interval: int) -> None:
     model, policy = attached(family), evicting(name, evict_interval, family)
     ids, question = tokens(2, 40), tokens(2, 5, seed=1)
     ours = generate(model, question, prefill(model, ids, policy=policy, keep=0.3), max_new_tokens=30)
@@ -175,7 +179,7 @@ def test_transformers_generates_the_same(family, name, evict_interval):
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "rkv", "conditioned", "hidden", "ranked"])
 @pytest.mark.parametrize(("evict_interval", "lengths"), [(1, (9, 2, 5)), (6, (4, 4, 4))])
-def test_rows_of_a_batch_continue_as_alone(name, evict_interval, lengths):
+def test_rows_of_a_batch_continue_as_alone(name: str, evict_interval: int, lengths: tuple[int, int, int]) -> None:
     """Where the batch evicts when each row would alone; rows end before others."""
     model, policy = attached("llama"), evicting(name, evict_interval)
     prompts = [tokens(1, length, seed=3)[0] for length in (50, 31, 44)]
@@ -198,7 +202,7 @@ def test_rows_of_a_batch_continue_as_alone(name, evict_interval, lengths):
     assert together.next_positions().tolist() == [at - one for at, one in zip(positions, unread, strict=True)]
 
 
-def test_padding_within_the_tail_is_no_distance():
+def test_padding_within_the_tail_is_no_distance() -> None:
     """Neighbours that are pooled are the tokens next to each other, whatever stands between them in a batch."""
     model, policy = attached("llama"), Policy(SnapKV(window=4, kernel_size=7), sinks=0, recent=0, evict_interval=100)
     prompts = [tokens(1, length, seed=3)[0] for length in (50, 31, 44)]
@@ -217,7 +221,7 @@ def test_padding_within_the_tail_is_no_distance():
         assert kept_of(together, row) == kept_of(alone, 0)
 
 
-def test_a_fork_is_not_touched_and_rows_may_be_repeated():
+def test_a_fork_is_not_touched_and_rows_may_be_repeated() -> None:
     model, policy = attached("llama"), evicting("h2o", evict_interval=4)
     cache = prefill(model, tokens(2, 40), policy=policy, keep=0.3)
     continuation(model, tokens(2, 3, seed=1), cache)
@@ -238,7 +242,7 @@ def test_a_fork_is_not_touched_and_rows_may_be_repeated():
         assert kept_of(fork, row) == kept_of(alone, 0)
 
 
-def test_beams_stay_within_the_budget():
+def test_beams_stay_within_the_budget() -> None:
     model, policy = attached("llama"), evicting("snapkv", evict_interval=5)
     ids, question = tokens(1, 40), tokens(1, 3, seed=1)
     cache = prefill(model, ids, policy=policy, keep=0.3)
@@ -254,7 +258,7 @@ def test_beams_stay_within_the_budget():
     assert torch.equal(beams, theirs[:, 43:])
 
 
-def test_only_what_was_read_since_can_be_taken_back():
+def test_only_what_was_read_since_can_be_taken_back() -> None:
     model, policy = attached("llama"), evicting("h2o", evict_interval=10)
     cache, said = prefill(model, tokens(1, 40), policy=policy, keep=0.3), tokens(1, 8, seed=1)
     fork = cache.fork()
@@ -269,7 +273,7 @@ def test_only_what_was_read_since_can_be_taken_back():
         cache.crop(-3)
 
 
-def test_another_scorer_may_score_while_tokens_are_added():
+def test_another_scorer_may_score_while_tokens_are_added() -> None:
     model, ids, said = attached("llama"), tokens(1, 40), tokens(1, 12, seed=1)
     mixed = prefill(model, ids, policy=Policy(SnapKV(), sinks=0, recent=0, evict_interval=12, decode=TOVA()), budget=50)
     plain = prefill(model, ids, policy=Policy(TOVA(), sinks=0, recent=0, evict_interval=12), budget=50)
@@ -281,13 +285,13 @@ def test_another_scorer_may_score_while_tokens_are_added():
 @pytest.mark.parametrize(
     "build", [lambda: Policy(KVzip(), evict_interval=4), lambda: Policy(SnapKV(), evict_interval=4, decode=KVzip())]
 )
-def test_a_scorer_that_cannot_score_decoded_tokens_is_refused(build):
+def test_a_scorer_that_cannot_score_decoded_tokens_is_refused(build: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=r"^evict_interval=4: KVzip reads of a prompt .* another scorer as decode"):
         build()
     assert Policy(KVzip(), evict_interval=4, decode=H2O()).capture_spec.statistics
 
 
-def test_without_an_interval_the_tail_grows():
+def test_without_an_interval_the_tail_grows() -> None:
     model = attached("llama")
     cache = prefill(model, tokens(1, 40), policy=load_policy("h2o"), keep=0.3)
     continuation(model, tokens(1, 80, seed=1), cache)

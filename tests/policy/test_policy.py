@@ -1,6 +1,7 @@
 """What policies spend, protect and learn from."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def read(*lengths: int, seed: int = 0) -> CompressedCache:
 
 
 @every_policy
-def test_every_policy_spends_exactly_the_budget_at_any_length(name):
+def test_every_policy_spends_exactly_the_budget_at_any_length(name: str) -> None:
     policy, heads = policy_for(name, attached("llama")), LAYERS * HEADS
     for length, whole in zip(LENGTHS, map(read, LENGTHS), strict=True):
         for keep in (0.02, 0.07, 0.1, 0.25, 0.331, 0.5, 0.6, 0.9, 0.999):
@@ -56,13 +57,13 @@ def test_every_policy_spends_exactly_the_budget_at_any_length(name):
 
 
 @every_policy
-def test_rows_spend_their_own_budgets(name):
+def test_rows_spend_their_own_budgets(name: str) -> None:
     small = policy_for(name, attached("llama")).compress(read(90, 41, 20), keep=0.15)
     assert small.budgets.sum((0, 2)).tolist() == [round(0.15 * n * 6) for n in (90, 41, 20)]
 
 
 @every_policy
-def test_a_budget_in_tokens_is_an_average_over_the_heads(name):
+def test_a_budget_in_tokens_is_an_average_over_the_heads(name: str) -> None:
     whole, policy = read(90, 20), policy_for(name, attached("llama"))
     for budget in (1, 7, 12.5, 20, 33, 90, 500):
         small = policy.compress(whole.fork(), budget=budget)
@@ -81,7 +82,9 @@ class Middle(Scorer):
     ("keep", "sinks", "recent"),
     [(0.5, 3, 5), (0.35, 2, 5), (0.25, 0, 5), (0.2, 0, 4), (0.1, 0, 2), (0.05, 0, 1), (0.025, 0, 0)],
 )
-def test_sinks_and_recent_tokens_are_protected_up_to_half_of_the_budget_recent_first(keep, sinks, recent):
+def test_sinks_and_recent_tokens_are_protected_up_to_half_of_the_budget_recent_first(
+    keep: float, sinks: int, recent: int
+) -> None:
     small = Policy(Middle(), sinks=3, recent=5).compress(read(40), keep=keep)
     middle = sorted(range(40), key=lambda position: (abs(position - 20), position))
     expected = {*range(sinks), *range(40 - recent, 40)}
@@ -90,7 +93,7 @@ def test_sinks_and_recent_tokens_are_protected_up_to_half_of_the_budget_recent_f
 
 
 @pytest.mark.parametrize(("sinks", "recent"), [(2, 0), (0, 3), (0, 0)])
-def test_each_protection_is_optional(sinks, recent):
+def test_each_protection_is_optional(sinks: int, recent: int) -> None:
     small = Policy(Middle(), sinks=sinks, recent=recent).compress(read(40), keep=0.25)
     rest = range(20 - (10 - sinks - recent) // 2, 20 + (11 - sinks - recent) // 2)
     for head in kept(small, 0):
@@ -99,7 +102,7 @@ def test_each_protection_is_optional(sinks, recent):
 
 
 @pytest.mark.parametrize("name", ["full", *HEURISTICS, *LEARNED])
-def test_relaxing_computes_what_compressing_does_and_leaves_the_cache_alone(name):
+def test_relaxing_computes_what_compressing_does_and_leaves_the_cache_alone(name: str) -> None:
     policy, whole = policy_for(name, attached("llama")), read(70, 33)
     said = tokens(2, 9, seed=1)
     with torch.no_grad():
@@ -119,7 +122,7 @@ def loss(policy: Policy, whole: CompressedCache, **spend: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_the_gradient_reaches_every_learned_parameter(name):
+def test_the_gradient_reaches_every_learned_parameter(name: str) -> None:
     policy = policy_for(name, attached("llama")).train().requires_grad_(True)
     loss(policy, read(70, 33), keep=0.2).backward()
     assert [path for path, held in policy.named_parameters() if held.grad is None] == []
@@ -142,7 +145,7 @@ def gated(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: f
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_the_gradient_is_that_of_gating_every_entry(name, monkeypatch):
+def test_the_gradient_is_that_of_gating_every_entry(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, found = policy_for(name, attached("llama")).train().requires_grad_(True), []
     for change in (False, True):
         if change:
@@ -155,13 +158,14 @@ def test_the_gradient_is_that_of_gating_every_entry(name, monkeypatch):
         torch.testing.assert_close(ours, told, rtol=1e-4, atol=1e-5 * float(told.abs().max()))
 
 
-def test_what_a_student_holds_for_its_gradient_does_not_grow_with_the_prompt():
+def test_what_a_student_holds_for_its_gradient_does_not_grow_with_the_prompt() -> None:
     policy, said, held = policy_for("tokens", attached("llama")).requires_grad_(True), tokens(1, 5), []
     for length in (60, 240):
-        student, saved = policy.relax(read(length), budget=10), {}
+        student = policy.relax(read(length), budget=10)
+        saved: dict[Any, Any] = {}
         prompt = {one.untyped_storage().data_ptr() for one in student.tensors()}
 
-        def note(one: Tensor, saved=saved, prompt=prompt) -> Tensor:
+        def note(one: Tensor, saved: dict[int, int] = saved, prompt: set[int] = prompt) -> Tensor:
             if one.untyped_storage().data_ptr() not in prompt:
                 saved[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
             return one
@@ -175,7 +179,7 @@ def test_what_a_student_holds_for_its_gradient_does_not_grow_with_the_prompt():
 
 
 @pytest.mark.parametrize("allocator", [LearnedAllocator, LearnedSequentialAllocator])
-def test_a_step_along_the_gradient_of_the_budgets_helps(allocator):
+def test_a_step_along_the_gradient_of_the_budgets_helps(allocator: type[Any]) -> None:
     """The straight-through gradient need not be exact, but moving budgets along it must lower the deployed loss."""
     model, whole, said = attached("llama"), read(150, seed=5), tokens(1, 12, seed=6)
     with torch.no_grad():
@@ -198,7 +202,7 @@ def test_a_step_along_the_gradient_of_the_budgets_helps(allocator):
     assert min(losses[-5:]) < 0.9 * losses[0]
 
 
-def test_a_scorer_is_not_handed_fewer_queries_than_it_asks_for():
+def test_a_scorer_is_not_handed_fewer_queries_than_it_asks_for() -> None:
     whole = prefill(attached("llama"), tokens(1, 50), window=8)
     for call in (load_policy("snapkv").compress, load_policy("adakv").relax):
         with pytest.raises(UserError, match=r"^window=8: the policy reads the last 32 queries .* with window=32$"):
@@ -223,7 +227,7 @@ def test_a_scorer_is_not_handed_fewer_queries_than_it_asks_for():
         ({"budget": -3}, "budget=-3: expected at least one entry per head"),
     ],
 )
-def test_budgets_are_checked(spend, line):
+def test_budgets_are_checked(spend: dict[str, int], line: str) -> None:
     policy, whole = load_policy("snapkv"), read(30)
     for call in (
         policy.compress,
@@ -234,6 +238,6 @@ def test_budgets_are_checked(spend, line):
             call(whole.fork(), **spend)
 
 
-def test_protected_numbers_are_checked():
+def test_protected_numbers_are_checked() -> None:
     with pytest.raises(UserError, match="sinks=-1 recent=8: expected numbers of tokens >= 0"):
         Policy(None, sinks=-1)

@@ -11,7 +11,7 @@ from learnkv.scorers import Chunked, KeyDiff, Knorm
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
-def test_every_entry_has_the_score_of_its_chunk(reduce):
+def test_every_entry_has_the_score_of_its_chunk(reduce: str) -> None:
     obs, base = observe([23, 9, 1]), Knorm()
     scores, plain = Chunked(base, size=4, reduce=reduce)(obs), base(obs)
     how = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}[reduce]
@@ -22,7 +22,7 @@ def test_every_entry_has_the_score_of_its_chunk(reduce):
             torch.testing.assert_close(scores[row, :, at], expected)
 
 
-def test_chunks_are_those_of_the_prompt_where_entries_are_missing():
+def test_chunks_are_those_of_the_prompt_where_entries_are_missing() -> None:
     """Position 5 of a head that has lost 4, 6 and 7 is a chunk by itself."""
     obs, base = observe([12]), Knorm()
     valid = obs.valid.clone()
@@ -33,11 +33,11 @@ def test_chunks_are_those_of_the_prompt_where_entries_are_missing():
     torch.testing.assert_close(scores[0, 1, 5], plain[0, 1, 4:8].mean())
 
 
-def test_chunks_of_one_are_the_scores_themselves():
+def test_chunks_of_one_are_the_scores_themselves() -> None:
     obs = observe([31, 8])
     assert torch.equal(Chunked(KeyDiff(), size=1)(obs)[obs.valid], KeyDiff()(obs)[obs.valid])
 
 
-def test_chunks_have_a_size():
+def test_chunks_have_a_size() -> None:
     with pytest.raises(UserError, match=r"size=0: expected at least one token per chunk"):
         Chunked(Knorm(), size=0)

@@ -1,6 +1,8 @@
 """Scorers that correct another's scores, and those that depend on how much will be kept."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from support.models import attached, tokens
 from support.observations import observe
 
 from learnkv import Policy, prefill
+from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.scorers import CriticalKV, DefensiveKV, Knorm, LearnedScorer, ReSTKV, SnapKV, VaSE
 
@@ -16,7 +19,7 @@ def ranked(scores: torch.Tensor) -> list[int]:
     return scores.argsort(descending=True).tolist()
 
 
-def test_critical_fills_the_rest_by_what_values_weigh():
+def test_critical_fills_the_rest_by_what_values_weigh() -> None:
     obs = observe([6], heads=2, group=1, dim=2)
     values = torch.ones(1, 2, 6, 2)
     values[0, :, 4:] = torch.tensor([[9.0, 0.0], [0.0, 7.0]])
@@ -31,7 +34,7 @@ def test_critical_fills_the_rest_by_what_values_weigh():
     assert ranked(spared[1])[:3] == [0, 1, 4]  # 0.8 of a mean budget of 2.5
 
 
-def test_a_policy_asks_for_the_second_stage_with_each_heads_budget():
+def test_a_policy_asks_for_the_second_stage_with_each_heads_budget() -> None:
     model = attached("llama")
     policy = Policy(CriticalKV(SnapKV(window=8)), sinks=1, recent=2)
     cache = prefill(model, tokens(1, 60), policies=[policy])
@@ -52,7 +55,7 @@ def test_a_policy_asks_for_the_second_stage_with_each_heads_budget():
                 assert once.kept_positions(at, 0, head).tolist() == want
 
 
-def test_a_model_that_hides_its_output_projection_is_named():
+def test_a_model_that_hides_its_output_projection_is_named() -> None:
     obs = dataclasses.replace(observe([20]), project=None)
     for ask in (lambda: DefensiveKV()(obs), lambda: CriticalKV(Knorm()).contributions(obs)):
         with pytest.raises(UserError, match="reads the output projection"):
@@ -60,18 +63,18 @@ def test_a_model_that_hides_its_output_projection_is_named():
 
 
 @pytest.mark.parametrize("scorer", [DefensiveKV(), VaSE(Knorm()), ReSTKV()])
-def test_scores_that_depend_on_the_budget_are_not_asked_for_without_one(scorer):
+def test_scores_that_depend_on_the_budget_are_not_asked_for_without_one(scorer: Scorer) -> None:
     with pytest.raises(UserError, match="depend on how much will be kept"):
         scorer(dataclasses.replace(observe([20]), keep=None))
 
 
 @pytest.mark.parametrize("wrapper", [CriticalKV, VaSE, lambda base: LearnedScorer(base, 2, 2, 16)])
-def test_nothing_is_built_on_a_scorer_that_needs_a_budget(wrapper):
+def test_nothing_is_built_on_a_scorer_that_needs_a_budget(wrapper: Callable[..., Any] | type[Any]) -> None:
     with pytest.raises(UserError, match=r"base=CriticalKV: ranks by a head's budget"):
         wrapper(CriticalKV(Knorm()))
 
 
-def test_vase_keeps_large_values_and_draws_the_rest():
+def test_vase_keeps_large_values_and_draws_the_rest() -> None:
     obs = observe([400], heads=2)
     obs = dataclasses.replace(obs, values=obs.values.index_fill(2, torch.tensor([7, 300]), 50.0))
     obs = dataclasses.replace(obs, keep=torch.tensor([0.05], dtype=torch.float64))
@@ -90,7 +93,7 @@ def test_vase_keeps_large_values_and_draws_the_rest():
     assert order == pytest.approx([0.61, 0.38], abs=0.08)
 
 
-def test_defensive_scores_still_rank_where_the_budget_is_smaller_than_the_window():
+def test_defensive_scores_still_rank_where_the_budget_is_smaller_than_the_window() -> None:
     obs = dataclasses.replace(observe([200], window=32), keep=torch.tensor([0.05], dtype=torch.float64))
     parts = DefensiveKV()(obs), DefensiveKV(variant="original")(obs)
     tied = [int((scores == scores.amax()).sum(-1).max()) for scores in parts]

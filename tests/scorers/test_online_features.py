@@ -1,12 +1,17 @@
 """Online eviction by scorers that read hidden states: their cached features are kept, hidden states are not."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from support.models import attached, tokens
 from support.observations import randomised
+from torch import Tensor
 
 from learnkv import Policy, continuation, prefill
 from learnkv.cache.capture import Capture
+from learnkv.core.observation import Observation
 from learnkv.errors import UserError
 from learnkv.scorers import Constant, GateScorer, HiddenScorer, Scorer, SnapKV
 from learnkv.scorers.residual import unit
@@ -15,17 +20,18 @@ pytestmark = pytest.mark.compat
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
 
 
-def test_a_token_is_scored_by_its_hidden_state_when_it_was_read(monkeypatch):
+def test_a_token_is_scored_by_its_hidden_state_when_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its score is its own and no heuristic's: what is kept after any number of evictions are the best of all."""
-    model, scorer, heard = attached("llama"), randomised(HiddenScorer(Constant(), 3, 2, 16, 48, width=0)), {}
+    model, scorer = attached("llama"), randomised(HiddenScorer(Constant(), 3, 2, 16, 48, width=0))
+    heard: dict[Any, Any] = {}
     record = Capture.record
 
-    def listen(self, hidden, decoding=False):
+    def listen(self: Any, hidden: Tensor, decoding: bool = False) -> None:
         heard.setdefault(id(self), []).append(hidden)
         record(self, hidden, decoding)
 
@@ -41,7 +47,7 @@ def test_a_token_is_scored_by_its_hidden_state_when_it_was_read(monkeypatch):
         assert max(max(one) for one in best) >= 40
 
 
-def test_hidden_states_are_not_held_where_nothing_is_scored_again():
+def test_hidden_states_are_not_held_where_nothing_is_scored_again() -> None:
     """Not where a policy keeps all later tokens, nor where their scorer does not read hidden states."""
     gate = randomised(GateScorer(SnapKV(window=8), 3, 2, 48, num_groups=2))
     for policy, held in (
@@ -64,10 +70,10 @@ class Hidden(Scorer):
 
     needs = frozenset({"hidden"})
 
-    def forward(self, obs):
+    def forward(self, obs: Observation) -> Any:
         return obs.hidden.norm(dim=-1).unsqueeze(1).expand_as(obs.valid)
 
 
-def test_a_scorer_that_needs_hidden_states_themselves_is_refused():
+def test_a_scorer_that_needs_hidden_states_themselves_is_refused() -> None:
     with pytest.raises(UserError, match=r"^evict_interval=4: Hidden reads of a prompt .* another scorer as decode"):
         Policy(Hidden(), evict_interval=4)

@@ -6,6 +6,7 @@ from support.models import attached, build, padded, tokens
 from support.observations import randomised
 from support.tables import made_up
 from torch import nn
+from transformers import PreTrainedModel
 
 from learnkv import Policy, attach, prefill
 from learnkv.formats import tensors
@@ -15,7 +16,7 @@ from learnkv.scorers import Constant, FastKVzip, GateScorer, HiddenScorer, Score
 LAYERS, HEADS, GROUP, DIM, HIDDEN = 3, 2, 2, 16, 48  # of the tiny Llama
 
 
-def scores_and_inputs(model, scorer: Scorer) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def scores_and_inputs(model: PreTrainedModel, scorer: Scorer) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Scores [L, 1, H, S] of a prompt, and what its attention blocks read."""
     heard, modules = [], [layer.self_attn for layer in model.model.layers]
     hooks = [
@@ -31,7 +32,7 @@ def scores_and_inputs(model, scorer: Scorer) -> tuple[torch.Tensor, list[torch.T
 
 @torch.no_grad()
 @pytest.mark.parametrize("width", [0, 512])
-def test_kvzap(width):
+def test_kvzap(width: int) -> None:
     """Linear or with 512 hidden units and GELU (kvpress' `KVzapModel`), over hidden states as they are."""
     scorer = randomised(HiddenScorer(Constant(), LAYERS, HEADS, DIM, HIDDEN, width=width, normalized=False))
     found, inputs = scores_and_inputs(attached("llama"), scorer)
@@ -47,7 +48,7 @@ def test_kvzap(width):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_locret(family):
+def test_locret(family: str) -> None:
     """silu([q, k, v] W_1) W_2 of queries, keys and values before rotation, without biases of its own."""
     model = attach(build(family))
     config = model.config
@@ -72,7 +73,7 @@ def test_locret(family):
 
 
 @torch.no_grad()
-def test_fast_kvzip():
+def test_fast_kvzip() -> None:
     """The gate of a published file, in the class that is trained."""
     file = made_up("gate", LAYERS, HEADS, GROUP, DIM, HIDDEN)
     theirs = FastKVzip(file)

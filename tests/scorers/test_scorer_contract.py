@@ -1,6 +1,7 @@
 """What the cache and the policy rely on, for every scorer there is."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,16 @@ def build(cls: type[Scorer]) -> Scorer:
     return components.build(cls, 2, 2, 3, 16)
 
 
-def seen_by(scorer: Scorer, lengths: list[int], **more) -> Observation:
+def seen_by(scorer: Scorer, lengths: list[int], **more: int) -> Observation:
     return observe(lengths, statistics=scorer.capture_spec.statistics, extra_passes=scorer.extra_passes, **more)
 
 
-def test_the_walk_finds_the_scorers():
+def test_the_walk_finds_the_scorers() -> None:
     assert {"Knorm", "Random", "SnapKV", "StreamingLLM"} <= {cls.__name__ for cls in SCORERS}
 
 
 @every_scorer
-def test_a_padded_row_gets_what_it_gets_alone(cls):
+def test_a_padded_row_gets_what_it_gets_alone(cls: type[Any]) -> None:
     scorer, lengths = build(cls), [61, 33, 32, 9, 3, 1]
     together = scorer(seen_by(scorer, lengths, window=32))
     for row, length in enumerate(lengths):
@@ -37,7 +38,7 @@ def test_a_padded_row_gets_what_it_gets_alone(cls):
 
 @every_scorer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_finite_float32_whatever_the_model_computes_in(cls, dtype):
+def test_scores_are_finite_float32_whatever_the_model_computes_in(cls: type[Any], dtype: torch.dtype) -> None:
     scorer = build(cls)
     obs = seen_by(scorer, [40, 12])
     changed = {name: getattr(obs, name).to(dtype) for name in ("queries", "keys", "values", "hidden")}
@@ -49,7 +50,7 @@ def test_scores_are_finite_float32_whatever_the_model_computes_in(cls, dtype):
 
 
 @every_scorer
-def test_entries_that_are_not_there_are_not_read(cls):
+def test_entries_that_are_not_there_are_not_read(cls: type[Any]) -> None:
     scorer = build(cls)
     obs = seen_by(scorer, [40, 25])
     holes = torch.rand(obs.valid.shape, generator=torch.Generator().manual_seed(1)) < 0.3
@@ -64,7 +65,7 @@ def test_entries_that_are_not_there_are_not_read(cls):
 
 
 @every_scorer
-def test_a_wider_recording_changes_nothing(cls):
+def test_a_wider_recording_changes_nothing(cls: type[Any]) -> None:
     """Another component may ask for more queries than this one."""
     scorer = build(cls)
     wide, narrow = seen_by(scorer, [70], window=70), seen_by(scorer, [70], window=scorer.window)
@@ -72,7 +73,7 @@ def test_a_wider_recording_changes_nothing(cls):
 
 
 @pytest.mark.parametrize("cls", [cls for cls in SCORERS if cls not in KNOWS_ITS_HEAD])
-def test_permuted_heads_give_permuted_scores(cls):
+def test_permuted_heads_give_permuted_scores(cls: type[Any]) -> None:
     order, scorer = [2, 0, 3, 1], build(cls)
     obs = seen_by(scorer, [40, 25], heads=4)
     got = scorer(permuted(obs, order))

@@ -4,6 +4,9 @@ import copy
 import dataclasses
 import pickle
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +14,14 @@ from support import components
 from support.models import attached, padded, tokens
 from support.observations import observe, randomised
 from support.tables import made_up
+from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, prefill
-from learnkv.core.observation import CaptureSpec, HiddenSample
+from learnkv.core.observation import CaptureSpec, HiddenSample, Observation
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.scorers import Constant, FastKVzip, GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
+from learnkv.scorers.residual import Residual
 
 MAKE = {
     "projection": lambda: LearnedScorer(SnapKV(window=8), 3, 2, 16, width=4, window=8, rank=3, hidden_size=48),
@@ -26,16 +31,16 @@ MAKE = {
 every_scorer = pytest.mark.parametrize("name", MAKE)
 
 
-def learned(name: str):
+def learned(name: str) -> Residual:
     return randomised(MAKE[name]()).requires_grad_(True)
 
 
-def read(policy: Policy, chunk_size: int | None = None, sample: HiddenSample | None = None):
+def read(policy: Policy, chunk_size: int | None = None, sample: HiddenSample | None = None) -> CompressedCache:
     prompts = padded([tokens(1, 70)[0], tokens(1, 45)[0]])
     return prefill(attached("llama"), *prompts, policies=[policy], chunk_size=chunk_size, sample=sample)
 
 
-def gradients(policy: Policy, cache) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(policy: Policy, cache: CompressedCache) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Scores, and what a function of them has for gradients."""
     scores = policy.plan(cache, keep=0.2).raw_scores
     weight = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
@@ -47,7 +52,7 @@ def gradients(policy: Policy, cache) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("parts", [[60], [1] * 60, [7, 20, 20, 13], [30, 30]])
-def test_a_sample_does_not_depend_on_chunks(parts):
+def test_a_sample_does_not_depend_on_chunks(parts: list[int]) -> None:
     sample, held, end = HiddenSample(16, seed=3), None, 0
     whole = observe([60])
     for part in parts:
@@ -60,7 +65,7 @@ def test_a_sample_does_not_depend_on_chunks(parts):
     assert torch.equal(held, whole.hidden[:, sample.slots(60)])
 
 
-def test_every_slot_is_as_likely_in_a_sample_as_any_other():
+def test_every_slot_is_as_likely_in_a_sample_as_any_other() -> None:
     drawn = torch.stack([HiddenSample(16, seed).slots(64) for seed in range(2000)])
     assert (drawn.diff(dim=-1) > 0).all()
     often = drawn.flatten().bincount(minlength=64) / 2000
@@ -72,7 +77,7 @@ def test_every_slot_is_as_likely_in_a_sample_as_any_other():
 
 
 @every_scorer
-def test_gradients_of_a_sample_are_those_of_all_tokens_on_average(name):
+def test_gradients_of_a_sample_are_those_of_all_tokens_on_average(name: str) -> None:
     policy = Policy(learned(name))
     scores, whole = gradients(policy, read(policy))
     found = []
@@ -95,7 +100,7 @@ def test_gradients_of_a_sample_are_those_of_all_tokens_on_average(name):
 
 
 @pytest.mark.parametrize("cls", [LearnedScorer, HiddenScorer, GateScorer])
-def test_a_sample_of_all_tokens_has_the_gradients_of_the_figures_themselves(cls):
+def test_a_sample_of_all_tokens_has_the_gradients_of_the_figures_themselves(cls: type[Any]) -> None:
     scorer = components.build(cls, 2, 2, 3, 16).requires_grad_(True)
     with torch.no_grad():
         obs = observe([60], statistics=scorer.capture_spec.statistics, sample=HiddenSample(60))
@@ -110,7 +115,7 @@ def test_a_sample_of_all_tokens_has_the_gradients_of_the_figures_themselves(cls)
 
 
 @every_scorer
-def test_hidden_states_are_held_of_the_sample_and_of_no_other_token(name):
+def test_hidden_states_are_held_of_the_sample_and_of_no_other_token(name: str) -> None:
     policy, sample = Policy(learned(name)), HiddenSample(20)
     for trained in (True, False):
         cache = read(policy.requires_grad_(trained), chunk_size=16, sample=sample)
@@ -123,7 +128,7 @@ def test_hidden_states_are_held_of_the_sample_and_of_no_other_token(name):
 
 
 @every_scorer
-def test_chunks_and_copies_score_alike(name):
+def test_chunks_and_copies_score_alike(name: str) -> None:
     policy = Policy(randomised(MAKE[name]()))
     twin = copy.deepcopy(policy)
     want = policy.plan(read(policy), keep=0.2).raw_scores
@@ -134,7 +139,7 @@ def test_chunks_and_copies_score_alike(name):
     assert not torch.equal(twin.plan(read(twin), keep=0.2).raw_scores, want)
 
 
-def test_figures_that_are_the_same_are_gathered_once(tmp_path):
+def test_figures_that_are_the_same_are_gathered_once(tmp_path: Path) -> None:
     gate, file = made_up("gate", 3, 2, 2, 16, 48), tmp_path / "gate.safetensors"
     shutil.copy(gate, file)
     assert Policy(FastKVzip(str(file))).capture_spec == Policy(FastKVzip(gate)).capture_spec
@@ -146,7 +151,7 @@ def test_figures_that_are_the_same_are_gathered_once(tmp_path):
 
 @every_scorer
 @pytest.mark.parametrize("evict_interval", [0, 6])
-def test_copies_of_a_cache_and_of_a_policy_are_served(name, evict_interval):
+def test_copies_of_a_cache_and_of_a_policy_are_served(name: str, evict_interval: int) -> None:
     policy = Policy(randomised(MAKE[name]()), evict_interval=evict_interval)
     cache, said = read(policy), tokens(2, 9, seed=3)
     assert all(one.compute.__self__ is policy.scorer for one in copy.deepcopy(policy.scorer.decode_capture))
@@ -167,7 +172,7 @@ def test_copies_of_a_cache_and_of_a_policy_are_served(name, evict_interval):
 
 
 @every_scorer
-def test_a_prompt_that_was_read_with_other_weights_is_refused(name):
+def test_a_prompt_that_was_read_with_other_weights_is_refused(name: str) -> None:
     policy = Policy(learned(name), evict_interval=6)
     cache = read(policy)
     compressed = policy.compress(cache.fork(), keep=0.3)
@@ -181,7 +186,7 @@ def test_a_prompt_that_was_read_with_other_weights_is_refused(name):
 
 
 @every_scorer
-def test_a_prompt_without_a_sample_is_refused_where_gradients_are_needed(name):
+def test_a_prompt_without_a_sample_is_refused_where_gradients_are_needed(name: str) -> None:
     policy = Policy(learned(name).requires_grad_(False))
     cache = read(policy)
     policy.requires_grad_(True)
@@ -195,16 +200,16 @@ def test_a_prompt_without_a_sample_is_refused_where_gradients_are_needed(name):
 class Mean(Scorer):
     """Of several."""
 
-    def __init__(self, several):
+    def __init__(self, several: list[Residual]) -> None:
         super().__init__()
         self.several = torch.nn.ModuleList(several)
         self.window = max(one.window for one in several)
 
-    def forward(self, obs):
+    def forward(self, obs: Observation) -> Tensor:
         return torch.stack([one(obs) for one in self.several]).mean(0)
 
 
-def test_scorers_within_a_container_have_gradients():
+def test_scorers_within_a_container_have_gradients() -> None:
     policy = Policy(Mean([learned(name) for name in MAKE]))
     _, found = gradients(policy, read(policy))
     assert found.keys() == {path for path, _ in policy.named_parameters()}
@@ -212,7 +217,7 @@ def test_scorers_within_a_container_have_gradients():
 
 
 @every_scorer
-def test_gradients_are_not_counted_twice_where_the_prompt_is_read_with_them(name):
+def test_gradients_are_not_counted_twice_where_the_prompt_is_read_with_them(name: str) -> None:
     model, policy = attached("llama"), Policy(learned(name))
     sample = HiddenSample(20, 4)
     want = gradients(policy, prefill(model, tokens(1, 70), policies=[policy], sample=sample))[1]
@@ -223,7 +228,7 @@ def test_gradients_are_not_counted_twice_where_the_prompt_is_read_with_them(name
         torch.testing.assert_close(one, want[path], rtol=1e-4, atol=1e-4)
 
 
-def test_a_sample_is_captured_for_trained_scorers_only():
+def test_a_sample_is_captured_for_trained_scorers_only() -> None:
     spec = Policy(learned("gate")).capture_spec
     assert spec.sample == HiddenSample()
     assert spec.with_sample(HiddenSample(20, 1)).gathered == spec.statistics | {HiddenSample(20, 1)}
@@ -231,7 +236,7 @@ def test_a_sample_is_captured_for_trained_scorers_only():
     assert Policy(SnapKV()).capture_spec.with_sample(HiddenSample()).sample is None
 
 
-def test_keys_and_values_are_read_from_the_cache():
+def test_keys_and_values_are_read_from_the_cache() -> None:
     scorer = randomised(HiddenScorer(Constant(), 3, 2, 16, 48, reads=("keys", "values"))).requires_grad_(True)
     assert not Policy(scorer).capture_spec.statistics
     assert Policy(scorer, evict_interval=4).capture_spec.statistics
@@ -248,7 +253,7 @@ def test_keys_and_values_are_read_from_the_cache():
     assert found[0].abs().max() > 0
 
 
-def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use() -> None:
     policy = Policy(learned("projection"))
     sample = HiddenSample(20, seed=123)
     with torch.inference_mode():
@@ -264,6 +269,6 @@ def test_inference_mode_leaves_nothing_behind_that_training_cannot_use():
         (lambda: HiddenScorer(SnapKV(), activation="relu"), r"^activation=relu: expected gelu or silu"),
     ],
 )
-def test_what_cannot_be_is_named(make, told):
+def test_what_cannot_be_is_named(make: Callable[..., Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         make()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import learnkv.allocators
 import learnkv.scorers
@@ -12,9 +13,10 @@ from support.observations import randomised, subclasses
 from support.tables import made_up
 
 SCORERS = subclasses(learnkv.scorers, Scorer)
+AnyComponent = TypeVar("AnyComponent", bound=Component)
 ALLOCATORS = subclasses(learnkv.allocators, Allocator)
 
-LEARNED: dict[type, Callable[[int, int, int, int, int], Component]] = {
+LEARNED: dict[type, Callable[[int, int, int, int, int], Any]] = {
     LearnedScorer: lambda layers, heads, group, dim, hidden: LearnedScorer(
         SnapKV(window=8), layers, heads, dim, rank=3, hidden_size=hidden
     ),
@@ -49,10 +51,11 @@ KNOWS_ITS_HEAD = {
 """Those of which a head's number is an input."""
 
 
-def build(cls: type[Component], layers: int, heads: int, group: int, dim: int, hidden: int = 32) -> Component:
+def build(cls: type[AnyComponent], layers: int, heads: int, group: int, dim: int, hidden: int = 32) -> AnyComponent:
     """A component with its defaults: learned parameters at random, tables made up, scores of SnapKV to correct."""
     if cls in LEARNED:
-        return randomised(LEARNED[cls](layers, heads, group, dim, hidden))
+        learned: AnyComponent = randomised(LEARNED[cls](layers, heads, group, dim, hidden))
+        return learned
     arguments = inspect.signature(cls).parameters
     if cls.table_argument and arguments[cls.table_argument].default is not None:
         return cls(**{cls.table_argument: made_up(cls.table_argument, layers, heads, group, dim, hidden)})

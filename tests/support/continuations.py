@@ -1,6 +1,7 @@
 """Continuations of prompts with kept and evicted entries, as arguments of the ops of training."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Case:
     def batch(self) -> int:
         return len(self.lengths) // self.heads
 
-    def inputs(self, dtype: torch.dtype | None = None) -> dict:
+    def inputs(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Arguments of `relaxed_attention`; `gates` are 1 for kept entries and 0 for the rest."""
         dtype, batch, rows = dtype or self.dtype, self.batch, self.batch * self.copies
         # Keys grow longer, so that the largest score keeps moving; some evicted ones would dominate.
@@ -87,11 +88,11 @@ class Case:
 SEGMENT = ("kept_keys", "kept_values", "offset", "length", "longest")
 
 
-def without(given: dict, *names: str) -> dict:
+def without(given: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in names}
 
 
-def double(given: dict) -> dict:
+def double(given: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in given.items()

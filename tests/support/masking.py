@@ -1,6 +1,7 @@
 """Logits of an untouched model where heads see some entries of a prompt only."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ def masked_logits(model: PreTrainedModel, prompt: Tensor, said: Tensor, kept: Ma
     """Logits [T, V] of tokens [T] after a prompt [S], of which the heads of layers see the positions `kept` only."""
     entries, before = len(prompt), model.config._attn_implementation
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **_):
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **_: Any
+    ) -> Any:
         group, new, total = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
         visible = torch.ones(key.shape[1], new, total, dtype=torch.bool).tril(total - new)
         if attention_mask is not None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -44,7 +45,7 @@ def sizes(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int) ->
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOW = 24
 HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-CONFIGS: dict[str, dict] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **sizes(48, 3, 4, 2, 16)},
     "mistral": {"model_type": "mistral", "sliding_window": None, **sizes(32, 2, 8, 2, 8)},
     "mistral-window": {"model_type": "mistral", "sliding_window": 256, **sizes(32, 3, 4, 4, 8)},
@@ -130,7 +131,16 @@ class Oracle:
         AttentionInterface.register(self.NAME, self._attention)
         return self.model(input_ids=said.unsqueeze(0), past_key_values=cache).logits[0]
 
-    def _attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
         group, new, seen = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
         query, key, value = (x.double() for x in (query, key, value))
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
@@ -200,7 +210,7 @@ def policy_for(name: str, model: PreTrainedModel) -> Policy:
         scorer = LearnedScorer(scorer, layers, heads, model.config.head_dim, sampling=sampling, **sizes)
     randomised(scorer)
     if name == "sampled":
-        scorer.sampling_growth.data /= 30  # scales of all sizes, none out of bounds
+        scorer.sampling_growth.data.div_(30)  # scales of all sizes, none out of bounds
     return Policy(scorer, randomised(allocator))
 
 

@@ -6,12 +6,15 @@ import inspect
 import pkgutil
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from learnkv.core.observation import HiddenSample, Observation, PromptPass, Statistic
 from learnkv.ops.rotary import Layout, Rotary
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 def observe(
@@ -83,7 +86,8 @@ def subclasses(package: ModuleType, base: type) -> list[type]:
     """Concrete subclasses of `base` in all files of `package`, by name."""
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
-    classes, todo = set(), [base]
+    classes: set[type[Any]] = set()
+    todo: list[type[Any]] = [base]
     while todo:
         children = [c for c in todo.pop().__subclasses__() if c.__module__.startswith(package.__name__)]
         classes.update(child for child in children if not inspect.isabstract(child))
@@ -91,7 +95,7 @@ def subclasses(package: ModuleType, base: type) -> list[type]:
     return sorted(classes, key=lambda child: child.__name__)
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomised(module: AnyModule) -> AnyModule:
     """The module with every parameter drawn at random, so that nothing learned is at its start."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():

@@ -14,7 +14,7 @@ CONTEXT = 256
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     characters = ["<s>", "</s>", "<unk>", *string.printable]
     made = Tokenizer(WordLevel({one: at for at, one in enumerate(characters)}, unk_token="<unk>"))
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory) -> Path:
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "some.txt"
     rng = random.Random(0)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 8))) for _ in range(200)]
@@ -64,7 +64,7 @@ policy:
 
 
 @pytest.fixture
-def words(folder, text_file, tmp_path) -> list[str]:
+def words(folder: Path, text_file: Path, tmp_path: Path) -> list[str]:
     """What is typed for a short run: two contexts a batch, both settings, both kinds of continuation."""
     config = tmp_path / "tiny.yaml"
     config.write_text(POLICY)

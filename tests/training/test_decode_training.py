@@ -49,7 +49,7 @@ def said(policy: Policy, cache: CompressedCache) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_student_keeps_and_says_what_is_deployed(name):
+def test_a_student_keeps_and_says_what_is_deployed(name: str) -> None:
     policy = policy_of(name).requires_grad_(True)
     whole = read(policy)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def straight(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_is_that_of_gating_every_entry(name, monkeypatch):
+def test_the_gradient_is_that_of_gating_every_entry(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, found = policy_of(name).requires_grad_(True), []
     whole = read(policy)
     for change in (False, True):
@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_gating_every_entry(name, monkeypatch):
         torch.testing.assert_close(ours, told, rtol=1e-3, atol=1e-4 * float(told.abs().max()))
 
 
-def test_a_token_trains_the_latest_eviction_before_it():
+def test_a_token_trains_the_latest_eviction_before_it() -> None:
     """What scores the prompt has no gradient from tokens after the first renewal, what judges them has none before."""
     policy = policy_of("decode").requires_grad_(True)
     ids, mask = tokens(2, 3 * EVERY, seed=4), torch.ones(2, 3 * EVERY)
@@ -115,7 +115,7 @@ def test_a_token_trains_the_latest_eviction_before_it():
     policy.requires_grad_(False)
 
 
-def test_steps_along_the_gradient_help_what_is_said_after_evictions():
+def test_steps_along_the_gradient_help_what_is_said_after_evictions() -> None:
     torch.manual_seed(0)  # of the scorer's first weights
     policy = Policy(
         LearnedScorer(SnapKV(), LAYERS, HEADS, 16), LearnedAllocator(Uniform(), LAYERS, HEADS), evict_interval=EVERY
@@ -140,7 +140,7 @@ def test_steps_along_the_gradient_help_what_is_said_after_evictions():
     assert min(losses[-4:]) < 0.95 * losses[0]
 
 
-def test_a_student_of_a_policy_that_leaves_later_tokens_alone_reads_at_once():
+def test_a_student_of_a_policy_that_leaves_later_tokens_alone_reads_at_once() -> None:
     policy = policy_for("tokens", attached("llama"))
     student = policy.relax(read(policy), keep=0.3)
     with torch.no_grad():

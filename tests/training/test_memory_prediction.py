@@ -1,5 +1,7 @@
 """The predicted peak of a step is what a real one holds."""
 
+from pathlib import Path
+
 import pytest
 from support.commands import memory
 
@@ -34,15 +36,17 @@ policy:
         ["chunk_size=30", "gradient_tokens=64"],
     ],
 )
-def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_path):
+def test_the_prediction_is_what_a_step_holds(
+    words: list[str], folder: Path, typed: list[str], policy: str, tmp_path: Path
+) -> None:
     keys = {word.split("=")[0] for word in typed} | {"lengths", "keep_range"}
     words = [word for word in words if word.split("=")[0] not in keys]
     if policy == "as shipped":
         (tmp_path / "tiny.yaml").write_text(AS_SHIPPED)
     config, _ = parse(TrainConfig, [*words, *typed, "lengths=100,200", "keep=0.2"], "train")
     model = load_model(str(folder))[0]
-    policy = build_policy(fill_sizes(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
-    module = step_of(config, model, policy.requires_grad_(True))
+    built = build_policy(fill_sizes(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
+    module = step_of(config, model, built.requires_grad_(True))
     one = largest_batch(config, 200, "cpu")
     with LiveBytes() as live:
         module.training_step(one, 0).backward()
@@ -50,23 +54,25 @@ def test_the_prediction_is_what_a_step_holds(words, folder, typed, policy, tmp_p
     step = parts[CONTEXTS] + parts[STEP]
     assert step == pytest.approx(live.peak, rel=0.01)
     assert parts["weights of the model"] == sum(4 * held.numel() for held in model.parameters())
-    assert parts["what is trained, and its optimizer"] == 3 * sum(4 * held.numel() for held in policy.parameters())
+    assert parts["what is trained, and its optimizer"] == 3 * sum(4 * held.numel() for held in built.parameters())
 
 
-def test_the_command_tells_the_parts_and_their_sum(words, capsys):
+def test_the_command_tells_the_parts_and_their_sum(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert memory([*words, "trainer.devices=4", "trainer.strategy=fsdp"]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-1].startswith("peak of a process")
     assert len(lines) == 5
 
 
-def test_prompts_that_do_not_fit_are_refused(words, capsys):
+def test_prompts_that_do_not_fit_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for word in words if not word.startswith("lengths=")]
     assert memory([*words, "lengths=100,100000"]) == 2
     assert "lengths=100,100000: with continuations of 12 tokens" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_an_objective_whose_reading_depends_on_values_is_refused(words, tmp_path, capsys):
+def test_an_objective_whose_reading_depends_on_values_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "scores.yaml").write_text(
         "objective: {class_path: learnkv.training.objectives.ScoreRegression, "
         "init_args: {target: {class_path: learnkv.scorers.KVzip}}}"

@@ -1,5 +1,7 @@
 """A mistyped policy is one line that says what was meant."""
 
+from pathlib import Path
+
 import pytest
 from support.commands import train
 
@@ -22,7 +24,7 @@ MISTYPED = {
 
 
 @pytest.mark.parametrize("which", MISTYPED)
-def test_what_was_meant_is_told(which, tmp_path, capsys):
+def test_what_was_meant_is_told(which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, told = MISTYPED[which]
     file = tmp_path / "mine.yaml"
     file.write_text(text)

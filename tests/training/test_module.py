@@ -1,25 +1,21 @@
 """Distillation on a tiny model: where it starts, that it learns, what it draws, what it stores."""
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from support.training import batch, distillation, learned, mean_kl, moved
+from transformers import PreTrainedModel
 
-from learnkv.allocators import LearnedAllocator, Uniform
-from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.adapter import Adapter
 from learnkv.errors import RunError, UserError
 from learnkv.inference import lora as adapters
-from learnkv.inference.generate import continuation
-from learnkv.inference.lora import Adapter
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill, score_prompt
 from learnkv.ops.normal_scores import normal_scores
 from learnkv.policy.policy import Policy
-from learnkv.scorers import KVzip, LearnedScorer, SnapKV
-from learnkv.training.data.batches import Batch, BatchSampler
-from learnkv.training.data.sources import NextText, Spans
-from learnkv.training.data.text_windows import Pool
-from learnkv.training.losses import forward_kl
+from learnkv.scorers import KVzip, SnapKV
+from learnkv.training.data.batches import Batch
 from learnkv.training.module import Distillation
 from learnkv.training.objectives import (
     BudgetRegression,
@@ -30,68 +26,17 @@ from learnkv.training.objectives import (
     Stages,
     WeightedSum,
 )
+from learnkv.training.objectives.base import Objective
 from learnkv.training.settings import DistillationSettings, Lora
-
-POOL = Pool(torch.randint(3, 100, (3000,), generator=torch.Generator().manual_seed(0)), [0])
-
-
-def learned(scorer: bool = True) -> Policy:
-    torch.manual_seed(0)
-    heuristic = SnapKV(window=8)
-    return Policy(
-        LearnedScorer(heuristic, num_layers=2, num_heads=2, head_dim=8, width=4, window=8) if scorer else heuristic,
-        LearnedAllocator(Uniform(), num_layers=2, num_heads=2),
-        sinks=2,
-        recent=4,
-    )
-
-
-def moved(number: int = 0) -> Policy:
-    """A policy that is not the heuristic any more."""
-    policy = learned()
-    for parameter in policy.parameters():
-        parameter.data += 0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
-    return policy
-
-
-def distillation(model, policy, steps=30, seed=0, **keys) -> Distillation:
-    settings = DistillationSettings(**{"keep": (0.2,), "students": 1, **keys})
-    module = Distillation(model, policy, settings, steps=steps, seed=seed)
-    module.log = lambda *args, **keys: None
-    return module
-
-
-def batch(number: int = 0):
-    spans = Spans(POOL, count=2, tokens=12, cue=4)
-    return BatchSampler([(1.0, spans), (1.0, NextText(POOL, 12))], (50, 60), 2, 0.5, seed=1).batch(number)
 
 
 @pytest.fixture(scope="module")
-def model(folder):
+def model(folder: Path) -> PreTrainedModel:
     return load_model(str(folder))[0]
 
 
-def mean_kl(model, one: Batch, held: Callable[[CompressedCache], CompressedCache]) -> float:
-    """Divergence from the full cache of what `held` makes of one; every row is read by itself, without padding."""
-    kl = []
-    for row in range(2):
-        mask = one.prompt_mask[row].bool()
-        for ids, length, counted in zip(
-            one.continuations.chunk(2)[row],
-            one.continuation_mask.chunk(2)[row].sum(-1),
-            one.counted.chunk(2)[row],
-            strict=True,
-        ):
-            cache = prefill(model, one.prompts[row][mask][None])
-            ids = ids[None, :length]
-            full = continuation(model, ids, cache.fork())[0]
-            part = continuation(model, ids, held(cache.fork()))[0]
-            kl.append(forward_kl(full, part)[counted[:length]].mean())
-    return torch.stack(kl).mean().item()
-
-
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_the_loss_is_the_kl_of_the_deployed_policy(model, number):
+def test_the_loss_is_the_kl_of_the_deployed_policy(model: PreTrainedModel, number: int) -> None:
     """Hard forward: what is trained is what is shipped, at the start and anywhere else."""
     policy, one = moved(number), batch(number)
     loss = distillation(model, policy).training_step(one, 0)
@@ -100,7 +45,7 @@ def test_the_loss_is_the_kl_of_the_deployed_policy(model, number):
     assert loss.item() > 1e-3
 
 
-def test_training_lowers_the_kl_of_the_deployed_policy(model):
+def test_training_lowers_the_kl_of_the_deployed_policy(model: PreTrainedModel) -> None:
     policy = learned()
     module = distillation(model, policy, lr=1e-2, budget_lr=0.2)
     batches = [batch(number) for number in range(3)]
@@ -120,7 +65,7 @@ def test_training_lowers_the_kl_of_the_deployed_policy(model):
     assert all(parameter.grad is not None for parameter in policy.parameters())
 
 
-def test_budget_logits_have_a_rate_of_their_own(model):
+def test_budget_logits_have_a_rate_of_their_own(model: PreTrainedModel) -> None:
     module = distillation(model, learned(), lr=1e-3, budget_lr=0.2)
     budgets, networks = module.configure_optimizers()["optimizer"].param_groups
     assert {tuple(p.shape) for p in budgets["params"]} == {(6, 2, 2), (6, 2)}
@@ -131,7 +76,7 @@ def test_budget_logits_have_a_rate_of_their_own(model):
     assert rates[-1] == pytest.approx(0.1)
 
 
-def test_kept_fractions_are_functions_of_seed_and_batch(model):
+def test_kept_fractions_are_functions_of_seed_and_batch(model: PreTrainedModel) -> None:
     module = distillation(model, learned(), keep=(), keep_range=(0.1, 0.4), students=2)
     assert module.keeps(7) == module.keeps(7)
     assert module.keeps(7) != module.keeps(8)
@@ -140,7 +85,7 @@ def test_kept_fractions_are_functions_of_seed_and_batch(model):
     assert {keep for number in range(20) for keep in listed.keeps(number)} == {0.1, 0.3}
 
 
-def test_a_sandwich_has_the_lowest_the_highest_and_others_between(model):
+def test_a_sandwich_has_the_lowest_the_highest_and_others_between(model: PreTrainedModel) -> None:
     module = distillation(model, learned(), keep=(), keep_range=(0.1, 0.4), students=4, keep_sampling="sandwich")
     found = [module.keeps(number) for number in range(20)]
     assert {(one[0], one[-1]) for one in found} == {(0.1, 0.4)}
@@ -152,7 +97,7 @@ def test_a_sandwich_has_the_lowest_the_highest_and_others_between(model):
     assert {tuple(listed.keeps(number)) for number in range(20)} == {(0.1, keep, 0.3) for keep in (0.1, 0.2, 0.3)}
 
 
-def test_the_temperature_falls_evenly_in_its_logarithm(model, monkeypatch):
+def test_the_temperature_falls_evenly_in_its_logarithm(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     module = distillation(model, learned(), temperature=(0.5, 0.125), steps=5)
     steps = iter(range(6))
     monkeypatch.setattr(Distillation, "global_step", property(lambda self: next(steps)))
@@ -169,7 +114,9 @@ def test_the_temperature_falls_evenly_in_its_logarithm(model, monkeypatch):
         WeightedSum([ForwardKL(), BudgetRegression(KVzip())], [1, 1]),
     ],
 )
-def test_every_objective_trains_the_policy_and_is_a_mean_over_prompts(model, objective):
+def test_every_objective_trains_the_policy_and_is_a_mean_over_prompts(
+    model: PreTrainedModel, objective: Objective
+) -> None:
     one, policy = batch(1), moved(1)
     loss = distillation(model, policy, objective=objective).training_step(one, 0)
     loss.backward()
@@ -184,7 +131,7 @@ def test_every_objective_trains_the_policy_and_is_a_mean_over_prompts(model, obj
     assert loss.item() == pytest.approx(torch.stack(halves).mean().item(), rel=1e-4)
 
 
-def test_scores_of_a_slower_scorer_are_what_regression_learns(model):
+def test_scores_of_a_slower_scorer_are_what_regression_learns(model: PreTrainedModel) -> None:
     policy, target, one = learned(), KVzip(), batch(1)
     module = distillation(model, policy, objective=ScoreRegression(target), lr=2e-2)
     optimizer, losses = module.configure_optimizers()["optimizer"], []
@@ -203,14 +150,16 @@ def test_scores_of_a_slower_scorer_are_what_regression_learns(model):
 
 
 @pytest.mark.parametrize(("objective", "plans"), [(ScoreRegression(KVzip()), 1), (BudgetRegression(KVzip()), 3)])
-def test_what_no_budget_changes_is_planned_once(model, monkeypatch, objective, plans):
+def test_what_no_budget_changes_is_planned_once(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, objective: Objective, plans: int
+) -> None:
     keeps, plan = [], Policy.plan
     monkeypatch.setattr(Policy, "plan", lambda self, cache, keep: keeps.append(keep) or plan(self, cache, keep))
     distillation(model, learned(), objective=objective, keep=(), students=3).training_step(batch(1), 0)
     assert len(set(keeps)) == len(keeps) == plans
 
 
-def test_stages_change_what_a_step_minimises(model, monkeypatch):
+def test_stages_change_what_a_step_minimises(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = Stages([ScoreRegression(KVzip()), ForwardKL()], [2])
     module = distillation(model, learned(), objective=stages)
     told = []
@@ -221,7 +170,7 @@ def test_stages_change_what_a_step_minimises(model, monkeypatch):
     assert told == ["train/score_distance"] * 2 + ["train/kl", "train/spent_over_asked"] * 2
 
 
-def test_an_adapter_starts_as_nothing_and_trains_beside_the_policy(folder):
+def test_an_adapter_starts_as_nothing_and_trains_beside_the_policy(folder: Path) -> None:
     model, policy = load_model(str(folder))[0], learned()
     before = [distillation(model, policy).training_step(batch(number), 0) for number in range(2)]
     policy.adapter = Adapter(2, 4.0, ("q_proj", "o_proj"))
@@ -242,14 +191,14 @@ def test_an_adapter_starts_as_nothing_and_trains_beside_the_policy(folder):
     assert trained == [name for name, _ in model.named_parameters() if adapters.in_training(name)]
 
 
-def test_noise_changes_what_one_student_keeps(model):
+def test_noise_changes_what_one_student_keeps(model: PreTrainedModel) -> None:
     keys = {"keep": (), "keep_range": (0.1, 0.4), "students": 3, "keep_sampling": "sandwich"}
     losses = [distillation(model, learned(), gumbel_noise=one, **keys).training_step(batch(1), 0) for one in (0, 1, 1)]
     assert losses[1] != losses[0]
     assert losses[1] == losses[2]
 
 
-def test_context_weights_change_the_loss_and_not_its_minimum(model):
+def test_context_weights_change_the_loss_and_not_its_minimum(model: PreTrainedModel) -> None:
     one = batch(1)
     even, weighted = (
         distillation(model, learned(), weights=weights).training_step(one, 0) for weights in ("uniform", "context")
@@ -259,19 +208,19 @@ def test_context_weights_change_the_loss_and_not_its_minimum(model):
     assert abs(whole.item()) < 1e-5
 
 
-def test_a_model_that_says_nan_ends_the_run(folder):
+def test_a_model_that_says_nan_ends_the_run(folder: Path) -> None:
     broken = load_model(str(folder))[0]
     broken.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(RunError, match="step 0"):
         distillation(broken, learned()).training_step(batch(), 0)
 
 
-def test_a_heuristic_alone_has_nothing_to_train(model):
+def test_a_heuristic_alone_has_nothing_to_train(model: PreTrainedModel) -> None:
     with pytest.raises(UserError, match="nothing to train"):
         Distillation(model, Policy(SnapKV()), DistillationSettings(), steps=1)
 
 
-def test_checkpoints_hold_the_policy_and_not_the_model(model):
+def test_checkpoints_hold_the_policy_and_not_the_model(model: PreTrainedModel) -> None:
     module = Distillation(model, learned(), DistillationSettings(), steps=1, description={"format_version": 1})
     checkpoint = {"state_dict": module.state_dict()}
     assert any(name.startswith("model.") for name in checkpoint["state_dict"])

@@ -1,6 +1,8 @@
 """Objectives: values against sums written out, gradients against autograd, and how a YAML names them."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def comparison(teacher: Outputs, student: Outputs) -> Comparison:
 @pytest.mark.parametrize(
     ("kind", "temperature"), [(ForwardKL, 1.0), (ForwardKL, 2.0), (ReverseKL, 1.0), (ReverseKL, 2.0)]
 )
-def test_divergences_of_the_next_token(kind, temperature):
+def test_divergences_of_the_next_token(kind: type[Any], temperature: float) -> None:
     full, held = draw(5, 7).requires_grad_(), draw(5, 7, seed=1).requires_grad_()
     loss = kind(temperature)(comparison(Outputs(full), Outputs(held)))
     p, q = (full.detach() / temperature).softmax(-1), (held.detach() / temperature).softmax(-1)
@@ -62,7 +64,7 @@ def test_divergences_of_the_next_token(kind, temperature):
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
-def test_distance_of_hidden_states_is_in_units_of_their_size(layers):
+def test_distance_of_hidden_states_is_in_units_of_their_size(layers: str) -> None:
     full = tuple(draw(5, 6, seed=i).mul(10**i).requires_grad_() for i in range(3))
     held = tuple(
         (state.detach() + 0.1 * 10**i * draw(5, 6, seed=9 + i)).requires_grad_() for i, state in enumerate(full)
@@ -91,7 +93,7 @@ def planned(scores: Tensor, wanted: Tensor | None = None, budget: int = 2) -> Pl
     return Plan(scores, wanted, budgets, torch.zeros(batch, dtype=torch.long), int(budgets.sum()), scores)
 
 
-def test_scores_are_matched_where_they_decide():
+def test_scores_are_matched_where_they_decide() -> None:
     target = KVzip()
     scores = draw(2, 2, 2, 6)
     scores[:, :, :, 0], scores[:, 1, :, 5] = torch.inf, -torch.inf  # one protected, one absent
@@ -120,7 +122,7 @@ def test_scores_are_matched_where_they_decide():
 
 
 @pytest.mark.parametrize("of", ["logits", "probabilities"])
-def test_scores_as_logits_or_chances_of_a_slower_scorers_chances(of):
+def test_scores_as_logits_or_chances_of_a_slower_scorers_chances(of: str) -> None:
     target = KVzip()
     scores = draw(2, 2, 2, 6)
     scores[:, 0, :, 0], scores[:, 1, :, :2] = torch.inf, -torch.inf
@@ -140,14 +142,14 @@ def test_scores_as_logits_or_chances_of_a_slower_scorers_chances(of):
     torch.testing.assert_close(scores.grad, torch.where(asked, (scores.detach().sigmoid() - chances) / count, 0.0))
 
 
-def test_scores_that_are_no_chances_are_refused_as_chances():
+def test_scores_that_are_no_chances_are_refused_as_chances() -> None:
     target = KVzip()
     for scores in (3 * draw(1, 1, 1, 6), torch.zeros(1, 1, 1, 6)):
         with pytest.raises(UserError, match=r"^objective: of=probabilities expects scores above 0 and up to 1"):
             ScoreRegression(target, of="probabilities")(Comparison(1, planned(scores), {target: draw(1, 1, 1, 6)}))
 
 
-def test_stages_follow_each_other_by_optimiser_steps():
+def test_stages_follow_each_other_by_optimiser_steps() -> None:
     first, second, last = ScoreRegression(KVzip()), BudgetRegression(KVzip()), ForwardKL()
     stages = Stages([first, Stages([second, last], [3])], [2])
     assert [stages.at_step(step) for step in (0, 1, 2, 3, 99)] == [first, first, second, last, last]
@@ -157,7 +159,7 @@ def test_stages_follow_each_other_by_optimiser_steps():
             Stages([first, last], steps)
 
 
-def test_budgets_are_matched_to_one_ranking_of_all_heads():
+def test_budgets_are_matched_to_one_ranking_of_all_heads() -> None:
     target = KVzip()
     scores = torch.zeros(2, 1, 2, 4)
     scores[..., 0] = torch.inf
@@ -172,7 +174,7 @@ def test_budgets_are_matched_to_one_ranking_of_all_heads():
     torch.testing.assert_close(wanted.grad.flatten().float(), -share / 2 + 1 / 8)
 
 
-def test_a_sum_adds_what_its_parts_say_and_asks_for_what_they_need():
+def test_a_sum_adds_what_its_parts_say_and_asks_for_what_they_need() -> None:
     full, held = draw(5, 7), draw(5, 7, seed=1)
     seen = comparison(Outputs(full, (full,)), Outputs(held, (held,)))
     both = WeightedSum([ForwardKL(), HiddenMSE()], [2.0, 0.5])
@@ -186,7 +188,7 @@ def test_a_sum_adds_what_its_parts_say_and_asks_for_what_they_need():
             WeightedSum([ForwardKL(), HiddenMSE()], weights)
 
 
-def test_noise_makes_a_sample_by_scores_and_leaves_the_protected_alone():
+def test_noise_makes_a_sample_by_scores_and_leaves_the_protected_alone() -> None:
     scores = torch.tensor([torch.inf, 2.0, 1.0, 0.0, -torch.inf]).expand(1, 1, 4000, 5).clone().requires_grad_()
     found = with_gumbel_noise(planned(scores, budget=2), 0.5, seed=1).scores
     assert torch.equal(found.isfinite(), scores.isfinite())
@@ -211,7 +213,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("name", [*NAMED, "WeightedSum"])
-def test_a_yaml_names_an_objective(name, tmp_path):
+def test_a_yaml_names_an_objective(name: str, tmp_path: Path) -> None:
     parts = [{"class_path": f"learnkv.training.objectives.{one}", "init_args": NAMED[one]} for one in NAMED]
     arguments = NAMED.get(name, {"objectives": parts, "weights": [1.0, 2.0, 3.0, 4.0, 5.0]})
     typed = {"objective": {"class_path": f"learnkv.training.objectives.{name}", "init_args": arguments}}
@@ -233,7 +235,7 @@ YAMLS = {path.stem for path in (CONFIGS / "train").glob("*.yaml")} - {"reference
 
 
 @pytest.mark.parametrize("name", sorted(YAMLS))
-def test_every_yaml_for_training_is_read(name):
+def test_every_yaml_for_training_is_read(name: str) -> None:
     config, _ = parse(TrainConfig, [f"config={name}"], "train")
     assert any(True for _ in config.policy.parameters())
     assert config.trainer["max_steps"] > 0
@@ -257,6 +259,6 @@ HERE = "learnkv.training.objectives"
         ([f"objective.class_path={HERE}.Forward"], "objective"),
     ],
 )
-def test_draws_that_cannot_be_are_refused(typed, told):
+def test_draws_that_cannot_be_are_refused(typed: list[str], told: str) -> None:
     with pytest.raises(UserError, match=told):
         parse(TrainConfig, ["config=quickstart", *typed], "train")

@@ -1,12 +1,15 @@
 """The model's own answers: what is said, where it is counted, and that it is said once."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.inference.generate import generate
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill
-from learnkv.training.data.batches import BatchSampler
+from learnkv.training.data.batches import Batch, BatchSampler
 from learnkv.training.data.self_generated import AnswerCache
 from learnkv.training.data.sources import OwnAnswers
 from learnkv.training.data.text_windows import Pool
@@ -15,17 +18,19 @@ POOL = Pool(torch.randint(5, 95, (3000,), generator=torch.Generator().manual_see
 
 
 @pytest.fixture(scope="module")
-def tiny(folder):
+def tiny(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_model(str(folder))
 
 
-def batch(tokenizer, number: int = 0, query_aware: float = 0.0):
+def batch(tokenizer: PreTrainedTokenizerBase, number: int = 0, query_aware: float = 0.0) -> Batch:
     source = OwnAnswers(POOL, tokenizer, count=3, tokens=6)
     return BatchSampler([(1.0, source)], (70, 90), 2, query_aware, seed=1).batch(number)
 
 
 @pytest.mark.parametrize("query_aware", [0.0, 1.0])
-def test_answers_are_those_of_the_full_cache_and_are_counted(tiny, query_aware):
+def test_answers_are_those_of_the_full_cache_and_are_counted(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], query_aware: float
+) -> None:
     model, tokenizer = tiny
     asked = batch(tokenizer, query_aware=query_aware)
     cache = prefill(model, asked.prompts, asked.prompt_mask)
@@ -45,7 +50,9 @@ def test_answers_are_those_of_the_full_cache_and_are_counted(tiny, query_aware):
     assert not torch.equal(other.continuations, done.continuations)
 
 
-def test_an_answer_is_said_once(tiny, tmp_path, monkeypatch):
+def test_an_answer_is_said_once(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = tiny
     asked = batch(tokenizer)
     cache = prefill(model, asked.prompts, asked.prompt_mask)
@@ -71,7 +78,7 @@ def test_an_answer_is_said_once(tiny, tmp_path, monkeypatch):
     assert len(list((tmp_path / "kept").iterdir())) == 4
 
 
-def test_an_answer_ends_where_the_model_ends_it(tiny):
+def test_an_answer_ends_where_the_model_ends_it(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
     model, tokenizer = tiny
     asked = batch(tokenizer)
     eos = 1

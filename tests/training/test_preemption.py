@@ -1,22 +1,22 @@
 """SIGTERM saves and ends a run, and the same command goes on as if nothing had been."""
 
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from support.commands import train
-from test_train_cli import assert_same, weights
+from support.training import assert_same, signalled, weights
 
 from learnkv.training.module import Distillation
 
 
 @pytest.fixture
-def run(words):
+def run(words: list[str]) -> list[str]:
     """What is typed: five steps of two batches each, validation after the second and the fourth step and the last."""
     words = [word for word in words if not word.startswith("trainer.max_steps")]
     return [*words, "trainer.max_steps=5", "trainer.accumulate_grad_batches=2", "validate_every=2"]
@@ -30,7 +30,9 @@ CUTS = {
 """Method, its call that gets the signal, and the step that the run ends after."""
 
 
-def test_a_run_that_is_asked_to_end_goes_on_later(run, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_asked_to_end_goes_on_later(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train([*run, f"output={tmp_path / 'whole'}"]) == 0
     for name, (where, calls, step) in CUTS.items():
         cut, handler = [*run, f"output={tmp_path / name}"], signal.getsignal(signal.SIGTERM)
@@ -48,26 +50,16 @@ def test_a_run_that_is_asked_to_end_goes_on_later(run, tmp_path, monkeypatch, ca
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
-def signalled(before, call: int):
-    """The method, whose process gets a signal at this call."""
-    calls = itertools.count(1)
-
-    def method(self, batch, batch_idx):
-        if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return before(self, batch, batch_idx)
-
-    return method
-
-
-def test_a_run_that_has_made_its_last_step_finishes(run, tmp_path, monkeypatch):
+def test_a_run_that_has_made_its_last_step_finishes(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Distillation, "training_step", signalled(Distillation.training_step, 10))
     assert train([*run, "save_every=1", f"output={tmp_path / 'run'}"]) == 0
     assert (tmp_path / "run/policy/manifest.json").is_file()
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_ends_both(run, tmp_path):
+def test_a_signal_to_one_of_two_processes_ends_both(run: list[str], tmp_path: Path) -> None:
     run = [word for word in run if not word.startswith(("trainer.max_steps", "trainer.accumulate", "validate_every"))]
     run += ["trainer.max_steps=30"]
     assert train([*run, f"output={tmp_path / 'whole'}", "trainer.accumulate_grad_batches=2"]) == 0

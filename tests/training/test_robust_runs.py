@@ -7,13 +7,13 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 from support.commands import eval, train
-from test_preemption import signalled
-from test_train_cli import assert_same, weights
+from support.training import assert_same, signalled, weights
 
 from learnkv.formats.folder_lock import folder_lock
 from learnkv.training import run as training_run
@@ -39,20 +39,22 @@ class Failing(Logger):
         if where == "__init__":
             raise PermissionError("no home")
 
-    def __getattribute__(self, name: str):
+    def __getattribute__(self, name: str) -> Any:
         if name not in ("where", "__class__") and name == object.__getattribute__(self, "__dict__").get("where"):
             raise PermissionError("no home")
         return object.__getattribute__(self, name)
 
-    def log_metrics(self, metrics, step=None):
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
         pass
 
-    def log_hyperparams(self, params, *args, **kwargs):
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         pass
 
 
 @pytest.mark.parametrize("where", ["__init__", "log_metrics", "save", "finalize"])
-def test_a_failing_logger_costs_one_line(words, where, tmp_path, monkeypatch, capsys):
+def test_a_failing_logger_costs_one_line(
+    words: Any, where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(trainer, "_wandb_logger", lambda *_: Failing(where))
     words = [word for word in words if not word.startswith(("wandb", "trainer.max_steps"))]
     assert train([*words, "trainer.max_steps=2"]) == 0
@@ -62,7 +64,9 @@ def test_a_failing_logger_costs_one_line(words, where, tmp_path, monkeypatch, ca
     assert len(rows_of(tmp_path / "run")) == 2
 
 
-def test_a_table_and_pictures_that_cannot_be_written_cost_a_line(words, tmp_path, monkeypatch, capsys):
+def test_a_table_and_pictures_that_cannot_be_written_cost_a_line(
+    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run" / "metrics.csv").mkdir(parents=True)
     monkeypatch.setattr(pictures, "by_keep", None)
     assert train([*words, "trainer.max_steps=2"]) == 0
@@ -72,11 +76,11 @@ def test_a_table_and_pictures_that_cannot_be_written_cost_a_line(words, tmp_path
     assert weights(tmp_path / "run")
 
 
-def test_a_logger_that_does_not_give_up_is_tried_again(capsys):
+def test_a_logger_that_does_not_give_up_is_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
     class Second(Failing):
-        def save(self):
+        def save(self) -> None:
             calls.append(1)
             if len(calls) == 1:
                 raise OSError("full")
@@ -102,7 +106,7 @@ SLURM = {
 
 
 @pytest.fixture
-def job(monkeypatch, tmp_path):
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A SLURM job whose scontrol writes down its words."""
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -114,11 +118,11 @@ def job(monkeypatch, tmp_path):
     return tmp_path / "requeued"
 
 
-def usr1(method, call: int):
+def usr1(method: Any, call: int) -> Any:
     """The method, whose process gets SIGUSR1 at this call."""
     calls = []
 
-    def signalling(self, batch, batch_idx):
+    def signalling(self: Any, batch: Any, batch_idx: Any) -> Any:
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -127,7 +131,9 @@ def usr1(method, call: int):
     return signalling
 
 
-def test_the_requeue_signal_saves_our_checkpoint_and_requeues(words, job, tmp_path, monkeypatch, capsys):
+def test_the_requeue_signal_saves_our_checkpoint_and_requeues(
+    words: Any, job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert train([*words, f"output={tmp_path / 'whole'}"]) == 0
     with monkeypatch.context() as patch:
@@ -141,7 +147,7 @@ def test_the_requeue_signal_saves_our_checkpoint_and_requeues(words, job, tmp_pa
     assert (run / "metrics.csv").read_text() == (tmp_path / "whole" / "metrics.csv").read_text()
 
 
-def test_a_requeue_checkpoint_of_lightnings_is_not_resumed(words, job, tmp_path):
+def test_a_requeue_checkpoint_of_lightnings_is_not_resumed(words: Any, job: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train([*words, "seed=3"]) == 0
     for folder in (run, run / "checkpoints"):
@@ -152,7 +158,7 @@ def test_a_requeue_checkpoint_of_lightnings_is_not_resumed(words, job, tmp_path)
     assert_same(weights(run), weights(tmp_path / "new"))
 
 
-def test_a_job_of_an_array_and_one_that_cannot_be_requeued(job, monkeypatch):
+def test_a_job_of_an_array_and_one_that_cannot_be_requeued(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
     assert slurm.requeue() == "job 70_4 is requeued and resumes it"
@@ -163,7 +169,9 @@ def test_a_job_of_an_array_and_one_that_cannot_be_requeued(job, monkeypatch):
     assert slurm.requeue() == "the same command resumes it"
 
 
-def test_the_signal_before_training_ends_the_run(words, job, monkeypatch, capsys):
+def test_the_signal_before_training_ends_the_run(
+    words: Any, job: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr(training_run, "_load_model", lambda _: os.kill(os.getpid(), signal.SIGUSR1))
     assert train(words) == 143
@@ -171,7 +179,7 @@ def test_the_signal_before_training_ends_the_run(words, job, monkeypatch, capsys
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_second_program_is_refused(words, tmp_path, capsys):
+def test_a_second_program_is_refused(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     with folder_lock(tmp_path / "run", "output"):
         assert train(words) == 2
@@ -180,7 +188,7 @@ def test_a_second_program_is_refused(words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "1"), ("NODE_RANK", "1"), ("GROUP_RANK", "2")])
-def test_only_the_first_process_locks(name, value, monkeypatch):
+def test_only_the_first_process_locks(name: Any, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert training_run.is_first_process()
     monkeypatch.setenv(name, value)
     if name == "LOCAL_RANK":  # read when Lightning is imported
@@ -194,7 +202,14 @@ def typed(words: list[str], **changed: object) -> list[str]:
     return [*kept, *(f"{key}={value}" for key, value in changed.items())]
 
 
-def test_a_moved_run_with_moved_text_and_model_is_resumed(words, folder, text_file, tmp_path, monkeypatch, capsys):
+def test_a_moved_run_with_moved_text_and_model_is_resumed(
+    words: Any,
+    folder: Any,
+    text_file: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     cut = typed(words, **{"trainer.max_steps": 4})
     with monkeypatch.context() as patch:
         patch.setattr(Distillation, "training_step", signalled(Distillation.training_step, 2))
@@ -215,7 +230,9 @@ def test_a_moved_run_with_moved_text_and_model_is_resumed(words, folder, text_fi
 
 
 @pytest.mark.parametrize("what", ["text", "model"])
-def test_another_content_at_the_same_path_is_another_run(what, words, folder, text_file, tmp_path, capsys):
+def test_another_content_at_the_same_path_is_another_run(
+    what: Any, words: Any, folder: Any, text_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(text_file, tmp_path / "copy.txt")
     shutil.copytree(folder, tmp_path / "model")
     mine = typed(words, text=tmp_path / "copy.txt", model=tmp_path / "model", **{"trainer.max_steps": 1})
@@ -230,7 +247,7 @@ def test_another_content_at_the_same_path_is_another_run(what, words, folder, te
     assert f"another {what}" in capsys.readouterr().err
 
 
-def test_a_resumed_run_keeps_its_wandb_run(words, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_wandb_run(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = []
     monkeypatch.setattr(trainer, "WandbLogger", lambda **options: ids.append((options["id"], options["resume"])))
     words = typed(words, **{"trainer.max_steps": 1, "wandb.mode": "offline"})
@@ -242,7 +259,9 @@ def test_a_resumed_run_keeps_its_wandb_run(words, tmp_path, monkeypatch):
     assert third[0] != first
 
 
-def test_the_loss_has_one_name_and_rates_norms_and_times_are_logged(words, tmp_path, capsys):
+def test_the_loss_has_one_name_and_rates_norms_and_times_are_logged(
+    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert train([*words, "lora.rank=2"]) == 0
     rows, times = rows_of(run), rows_of(run, "times.csv")
@@ -264,10 +283,12 @@ def test_the_loss_has_one_name_and_rates_norms_and_times_are_logged(words, tmp_p
 
 
 @pytest.mark.parametrize(("save_every", "line"), [(1, "resumes it from step 1"), (9, "begins anew, as no checkpoint")])
-def test_an_interrupted_run_names_what_the_same_command_does(words, save_every, line, monkeypatch, capsys):
+def test_an_interrupted_run_names_what_the_same_command_does(
+    words: Any, save_every: Any, line: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     step = Distillation.training_step
 
-    def interrupted(self, batch, batch_idx):
+    def interrupted(self: Any, batch: Any, batch_idx: Any) -> Any:
         if self.global_step == 1:
             raise KeyboardInterrupt
         return step(self, batch, batch_idx)
@@ -290,20 +311,22 @@ def test_an_interrupted_run_names_what_the_same_command_does(words, save_every, 
         ("trainer.gradient_clip_algorithm=no", "trainer: "),
     ],
 )
-def test_arguments_of_the_trainer_that_do_not_fit_are_one_line(words, typed_word, line, capsys):
+def test_arguments_of_the_trainer_that_do_not_fit_are_one_line(
+    words: Any, typed_word: Any, line: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [word for word in words if word.partition("=")[0] != typed_word.partition("=")[0]]
     assert train([*words, typed_word]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {line}")
 
 
-def test_a_run_that_ends_by_time_can_be_resumed(words, tmp_path, capsys):
+def test_a_run_that_ends_by_time_can_be_resumed(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = typed(words, **{"trainer.max_steps": 400})
     assert train([*words, "trainer.max_time=00:00:00:01", "save_every=1000"]) == 0
     assert re.search(r"ended after step \d+ of 400; the same command resumes it", capsys.readouterr().err)
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] > 0
 
 
-def test_a_broken_checkpoint_is_not_resumed(words, tmp_path, capsys):
+def test_a_broken_checkpoint_is_not_resumed(words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train([*words, "trainer.max_steps=1"]) == 0
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = bytearray(file.read_bytes())
@@ -314,7 +337,9 @@ def test_a_broken_checkpoint_is_not_resumed(words, tmp_path, capsys):
     assert "its bytes have changed" in error
 
 
-def test_the_folder_of_an_evaluation_is_refused(words, folder, text_file, tmp_path, capsys):
+def test_the_folder_of_an_evaluation_is_refused(
+    words: Any, folder: Any, text_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     where = f"output={tmp_path / 'run'}"
     one = ["tasks=text", f"text={text_file}", "lengths=60", "samples=1", "keep=0.5", f"model={folder}", where]
     assert eval(["ckpt=knorm", *one]) == 0

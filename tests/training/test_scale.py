@@ -1,15 +1,20 @@
 """What a step costs may be arranged otherwise, and its loss and gradients stay what they are."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from test_module import POOL, batch, distillation, moved
+from support.training import POOL, batch, distillation, gradients, moved
+from torch import Tensor
+from transformers import PreTrainedModel
 
+from learnkv.core.adapter import Adapter
 from learnkv.core.observation import HiddenSample
 from learnkv.inference import lora as adapters
-from learnkv.inference.lora import Adapter
 from learnkv.inference.models import load_model
 from learnkv.policy.policy import Policy
 from learnkv.scorers import LearnedScorer, SnapKV
@@ -20,19 +25,8 @@ from learnkv.training.objectives import ForwardKL, HiddenMSE, ReverseKL, Weighte
 
 
 @pytest.fixture(scope="module")
-def model(folder):
+def model(folder: Path) -> PreTrainedModel:
     return load_model(str(folder))[0]
-
-
-def gradients(module, *batches) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Mean loss of some batches, and its gradients."""
-    losses = [module.training_step(one, 0) for one in batches]
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    found = [one.grad.clone() for one in module.trained]
-    for one in module.trained:
-        one.grad = None
-    return loss.detach(), found
 
 
 def halves(one: Batch) -> list[Batch]:
@@ -41,11 +35,12 @@ def halves(one: Batch) -> list[Batch]:
 
 
 @contextmanager
-def saved_bytes():
+def saved_bytes() -> Iterator[list[int]]:
     """Bytes of the distinct storages that graphs save within the block; parameters are not counted."""
-    seen, total = {}, [0]
+    seen: dict[Any, Any] = {}
+    total = [0]
 
-    def pack(held):
+    def pack(held: Tensor) -> Tensor:
         store = held.untyped_storage()
         if not held.requires_grad or not held.is_leaf:
             seen.setdefault(store.data_ptr(), (store.nbytes(), held))  # kept alive, so that no address comes twice
@@ -61,7 +56,9 @@ MANY = WeightedSum([ForwardKL(), ReverseKL(), HiddenMSE("all")], [1, 1, 0.5])
 
 @pytest.mark.parametrize("asked", [{}, {"objective": MANY}, {"soft_steps": 1}])
 @pytest.mark.parametrize("arranged", [{"chunk_size": 13}, {"checkpointing": True}])
-def test_loss_and_gradients_are_the_same(model, arranged, asked):
+def test_loss_and_gradients_are_the_same(
+    model: PreTrainedModel, arranged: dict[str, int], asked: dict[str, int]
+) -> None:
     keys = {"keep": (0.2, 1.0), "students": 2, "keep_sampling": "sandwich", "weights": "context", **asked}
     for number in range(2):
         loss, grads = gradients(distillation(model, moved(), **keys), batch(number))
@@ -72,7 +69,7 @@ def test_loss_and_gradients_are_the_same(model, arranged, asked):
         assert max(one.abs().max() for one in grads) > 1e-3
 
 
-def test_checkpointing_computes_again_what_a_student_saw_that_evicts_on_the_way(model):
+def test_checkpointing_computes_again_what_a_student_saw_that_evicts_on_the_way(model: PreTrainedModel) -> None:
     found = []
     for every, checkpointing in ((0, False), (4, False), (4, True)):
         policy = moved()
@@ -86,7 +83,7 @@ def test_checkpointing_computes_again_what_a_student_saw_that_evicts_on_the_way(
     assert max(one.abs().max() for one in grads) > 1e-3
 
 
-def test_checkpointing_computes_again_with_the_adapter_that_was_active(folder):
+def test_checkpointing_computes_again_with_the_adapter_that_was_active(folder: Path) -> None:
     """The last student keeps everything and is read without the adapter; the gradient of the first needs it."""
     model, found = load_model(str(folder))[0], []
     adapter = Adapter(2, 4.0, ("q_proj", "down_proj"))
@@ -103,8 +100,8 @@ def test_checkpointing_computes_again_with_the_adapter_that_was_active(folder):
     assert found[0][1][-1].abs().max() > 1e-4
 
 
-def test_checkpointing_holds_what_layers_and_scorer_read_and_not_what_they_computed(model):
-    def held(*, keep=(0.2,), **keys) -> int:
+def test_checkpointing_holds_what_layers_and_scorer_read_and_not_what_they_computed(model: PreTrainedModel) -> None:
+    def held(*, keep: tuple[float] = (0.2,), **keys: Any) -> int:
         with saved_bytes() as total:
             distillation(model, moved(), keep=keep, **keys).training_step(one, 0)
         return total[0]
@@ -122,7 +119,7 @@ def test_checkpointing_holds_what_layers_and_scorer_read_and_not_what_they_compu
     assert held(checkpointing=True, students=2) - with_it < 1.1 * with_it
 
 
-def test_parts_of_a_batch_one_after_the_other_have_the_gradient_of_the_whole(model):
+def test_parts_of_a_batch_one_after_the_other_have_the_gradient_of_the_whole(model: PreTrainedModel) -> None:
     """What `trainer.accumulate_grad_batches` adds up, and what processes average."""
     module = distillation(model, moved(), keep=(0.1, 0.4), students=2, weights="context", objective=MANY)
     whole, parts = batch(1), halves(batch(1))
@@ -133,14 +130,14 @@ def test_parts_of_a_batch_one_after_the_other_have_the_gradient_of_the_whole(mod
         torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-6)
 
 
-def test_accumulated_batches_train_as_one_batch_does(model):
+def test_accumulated_batches_train_as_one_batch_does(model: PreTrainedModel) -> None:
     """Through the trainer: `accumulate_grad_batches=2` with a batch in halves, and the batch as it is."""
     weights, quiet = [], {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     for accumulate in (1, 2):
         module = distillation(model, moved(), students=2, keep=(0.1, 0.4), steps=4)
         batches = [part for number in (1, 2, 3) for part in ([batch(number)], halves(batch(number)))[accumulate - 1]]
         trainer = L.Trainer(accelerator="cpu", max_steps=3, accumulate_grad_batches=accumulate, **quiet)
-        loader = torch.utils.data.DataLoader(batches, batch_size=None)
+        loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)
         trainer.fit(module, loader)
         weights.append([one.detach() for one in module.trained])
     for one, two, start in zip(*weights, moved().parameters(), strict=True):
@@ -148,13 +145,13 @@ def test_accumulated_batches_train_as_one_batch_does(model):
         assert (one - start).abs().max() > 0.01
 
 
-def test_a_student_that_keeps_everything_gives_every_parameter_a_gradient(model):
+def test_a_student_that_keeps_everything_gives_every_parameter_a_gradient(model: PreTrainedModel) -> None:
     loss, grads = gradients(distillation(model, moved(), keep=(1.0,)), batch(1))
     assert abs(loss) < 1e-6
     assert all(torch.equal(one, torch.zeros_like(one)) for one in grads)
 
 
-def test_a_model_in_bfloat16_has_predictors_in_float32(folder, monkeypatch):
+def test_a_model_in_bfloat16_has_predictors_in_float32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = moved()
     exact, _ = gradients(distillation(load_model(str(folder))[0], policy, keep=(0.2,)), batch(1))
     seen = []
@@ -169,14 +166,15 @@ def test_a_model_in_bfloat16_has_predictors_in_float32(folder, monkeypatch):
     assert rough.item() == pytest.approx(exact.item(), rel=0.1)
 
 
-def test_each_batch_draws_the_tokens_that_hidden_states_are_held_of(model):
+def test_each_batch_draws_the_tokens_that_hidden_states_are_held_of(model: PreTrainedModel) -> None:
     def policy() -> Policy:
         torch.manual_seed(0)
         made = LearnedScorer(SnapKV(window=8), 2, 2, 8, width=4, window=8, rank=2, hidden_size=32)
         made.weight_direct.data.normal_()
         return Policy(made)
 
-    found, slots = {}, []
+    found: dict[Any, Any] = {}
+    slots: list[Any] = []
     for tokens in (1000, 20, 20):
         module = distillation(model, policy(), gradient_tokens=tokens, seed=3)
         found[tokens], losses = [], []
@@ -194,7 +192,7 @@ def test_each_batch_draws_the_tokens_that_hidden_states_are_held_of(model):
             torch.testing.assert_close(some[name], one, rtol=1e-3, atol=1e-6)
 
 
-def test_what_scorers_read_is_not_copied_for_every_continuation(model):
+def test_what_scorers_read_is_not_copied_for_every_continuation(model: PreTrainedModel) -> None:
     policy = Policy(LearnedScorer(SnapKV(window=8), 2, 2, 8, width=4, window=8, rank=2, hidden_size=32))
     spans = Spans(POOL, count=16, tokens=4, cue=1)
     one = BatchSampler([(1.0, spans)], (200, 200), 1, 0.0, seed=1).batch(0)

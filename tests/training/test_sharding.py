@@ -1,9 +1,13 @@
 """One process of FSDP2: what is shared out, what is not, and that losses and gradients stay what they are."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from test_module import batch, distillation
-from test_scale import gradients, moved
+from support.training import batch, distillation, gradients, moved
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from learnkv.errors import UserError
@@ -15,7 +19,7 @@ from learnkv.training.fsdp import in_step, shard
 
 
 @pytest.fixture
-def one_process(tmp_path):
+def one_process(tmp_path: Path) -> Iterator[None]:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -23,7 +27,7 @@ def one_process(tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_model_is_shared_out_and_the_policy_is_not(folder, one_process, checkpointing):
+def test_the_model_is_shared_out_and_the_policy_is_not(folder: Path, one_process: None, checkpointing: bool) -> None:
     keys = {
         "keep": (0.2, 1.0),
         "students": 2,
@@ -45,12 +49,14 @@ def test_the_model_is_shared_out_and_the_policy_is_not(folder, one_process, chec
     assert not any(isinstance(one, DTensor) for one in module.policy.parameters())
 
 
-def test_a_process_that_is_through_reads_along(folder, one_process, monkeypatch):
+def test_a_process_that_is_through_reads_along(
+    folder: Path, one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(str(folder))[0]
     shard(model, "cpu", 1)
     told, others = [], iter([1.0, 1.0, 0.0])
 
-    def others_read_twice_more(flag, op):
+    def others_read_twice_more(flag: Tensor, op: Any) -> None:
         told.append(flag.item())
         flag.fill_(max(flag.item(), next(others) if not flag.item() else 0.0))
 
@@ -63,7 +69,7 @@ def test_a_process_that_is_through_reads_along(folder, one_process, monkeypatch)
     assert told == [1, 1, 0, 0, 0]
 
 
-def test_a_weight_that_was_gathered_is_not_read_when_a_plan_is_made(folder, one_process):
+def test_a_weight_that_was_gathered_is_not_read_when_a_plan_is_made(folder: Path, one_process: None) -> None:
     model, policy = load_model(str(folder))[0], Policy(CriticalKV(SnapKV(window=8)))
     policy.compress(prefill(model, torch.randint(3, 100, (1, 50)), policies=[policy]), keep=0.5)
     shard(model, "cpu", 1)

@@ -1,9 +1,12 @@
 """Steps through soft gates at the beginning of a training: what they minimise, how many they are, what refuses them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.commands import train
-from test_module import batch, distillation, mean_kl, moved
+from support.training import batch, distillation, mean_kl, moved
+from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.inference.models import load_model
@@ -32,12 +35,14 @@ objective:
 
 
 @pytest.fixture(scope="module")
-def model(folder):
+def model(folder: Path) -> PreTrainedModel:
     return load_model(str(folder))[0]
 
 
 @pytest.mark.parametrize("every", [0, 4])
-def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(model, monkeypatch, every):
+def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
     """Soft gates evict nothing later, either; they spend what is asked."""
     policy, one, keep = moved(), batch(1), 0.2
     cache = prefill(model, one.prompts, one.prompt_mask, policies=[policy])
@@ -71,7 +76,9 @@ def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(mod
     ("settings", "steps", "told"),
     [(DECODED, 2, "LearnedScorer as decode"), (REGRESSED, 3, "Stages reads no continuation")],
 )
-def test_soft_steps_that_teach_nothing_are_one_line(words, settings, steps, told, tmp_path, capsys):
+def test_soft_steps_that_teach_nothing_are_one_line(
+    words: list[str], settings: str, steps: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "soft.yaml").write_text(settings)
     assert train([*words, f"config={tmp_path / 'soft.yaml'}", f"soft_steps={steps}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
@@ -79,7 +86,7 @@ def test_soft_steps_that_teach_nothing_are_one_line(words, settings, steps, told
     assert told in said[-1]
 
 
-def test_optimiser_steps_are_soft_and_not_batches(words, monkeypatch):
+def test_optimiser_steps_are_soft_and_not_batches(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     soft, relax = [], Policy.relax
     monkeypatch.setattr(
         Policy, "relax", lambda self, *a, **k: soft.append(k.get("soft", False)) or relax(self, *a, **k)

@@ -6,27 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning import Trainer
 from support.commands import eval, export, train
+from support.training import assert_same, weights
+from torch import Tensor
 
 from learnkv.persistence.policies import fill_sizes, load_policy
 from learnkv.training.callbacks.checkpoints import Checkpoints
+from learnkv.training.data.batches import Batch
 from learnkv.training.module import Distillation
-
-
-def weights(path) -> dict[str, torch.Tensor]:
-    policy = load_policy(path)
-    return {**policy.state_dict(), **(policy.adapter.state if policy.adapter is not None else {})}
-
-
-def assert_same(one, other, **tolerance) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], **{"rtol": 0, "atol": 0, **tolerance})
-
 
 ALL = """
 objective:
@@ -50,7 +44,7 @@ lora: {rank: 2, targets: [q_proj, o_proj, down_proj], lr: 0.01}
 """
 
 
-def everything(folder, objective: str) -> list[str]:
+def everything(folder: Path, objective: str) -> list[str]:
     """What is typed for all objectives and draws at once; nothing for `kl`."""
     if objective == "kl":
         return []
@@ -58,7 +52,9 @@ def everything(folder, objective: str) -> list[str]:
     return [f"config={folder / 'all.yaml'}", "mixture.answers=1"]
 
 
-def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_path, capsys):
+def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert train(words) == 0
     assert "step 4/4" in capsys.readouterr().err
@@ -116,13 +112,19 @@ def test_a_run_leaves_a_checkpoint_a_policy_a_table_and_its_settings(words, tmp_
 
 
 @pytest.mark.parametrize("objective", ["kl", "all"])
-def test_a_resumed_run_equals_an_uninterrupted_one(words, objective, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    words: list[str],
+    objective: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words = [*words, *everything(tmp_path, objective), "trainer.accumulate_grad_batches=2", "save_every=1"]
     whole, cut = (f"output={tmp_path / name}" for name in ("whole", "cut"))
     assert train([*words, whole]) == 0
     step, seen = Distillation.training_step, []
 
-    def until_it_breaks(self, batch, batch_idx):
+    def until_it_breaks(self: Any, batch: Batch, batch_idx: int) -> Tensor:
         seen.append(batch.number)
         if len(seen) == 6:
             raise KeyboardInterrupt
@@ -138,7 +140,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, objective, tmp_path, m
     assert tables[0] == tables[1]
 
 
-def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(words, folder, tmp_path):
+def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(
+    words: list[str], folder: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     assert train([*words, "lora.rank=2", "lora.lr=0.02", "trainer.max_steps=3"]) == 0
     file = run / "checkpoints" / "last.ckpt"
@@ -167,7 +171,9 @@ def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(words, folder, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "strategies"), [("kl", ["ddp"]), ("all", ["ddp", "fsdp"])])
-def test_two_processes_equal_one_with_accumulation(words, objective, strategies, tmp_path):
+def test_two_processes_equal_one_with_accumulation(
+    words: list[str], objective: str, strategies: list[str], tmp_path: Path
+) -> None:
     """A step at keep=1 reaches no parameter; with all objectives, processes read prompts and answer unequally often."""
     words = [*words, *everything(tmp_path, objective), "trainer.max_steps=3", "keep=0.3,0.1,1"]
     words += ["students=1"] if objective == "kl" else ["chunk_size=25", "checkpointing=true"]
@@ -221,7 +227,9 @@ def test_two_processes_equal_one_with_accumulation(words, objective, strategies,
         ("hold_out=nothing", "hold_out=nothing"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(
+    words: list[str], typed: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     key = typed.split("=")[0]
     assert train([*(word for word in words if not word.startswith(f"{key}=")), typed]) == 2
     said = capsys.readouterr().err.strip().splitlines()
@@ -230,12 +238,14 @@ def test_bad_input_is_one_line_and_exit_code_2(words, typed, told, capsys):
     assert told in said[-1]
 
 
-def test_no_arguments_is_one_line(capsys):
+def test_no_arguments_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert train([]) == 2
     assert "quickstart" in capsys.readouterr().err
 
 
-def test_nan_is_one_line_and_exit_code_1(words, monkeypatch, capsys):
+def test_nan_is_one_line_and_exit_code_1(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(
         "learnkv.training.objectives.kl.forward_kl", lambda teacher, student, _: student[:, 0] * torch.nan
     )
@@ -243,11 +253,13 @@ def test_nan_is_one_line_and_exit_code_1(words, monkeypatch, capsys):
     assert "not finite" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(words, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save = Checkpoints._save
 
-    def without_space(self, trainer):
-        def half(path):
+    def without_space(self: Any, trainer: Trainer) -> None:
+        def half(path: Path) -> None:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -263,7 +275,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(words, tmp_path, monkeypatch
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
+def test_sizes_of_the_model_are_filled_in_where_they_are_missing() -> None:
     spec = {"scorer": {"init_args": {"num_layers": 0, "head_dim": 7, "hidden_size": 0, "base": None}}, "sinks": 0}
     filled = fill_sizes(spec, {"layers": 5, "heads": 2, "head_dim": 8, "hidden_size": 32})
     known = {"num_layers": 5, "head_dim": 7, "hidden_size": 32, "base": None}
@@ -279,6 +291,6 @@ def test_sizes_of_the_model_are_filled_in_where_they_are_missing():
         (["--ckpt", "/no/such.ckpt", "--out", "b"], "no such file"),
     ],
 )
-def test_export_says_what_it_needs(typed, told, capsys):
+def test_export_says_what_it_needs(typed: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(typed) == 2
     assert told in capsys.readouterr().err

@@ -1,12 +1,17 @@
 """What a validation measures, against the deployed cache and against the formula of marginal values."""
 
 import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.commands import train
+from transformers import PreTrainedModel
 
 from learnkv.allocators import LearnedAllocator, Uniform
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.inference.generate import continuation
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill
@@ -19,7 +24,7 @@ KEEP = 0.25
 
 
 @pytest.fixture(scope="module")
-def model(folder):
+def model(folder: Path) -> PreTrainedModel:
     return load_model(str(folder))[0]
 
 
@@ -33,7 +38,7 @@ def learned(moved: float) -> Policy:
 
 
 @pytest.fixture
-def reading(model):
+def reading(model: PreTrainedModel) -> tuple[CompressedCache, Callable[..., Any]]:
     """Two prompts of different length, and the divergence of what is read after a student's cache."""
     ids = torch.randint(3, 100, (2, 60), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -46,7 +51,7 @@ def reading(model):
     ).mean()
 
 
-def test_a_policy_that_has_not_learned_changes_nothing(reading):
+def test_a_policy_that_has_not_learned_changes_nothing(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
     cache, divergence = reading
     found = measure(learned(0.0), cache, KEEP, 0.5, divergence)
     assert found.changed == 0
@@ -54,7 +59,7 @@ def test_a_policy_that_has_not_learned_changes_nothing(reading):
     assert abs(found.gap) > 1e-4
 
 
-def test_the_deployed_sets_are_compared(reading):
+def test_the_deployed_sets_are_compared(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
     cache, divergence = reading
     policy = learned(1.0)
     found = measure(policy, cache, KEEP, 0.5, divergence)
@@ -78,7 +83,7 @@ def test_the_deployed_sets_are_compared(reading):
     assert found.changed.item() == pytest.approx(sum(shares) / 2)
 
 
-def test_without_temperature_gates_are_the_deployed_set(reading):
+def test_without_temperature_gates_are_the_deployed_set(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
     """Where budgets are whole numbers, as those of a uniform split at a quarter of 60 and of 48 entries are."""
     cache, divergence = reading
     policy = learned(0.0)
@@ -88,7 +93,7 @@ def test_without_temperature_gates_are_the_deployed_set(reading):
     assert abs(measure(policy, cache, KEEP, 0.5, divergence).gap) > 0.1 * found.learned
 
 
-def test_marginal_values_are_the_gradient_of_the_count(reading):
+def test_marginal_values_are_the_gradient_of_the_count(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
     """gbar = sum_j g_j v_j / sum_j v_j with v = m (1 - m), summed over prompts, of the mean over both of them."""
     cache, divergence = reading
     policy = learned(1.0)
@@ -103,7 +108,7 @@ def test_marginal_values_are_the_gradient_of_the_count(reading):
     assert found.std() > 0
 
 
-def test_a_run_logs_and_draws_them(words, tmp_path):
+def test_a_run_logs_and_draws_them(words: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train([*words, "trainer.max_steps=2"]) == 0
     with (run / "metrics.csv").open() as table:

@@ -7,11 +7,11 @@ from experiments.ablations.answers_kept import answer_tokens, figures, mean_rank
 from learnkv.core.plan import Plan
 
 
-def test_the_tokens_of_an_answer():
+def test_the_tokens_of_an_answer() -> None:
     assert answer_tokens(["The ", "code", " is 4", "8", "17", ". 48"], "4817") == [2, 3, 4]
 
 
-def test_what_heads_keep_of_an_answer():
+def test_what_heads_keep_of_an_answer() -> None:
     """Head (0, 1) keeps the first two of its order, head (1, 0) three; the answer is entries 1 and 3."""
     scores = torch.tensor([[[9.0, 8, 7, 6, 5], [1.0, 5, 2, 4, 3]], [[5.0, 4, 1, 2, 3], [0.0, 0, 0, 0, 0]]])[:, None]
     budgets = torch.tensor([[[5, 2]], [[3, 0]]])
@@ -22,11 +22,11 @@ def test_what_heads_keep_of_an_answer():
     assert share == pytest.approx((2 / 5 + 3 / 5) / 2)
 
 
-def test_the_heads_that_retrieve_are_in_the_upper_layers():
+def test_the_heads_that_retrieve_are_in_the_upper_layers() -> None:
     assert sorted(retrieving(group=2)) == [(4, 2), (5, 2), (5, 3)]
 
 
-def test_scores_stand_beside_and_ranks_are_correlated():
+def test_scores_stand_beside_and_ranks_are_correlated() -> None:
     told = {"setting": "query_agnostic", "task": "niah_single_2", "keep": 0.5}
     rows = [{**told, "policy": name, "score": score} for name, score in (("a", 90.0), ("b", 10.0), ("c", 20.0))]
     rows += [{**rows[0], "setting": "query_aware", "score": 0.0}, {**rows[0], "task": "vt", "score": 0.0}]

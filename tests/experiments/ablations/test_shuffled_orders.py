@@ -9,7 +9,7 @@ from learnkv.allocators import Flat
 from learnkv.scorers import SnapKV
 
 
-def test_budgets_stay_and_one_layer_keeps_others():
+def test_budgets_stay_and_one_layer_keeps_others() -> None:
     plain = Policy(SnapKV(window=16), Flat())
     drawn = Policy(Shuffled(plain.scorer, [1]), plain.allocator)
     with torch.no_grad():
@@ -20,7 +20,7 @@ def test_budgets_stay_and_one_layer_keeps_others():
     assert changed.any(-1).tolist() == [False, True, False]
 
 
-def test_a_learned_policy_without_its_noise():
+def test_a_learned_policy_without_its_noise() -> None:
     policy = load_policy("reference")
     plain = unsampled(policy)
     assert plain.scorer.sampling_scales().max() < 1e-3
@@ -30,13 +30,13 @@ def test_a_learned_policy_without_its_noise():
     assert rows[2].count("|") == 6
 
 
-def test_every_method_stands_beside_itself():
+def test_every_method_stands_beside_itself() -> None:
     names = list(policies_of(["snapkv", "learned"], 2))
     assert names[:3] == ["snapkv", "learned", "learned, without its noise"]
     assert names[3:5] == ["snapkv, layer 0", "snapkv, layer 1"]
 
 
-def test_differences_are_paired_by_window():
+def test_differences_are_paired_by_window() -> None:
     rows = [("a", (1.0, 3.0)), ("a, layer 0", (2.0, 4.0)), ("full", (0.0, 0.0))]
     records = [
         {"policy": name, "keep": KEEPS[0], "index": index, "kl": one}

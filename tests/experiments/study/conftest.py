@@ -29,7 +29,7 @@ trainer: {accelerator: cpu, max_steps: 1, log_every_n_steps: 1}
 
 
 @pytest.fixture
-def words(model_folder, text_file, tmp_path, monkeypatch) -> list[str]:
+def words(model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is typed: the study's YAML names those of its trainings. Answers are short."""
     monkeypatch.setitem(NEW_TOKENS, "niah_single_1", 12)
     monkeypatch.setitem(NEW_TOKENS, "vt", 12)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.models import attached, tokens
 from support.observations import randomised
+from torch import Tensor
 
 from experiments.study import conditioning
 from learnkv import Policy, prefill
@@ -13,16 +14,16 @@ from learnkv.scorers import SnapKV
 
 
 @pytest.fixture(scope="module")
-def policy():
+def policy() -> Policy:
     allocator = LearnedAllocator(Uniform(), 3, 2, conditioned=True)
     return Policy(SnapKV(window=16), randomised(allocator))
 
 
-def prompts_of(ids):
+def prompts_of(ids: Tensor) -> list[Prompt]:
     return [Prompt("vt", 64, "query_agnostic", at, row.tolist(), [1]) for at, row in enumerate(ids)]
 
 
-def test_each_prompt_gets_the_budgets_of_another(policy):
+def test_each_prompt_gets_the_budgets_of_another(policy: Policy) -> None:
     """Two prompts of one length: as if they had changed places, and budgets come from nothing but features."""
     model, ids = attached("llama"), tokens(2, 64)
     cache, swapped = (prefill(model, prompts, policies=[policy]) for prompts in (ids, ids.flip(0)))
@@ -47,7 +48,7 @@ def test_each_prompt_gets_the_budgets_of_another(policy):
     assert strange.budgets.sum() == own.budgets.sum()
 
 
-def test_what_own_features_change_is_counted_by_prompt(policy):
+def test_what_own_features_change_is_counted_by_prompt(policy: Policy) -> None:
     model, ids = attached("llama"), tokens(3, 64)
     prompts = prompts_of(ids)
     mean = conditioning.features_of(model, policy, prompts).mean(0, keepdim=True)
@@ -69,7 +70,7 @@ def test_what_own_features_change_is_counted_by_prompt(policy):
     assert len(found["0.5"]) == 3
 
 
-def test_the_digest_of_strange_features_is_another_one(policy):
+def test_the_digest_of_strange_features_is_another_one(policy: Policy) -> None:
     """Samples of both are stored side by side, and none is taken for the other."""
     one, other = (conditioning.shuffled(policy, torch.full((2, 3, 2, 3), value)) for value in (0.0, 0.5))
     assert one.spec() != policy.spec()

@@ -2,6 +2,8 @@
 
 import csv
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from support.samples import record
@@ -13,7 +15,13 @@ from experiments.study.scores import Scores
 KEEPS = (0.5, 0.25, 0.1, 0.05, 0.02)
 
 
-def scores(setting="query_agnostic", value="score", keeps=KEEPS, trained=("fast_kvzip",), **policies):
+def scores(
+    setting: str = "query_agnostic",
+    value: str = "score",
+    keeps: tuple[float, float, float, float, float] = KEEPS,
+    trained: tuple[str, ...] = ("fast_kvzip",),
+    **policies: Any,
+) -> Scores:
     """Four prompts; a policy has one number for all of them, or a number for each."""
     more = (lambda one: {"kl": one}) if value == "kl" else (lambda one: {})
     found = []
@@ -25,7 +33,7 @@ def scores(setting="query_agnostic", value="score", keeps=KEEPS, trained=("fast_
 
 
 @pytest.mark.parametrize(("score", "verdict"), [(95.0, "met"), (94.0, "missed")])
-def test_a_share_of_the_full_cache_is_retained(score, verdict):
+def test_a_share_of_the_full_cache_is_retained(score: float, verdict: str) -> None:
     line = criteria.retains("learned", scores(learned=score), 0.1, 95)
     assert line.verdict == verdict
     assert line.measured == f"{score:.1f} ± 0.0 %"
@@ -41,13 +49,13 @@ def test_a_share_of_the_full_cache_is_retained(score, verdict):
         ([96.0, 96.0, 96.0, 97.0], 99.0, "missed"),
     ],
 )
-def test_every_method_is_clearly_beaten_or_nothing_is_lost(ours, rival, verdict):
+def test_every_method_is_clearly_beaten_or_nothing_is_lost(ours: list[float], rival: float, verdict: str) -> None:
     line = criteria.beats_all("learned", scores(learned=ours, kvzip=rival, snapkv=20.0), 0.1)
     assert line.verdict == verdict
     assert " over kvzip; " in line.measured
 
 
-def test_a_trained_method_is_named_and_decides_only_where_every_method_counts():
+def test_a_trained_method_is_named_and_decides_only_where_every_method_counts() -> None:
     """Ours is above every method without training and below a trained one."""
     for setting, criterion in (("query_agnostic", criteria.beats_all), ("query_aware", criteria.is_among_the_best)):
         found = {"learned": 60.0, "kvzip": 50.0, "fast_kvzip": 80.0, "duo_attention": 10.0}
@@ -63,7 +71,7 @@ def test_a_trained_method_is_named_and_decides_only_where_every_method_counts():
     assert line.measured.endswith("0.25 (0.1000 nats per token) of kvzip; 0.80 of fast_kvzip (trained)")
 
 
-def test_one_method_that_is_not_beaten_is_enough_to_miss():
+def test_one_method_that_is_not_beaten_is_enough_to_miss() -> None:
     line = criteria.beats_all("learned", scores(learned=60.0, kvzip=10.0, keydiff=60.0), 0.1)
     assert line.verdict == "missed"
     assert "not clearly above keydiff" in line.measured
@@ -74,7 +82,7 @@ def test_one_method_that_is_not_beaten_is_enough_to_miss():
     ("ours", "verdict"),
     [([90.0] * 4, "met"), ([89.0, 91.0, 88.0, 90.0], "met"), ([89.0, 89.5, 88.0, 88.5], "missed")],
 )
-def test_with_the_question_it_is_among_the_best(ours, verdict):
+def test_with_the_question_it_is_among_the_best(ours: list[float], verdict: str) -> None:
     """0 behind; 0.5 behind with an error of 0.65; 1.25 behind with an error of 0.32."""
     line = criteria.is_among_the_best("learned", scores("query_aware", learned=ours, snapkv=90.0, knorm=5.0), 0.1)
     assert line.verdict == verdict
@@ -82,7 +90,7 @@ def test_with_the_question_it_is_among_the_best(ours, verdict):
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(0.1, "met"), (0.15, "missed")])
-def test_text_is_moved_half_as_far(ours, verdict):
+def test_text_is_moved_half_as_far(ours: float, verdict: str) -> None:
     text = scores(value="kl", learned=ours, kvzip=0.2, snapkv=0.9)
     line = criteria.loses_less_text("learned", text, 0.25, 0.5)
     assert line.verdict == verdict
@@ -93,7 +101,7 @@ def test_text_is_moved_half_as_far(ours, verdict):
 @pytest.mark.parametrize(
     ("alone", "verdict"), [([80.0, 82.0, 84.0, 82.0], "met"), ([84.0, 86.0, 84.0, 85.0], "missed")]
 )
-def test_one_checkpoint_is_as_good_as_one_per_budget(alone, verdict):
+def test_one_checkpoint_is_as_good_as_one_per_budget(alone: list[float], verdict: str) -> None:
     """2 behind with an error of 0.8 is more than two, 0 is not."""
     found = scores(**{"learned": [80.0, 83.0, 83.0, 82.0], "learned-only": alone})
     assert criteria.serves_all_budgets("learned", "learned-only", found, 0.1).verdict == verdict
@@ -103,7 +111,7 @@ def test_one_checkpoint_is_as_good_as_one_per_budget(alone, verdict):
     ("own", "other", "verdict"),
     [([90.0, 92.0, 91.0, 93.0], 80.0, "met"), ([80.0, 92.0, 70.0, 93.0], 82.0, "missed"), (70.0, 80.0, "missed")],
 )
-def test_conditioning_counts_where_strange_features_cost(own, other, verdict):
+def test_conditioning_counts_where_strange_features_cost(own: float | list[float], other: float, verdict: str) -> None:
     results = Results(
         "learned",
         changed={"learned": {"0.1": [0.2, 0.4]}},
@@ -115,7 +123,7 @@ def test_conditioning_counts_where_strange_features_cost(own, other, verdict):
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(60.0, "met"), (59.0, "missed")])
-def test_without_retrieval_it_keeps_up_with_the_strongest(ours, verdict):
+def test_without_retrieval_it_keeps_up_with_the_strongest(ours: float, verdict: str) -> None:
     results = Results(
         "learned",
         settings={"query_agnostic": scores(**{"learned-text": ours, "kvzip": 60.0})},
@@ -133,7 +141,7 @@ def test_without_retrieval_it_keeps_up_with_the_strongest(ours, verdict):
 
 
 @pytest.mark.parametrize(("needles", "verdict"), [(96.0, "met"), (93.0, "missed")])
-def test_a_task_is_scored_by_the_policy_that_did_not_practise_it(needles, verdict):
+def test_a_task_is_scored_by_the_policy_that_did_not_practise_it(needles: float, verdict: str) -> None:
     """What a policy has in the family that it did practise counts for nothing: here 0."""
     tasks = {"niah_single_1": {"learned-a": needles, "learned-b": 0.0}, "vt": {"learned-a": 0.0, "learned-b": 95.0}}
     found = [
@@ -158,7 +166,7 @@ def test_a_task_is_scored_by_the_policy_that_did_not_practise_it(needles, verdic
 
 
 @pytest.mark.parametrize("missing", [None, "marginal.png", "val/gap@0.1"])
-def test_what_is_to_be_logged_and_drawn_lies_in_the_run(tmp_path, missing):
+def test_what_is_to_be_logged_and_drawn_lies_in_the_run(tmp_path: Path, missing: str | None) -> None:
     names = [f"val/{name}@0.1" for name in criteria.LOGGED]
     with (tmp_path / "metrics.csv").open("w", newline="") as table:
         writer = csv.writer(table)
@@ -171,7 +179,7 @@ def test_what_is_to_be_logged_and_drawn_lies_in_the_run(tmp_path, missing):
     assert line.verdict == ("missed" if missing else "met")
 
 
-def test_all_lines_stand_in_the_order_in_which_they_were_set():
+def test_all_lines_stand_in_the_order_in_which_they_were_set() -> None:
     both = {one: scores(one, learned=100.0, kvzip=50.0) for one in ("query_agnostic", "query_aware")}
     results = Results("learned", settings=both, text=scores(value="kl", learned=0.1, kvzip=0.3), single={})
     verdicts = [line.verdict for line in criteria.lines(results)]

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import pytest
 import yaml
 
 from experiments.study.__main__ import main
@@ -16,7 +18,9 @@ from learnkv.persistence.named_configs import CONFIGS
 from learnkv.scorers import KVzip
 
 
-def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, monkeypatch):
+def test_a_study_trains_measures_writes_and_goes_on(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(words) == 0
     said = capsys.readouterr()
     assert "training learned-only" in said.err
@@ -82,7 +86,7 @@ def test_a_study_trains_measures_writes_and_goes_on(words, tmp_path, capsys, mon
     assert set(json.loads((docs / "study.json").read_text())["rows"]) == {"text"}
 
 
-def test_what_is_missing_is_one_line(words, tmp_path, capsys):
+def test_what_is_missing_is_one_line(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "stages=measure"]) == 2
     assert "learned is not trained yet" in capsys.readouterr().err.splitlines()[-1]
     assert main([*words, "stages=write"]) == 2
@@ -97,7 +101,7 @@ def test_what_is_missing_is_one_line(words, tmp_path, capsys):
     assert "mine: expected training YAMLs" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_shipped_study_names_every_variant_and_every_method():
+def test_the_shipped_study_names_every_variant_and_every_method() -> None:
     config, _ = parse(StudyConfig, ["config=study"], "study")
     below = {f"study/{path.stem}" for path in (CONFIGS / "train" / "study").glob("*.yaml")}
     assert below == set(config.variants) - {"learned"}
@@ -109,7 +113,7 @@ def test_the_shipped_study_names_every_variant_and_every_method():
     assert differing("greek", comparison["tasks"])[-1] == "niah_multiquery"
 
 
-def test_the_text_protocol_fits_a_small_model():
+def test_the_text_protocol_fits_a_small_model() -> None:
     config, _ = parse(StudyConfig, ["config=text"], "study")
     ((keys, _),) = trainings(config).values()
     assert (keys.data.mixture.retrieval, keys.data.mixture.text, keys.data.lengths) == (0, 2, (128, 192))
@@ -120,7 +124,7 @@ def test_the_text_protocol_fits_a_small_model():
     assert (config.tasks, config.samples.text, config.samples.evaluated) == ((), 100, 200)
 
 
-def test_variants_share_the_recipe_and_differ_in_what_they_are_named_for():
+def test_variants_share_the_recipe_and_differ_in_what_they_are_named_for() -> None:
     config, _ = parse(StudyConfig, ["config=study"], "study")
     found = {name: keys for name, (keys, _) in trainings(config).items()}
     flat = {name: {**vars(keys), **vars(keys.data), **vars(keys.distillation)} for name, keys in found.items()}

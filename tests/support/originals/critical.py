@@ -74,7 +74,7 @@ def check_critical(case: Case) -> None:
     assert_kept(kept(ranking, wanted), golden, case["kept"])
 
 
-def with_scorer(name: str, scorer: dict[str, Any], **changes: dict) -> Policy:
+def with_scorer(name: str, scorer: dict[str, Any], **changes: dict[str, Any]) -> Policy:
     """The policy of a YAML with another scorer."""
     return policy(name, replaced={"scorer": scorer}, **changes)
 

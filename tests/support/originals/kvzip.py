@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from support.originals.loading import Case, inputs_of, observation, policy, proj
 
 
 def pass_over(
-    inputs: dict, case: Case, scale: float, chunk: list[int], prompt: int, repeats: slice
+    inputs: dict[str, Any], case: Case, scale: float, chunk: list[int], prompt: int, repeats: slice
 ) -> tuple[Observation, PassTokens]:
     """The observation of a pass: the rows [chunk[2], chunk[3]) of the inputs, after the first `prompt` rows,
     repeat [chunk[0], chunk[1])."""

@@ -39,7 +39,7 @@ class Case:
     another file, among the shared arrays, or among those of the case.
     """
 
-    def __init__(self, path: Path, number: int):
+    def __init__(self, path: Path, number: int) -> None:
         sidecar, arrays = sidecar_of(path), arrays_of(path.with_suffix(".npz"))
         record = sidecar["cases"][number]
         self.path, self.params, self.notes = path, record["params"], record.get("notes") or {}
@@ -77,7 +77,7 @@ def built(name: str, changes: str) -> Policy:
         return load_policy(path)
 
 
-def policy(name: str, **changes: dict) -> Policy:
+def policy(name: str, **changes: dict[str, Any]) -> Policy:
     return built(name, json.dumps(changes, sort_keys=True))
 
 

@@ -47,8 +47,8 @@ def check_quest(case: Case) -> None:
     if "token_mask_count" in case:
         there = (pages.unsqueeze(-1) * size + torch.arange(size) < total) & (pages >= 0).unsqueeze(-1)
         assert there.sum((1, 2)).tolist() == case["token_mask_count"].tolist()
-    output, _ = decode_attention(query, segment.ragged, tail.arguments(None), dim**-0.5, chosen)
-    assert_scores(output[0, :, 0].numpy(), case["attn_out"])
+    attended, _ = decode_attention(query, segment.ragged, tail.arguments(None), dim**-0.5, chosen)
+    assert_scores(attended[0, :, 0].numpy(), case["attn_out"])
 
 
 FAMILIES = {"quest": check_quest}

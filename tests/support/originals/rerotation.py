@@ -1,5 +1,7 @@
 """Keys that are rotated to consecutive positions, as in kvpress."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
@@ -50,7 +52,8 @@ def check_rerotation(case: Case) -> None:
     slots, dim = inputs["k"].shape[2:]
     frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = (torch.arange(slots).unsqueeze(-1) * frequency).unsqueeze(0)
-    layer.capture.functions = Rotating(Rotary(((angle.cos().float(), angle.sin().float()),), Layout.halves(dim // 2)))
+    functions: Any = Rotating(Rotary(((angle.cos().float(), angle.sin().float()),), Layout.halves(dim // 2)))
+    layer.capture.functions = functions
     layer.capture.scaling = dim**-0.5
     with torch.no_grad():
         layer.expects_attention = True

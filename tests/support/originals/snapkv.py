@@ -1,5 +1,7 @@
 """SnapKV, and PyramidKV and AdaKV on its scores."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from support.originals.comparing import assert_kept, assert_scores, budgets, kep
 from support.originals.loading import Case, policy, scored
 
 
-def snapkv_arguments(params: dict, window_reduce: str) -> dict:
+def snapkv_arguments(params: dict[str, Any], window_reduce: str) -> dict[str, Any]:
     return {
         "window": params["window"],
         "kernel_size": params["kernel"],

@@ -1,5 +1,8 @@
 """TOVA: one ranking for all heads of a layer, and one eviction per token while decoding."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +22,7 @@ def check_tova(case: Case) -> None:
         held = {"query_positions": new, "positions": at[..., 0]}
         return tova.scorer(observation(inputs["q"][:, :, query : query + 1], *cache, **held))
 
-    def evict(scores: Tensor, want) -> Tensor:
+    def evict(scores: Tensor, want: np.ndarray[Any, Any]) -> Tensor:
         """What is kept of a cache, [B, H, S] all heads alike, checked against the places `want` [B, C] in it."""
         mask = kept(scores, budgets(tova, scores, min(params["cache_size"], scores.shape[-1]))[0])
         assert (mask == mask[:, :1]).all()

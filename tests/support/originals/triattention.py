@@ -62,14 +62,14 @@ def check_authors(case: Case) -> None:
     raw, by_reduction = [], {}
     for reduction in ("max", "mean"):
         scorer = built(mean, parts["q_abs_mean"], **arguments, group_reduce=reduction).scorer
-        scores = []
+        of_layers: list[Tensor] = []
         for layer, keys in enumerate(parts["k_rot"][:, None, :, prefix:]):
             more = {"layer_idx": layer, "rotation": lambda: rope, "positions": positions.expand(1, params["Hkv"], -1)}
             obs = observation(queries, keys, keys, **more)
-            scores.append(scorer(obs)[0])
+            of_layers.append(scorer(obs)[0])
             if reduction == "max":
                 raw.append(scorer.raw_scores(obs)[0].flatten(0, 1))
-        by_reduction[reduction] = torch.stack(scores)  # [L, H, n - prefix]
+        by_reduction[reduction] = torch.stack(of_layers)  # [L, H, n - prefix]
     assert_close(torch.cat(raw), case["raw"])
     best = by_reduction["max"]
     for key, scores in {
