@@ -127,7 +127,7 @@ def test_a_norm_after_rotation_is_refused_when_it_matters(monkeypatch):
     assert kept(model, load_policy("snapkv"))[1].isfinite().all()
     for policy in (*map(load_policy, ROTATING), Policy(StreamingLLM(), rerotate="start")):
         with pytest.raises(
-            UserError, match="LlamaAttention: queries and keys before rotation are not known: .* no rotation"
+            UserError, match=r"LlamaAttention: queries and keys before rotation are not known: .* no rotation"
         ):
             kept(model, policy)
 
@@ -177,8 +177,8 @@ def test_unmerged_adapters_count(name):
     results, policy = [], load_policy(name)
     for merge in (False, True):
         model = build("llama")
-        model.add_adapter(LoraConfig(r=4, target_modules=["o_proj"], lora_dropout=0.3, use_rslora=merge is None))
         torch.manual_seed(1)
+        model.add_adapter(LoraConfig(r=4, target_modules=["o_proj"], lora_dropout=0.3))
         for parameter, weight in model.named_parameters():
             if "lora_B" in parameter:
                 nn.init.normal_(weight, 0, 0.5)

@@ -82,11 +82,6 @@ def test_a_layer_with_an_attention_of_its_own():
 
 
 def test_layers_that_attend_twice_or_to_other_keys():
-    def twice(self, *args, **kwargs):
-        forward(self, *args, **{**kwargs, "past_key_values": None})
-        return forward(self, *args, **kwargs)
-
-    forward = LlamaAttention.forward
     diff = AutoConfig.for_model("diffllama", **SMALL, num_key_value_heads=2, head_dim=8)
     latent = AutoConfig.for_model("deepseek_v3", **SMALL, **LATENT)
     for config, word in ((diff, "DiffLlamaAttention"), (latent, "DeepseekV3Attention|deepseek_v3")):

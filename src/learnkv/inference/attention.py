@@ -52,7 +52,7 @@ def compressed_attention(
         cache_layer.confirm(type(module).__name__, key, value)
         if attention_mask is not None and attention_mask.dtype != torch.bool:
             raise UserError(
-                f"{type(module).__name__}: attention mask of type {attention_mask.dtype}: expected the boolean one of sdpa"
+                f"{type(module).__name__}: attention mask of type {attention_mask.dtype}: expected sdpa's boolean one"
             )
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
