@@ -16,7 +16,7 @@ from learnkv.scorers import StreamingLLM
 pytestmark = pytest.mark.compat
 
 SWITCH = 48
-FACTORS = {"short_factor": [1.0] * 8, "long_factor": [1.5 * (1 + pair) for pair in range(8)]}
+FACTORS = {"rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [1.5 * (1 + pair) for pair in range(8)]}
 LONGROPE = {
     "rope_parameters": {
         "rope_type": "longrope",

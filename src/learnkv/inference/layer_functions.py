@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from learnkv.core.observation import Embeddings
 from learnkv.errors import UserError
 from learnkv.inference.layer_arguments import embeddings_of
+from learnkv.inference.rope_conventions import Convention, candidates
 from learnkv.ops.rotary import Layout, Rotary
 
 CONVENTION = "_learnkv_rotation"
@@ -23,38 +24,6 @@ _AT_ONCE = 512  # unit vectors that are projected at once
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """Attention output [1, T, H*G, D] from query and key, instead of attention."""
-
-
-class Convention(NamedTuple):
-    """How a layer reads rotary embeddings: the order of their R numbers, and the pairs of channels they rotate."""
-
-    order: str
-    """complex, halves (every angle twice, as cat(a, a)), interleaved (a0, a0, a1, a1, …) or single."""
-    layout: Layout | None
-    """None: the layer does not rotate."""
-    direction: int = 1
-    """-1: the layer rotates by the negative angles."""
-
-    def pairs(self, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
-        """Cos and sin [B, T, F]."""
-        if self.order == "complex":
-            cos, sin = embeddings[0].real, embeddings[0].imag
-        else:
-            half, step = embeddings[0].shape[-1] // 2, 2 if self.order == "interleaved" else 1
-            chosen = slice(half) if self.order == "halves" else slice(None, None, step)
-            cos, sin = (part[..., chosen] for part in embeddings)
-        return cos, sin if self.direction == 1 else -sin
-
-    def embeddings(self, cos: Tensor, sin: Tensor) -> Embeddings:
-        """The inverse of `pairs`."""
-        sin = sin * self.direction
-        if self.order == "complex":
-            return (torch.complex(cos.float(), sin.float()),)
-        if self.order == "halves":
-            return torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-        if self.order == "interleaved":
-            return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
-        return cos, sin
 
 
 class ProbedLayer:
@@ -120,7 +89,7 @@ class ProbedLayer:
         before = self._rotated(self._no_rotation(_TOKENS))
         if not _close(before[1], before[1][:, :, :1]):
             return "keys of equal tokens differ without rotation"
-        for convention in _candidates(example, before[1].shape[-1]):
+        for convention in candidates(example, before[1].shape[-1]):
             if self._holds(convention, example, before):
                 return convention
         return "what it does with rotary embeddings is no rotation of pairs of channels"
@@ -252,20 +221,6 @@ class _NoCache(DynamicCache):
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
-
-
-def _candidates(example: Embeddings, dim: int) -> Iterator[Convention]:
-    """Conventions that embeddings of this shape and heads of `dim` channels allow, no rotation first."""
-    orders = ("complex",) if len(example) == 1 else ("halves", "interleaved", "single")
-    for order in orders:
-        yield Convention(order, None)
-    for order in orders:
-        pairs = Convention(order, None).pairs(example)[0].shape[-1]
-        if 2 * pairs <= dim:
-            for start in sorted({0, dim - 2 * pairs}):
-                for layout in (Layout.halves(pairs, start), Layout.interleaved(pairs, start)):
-                    yield Convention(order, layout)
-                    yield Convention(order, layout, direction=-1)
 
 
 @contextmanager

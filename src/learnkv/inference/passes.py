@@ -96,7 +96,10 @@ def _bypass(model: Any) -> str | None:
     name, implementation = config.model_type, config._attn_implementation
     if implementation != NAME:
         return f"{name}: its attention was set to {implementation!r} after attach: call learnkv.detach and attach"
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    now = (
+        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    )
+    if model.training and getattr(model, now):
         return (
             f"{name}: gradient checkpointing drops the cache while training: call model.eval() or "
             "gradient_checkpointing_disable()"
