@@ -117,7 +117,7 @@ def test_scores_of_padding_may_be_anything():
 def test_decoded_tokens_are_checked_too():
     policy = Policy(Knorm(), evict_interval=4, decode=Poisoned())
     cache = policy.compress(prefill(attached("llama"), tokens(2, 30)), keep=0.4)
-    with pytest.raises(UserError, match="^Poisoned: scores are not finite"):
+    with pytest.raises(UserError, match=r"^Poisoned: scores are not finite"):
         generate(attached("llama"), tokens(2, 3), cache, max_new_tokens=9)
 
 
@@ -166,10 +166,10 @@ def test_one_host_sync_for_all_checks_of_a_plan(monkeypatch):
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_weights_that_are_not_numbers_are_refused_at_load(number, tmp_path):
     policy, model = copy.deepcopy(policy_for("conditioned", attached("llama"))), attached("llama")
-    key, weight = next(iter(policy.state_dict().items()))
+    _, weight = next(iter(policy.state_dict().items()))
     weight.view(-1)[-1] = number
     folder = save_policy(policy, tmp_path, model=describe_model(model), budgets={0.1: [[0.1] * 2] * 3})
-    with pytest.raises(UserError, match=rf"weight .* has numbers that are not finite"):
+    with pytest.raises(UserError, match=r"weight .* has numbers that are not finite"):
         load_policy(folder)
 
 

@@ -46,7 +46,7 @@ class RunFolder:
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """Raise UserError where the checkpoint was trained for another model."""
-        if self.model not in (None, model):
+        if self.model is not None and any(model.get(key) != value for key, value in self.model.items()):
             raise UserError(
                 f"output={self.path}: has a run for {self.model}, the model is {model}; overwrite=true starts anew"
             )
