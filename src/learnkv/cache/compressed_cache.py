@@ -37,6 +37,7 @@ class CompressedCache(Cache):
         for layer_idx, index in enumerate(self.compressible):
             layers[index] = CompressedLayer(layer_idx, capture_spec or CaptureSpec())
         super().__init__(layers=layers)
+        self.model_name: str = getattr(config, "_name_or_path", "")
         self.prompt_lengths: list[int] = []
         self.tail_mask: Tensor | None = None
         self.tail_padded = False

@@ -19,6 +19,7 @@ from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store, replacing
 from learnkv.evaluation.tabled import tabled
 from learnkv.inference.attention import attach
+from learnkv.inference.fingerprint import describe_with_weights
 from learnkv.inference.models import context_length, describe_model, load_model
 from learnkv.persistence.methods import select_methods
 from learnkv.persistence.policies import describe_policy_file, load_policy
@@ -64,8 +65,9 @@ def policy_paths(config: EvalConfig) -> list[str]:
 def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
     """The policies of `ckpt` and `baselines` by their names in tables, without the full cache, which is always run."""
     policies: dict[str, Policy] = {}
+    described = describe_with_weights(model)
     for path in policy_paths(config):
-        policy = load_policy(path, config.allow, describe_model(model)).to(model.device)
+        policy = load_policy(path, config.allow, described).to(model.device)
         name = describe_policy_file(path)
         if name == FULL:
             continue
@@ -79,11 +81,13 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
     """Write `results.json`, `results.md` and pictures, each replaced in one step."""
     rows = rows_of(records)
     name = describe_model(model)["id"]
-    result = {"schema": 1, "model": name, "environment": environment(model), "rows": rows}
+    notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
+    result = {"schema": 1, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
     with replacing(output / "results.json") as part:
         part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     with replacing(output / "results.md") as part:
-        part.write_text(report.markdown(name, rows, records, runner.baselines_of(policies)), encoding="utf-8")
+        text = report.markdown(name, rows, records, runner.baselines_of(policies))
+        part.write_text("\n\n".join([text.rstrip("\n"), *notes]) + "\n" if notes else text, encoding="utf-8")
     figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
     names = dict.fromkeys(record["policy"] for record in records)
     heatmaps = {name: pictures.heatmap(records, name) for name in names}

@@ -14,7 +14,7 @@ from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
 from learnkv.inference.extra_passes import run_extra_pass, scores_of
-from learnkv.inference.models import context_length
+from learnkv.inference.models import context_length, describe_model
 from learnkv.inference.token_ids import check_ids, check_mask
 from learnkv.policy.budget import check_budget
 from learnkv.policy.layerwise import compress_when_read
@@ -59,6 +59,10 @@ def prefill(
     if policy is not None:
         check_budget(keep, budget)
         policies = [*policies, policy]
+    policies = list(policies)
+    described = describe_model(model)
+    for each in policies:
+        each.check_sizes(described["shapes"], described["id"])
     capture_spec = functools.reduce(operator.or_, (each.capture_spec for each in policies), CaptureSpec(window))
     cache = CompressedCache(model.config, capture_spec.with_sample(sample))
     cache.set_prompt(lengths)

@@ -16,7 +16,6 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach, detach, is_attached
 from learnkv.inference.extra_passes import run_extra_pass
-from learnkv.inference.models import describe_model
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
 
@@ -68,7 +67,7 @@ class LearnKVPress(BasePress):
         """The policy on the model's device; UserError for options that a press does not have."""
         policy = self.policy
         if not isinstance(policy, Policy):
-            policy = load_policy(policy, self.allow, describe_model(model))
+            policy = load_policy(policy, self.allow, model)
         options = {
             "pages": policy.pages,
             "evict_interval": policy.evict_interval,

@@ -1,6 +1,7 @@
 """Policies on disk: heuristics as YAML, trained ones as checkpoints or exported folders."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from learnkv.errors import UserError
 from learnkv.formats import budgets as budget_table
 from learnkv.formats.files import make_folder, output_file, write_text
 from learnkv.inference import lora as adapters
+from learnkv.inference.fingerprint import describe_with_weights, other_weights
+from learnkv.inference.models import describe_model
 from learnkv.ops.round_to_budget import round_to_budget
 from learnkv.persistence import hub
 from learnkv.persistence.allowed_classes import check_classes
@@ -29,20 +32,13 @@ from learnkv.persistence.stored_policy import (
     stored_in_checkpoint,
     stored_in_folder,
 )
+from learnkv.policy.model_sizes import SIZES
 from learnkv.policy.policy import Policy
 
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 """Kept fractions at which an export tabulates budgets."""
 SHIPPED = Path(__file__).resolve().parents[1] / "reference" / "policy"
 _NOMINAL_ENTRIES = 4096
-_SIZES = {
-    "num_layers": "layers",
-    "num_heads": "heads",
-    "num_groups": "groups",
-    "head_dim": "head_dim",
-    "hidden_size": "hidden_size",
-}
-"""Constructor arguments of learned components -> names of the model's shapes."""
 
 
 def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str = "policy") -> Policy:
@@ -97,7 +93,7 @@ def fill_sizes(spec: Any, shapes: Mapping[str, int]) -> Any:
     if not isinstance(spec, dict):
         return spec
     return {
-        key: shapes[_SIZES[key]] if key in _SIZES and value == 0 else fill_sizes(value, shapes)
+        key: shapes[SIZES[key]] if key in SIZES and value == 0 else fill_sizes(value, shapes)
         for key, value in spec.items()
     }
 
@@ -108,14 +104,18 @@ def parameter_share(policy: Policy, model: nn.Module) -> float:
     return counts[0] / counts[1]
 
 
-def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str, Any] | None = None) -> Policy:
+def load_policy(
+    path: str | Path, allow: Sequence[str] = (), model: Mapping[str, Any] | nn.Module | None = None
+) -> Policy:
     """A policy from a Lightning checkpoint, an exported folder, a training run's folder, or a heuristic's YAML.
 
     Args:
         path: file or folder; a bare name finds `configs/policies/NAME.yaml`; `reference` is the shipped policy;
             `owner/name` or `owner/name@revision`, where there is no such path, a policy on the Hugging Face hub.
         allow: module prefixes besides `learnkv` whose classes the file may name.
-        model: description of the model to use it with (`describe_model`); a policy trained for another one is refused.
+        model: the model to use it with, or its description (`describe_model`, `describe_with_weights`); a policy that
+            was trained for another one is refused. For one of the same shape with other weights there is a warning,
+            which `policy.other_weights` keeps.
 
     Raises:
         UserError: missing, corrupt or foreign file.
@@ -129,11 +129,22 @@ def load_policy(path: str | Path, allow: Sequence[str] = (), model: Mapping[str,
         stored = StoredPolicy(read_spec(find_config("policies", str(path), "ckpt")), {})
     policy = build_policy(stored.spec, allow, str(path))
     policy.adapter = stored.adapter
-    check_model(stored, model, str(path))
+    policy.trained_for = stored.model or None
+    if model is not None and stored.model:
+        described = model if isinstance(model, Mapping) else _described(model, stored.model)
+        check_model(stored, described, str(path))
+        policy.other_weights = other_weights(stored.model, described)
+        if policy.other_weights is not None:
+            warnings.warn(f"ckpt={path}: {policy.other_weights}", stacklevel=2)
     loaded = _with_weights(policy, stored.state, str(path))
     if folder is not None:
         check_digests(folder)
     return loaded
+
+
+def _described(model: Any, trained_for: Mapping[str, Any]) -> dict[str, Any]:
+    """Description of a model, with its weights where those that the policy was trained for are known."""
+    return describe_with_weights(model) if trained_for.get("weights") else describe_model(model)
 
 
 def _with_weights(policy: Policy, state: Mapping[str, Tensor], name: str) -> Policy:
@@ -197,7 +208,7 @@ def save_policy(
 
     Args:
         folder: created where it is missing; files of an older export are replaced.
-        model: description of the model it was trained for (`learnkv.inference.models.describe_model`).
+        model: description of the model it was trained for (`learnkv.inference.fingerprint.describe_with_weights`).
         budgets: mean kept fraction [L][H] at each global one, for policies whose budgets depend on the prompt; static
             budgets are computed here.
         training: the training configuration, plain containers.

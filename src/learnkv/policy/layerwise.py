@@ -12,6 +12,7 @@ from learnkv.core.finite import Invalid, check_shape, refuse_invalid, without_na
 from learnkv.core.observation import Observation
 from learnkv.ops.device import upload
 from learnkv.ops.round_to_budget import round_layer
+from learnkv.policy.model_sizes import sizes_of
 from learnkv.policy.planner import with_keep
 from learnkv.policy.policy import Policy
 
@@ -25,6 +26,7 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
     def evict(layer_idx: int) -> None:
         totals, protected = policy.totals(cache, keep, budget)
         obs = with_keep(layers[layer_idx].observation(), cache.lengths, totals, len(layers))
+        policy.check_sizes(sizes_of(cache, obs), cache.model_name)
         invalid: list[Invalid] = []
         scores = planner.score(obs, protected).scores
         scores = without_nan(scores.unsqueeze(0), f"{planner.scorer.name}: scores", invalid, layer_idx)[0]

@@ -1,5 +1,6 @@
 """A policy: what a prompt is compressed by, heuristic or learned, at deployment and in training."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from learnkv.core.plan import Plan
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.policy.budget import check_budget, check_read, entries_to_keep, protected_per_head
+from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, check_online
 from learnkv.policy.planner import Planner
 from learnkv.policy.relax import relax_to_plan
@@ -69,6 +71,10 @@ class Policy(Component):
         self.sinks, self.recent = sinks, recent
         self.pages, self.read = pages, read
         self.adapter: Adapter | None = None  # trained together with the policy
+        self.trained_for: Mapping[str, Any] | None = None
+        """Description of the model that the policy was trained for, as its manifest has it."""
+        self.other_weights: str | None = None
+        """One line where the policy was loaded for a model of other weights."""
 
     @property
     def planner(self) -> Planner:
@@ -131,6 +137,7 @@ class Policy(Component):
             _refuse_inference_tensors(cache)
         totals, protected = self.totals(cache, keep, budget)
         observations = [layer.observation() for layer in cache.compressed_layers()]
+        self.check_sizes(sizes_of(cache, observations[0]), cache.model_name)
         self._check_captured(observations[0])
         return self.planner.plan(observations, cache.lengths, totals, protected)
 
@@ -140,6 +147,10 @@ class Policy(Component):
         heads = layers[0].heads * len(layers)
         totals = entries_to_keep(lengths, heads, keep, budget)
         return totals, protected_per_head(self.sinks + self.recent, lengths, totals, heads)
+
+    def check_sizes(self, sizes: Mapping[str, int], model: str) -> None:
+        """Raise UserError for a model of other sizes than a learned component was made for."""
+        check_sizes(self, self.trained_for, sizes, model)
 
     def _check_captured(self, obs: Observation) -> None:
         """Raise where the prompt was read without what the policy's scorers read."""

@@ -47,11 +47,8 @@ class RunFolder:
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """Raise UserError for a checkpoint that was trained for another model; where it lies does not matter."""
-        expected, given = (
-            None if part is None else {key: value for key, value in part.items() if key != "id"}
-            for part in (self.model, model)
-        )
-        if expected not in (None, given):
+        expected = {key: value for key, value in (self.model or {}).items() if key != "id"}
+        if any(model.get(key) != value for key, value in expected.items()):
             raise UserError(
                 f"output={self.path}: has a run for {self.model}, the model is {model}; overwrite=true starts anew"
             )

@@ -20,7 +20,8 @@ from learnkv.formats.files import make_folder, write_text
 from learnkv.formats.folder_lock import folder_lock
 from learnkv.inference import lora as adapters
 from learnkv.inference.attention import attach
-from learnkv.inference.models import describe_model, load_model
+from learnkv.inference.fingerprint import describe_with_weights
+from learnkv.inference.models import load_model
 from learnkv.persistence.policies import build_policy, fill_sizes, modules_of, parameter_share, save_policy
 from learnkv.persistence.stored_policy import FORMAT_VERSION
 from learnkv.training import slurm
@@ -67,8 +68,9 @@ def _train(config: TrainConfig, resolved: str) -> None:
     model, tokenizer = _load_model(config)
     adapter = _add_adapter(model, config.distillation.lora)
     data = _data(config, model, tokenizer)
-    run.check_model(describe_model(model))
-    module = _distillation(config, model, adapter, run, keys)
+    description = describe_with_weights(model)
+    run.check_model(description)
+    module = _distillation(config, model, description, adapter, run, keys)
     trainer = build_trainer(config, run, keys)
     if _fit(trainer, module, data, run):
         _export(trainer, module, run)
@@ -102,11 +104,15 @@ def _check_smallest_budget(settings: DistillationSettings, shortest: int) -> Non
 
 
 def _distillation(
-    config: TrainConfig, model: Any, adapter: Adapter | None, run: RunFolder, keys: Mapping[str, Any]
+    config: TrainConfig,
+    model: Any,
+    description: Mapping[str, Any],
+    adapter: Adapter | None,
+    run: RunFolder,
+    keys: Mapping[str, Any],
 ) -> Distillation:
     """The training module, with a new policy of the model's sizes."""
     assert config.policy is not None
-    description = describe_model(model)
     spec = fill_sizes(config.policy.spec(), description["shapes"])
     policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
     policy.adapter = adapter
@@ -120,7 +126,7 @@ def _distillation(
         description={
             "format_version": FORMAT_VERSION,
             "policy": spec,
-            "model": description,
+            "model": dict(description),
             "training": keys,
             "contents": dict(run.contents),
         },
