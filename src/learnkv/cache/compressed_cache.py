@@ -297,5 +297,4 @@ class CompressedCache(Cache):
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""
         self.run_checks()
-        layer: CompressedLayer = self.layers[layer_idx]
-        return layer.kept_positions(row, head)
+        return self.compressed_layers()[self.compressible.index(layer_idx)].kept_positions(row, head)
