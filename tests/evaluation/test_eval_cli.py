@@ -191,10 +191,8 @@ def test_other_prompts_and_other_models_are_not_in_one_table(
     capsys.readouterr()
     assert eval([*words, "--ckpt", "random", f"model={copy}"]) == 0
     assert {policy for policy, _ in values(tmp_path)} == {"full", "random"}
-    assert (
-        "15 samples of another model, or other versions of code or libraries, are not in the table"
-        in capsys.readouterr().err
-    )
+    line = "15 samples of another model, or other versions of code or libraries, are not in the table"
+    assert line in capsys.readouterr().err
 
 
 def test_a_moved_model_and_folder_continue(

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from support.models import build
 
 from learnkv.errors import UserError
-from learnkv.inference import hub_connection
 from learnkv.inference.attention import attach, detach
 from learnkv.inference.digest import model_digest, tokenizer_digest, weights_digest
 from learnkv.inference.models import REFERENCE, load_model
@@ -119,18 +118,3 @@ def test_offloaded_weights_are_refused() -> None:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.to("meta"), requires_grad=False)
     with pytest.raises(UserError, match=r"weight lm_head.weight is offloaded"):
         weights_digest(model)
-
-
-def test_a_hub_id_without_a_network_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_connection.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_connection, "is_reachable", lambda: False)
-    monkeypatch.setattr("socket.socket.connect", lambda *a: pytest.fail("the network was tried"))
-    with pytest.raises(UserError, match=r"model=nobody/nothing: .*no connection to .*, and no copy of it in the cache"):
-        load_model("nobody/nothing")
-    assert hub_connection.constants.HF_HUB_OFFLINE is False
-
-
-def test_a_connection_that_takes_too_long_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_connection, "SECONDS", 0.05)
-    monkeypatch.setattr(hub_connection, "_connect", lambda *a: __import__("time").sleep(1))
-    assert hub_connection.is_reachable.__wrapped__() is False

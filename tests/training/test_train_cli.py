@@ -216,7 +216,7 @@ def test_two_processes_equal_one_with_accumulation(
         ("trainer.precision=bf16-mixed", "trainer.precision=bf16-mixed: expected 32-true"),
         ("trainer.max_stepz=3", "did you mean trainer.max_steps"),
         ("policy.scorer.class_path=learnkv.scorers.Snap", "policy.scorer"),
-        ("lengths=90", "lengths=90: expected 2 values"),
+        ("lengths=90,91,92", "lengths=90,91,92: expected 2 values"),
         ("gradient_tokens=0", "gradient_tokens=0: expected more than 0"),
         ("policy.init_args.sinks=-1", "sinks=-1"),
         ("policy=null", "policy"),

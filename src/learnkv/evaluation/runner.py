@@ -108,7 +108,7 @@ def _read(model: Any, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> 
             cache = prefill(model, ids, mask, window=0, policies=policies)
     finally:
         hook.remove()
-    return _Prefilled(cache, cost, passes[-1] - passes[0] if passes else 0.0)
+    return _Prefilled(cache, cost, passes[-1] - passes[0] if cache.extra_pass_tokens else 0.0)
 
 
 def _measured(
@@ -150,7 +150,8 @@ def _cost_per_prompt(prompts: int, seconds: float, decode: Cost, parts: Sequence
 def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> list[Record]:
     """Records of the prompts that every job has finished, in the order of the jobs."""
     done = [p for f in families for p in f.prompts if all(job.fingerprint(p) in store for job in jobs)]
-    return [store[job.fingerprint(prompt)] for job in jobs for prompt in done]
+    # A record may have been measured under another name or number of the same policy and prompt.
+    return [{**store[job.fingerprint(prompt)], **job.slot(prompt)} for job in jobs for prompt in done]
 
 
 def _unfinished(

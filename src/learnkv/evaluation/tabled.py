@@ -19,7 +19,9 @@ def tabled(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> lis
     measured = {prompt_key(record)[:3] for record in current}
     prompts = {prompt_key(record) for record in current}
     slots = {tuple(job.slot(prompt).values()) for job in jobs for family in families for prompt in family.prompts}
-    earlier = [record for record in store.records.values() if slot_of(record) not in slots]
+    taken = {record["fingerprint"] for record in current}
+    stored = (record for record in store.records.values() if record["fingerprint"] not in taken)
+    earlier = [record for record in stored if slot_of(record) not in slots]
     same = [record for record in earlier if record.get("conditions_digest") == jobs[0].conditions]
     if len(same) < len(earlier):
         count = f"{store.path.parent}: {len(earlier) - len(same)} samples"
