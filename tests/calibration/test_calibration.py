@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import calibrate
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from support.models import Loaded
 
 from learnkv import continuation, load_model, load_policy, prefill
 from learnkv.allocators import Uniform
@@ -24,18 +24,16 @@ from learnkv.scorers import SnapKV
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded() -> Loaded:
     return load_model("reference")
 
 
 @pytest.fixture(scope="module")
-def trials(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> list[Trial]:
+def trials(loaded: Loaded) -> list[Trial]:
     return list(sample_trials(loaded[1], 192, 4, seed=3))
 
 
-def test_a_needle_is_the_sentence_that_holds_the_answer(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
-) -> None:
+def test_a_needle_is_the_sentence_that_holds_the_answer(loaded: Loaded, trials: list[Trial]) -> None:
     tokenizer = loaded[1]
     for trial in trials:
         first, last = trial.needle
@@ -49,7 +47,7 @@ def test_a_needle_is_the_sentence_that_holds_the_answer(
 
 
 def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     tokenizer = copy.deepcopy(loaded[1])
     tokenizer.chat_template = "{% for one in messages %}<u>{{ one.content }}</u>{% endfor %}<a>"
@@ -65,9 +63,7 @@ def test_a_chat_model_begins_its_answer_with_the_words_before_the_value(
     assert sentences[0] == sentences[1]
 
 
-def test_attention_while_answering_is_the_model_s_own(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
-) -> None:
+def test_attention_while_answering_is_the_model_s_own(loaded: Loaded, trials: list[Trial]) -> None:
     model, trial = loaded[0], trials[0]
     before = torch.cat([trial.context, trial.question], 1)
     shown: list[torch.Tensor] = []
@@ -94,9 +90,7 @@ def test_attention_while_answering_is_the_model_s_own(
             torch.testing.assert_close(_output(seen, kept), shown[0][-trial.answer.shape[1] :], rtol=1e-4, atol=1e-4)
 
 
-def test_layer_errors_are_shares_and_grow_where_entries_are_missed(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
-) -> None:
+def test_layer_errors_are_shares_and_grow_where_entries_are_missed(loaded: Loaded, trials: list[Trial]) -> None:
     model = loaded[0]
     errors = layer_errors(model, trials, Policy(SnapKV(window=8), Uniform()), keep=0.1)
     assert errors.shape == (6,)
@@ -104,9 +98,7 @@ def test_layer_errors_are_shares_and_grow_where_entries_are_missed(
     assert errors[4:].sum() > 0.5  # where the retrieval heads are
 
 
-def test_retrieval_heads_are_found_where_the_model_has_them(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
-) -> None:
+def test_retrieval_heads_are_found_where_the_model_has_them(loaded: Loaded, trials: list[Trial]) -> None:
     scores = head_scores(*loaded, trials, ["reasoning", "copying", "semantic"])
     means = {kind: headkv.mean_scores(found) for kind, found in scores.items()}
     assert {tuple(one.shape) for one in means.values()} == {(6, 8)}
@@ -115,9 +107,7 @@ def test_retrieval_heads_are_found_where_the_model_has_them(
     assert means["copying"].max() <= 1
 
 
-def test_a_model_that_answers_nothing_is_told(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
-) -> None:
+def test_a_model_that_answers_nothing_is_told(loaded: Loaded, trials: list[Trial]) -> None:
     trial = type(trials[0])(**{**vars(trials[0]), "text": " something else"})
     with pytest.raises(RunError, match="answered none of 1 trials"):
         head_scores(*loaded, [trial], ["reasoning"])
@@ -142,9 +132,7 @@ def test_a_curve_keeps_the_most_useful_percents() -> None:
     torch.testing.assert_close(curve[49, 0], torch.tensor([0.5, 0.5]))
 
 
-def test_gates_start_at_one_where_only_the_penalty_moves_them(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial]
-) -> None:
+def test_gates_start_at_one_where_only_the_penalty_moves_them(loaded: Loaded, trials: list[Trial]) -> None:
     model = loaded[0]
     torch.testing.assert_close(head_gates(model, trials, 4, 12, 1, penalty=1.0), torch.full((6, 4), 0.95))
 
@@ -161,9 +149,7 @@ def test_shipped_tables_fit_the_reference_model_and_agree_on_its_heads() -> None
 
 
 @pytest.mark.parametrize("name", ["headkv", "lukv", "duo_attention"])
-def test_tables_of_the_reference_model_are_read_from_its_yaml(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], trials: list[Trial], name: str
-) -> None:
+def test_tables_of_the_reference_model_are_read_from_its_yaml(loaded: Loaded, trials: list[Trial], name: str) -> None:
     policy = load_policy(name)
     cache = prefill(loaded[0], trials[0].context, policies=[policy])
     small = policy.compress(cache, keep=0.25)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import Loaded
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from learnkv import load_model, load_policy, prefill
 from learnkv.calibration.kvzip_gate import kvzip_gate
@@ -19,18 +20,16 @@ from learnkv.scorers.fast_kvzip import gate_scores
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded() -> Loaded:
     return load_model("reference")
 
 
 @pytest.fixture(scope="module")
-def contexts(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> list[Tensor]:
+def contexts(loaded: Loaded) -> list[Tensor]:
     return [trial.context for trial in sample_trials(loaded[1], 192, 4, seed=3)]
 
 
-def test_moments_are_those_of_all_queries_before_rotation(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], contexts: list[Tensor]
-) -> None:
+def test_moments_are_those_of_all_queries_before_rotation(loaded: Loaded, contexts: list[Tensor]) -> None:
     model, shown = loaded[0], []
     projection = model.model.layers[2].self_attn.q_proj
     hook = projection.register_forward_hook(lambda module, given, made: shown.append(made[0, 4:].double()))
@@ -61,9 +60,7 @@ def agreement(weights: dict[str, Tensor], model: PreTrainedModel, context: Tenso
     return float(torch.stack(found).mean())
 
 
-def test_a_gate_learns_to_tell_kvzips_scores(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], contexts: list[Tensor]
-) -> None:
+def test_a_gate_learns_to_tell_kvzips_scores(loaded: Loaded, contexts: list[Tensor]) -> None:
     model = loaded[0]
     start, learned = (kvzip_gate(model, contexts[:3], steps, batch=256) for steps in (1, 80))
     assert agreement(start, model, contexts[3]) < 0.2
@@ -75,9 +72,7 @@ def shipped() -> dict[str, torch.Tensor]:
     return tensors.read(TABLES / "kvzip_gate.safetensors", tensors.KVZIP_GATE)
 
 
-def test_the_shipped_gate_and_moments_are_the_reference_models(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], contexts: list[Tensor]
-) -> None:
+def test_the_shipped_gate_and_moments_are_the_reference_models(loaded: Loaded, contexts: list[Tensor]) -> None:
     model = loaded[0]
     assert agreement(shipped(), model, contexts[3]) > 0.6
     held = tensors.read(TABLES / "query_moments.safetensors", tensors.MOMENTS)

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import Loaded
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -55,7 +54,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def loaded(model_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded(model_folder: Path) -> Loaded:
     model, tokenizer = load_model(str(model_folder))
     return attach(model), tokenizer
 

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from support.models import Loaded
+from transformers import PreTrainedTokenizerBase
 
 from learnkv.data.sample import Sample
 from learnkv.evaluation.tasks import answers
@@ -30,7 +31,7 @@ def text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def test_the_question_is_read_after_compression_or_before(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     _, tokenizer = loaded
     agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
@@ -45,7 +46,7 @@ def test_the_question_is_read_after_compression_or_before(
 
 
 def test_without_a_prefix_the_last_token_of_the_question_waits(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     _, tokenizer = loaded
     aware = prompt_of(sample("123", prefix=""), "query_aware", tokenizer)
@@ -53,9 +54,7 @@ def test_without_a_prefix_the_last_token_of_the_question_waits(
     assert len(aware.suffix_ids) == 1
 
 
-def test_a_chat_template_stays_around_context_and_question(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_template_stays_around_context_and_question(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tokenizer = loaded
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     agnostic = prompt_of(sample("123"), "query_agnostic", tokenizer)
@@ -68,7 +67,7 @@ def ids(tokenizer: PreTrainedTokenizerBase, said: str) -> list[int]:
 
 
 def test_an_answer_ends_when_nothing_can_change_its_score(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     _, tokenizer = loaded
     end = EndOfAnswer(tokenizer, {1})
@@ -85,9 +84,7 @@ def test_an_answer_ends_when_nothing_can_change_its_score(
         "no. no. no. no. no. It is",
     ],
 )
-def test_an_answer_is_never_cut_before_it_is_found(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], said: str
-) -> None:
+def test_an_answer_is_never_cut_before_it_is_found(loaded: Loaded, said: str) -> None:
     _, tokenizer = loaded
     end, whole = EndOfAnswer(tokenizer, {1}), ids(tokenizer, f"{said} 98765.")
     until = next(n for n in range(1, len(whole) + 1) if end(whole[:n], sample("98765")))
@@ -95,7 +92,7 @@ def test_an_answer_is_never_cut_before_it_is_found(
 
 
 def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     _, tokenizer = loaded
     end = EndOfAnswer(tokenizer, {1})
@@ -120,7 +117,7 @@ def test_a_loop_is_three_times_the_same_and_long(period: int) -> None:
     assert not loops(broken)
 
 
-def test_answers_are_not_loops(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+def test_answers_are_not_loops(loaded: Loaded) -> None:
     _, tokenizer = loaded
     numbers = "first 6976604, second 6976604, third 6976604, fourth 6976604, fifth 6976604."
     for said in ("9" * 31, numbers, "00000000-0000-4000-8000-0000", " ".join(str(n) for n in range(60))):
@@ -128,9 +125,7 @@ def test_answers_are_not_loops(loaded: tuple[PreTrainedModel, PreTrainedTokenize
         assert not any(loops(tokens[:n]) for n in range(len(tokens) + 1))
 
 
-def test_eos_tokens_of_a_model(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eos_tokens_of_a_model(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = loaded
     assert eos_tokens(model) == {1}
     monkeypatch.setattr(model.generation_config, "eos_token_id", [3, 4])
@@ -140,7 +135,7 @@ def test_eos_tokens_of_a_model(
 
 
 def test_scores_are_shares_of_the_answers_and_finished_rows_leave(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = loaded
     samples = [sample("12", "34", "56", limit=30), sample("12", "34", metric="part"), sample("99", limit=11)]
@@ -175,7 +170,7 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(
     assert [one["score"] for one in records] == pytest.approx([200 / 3, 100, 0])
 
 
-def test_rounds_say_what_one_call_of_generate_says(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+def test_rounds_say_what_one_call_of_generate_says(loaded: Loaded) -> None:
     model, tokenizer = loaded
     prompts = [prompt_of(sample("zz", limit=29), "query_agnostic", tokenizer)]
     cache = prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
@@ -199,7 +194,7 @@ def test_rounds_follow_the_generation_config_as_one_call_does(
     assert records[0]["answer"] == tokenizer.decode(whole[0], skip_special_tokens=True)
 
 
-def test_a_batch_says_what_each_prompt_says_alone(loaded: Any) -> None:
+def test_a_batch_says_what_each_prompt_says_alone(loaded: Loaded) -> None:
     model, tokenizer = loaded
     contexts = ["Red is 123.", "Red is 123. Blue is 45. Green is 6, and more of it.", "Red."]
     many = [Sample(one, "\nWhat" + " is red" * n, " It", ["zz"], "t", 12) for n, one in enumerate(contexts, 1)]
@@ -216,7 +211,7 @@ def test_a_batch_says_what_each_prompt_says_alone(loaded: Any) -> None:
 
 
 def test_rows_that_say_about_as_much_are_measured_together(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     _, tokenizer = loaded
     many = [sample("1" * 30), sample("1"), sample("1" * 20), sample("22")]

@@ -1,43 +1,31 @@
 """One prefill per batch for everything, bytes by the formula, and nothing done twice."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.evaluation import KEEPS, NAMES, compare, policies, question_prompts, text_prompts
+from support.models import Loaded
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from learnkv.allocators import AdaKV, LearnedAllocator, Uniform
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.observation import Observation
-from learnkv.data.sample import Sample
 from learnkv.evaluation import runner
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.results import rows_of
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tabled import tabled
-from learnkv.evaluation.tasks.answers import Answers, tokenised
+from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.text import Text
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
 from learnkv.scorers import Knorm, Scorer, SnapKV
-
-KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]
-NAMES = ("snapkv", "adakv")
-
-
-def text_prompts(rows: int, length: int = 48) -> list[Prompt]:
-    tokens = torch.randint(2, 400, (rows, length), generator=torch.Generator().manual_seed(1)).tolist()
-    cut = length - 13
-    return [Prompt("text", length, "query_agnostic", i, ids[:cut], ids[cut:]) for i, ids in enumerate(tokens)]
-
-
-def question_prompts(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[Prompt]:
-    samples = [Sample(f"{'Red is. ' * (i + 2)}", "\nWhat?", " It", ["zz"], "vt", 6) for i in range(rows)]
-    return list(tokenised(enumerate(samples), "query_agnostic", 64, tokenizer))
 
 
 @pytest.fixture
@@ -53,36 +41,15 @@ def prefills(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return counts
 
 
-def policies(*names: str) -> dict[str, Policy]:
-    return {name: load_policy(name) for name in names}
-
-
-def untimed(row: Any) -> Any:
+def untimed(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what differs between two runs of the same command."""
     return {
         key: value for key, value in row.items() if key not in ("prefill_seconds", "tokens_per_second", "peak_bytes")
     }
 
 
-def compare(
-    loaded: Any,
-    prompts: Any,
-    path: Any,
-    names: Any = NAMES,
-    keeps: Any = KEEPS,
-    batch_size: Any = 4,
-    family: Any = Text,
-) -> Any:
-    families = [family(prompts)] if family is Text else [Answers(prompts, loaded[1])]
-    jobs = runner.jobs_of(loaded[0], policies(*names), keeps)
-    path.mkdir(exist_ok=True)
-    store = Store(path / "samples.jsonl")
-    runner.run(loaded[0], families, jobs, store, batch_size)
-    return runner.finished(families, jobs, store)
-
-
 def test_one_prefill_per_batch_for_all_policies_and_budgets(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, prefills: list[Any]
+    loaded: Loaded, tmp_path: Path, prefills: list[Any]
 ) -> None:
     records = compare(loaded, text_prompts(6), tmp_path)
     assert prefills == [4, 2]
@@ -97,7 +64,7 @@ def test_one_prefill_per_batch_for_all_policies_and_budgets(
     assert all(row["n"] == 6 for row in rows)
 
 
-def test_what_is_spent_and_held(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path) -> None:
+def test_what_is_spent_and_held(loaded: Loaded, tmp_path: Path) -> None:
     model = loaded[0]
     layers, heads, dim, entries = 2, 2, model.config.head_dim, 35
     rows = rows_of(compare(loaded, text_prompts(4), tmp_path))
@@ -118,9 +85,7 @@ def test_what_is_spent_and_held(loaded: tuple[PreTrainedModel, PreTrainedTokeniz
     assert all(len(held) == 1 for held in by_keep.values())
 
 
-def test_bytes_of_unequal_prompts_go_by_what_each_keeps(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_bytes_of_unequal_prompts_go_by_what_each_keeps(loaded: Loaded, tmp_path: Path) -> None:
     records = compare(loaded, question_prompts(loaded[1], 3), tmp_path, ("snapkv",), KEEPS[:1], family=Answers)
     held = [one for one in records if one["policy"] == "snapkv"]
     lengths = [one["bytes_full"] for one in held]
@@ -131,9 +96,7 @@ def test_bytes_of_unequal_prompts_go_by_what_each_keeps(
     )
 
 
-def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(loaded: Loaded, tmp_path: Path) -> None:
     keeps = [Budget(keep=1.0), Budget(keep=0.7), Budget(keep=0.1)]
     rows = rows_of(compare(loaded, text_prompts(5), tmp_path, ("snapkv",), keeps))
     full, whole, most, least = rows
@@ -145,9 +108,7 @@ def test_a_kept_prompt_costs_no_kl_and_a_smaller_one_costs_more(
 
 
 @pytest.mark.parametrize("family", [Text, Answers])
-def test_batches_do_not_change_results(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, family: type[Any]
-) -> None:
+def test_batches_do_not_change_results(loaded: Loaded, tmp_path: Path, family: type[Any]) -> None:
     prompts = text_prompts(5) if family is Text else question_prompts(loaded[1], 5)
     for size in (1, 5):
         (tmp_path / str(size)).mkdir()
@@ -161,9 +122,7 @@ def test_batches_do_not_change_results(
         assert one.get("kl", 0) == pytest.approx(other.get("kl", 0), abs=1e-5)
 
 
-def test_finished_samples_are_not_read_again(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, prefills: list[Any]
-) -> None:
+def test_finished_samples_are_not_read_again(loaded: Loaded, tmp_path: Path, prefills: list[Any]) -> None:
     first = compare(loaded, text_prompts(3), tmp_path)
     prefills.clear()
     assert compare(loaded, text_prompts(3), tmp_path) == first
@@ -174,7 +133,7 @@ def test_finished_samples_are_not_read_again(
 
 
 def test_only_what_is_missing_is_measured(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
     tmp_path: Path,
     prefills: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -191,7 +150,7 @@ def test_only_what_is_missing_is_measured(
 
 
 def test_an_interrupted_run_continues_where_it_was(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
     tmp_path: Path,
     prefills: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -223,9 +182,7 @@ def test_an_interrupted_run_continues_where_it_was(
     assert all(Store(tmp_path / "samples.jsonl")[name] == record for name, record in done.items())
 
 
-def test_only_prompts_that_every_policy_finished_are_compared(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_only_prompts_that_every_policy_finished_are_compared(loaded: Loaded, tmp_path: Path) -> None:
     prompts = text_prompts(3)
     compare(loaded, prompts[:2], tmp_path)
     jobs = runner.jobs_of(loaded[0], policies(*NAMES), KEEPS)
@@ -233,7 +190,7 @@ def test_only_prompts_that_every_policy_finished_are_compared(
     assert {record["index"] for record in found} == {0, 1}
 
 
-def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded: Any, tmp_path: Path) -> None:
+def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded: Loaded, tmp_path: Path) -> None:
     """Another seed gives prompts of the same task, length and number: the full cache has the last one's."""
     first, second = text_prompts(4)[:2], [replace(prompt, index=i) for i, prompt in enumerate(text_prompts(4)[1:3])]
     compare(loaded, first, tmp_path, ("snapkv",))
@@ -247,7 +204,7 @@ def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded:
     assert {(record["policy"], record["index"]) for record in records} == {(n, 0) for n in ("full", "adakv", "knorm")}
 
 
-def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded: Any) -> None:
+def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded: Loaded) -> None:
     model = loaded[0]
     (here, there) = text_prompts(2)
     learned = Policy(Knorm())
@@ -273,9 +230,7 @@ def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded: Any
     model.model.norm.weight[0] -= 1
 
 
-def test_budgets_are_recorded_for_policies_that_learned_them(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_budgets_are_recorded_for_policies_that_learned_them(loaded: Loaded, tmp_path: Path) -> None:
     learned = Policy(Knorm())
     learned.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
     jobs = runner.jobs_of(loaded[0], {"learned": learned, "knorm": load_policy("knorm")}, KEEPS[:1])
@@ -305,25 +260,19 @@ class HiddenSize(Scorer):
         return seen.hidden.norm(dim=-1).unsqueeze(1).expand(seen.keys.shape[:3])
 
 
-def test_a_scorer_gets_the_hidden_states_that_it_needs(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded: Loaded, tmp_path: Path) -> None:
     jobs = runner.jobs_of(loaded[0], {"hidden": Policy(HiddenSize())}, KEEPS[:1])
     store = Store(tmp_path / "samples.jsonl")
     runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
     assert sum(record["policy"] == "hidden" and record["kl"] > 0 for record in store.records.values()) == 2
 
 
-def test_passes_of_the_model_that_a_policy_takes_are_counted(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_passes_of_the_model_that_a_policy_takes_are_counted(loaded: Loaded, tmp_path: Path) -> None:
     records = compare(loaded, text_prompts(2), tmp_path, names=("snapkv", "kvzip"), keeps=[Budget(keep=0.5)])
     assert {row["policy"]: row["prefills"] for row in rows_of(records)} == {"full": 1.0, "snapkv": 1.0, "kvzip": 2.0}
 
 
-def test_what_is_read_stands_beside_what_is_held(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_what_is_read_stands_beside_what_is_held(loaded: Loaded, tmp_path: Path) -> None:
     """Pages are read of a cache that holds everything, and their bounds: 32 of 35 entries, then one page of 16."""
     keeps = [Budget(tokens=32), Budget(tokens=16)]
     records = compare(loaded, text_prompts(2), tmp_path, names=("snapkv", "quest"), keeps=keeps)

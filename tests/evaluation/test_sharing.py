@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import Loaded
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv import continuation
 from learnkv.allocators import CAKE
@@ -26,9 +26,7 @@ KEEPS = [Budget(keep=0.5), Budget(keep=0.25), Budget(tokens=8)]
 
 
 @pytest.mark.parametrize("name", ["adakv", "cake", "criticalkv", "defensivekv", "kvzip", "restkv", "vase"])
-def test_sharing_scores_between_budgets_changes_nothing_that_is_kept(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], name: str
-) -> None:
+def test_sharing_scores_between_budgets_changes_nothing_that_is_kept(loaded: Loaded, name: str) -> None:
     model, _ = loaded
     policy = load_policy(name)
     ids = torch.randint(2, 400, (2, 96), generator=torch.Generator().manual_seed(3))
@@ -56,7 +54,7 @@ class Counting(Scorer):
 
 @pytest.mark.parametrize("reads_budget", [False, True])
 def test_a_layer_is_scored_once_for_all_budgets_unless_scores_depend_on_them(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, reads_budget: bool
+    loaded: Loaded, tmp_path: Path, reads_budget: bool
 ) -> None:
     scorer = Counting()
     scorer.reads_budget = reads_budget
@@ -70,7 +68,7 @@ def test_a_layer_is_scored_once_for_all_budgets_unless_scores_depend_on_them(
 
 @pytest.mark.parametrize("name", ["defensivekv", "layer_defensivekv", "restkv"])
 def test_what_does_not_depend_on_the_budget_is_computed_once(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     policy = load_policy(name)
     prepared = []
@@ -84,7 +82,7 @@ def test_what_does_not_depend_on_the_budget_is_computed_once(
 
 
 def test_features_are_computed_anew_when_tokens_were_added(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     """While nothing has been evicted each online eviction splits the budget by the features of that moment."""
     model, _ = loaded

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from support.models import Loaded
 
 from learnkv.data.ruler import NEEDLES, TASKS
 from learnkv.errors import UserError
@@ -18,7 +18,7 @@ from learnkv.evaluation.tasks.base import Family, Prompt
 LAYOUT = ("context", "question", "answer_prefix", "answer", "task", "max_new_tokens")
 
 
-def load(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], context: int = 512, **keys: Any) -> list[Family]:
+def load(loaded: Loaded, context: int = 512, **keys: Any) -> list[Family]:
     settings = {"tasks": ("niah_single_1",), "lengths": (384,), "samples": 2, **keys}
     return tasks.load(EvalConfig(**settings), loaded[1], context)
 
@@ -49,7 +49,7 @@ def test_groups_are_written_out() -> None:
 
 
 def test_generated_prompts_fill_the_length_in_both_settings(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     families = load(loaded, tasks=("niah_single_1", "niah_single_2"), setting=("query_agnostic", "query_aware"))
     assert [{p.setting for p in family.prompts} for family in families] == [{"query_agnostic"}, {"query_aware"}]
@@ -66,14 +66,14 @@ def test_generated_prompts_fill_the_length_in_both_settings(
     }
 
 
-def test_more_samples_extend_fewer(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+def test_more_samples_extend_fewer(loaded: Loaded) -> None:
     few, many = (prompts(load(loaded, samples=n)) for n in (2, 4))
     assert {p.digest for p in few} < {p.digest for p in many}
     assert len(many) == 4
 
 
 def test_a_seed_draws_other_prompts_and_a_chat_template_leaves_room(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = (prompts(load(loaded, seed=seed)) for seed in (1, 2))
     assert not {p.digest for p in here} & {p.digest for p in there}
@@ -83,9 +83,7 @@ def test_a_seed_draws_other_prompts_and_a_chat_template_leaves_room(
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_a_table_is_read_from_any_file(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, suffix: str
-) -> None:
+def test_a_table_is_read_from_any_file(loaded: Loaded, tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"mine.{suffix}"
     rows = datasets.Dataset.from_list(table())
     if suffix == "csv":
@@ -99,9 +97,7 @@ def test_a_table_is_read_from_any_file(
     assert all(loaded[1].decode(prompt.suffix_ids) == "\nWhat is the code? It is" for prompt in found)
 
 
-def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(loaded: Loaded, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in table(20)))
     few, many = (prompts(load(loaded, tasks=(str(file),), samples=n)) for n in (2, 5))
@@ -110,9 +106,7 @@ def test_a_table_gives_so_many_of_every_task_and_more_extend_fewer(
     assert len(many) == 10
 
 
-def test_text_is_cut_before_a_last_quarter(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], text_file: Path
-) -> None:
+def test_text_is_cut_before_a_last_quarter(loaded: Loaded, text_file: Path) -> None:
     found = prompts(load(loaded, tasks=("text",), text=str(text_file), lengths=(64,), samples=3))
     assert [(len(p.prefill_ids), len(p.suffix_ids)) for p in found] == [
         (47, 17)
@@ -139,17 +133,13 @@ def test_text_is_cut_before_a_last_quarter(
         ({"tasks": ("niah_single_2",), "haystack": "missing.txt"}, "missing.txt"),
     ],
 )
-def test_what_cannot_be_is_one_line(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], keys: dict[str, Any], line: str
-) -> None:
+def test_what_cannot_be_is_one_line(loaded: Loaded, keys: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line) as caught:
         load(loaded, **keys)
     assert "\n" not in str(caught.value)
 
 
-def test_a_table_without_its_columns_or_with_several_lengths(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_a_table_without_its_columns_or_with_several_lengths(loaded: Loaded, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps({key: "x" for key in LAYOUT if key != "answer_prefix"}) + "\n")
     with pytest.raises(UserError, match=r"expected the columns .*; answer_prefix missing"):
@@ -158,9 +148,7 @@ def test_a_table_without_its_columns_or_with_several_lengths(
         load(loaded, tasks=(str(file),), lengths=(64, 128))
 
 
-def test_a_prompt_longer_than_the_context_is_named(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
-) -> None:
+def test_a_prompt_longer_than_the_context_is_named(loaded: Loaded, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps({**table(1)[0], "context": "word " * 600}) + "\n")
     with pytest.raises(UserError, match=r"niah_single_1: prompt 0 has \d+ tokens .* the model's context is 512"):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from support.models import Loaded
+from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError
@@ -13,7 +14,7 @@ from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy
 
 
-def prompts_of(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], rows: int = 3) -> list[Prompt]:
+def prompts_of(loaded: Loaded, rows: int = 3) -> list[Prompt]:
     tokens = torch.randint(2, len(loaded[1]), (rows, 48), generator=torch.Generator().manual_seed(1)).tolist()
     return [Prompt("text", 48, "query_agnostic", i, ids[:31], ids[31:]) for i, ids in enumerate(tokens)]
 
@@ -22,7 +23,7 @@ def read(model: PreTrainedModel, prompts: list[Prompt]) -> CompressedCache:
     return prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
 
 
-def test_the_full_cache_gives_the_plain_models_loss(loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+def test_the_full_cache_gives_the_plain_models_loss(loaded: Loaded) -> None:
     model, prompts = loaded[0], prompts_of(loaded)
     records, _ = Text(prompts).measure(model, prompts, read(model, prompts))
     ids = torch.tensor([prompt.prefill_ids + prompt.suffix_ids for prompt in prompts])
@@ -35,7 +36,7 @@ def test_the_full_cache_gives_the_plain_models_loss(loaded: tuple[PreTrainedMode
 
 
 def test_kl_is_from_the_full_to_the_compressed_distribution(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: Loaded,
 ) -> None:
     model, prompts = loaded[0], prompts_of(loaded)
     family, cache = Text(prompts), read(model, prompts)
@@ -49,9 +50,7 @@ def test_kl_is_from_the_full_to_the_compressed_distribution(
     assert max(one["kl"] for one in same) < 1e-8
 
 
-def test_nan_stops_the_run(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_stops_the_run(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = loaded[0], prompts_of(loaded, 1)
     monkeypatch.setattr(text, "continuation", lambda *a: torch.full((1, 17, 8), float("nan")))
     with pytest.raises(RunError, match="NaN"):

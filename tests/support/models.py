@@ -7,7 +7,14 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 
@@ -45,6 +52,8 @@ def sizes(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int) ->
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOW = 24
 HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+"""What `load_model` returns."""
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **sizes(48, 3, 4, 2, 16)},
     "mistral": {"model_type": "mistral", "sliding_window": None, **sizes(32, 2, 8, 2, 8)},

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from support.models import Loaded
+from transformers import PreTrainedTokenizerBase
 
 from learnkv.inference.generate import generate
 from learnkv.inference.models import load_model
@@ -18,7 +19,7 @@ POOL = Pool(torch.randint(5, 95, (3000,), generator=torch.Generator().manual_see
 
 
 @pytest.fixture(scope="module")
-def tiny(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def tiny(folder: Path) -> Loaded:
     return load_model(str(folder))
 
 
@@ -28,9 +29,7 @@ def batch(tokenizer: PreTrainedTokenizerBase, number: int = 0, query_aware: floa
 
 
 @pytest.mark.parametrize("query_aware", [0.0, 1.0])
-def test_answers_are_those_of_the_full_cache_and_are_counted(
-    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], query_aware: float
-) -> None:
+def test_answers_are_those_of_the_full_cache_and_are_counted(tiny: Loaded, query_aware: float) -> None:
     model, tokenizer = tiny
     asked = batch(tokenizer, query_aware=query_aware)
     cache = prefill(model, asked.prompts, asked.prompt_mask)
@@ -50,9 +49,7 @@ def test_answers_are_those_of_the_full_cache_and_are_counted(
     assert not torch.equal(other.continuations, done.continuations)
 
 
-def test_an_answer_is_said_once(
-    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_is_said_once(tiny: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = tiny
     asked = batch(tokenizer)
     cache = prefill(model, asked.prompts, asked.prompt_mask)
@@ -78,7 +75,7 @@ def test_an_answer_is_said_once(
     assert len(list((tmp_path / "kept").iterdir())) == 4
 
 
-def test_an_answer_ends_where_the_model_ends_it(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> None:
+def test_an_answer_ends_where_the_model_ends_it(tiny: Loaded) -> None:
     model, tokenizer = tiny
     asked = batch(tokenizer)
     eos = 1
