@@ -1,7 +1,7 @@
 """A transformers cache that owns the kept entries of a prompt."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from learnkv.cache.plain_layers import refuse_others
 from learnkv.cache.schedule import EvictionSchedule
 from learnkv.cache.storage import DecodeBuffer, rows_of
 from learnkv.core.adapter import Adapter
+from learnkv.core.finite import Invalid, refuse_invalid
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
@@ -48,7 +49,7 @@ class CompressedCache(Cache):
         self.extra_pass_tokens: dict[PromptPass, list[int]] = {}  # tokens of each row that were read in extra passes
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
         self.token_ids: tuple[Tensor, Tensor] | None = None  # of the prompt's slots and of later ones; None: not known
-        self.checks: tuple[Callable[[], None], ...] = ()  # run at the next host sync
+        self.invalid: tuple[Invalid, ...] = ()  # heads to look at when the host waits for the device next
         self.rotation_length = 0  # tokens whose angles rotate its keys, where RoPE depends on their number
         self.decode_loop: object = None
         """Buffers of the last turn, with their CUDA graph, while rows and tails keep their addresses."""
@@ -106,11 +107,10 @@ class CompressedCache(Cache):
         if self.schedule is not None and self.tail_length >= self.schedule.evict_interval and self.sealed:
             self.schedule.evict(self)
 
-    def run_checks(self) -> None:
-        """Raise what policies found when they planned, where the host did not wait for the device."""
-        checks, self.checks = self.checks, ()
-        for check in checks:
-            check()
+    def refuse_invalid(self) -> None:
+        """Raise UserError where a policy's scores or budgets were not numbers; a host sync, once after each plan."""
+        invalid, self.invalid = self.invalid, ()
+        refuse_invalid(invalid)
 
     def fork(self) -> "CompressedCache":
         """An independent cache that shares storage with this one until either changes."""
@@ -222,7 +222,7 @@ class CompressedCache(Cache):
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation_length = [], None, False, None, 0
-        self.token_ids, self.checks = None, ()
+        self.token_ids, self.invalid = None, ()
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""
@@ -277,7 +277,7 @@ class CompressedCache(Cache):
     @property
     def spent(self) -> list[float]:
         """Fraction of each row's entries that is kept: of the prompt's and of those merged since."""
-        self.run_checks()
+        self.refuse_invalid()
         if self.budgets is None:
             return [1.0] * len(self.prompt_lengths)
         layers, _, heads = self.budgets.shape
@@ -296,5 +296,5 @@ class CompressedCache(Cache):
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""
-        self.run_checks()
+        self.refuse_invalid()
         return self.compressed_layers()[self.compressible.index(layer_idx)].kept_positions(row, head)

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from learnkv.errors import UserError
 
+READ_AT_ONCE = {"cpu"}
+"""Devices of which the host reads values without waiting."""
+
 
 class Invalid(NamedTuple):
     """The heads in which a component gave values that are not numbers."""
@@ -34,7 +37,7 @@ def without_nan(values: Tensor, name: str, found: list[Invalid], first: int = 0)
         return values
     heads = values.isnan() if values.ndim == 3 else values.isnan().any(-1)
     invalid = Invalid(heads, name, first)
-    if values.device.type == "cpu":
+    if values.device.type in READ_AT_ONCE:
         refuse_invalid([invalid])
         return values
     found.append(invalid)
@@ -56,6 +59,12 @@ def refuse_invalid(found: Sequence[Invalid]) -> None:
             raise UserError(
                 f"{invalid.values} are not finite numbers in layer {invalid.first + layer}, head {head} (row {row})"
             )
+
+
+def any_invalid(found: Sequence[Invalid], device: torch.device) -> Tensor:
+    """Whether any head has values that are not numbers, a 0-dimensional tensor of bool; no host sync."""
+    flags = [invalid.heads.any().to(device) for invalid in found]
+    return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 
 def check_shape(values: Tensor, expected: Sequence[int], name: str, letters: str) -> None:

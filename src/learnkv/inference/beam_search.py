@@ -27,7 +27,7 @@ def beam_search(
         sequence: all tokens up to the questions' ends, where processors read them.
         earlier: last tokens of the sequence that count as new ones.
     """
-    cache.run_checks()
+    cache.refuse_invalid()
     ends, pad = special_tokens(config)
     result = _search(model, *left_padded(ids, mask), cache, config, sequence, earlier)
     is_end = torch.isin(result, torch.tensor(ends, device=result.device, dtype=result.dtype))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.finite import any_invalid
 from learnkv.errors import RunError, UserError
 from learnkv.inference.cuda_graph import Replay, capture, refusal
 from learnkv.inference.sampling import Sampling, check_context, next_token
@@ -197,9 +198,12 @@ class DecodeLoop:
         """Whether all rows have ended, after a host sync; raises RunError for NaN in the output."""
         tokens = self.is_token.sum(-1)
         nan = (self.largest.isnan() & self.is_token).any()
-        facts = torch.stack([self.live.any().long(), nan.long(), tokens.amax(), tokens.amin()])
-        any_live, any_nan, self.most, self.fewest = facts.tolist()
-        self.cache.run_checks()
+        invalid = any_invalid(self.cache.invalid, nan.device)
+        facts = torch.stack([self.live.any().long(), nan.long(), invalid.long(), tokens.amax(), tokens.amin()])
+        any_live, any_nan, any_bad, self.most, self.fewest = facts.tolist()
+        if any_bad:
+            self.cache.refuse_invalid()
+        self.cache.invalid = ()
         if any_nan:
             raise RunError(f"the model's output is NaN after {step} new tokens")
         return not any_live

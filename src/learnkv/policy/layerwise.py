@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.allocator import Allocator
-from learnkv.core.finite import Invalid, check_shape, refuse_invalid, without_nan
+from learnkv.core.finite import Invalid, check_shape, without_nan
 from learnkv.core.observation import Observation
 from learnkv.ops.device import upload
 from learnkv.ops.round_to_budget import round_layer
@@ -39,7 +39,8 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
         budgets = budgets.to(scores.device)
         scores = planner.refine(obs, scores, budgets)
         scores = without_nan(scores.unsqueeze(0), f"{planner.scorer.name}: scores", invalid, layer_idx)[0]
-        cache.checks += (functools.partial(refuse_invalid, invalid),)
+        cache.invalid += (*invalid, *splits[0].invalid)
+        splits[0].invalid.clear()
         cache.evict(scores.unsqueeze(0), budgets.unsqueeze(0), total, layer_idx, policy.rerotate)
 
     for layer_idx, layer in enumerate(layers):

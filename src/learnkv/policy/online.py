@@ -11,7 +11,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.eviction import Rerotate
 from learnkv.cache.merge_tail import merge_tail
 from learnkv.cache.schedule import EvictionSchedule
-from learnkv.core.finite import Invalid, refuse_invalid, without_nan
+from learnkv.core.finite import Invalid, without_nan
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
@@ -100,7 +100,7 @@ class OnlineEviction:
                 scores = self.planner.refine(obs, self.planner.score(obs, merge.protected).scores, fixed)
                 name, invalid = f"{self.planner.scorer.name}: scores", list[Invalid]()
                 scores = without_nan(scores.unsqueeze(0), name, invalid, layer_idx)[0]
-                cache.checks += (partial(refuse_invalid, invalid),)
+                cache.invalid += tuple(invalid)
                 fixed = fixed.unsqueeze(0).to(scores.device)
                 cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate)
             return
@@ -108,7 +108,7 @@ class OnlineEviction:
         plan = self.planner.plan(observations, cache.lengths, merge.totals, merge.protected, budgets, merge.evicted)
         cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
         cache.budgets = plan.budgets
-        cache.checks += (partial(refuse_invalid, plan.invalid),)
+        cache.invalid += plan.invalid
 
     def relax_again(self, student: CompressedCache, temperature: float) -> None:
         """The training variant of `evict`: nothing is freed, and the masks of kept and evicted entries have gradients.
@@ -123,7 +123,7 @@ class OnlineEviction:
         longest = int(budgets.max())
         observations = [self._merged(student, layer_idx, longest, merge) for layer_idx in range(len(budgets))]
         plan = self.planner.plan(observations, student.lengths, merge.totals, merge.protected, budgets, merge.evicted)
-        refuse_invalid(plan.invalid)
+        student.invalid += plan.invalid
         fixed = upload(merge.evicted, plan.wanted.device).view(1, -1, 1)
         wanted = torch.where(fixed, schedule.wanted, plan.wanted)
         relax_to_plan(student, replace(plan, wanted=wanted), temperature)

@@ -1,7 +1,6 @@
 """A policy: what a prompt is compressed by, heuristic or learned, at deployment and in training."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from learnkv.cache.eviction import Rerotate
 from learnkv.core.adapter import Adapter
 from learnkv.core.allocator import Allocator
 from learnkv.core.component import Component
-from learnkv.core.finite import refuse_invalid
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.page_selector import PageSelector
 from learnkv.core.plan import Plan
@@ -188,7 +186,7 @@ class Policy(Component):
                 cache.schedule = None if self.online is None else self.online.schedule_eviction(cache, keep, budget)
                 cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
             cache.budgets = plan.budgets
-            cache.checks += (partial(refuse_invalid, plan.invalid),)
+            cache.invalid += plan.invalid
         if self.pages is not None:
             self._read_pages(self.pages, cache, keep, budget)
         cache.adapter = self.adapter
@@ -237,8 +235,8 @@ class Policy(Component):
         if self.scorer is None or keep == 1:
             return cache.fork()
         plan = self.plan(cache, keep, budget) if plan is None else plan
-        refuse_invalid(plan.invalid)
         student = cache.fork()
+        student.invalid += plan.invalid
         student.adapter = self.adapter
         if self.online is not None and not soft:
             student.schedule = self.online.schedule_eviction(cache, keep, budget, temperature)

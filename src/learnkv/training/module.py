@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.finite import refuse_invalid
 from learnkv.core.observation import HiddenSample
 from learnkv.core.plan import Plan
 from learnkv.errors import RunError, UserError
@@ -166,6 +167,8 @@ class Distillation(L.LightningModule):
                     student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.temperature, soft=soft)
                     spent.append(sum(student.spent) / len(student.spent) / keep)
                     student_inputs = replace(student_inputs, student=self._outputs(student, batch))
+                elif plan is not None:
+                    refuse_invalid(plan.invalid)
             losses.append(objective(student_inputs).mean())
         return losses, spent
 
