@@ -44,8 +44,8 @@ def train(config: TrainConfig, resolved: str) -> None:
         UserError: bad settings, another program that writes into the folder, or one that cannot be written.
     """
     folder = make_folder(Path(config.output).expanduser(), "output")
-    with folder_lock(folder, "output") if is_first_process() else nullcontext(), slurm.before_training():
-        _train(config, resolved)
+    with folder_lock(folder, "output") if is_first_process() else nullcontext(), slurm.EarlyEnd().noting() as early:
+        _train(config, resolved, early)
 
 
 def is_first_process() -> bool:
@@ -54,7 +54,7 @@ def is_first_process() -> bool:
     return rank_zero_only.rank == 0 and all(node == "0" for node in nodes)
 
 
-def _train(config: TrainConfig, resolved: str) -> None:
+def _train(config: TrainConfig, resolved: str, early: slurm.EarlyEnd) -> None:
     keys = yaml.safe_load(resolved)
     run = open_run(config, keys)
     if run.is_finished(config.trainer["max_steps"]):
@@ -65,13 +65,16 @@ def _train(config: TrainConfig, resolved: str) -> None:
         return
     write_text(run.path / "config.yaml", resolved)
     L.seed_everything(config.seed, verbose=False)
-    model, tokenizer = _load_model(config)
+    loaded = _load_model(config)
+    early.check()
+    model, tokenizer = loaded
     adapter = _add_adapter(model, config.distillation.lora)
     data = _data(config, model, tokenizer)
     description = describe_with_weights(model)
     run.check_model(description)
     module = _distillation(config, model, description, adapter, run, keys)
     trainer = build_trainer(config, run, keys)
+    early.check()
     if _fit(trainer, module, data, run):
         _export(trainer, module, run)
 

@@ -29,27 +29,34 @@ def end_signals() -> tuple[signal.Signals, ...]:
     return (signal.SIGTERM, signal.SIGUSR1) if SLURMEnvironment.detect() else (signal.SIGTERM,)
 
 
-@contextmanager
-def before_training() -> Iterator[None]:
-    """In a SLURM job, SIGUSR1 while model and data are loaded ends the run and requeues the job at once.
+class EarlyEnd:
+    """SIGUSR1 while model and data are loaded, noted for the next `check`; an exception would end up in an import.
 
     Training replaces the handler by one that saves a checkpoint first.
-
-    Raises:
-        Preempted: after the signal.
     """
 
-    def end(*_: Any) -> None:
-        raise Preempted(f"ended by SIGUSR1 outside of training; {requeue()}")
+    def __init__(self) -> None:
+        self.requested = False
 
-    if signal.SIGUSR1 not in end_signals() or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGUSR1, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGUSR1, previous)
+    def _note(self, *_: Any) -> None:
+        self.requested = True
+
+    def check(self) -> None:
+        """Requeue the job and raise Preempted after the signal."""
+        if self.requested:
+            raise Preempted(f"ended by SIGUSR1 outside of training; {requeue()}")
+
+    @contextmanager
+    def noting(self) -> Iterator["EarlyEnd"]:
+        """Note the signal in the block, in a SLURM job."""
+        if signal.SIGUSR1 not in end_signals() or threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous = signal.signal(signal.SIGUSR1, self._note)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGUSR1, previous)
 
 
 def requeue() -> str:
