@@ -98,7 +98,7 @@ class ProbedLayer:
         """Whether the layer rotates random angles, and the model's, by this convention."""
         generator = torch.Generator().manual_seed(0)
         pairs = convention.pairs(example)[0].shape[-1]
-        angle = (torch.rand(1, _TOKENS, pairs, generator=generator) * 6).to(self.device)
+        angle = (torch.rand(1, _TOKENS, pairs, generator=generator, dtype=torch.float32) * 6).to(self.device)
         cos, sin = (part.to(convention.pairs(example)[0].dtype) for part in (angle.cos(), angle.sin()))
         own = tuple(part[:1, -_TOKENS:] for part in example)
         own = tuple(torch.cat([part[:, :1].expand(-1, _TOKENS - part.shape[1], -1), part], 1) for part in own)
@@ -114,7 +114,9 @@ class ProbedLayer:
 
     def _rotated(self, embeddings: Embeddings | None) -> tuple[Tensor, Tensor]:
         """Queries and keys [1, N, T, D] float32 of equal tokens."""
-        hidden = torch.randn(self.width, generator=torch.Generator().manual_seed(1)).expand(1, _TOKENS, -1)
+        hidden = torch.randn(self.width, generator=torch.Generator().manual_seed(1), dtype=torch.float32).expand(
+            1, _TOKENS, -1
+        )
         vectors: list[Tensor] = []
 
         def keep(query: Tensor, key: Tensor) -> Tensor:
@@ -143,9 +145,9 @@ class ProbedLayer:
             return weight
         name, generator = type(self.module).__name__, torch.Generator().manual_seed(2)
         heads, dim = self._rotated(self._no_rotation(_TOKENS))[0].shape[1::2]
-        first, second = torch.randn(2, heads * dim, generator=generator)
+        first, second = torch.randn(2, heads * dim, generator=generator, dtype=torch.float32)
         outputs = torch.stack([0 * first, first, second, first - 2 * second, 0 * first, first])
-        hidden = torch.randn(2, self.width, generator=generator)[[0, 0, 0, 0, 1, 1]]
+        hidden = torch.randn(2, self.width, generator=generator, dtype=torch.float32)[[0, 0, 0, 0, 1, 1]]
         zero, *others, other_zero, other = self._projected(outputs, hidden, dim)
         first_out, second_out, mixed = (part - zero for part in others)
         if not (_near(mixed, first_out - 2 * second_out) and _near(other - other_zero, first_out)):

@@ -60,11 +60,12 @@ def _is_embedding(module: Any) -> bool:
 def _agree(module: Any, length: int, other: int) -> bool:
     """Whether texts of both lengths are rotated alike, as far as both go."""
     last = min(length, other) - 1
-    positions = torch.linspace(0, last, min(_POSITIONS, last + 1)).long().unsqueeze(0)
+    positions = torch.linspace(0, last, min(_POSITIONS, last + 1), dtype=torch.float64).long().unsqueeze(0)
     for layer_type in _layer_types(module):
         try:
             one, another = (
-                _angles(module, total, torch.zeros(1, 1, 1), positions, **layer_type) for total in (length, other)
+                _angles(module, total, torch.zeros(1, 1, 1, dtype=torch.float32), positions, **layer_type)
+                for total in (length, other)
             )
         except (IndexError, TypeError, ValueError):  # a table, or an embedding of another kind
             continue
