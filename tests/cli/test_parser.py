@@ -174,9 +174,9 @@ def test_a_fault_in_the_file_names_the_file(tmp_path: Path, text: str, line: str
 
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("samples: [3\n")
-    assert complaint(f"config={tmp_path / 'mine.yaml'}").startswith(
-        f"config={tmp_path / 'mine.yaml'}: Problems parsing"
-    )
+    line = complaint(f"config={tmp_path / 'mine.yaml'}")
+    assert line.startswith(f"config={tmp_path / 'mine.yaml'}: ")
+    assert "expected YAML: " in line
 
 
 def test_every_shipped_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

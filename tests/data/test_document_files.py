@@ -163,7 +163,7 @@ def test_a_cache_that_cannot_be_written_is_replaced(tmp_path: Path, monkeypatch:
 
 def test_a_hub_id_without_network_fails_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("learnkv.data.text.hub_fault", lambda: "huggingface.co cannot be reached (timed out)")
+    monkeypatch.setattr("learnkv.formats.hub_network.hub_fault", lambda: "huggingface.co cannot be reached (timed out)")
     with pytest.raises(UserError, match=r"text someone/text: no such file, and huggingface.co cannot be reached"):
         text_windows("someone/text", Words(), 8)
 

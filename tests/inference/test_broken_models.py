@@ -73,7 +73,7 @@ def test_special_tokens_that_the_model_does_not_embed_are_refused(folder: Any) -
 def test_a_hub_id_without_network_is_one_line(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "hub_fault", lambda: "huggingface.co cannot be reached (timed out)")
     with pytest.raises(
-        UserError, match=r"model=nobody/nothing: no such folder, none of the models .* timed out"
+        UserError, match=r"model=nobody/nothing: no such folder, none of the models .*timed out"
     ) as caught:
         load("nobody/nothing")
     assert "\n" not in str(caught.value)

@@ -7,8 +7,6 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import constants
-
 from learnkv.errors import UserError
 
 CONNECT_SECONDS = 4.0
@@ -18,6 +16,8 @@ def hub_fault() -> str | None:
     """Why the hub cannot be used: it cannot be reached, or HF_HUB_OFFLINE is set. None where it can."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
+
+    from huggingface_hub import constants
 
     return _connection_fault(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
 

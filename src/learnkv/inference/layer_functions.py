@@ -208,7 +208,8 @@ class ProbedLayer:
         return result
 
     def _refuse_sharded(self, part: str) -> None:
-        if any(isinstance(weight, DTensor) for weight in self.module.parameters()):
+        managed = any(getattr(part, "_is_fsdp_managed_module", False) for part in self.module.modules())
+        if managed or any(isinstance(weight, DTensor) for weight in self.module.parameters()):
             raise UserError(
                 f"{type(self.module).__name__}: the policy reads its {part}, and its weights are shared out to several "
                 "processes (fsdp)"

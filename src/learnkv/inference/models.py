@@ -27,7 +27,7 @@ SHAPE_KEYS = (
     "num_key_value_heads",
     "head_dim",
 )
-_CORRUPT = (SafetensorError, pickle.UnpicklingError, EOFError)
+_CORRUPT = (SafetensorError, pickle.UnpicklingError, EOFError, IndexError)
 _UNREADABLE = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 """What transformers raises for a model that it cannot load."""
 _CUT = "\ue000\ue001"  # private use characters: no text has them
@@ -157,7 +157,8 @@ def _reason(error: Exception, folder: Path | None, fault: str | None = None) -> 
         fault: why the hub could not be used.
     """
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text or "PytorchStreamReader" in text:
+    unpickling = isinstance(error, pickle.UnpicklingError | EOFError | IndexError)
+    if unpickling or "weights_only" in text or "PytorchStreamReader" in text:
         return "its weights (pytorch_model.bin) are corrupt: expected tensors as torch.save writes them"
     if "Unrecognized configuration class" in text:
         return f"expected a causal language model, got a {text.split('class ')[-1].split()[0].split('.')[-1][:-2]}"
@@ -196,10 +197,18 @@ def context_length(model: PreTrainedModel) -> int | None:
     return max(context, int(before * (rope.get("factor") or 1.0)))
 
 
+def _size(config: Any, key: str) -> Any:
+    """A size in a config; None where there is none, or where it differs between layers."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # transformers has a class of its own for sizes that differ between layers
+        return None
+
+
 def config_hash(model: PreTrainedModel) -> str:
     """16 hex digits over the sizes that a policy depends on: equal for every dtype, path and transformers release."""
     config = model.config.get_text_config(decoder=True)
-    shape = {key: getattr(config, key, None) for key in SHAPE_KEYS}
+    shape = {key: _size(config, key) for key in SHAPE_KEYS}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -226,7 +235,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
         "shapes": {
             "layers": config.num_hidden_layers - sliding,
             "heads": heads,
-            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            "head_dim": _size(config, "head_dim") or config.hidden_size // config.num_attention_heads,
             "hidden_size": config.hidden_size,
             "groups": config.num_attention_heads // heads,
         },
