@@ -181,7 +181,7 @@ def tried(name: str) -> Family:
         reasons = {}
         for part, policy in POLICIES.items():
             try:
-                cache = prefill(attach(model), prompt(), policies=[policy()])
+                cache = prefill(attach(model), prompt(), policies=[policy()], chunk_size=13)
                 continuation(model, prompt(6), policy().compress(cache, keep=0.5))
                 reasons[part] = ""
             except UserError as error:

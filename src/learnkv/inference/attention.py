@@ -51,9 +51,7 @@ def compressed_attention(
             raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
     if cache_layer is not None:
         cache_layer.confirm(type(module).__name__, key, value)
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            found = f"attention mask of type {attention_mask.dtype}"
-            raise UserError(f"{type(module).__name__}: {found}: expected the boolean one of sdpa")
+        _check_mask(module, query, key, attention_mask)
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:
@@ -68,6 +66,14 @@ def compressed_attention(
     if evict_if_due is not None:
         evict_if_due()
     return output, None
+
+
+def _check_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+    name = type(module).__name__
+    if mask is not None and mask.dtype != torch.bool:
+        raise UserError(f"{name}: attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
+    if mask is None and 1 < query.shape[2] < key.shape[2]:  # sdpa would align their first ones
+        raise UserError(f"{name} has no mask for tokens after others: read its prompts whole")
 
 
 def _refuse_exceeded_window(module: Any, layer: CompressedLayer, window: int | None) -> None:

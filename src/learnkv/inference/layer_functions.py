@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,8 @@ class ProbedLayer:
         name = type(self.module).__name__
         found: Convention | str | None = vars(self.module).get(CONVENTION)
         if found is None:
-            self._refuse_sharded("rotation before which queries and keys are read")
+            if any(isinstance(weight, DTensor) for weight in self.module.parameters()):
+                self._refuse_sharded("rotation")
             found = self._find_convention(self.example)
             setattr(self.module, CONVENTION, found)
         if isinstance(found, str):
@@ -135,7 +136,8 @@ class ProbedLayer:
             UserError: for a layer whose map is not linear or depends on its input, and for weights that FSDP has freed.
         """
         if self.matrix is None:
-            self._refuse_sharded("output projection")
+            if getattr(getattr(self.module, "o_proj", None), "_is_fsdp_managed_module", False):
+                self._refuse_sharded("output projection")  # gathered weights are freed before a policy plans
             self.matrix = self._find_projection()
         return self.matrix
 
@@ -207,13 +209,11 @@ class ProbedLayer:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def _refuse_sharded(self, part: str) -> None:
-        managed = any(getattr(part, "_is_fsdp_managed_module", False) for part in self.module.modules())
-        if managed or any(isinstance(weight, DTensor) for weight in self.module.parameters()):
-            raise UserError(
-                f"{type(self.module).__name__}: the policy reads its {part}, and its weights are shared out to several "
-                "processes (fsdp)"
-            )
+    def _refuse_sharded(self, part: str) -> NoReturn:
+        raise UserError(
+            f"{type(self.module).__name__}: the policy reads its {part}, and its weights are shared out to several "
+            "processes (fsdp)"
+        )
 
 
 class _NoCache(DynamicCache):

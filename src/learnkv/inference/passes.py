@@ -96,15 +96,18 @@ def _bypass(model: Any) -> str | None:
     name, implementation = config.model_type, config._attn_implementation
     if implementation != NAME:
         return f"{name}: its attention was set to {implementation!r} after attach: call learnkv.detach and attach"
-    now = (
-        "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
-    )
-    if model.training and getattr(model, now):
+    if model.training and _recomputes(model):
         return (
             f"{name}: gradient checkpointing drops the cache while training: call model.eval() or "
             "gradient_checkpointing_disable()"
         )
     return None
+
+
+def _recomputes(model: Any) -> bool:
+    """Whether transformers recomputes activations; the name of the property depends on its release."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return getattr(model, next(name for name in names if hasattr(type(model), name)))
 
 
 def _reached(cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
