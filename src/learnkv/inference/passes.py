@@ -107,7 +107,8 @@ def _bypass(model: Any) -> str | None:
 def _recomputes(model: Any) -> bool:
     """Whether transformers recomputes activations; the name of the property depends on its release."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-    return getattr(model, next(name for name in names if hasattr(type(model), name)))
+    recomputes: bool = getattr(model, next(name for name in names if hasattr(type(model), name)))
+    return recomputes
 
 
 def _reached(cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
