@@ -1,7 +1,8 @@
 """Peak memory of reading and tokenising a large text file: `python -m benchmarks.text_memory --megabytes 50`.
 
 Every case is a process of its own: one document as plain text, one as a JSON line, and many JSON lines, tokenised into
-`datasets`' cache or streamed. Prints the peak resident memory above that of the process with the tokenizer loaded.
+`datasets`' cache or streamed. Prints the peak resident memory above that of the process with the tokenizer loaded, from
+Linux's VmHWM: `ru_maxrss` would begin with the memory of the process that started it.
 """
 
 import argparse
@@ -16,17 +17,19 @@ LIMIT_MB = 1500
 """Most that any case may need."""
 
 _CHILD = """
-import resource, sys, datasets, transformers
+import sys, datasets, transformers
 from learnkv.data.text import text_windows
 from learnkv.inference.models import REFERENCE
 file, streaming, cache = sys.argv[1], sys.argv[2] == "True", sys.argv[3]
 datasets.config.HF_DATASETS_CACHE = cache
 tokenizer = transformers.AutoTokenizer.from_pretrained(REFERENCE)
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def kilobytes(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(key + ":"))
+before = kilobytes("VmRSS")
 windows = text_windows(file, tokenizer, 1152, streaming=streaming)
 count = sum(1 for _ in windows)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(round((peak - before) / 1e6), count)
+print(round((kilobytes("VmHWM") - before) * 1024 / 1e6), count)
 """
 
 
