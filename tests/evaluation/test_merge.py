@@ -9,7 +9,16 @@ import pytest
 
 from learnkv.cli.main import main
 
-ROW = {"task": "vt", "length": 64, "setting": "query_agnostic", "keep": 0.5, "budget": None, "bytes": 1000, "n": 4}
+ROW = {
+    "metric": "generated",
+    "task": "vt",
+    "length": 64,
+    "setting": "query_agnostic",
+    "keep": 0.5,
+    "budget": None,
+    "bytes": 1000,
+    "n": 4,
+}
 
 
 def row(policy: Any, score: Any, **changes: Any) -> Any:
@@ -67,7 +76,13 @@ def test_what_is_not_the_same_has_names_of_its_own(write: Any, capsys: pytest.Ca
     a = write("a", [FULL, row("snapkv", 50.0)])
     b = write("b", [row("full", 80.0, keep=1.0), row("snapkv", 40.0)], torch="2.14")
     c = write("c", [FULL, row("snapkv", 10.0, task="cwe", n=2)], model="large")
-    d = write("d", [row("full", 0.0, kl=0.0, task="text"), row("snapkv", 1.0, kl=0.25, task="text")])
+    d = write(
+        "d",
+        [
+            row("full", 0.0, kl=0.0, task="text", perplexity=2.0),
+            row("snapkv", 1.0, kl=0.25, task="text", perplexity=3.0),
+        ],
+    )
     assert main(["merge", a, b, c, d]) == 0
     table = capsys.readouterr().out
     for line in (

@@ -20,8 +20,8 @@ def record(
     policy: str, keep: float, setting: str, task: str, index: int, shift: float = 0.0, **more: Any
 ) -> dict[str, Any]:
     score = MEANS[policy] + shift - 20 * (keep == 0.1) + 4 * index + (task == "vt")
-    about = {"policy": policy, "task": task, "length": 1024, "setting": setting, "index": index, "keep": keep}
-    size = {"budget": None, "asked": keep, "spent": keep, "bytes": BYTES[keep], "bytes_full": BYTES[1.0]}
+    about = {"policy": policy, "metric": "generated", "task": task, "length": 1024, "setting": setting, "index": index}
+    size = {"keep": keep, "budget": None, "asked": keep, "spent": keep, "bytes": BYTES[keep], "bytes_full": BYTES[1.0]}
     budgets = {"budgets": [[keep, keep / 2], [0.0, 1.0]]} if policy.startswith("learned") else {}
     return {**about, **size, "haystack": "noise", "score": score, **budgets, **more}
 
@@ -115,6 +115,24 @@ def test_text_is_a_table_of_kl(both: list[dict[str, Any]]) -> None:
     minus = next(t for title, t in found.items() if title.startswith("### Text: KL"))
     assert minus[1][:2] == ["snapkv (it starts from this)", "-0.3000 ± 0.0000"]
     assert minus[-1] == ["best heuristic", "adakv", "adakv"]
+
+
+def test_answers_that_are_read_have_a_table_of_their_own(both: list[dict[str, Any]]) -> None:
+    kl = {"full": 0.0, "snapkv": 0.4, "adakv": 0.2, "learned-mine": 0.1}
+    forced = [{**one, "metric": "forced", "kl": kl[one["policy"]] + one["index"] / 100, "score": 75.0} for one in both]
+    generated, found = tables(report(both)), tables(report(both + forced))
+    assert {title: found[title] for title in generated if "Time" not in title} == generated
+    agnostic = next(table for title, table in found.items() if title.startswith("## Query-ag") and "read, not" in title)
+    assert agnostic[1][:2] == ["snapkv", "**75.0 ± 0.0** · 0.4100 · 1 MB · 0.500"]
+    minus = next(t for title, t in found.items() if title.startswith("### Query-agnostic, KL of the answer"))
+    assert minus[1][:2] == ["snapkv", "-0.3000 ± 0.0000"]
+    rows = {(row["policy"], row["metric"], row["task"], row["setting"], row["keep"]): row for row in rows_of(forced)}
+    row = rows["adakv", "forced", "vt", "query_aware", 0.1]
+    assert row["kl"] == pytest.approx(0.21)
+    assert row["kl_stderr"] == pytest.approx(0.01 / 3**0.5)
+    figure = pictures.pareto(rows_of(both + forced))
+    assert sum(axis.get_ylabel().startswith("KL") for axis in figure.axes) == 2
+    assert sum(axis.get_ylabel().startswith("score") for axis in figure.axes) == 2
 
 
 def test_one_sample_has_no_error_and_no_policy_no_table() -> None:

@@ -17,7 +17,14 @@ def record(
     budget: int | None = None,
     **more: float,
 ) -> dict[str, Any]:
-    about = {"policy": policy, "task": task, "length": 64, "setting": "query_agnostic", "index": index}
+    about = {
+        "policy": policy,
+        "metric": "generated",
+        "task": task,
+        "length": 64,
+        "setting": "query_agnostic",
+        "index": index,
+    }
     size = {"asked": 0.25, "spent": 0.5 + index / 100, "bytes": 100 + index, "bytes_full": 200, "haystack": "noise"}
     return {**about, "keep": keep, "budget": budget, **size, "score": score, **more}
 

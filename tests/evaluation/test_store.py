@@ -10,7 +10,14 @@ from learnkv.evaluation.store import Store, replacing, slot_of
 
 
 def record(fingerprint: str, policy: str = "snapkv", index: int = 0, score: float = 1.0) -> dict[str, Any]:
-    about = {"policy": policy, "task": "vt", "length": 64, "setting": "query_agnostic", "index": index}
+    about = {
+        "policy": policy,
+        "metric": "generated",
+        "task": "vt",
+        "length": 64,
+        "setting": "query_agnostic",
+        "index": index,
+    }
     return {**about, "keep": 0.5, "budget": None, "score": score, "fingerprint": fingerprint}
 
 

@@ -34,6 +34,7 @@ def chain(rng: random.Random, split: Split, hops: int = 4) -> Callable[[int], Dr
             text.chain_question(start),
             text.chain_prefix(start, len(names)),
             names,
+            wording=" ".join(names),
         )
 
     return draft
@@ -54,22 +55,23 @@ def common_words(rng: random.Random, split: Split, length: int) -> Callable[[int
     def numbered(common: list[str], others: list[str], often: int, seldom: int) -> str:
         items = common * often + others * seldom
         random.Random(order).shuffle(items)
-        return " ".join(f"{i}. {word}" for i, word in enumerate(items, 1))
+        return text.numbered(items)
 
     def take(count: int) -> list[str]:
         return [words.pop() for _ in range(count)]
 
     shown, common = take(COMMON), take(COMMON)
     listing = numbered(shown, take(10 if short else 30), *((3, 1) if short else (10, 3)))
-    solved = " ".join(f"{i}. {word}" for i, word in enumerate(shown, 1))
-    example = f"An example: {listing}{text.COMMON_QUESTION}{text.COMMON_PREFIX} {solved}\nNow the list.\n"
+    solved = f"{text.COMMON_QUESTION}{text.COMMON_PREFIX} {text.numbered(shown)}"
+    example = f"An example: {listing}{solved}\nNow the list.\n"
     others, taken = list(words), set(words)
 
     def draft(units: int) -> Draft:
         while len(others) < units:
             others.append(key_word(more, split, taken))
         context = text.COMMON_INTRO + example + numbered(common, others[:units], often, seldom)
-        return Draft(context, text.COMMON_QUESTION, text.COMMON_PREFIX, common)
+        solution = text.numbered(common)
+        return Draft(context, text.COMMON_QUESTION, text.COMMON_PREFIX, common, wording=solution)
 
     return draft
 

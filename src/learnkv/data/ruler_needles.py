@@ -7,7 +7,7 @@ from itertools import cycle, islice
 from typing import Literal
 
 from learnkv.data.haystack import NOISE, essay, sentences
-from learnkv.data.ruler_text import MemoWording, NeedleWording
+from learnkv.data.ruler_text import MemoWording, NeedleWording, listed
 from learnkv.data.sample import Draft
 from learnkv.data.words import Split, value
 
@@ -51,7 +51,11 @@ class Needles:
             for depth, needle in zip(reversed(depths), reversed(needles), strict=True):
                 parts.insert(round(size * depth / 100), needle)
             return Draft(
-                wording.intro + " ".join(parts), wording.question(queried), wording.answer_prefix(queried), answers
+                wording.intro + " ".join(parts),
+                wording.question(queried),
+                wording.answer_prefix(queried),
+                answers,
+                wording=listed(answers),
             )
 
         return draft

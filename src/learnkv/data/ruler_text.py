@@ -89,6 +89,12 @@ COMMON_INTRO = "Here is a numbered list of words. A few of them come back more o
 COMMON_QUESTION = "\nWhich 10 words come back most often in the list?"
 COMMON_PREFIX = " The 10 words that come back most often are:"
 
+
+def numbered(words: list[str]) -> str:
+    """A numbered list of words."""
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
+
+
 CODED_INTRO = "Here is a text in code words. Count how often each of them occurs; dots only fill the space.\n"
 CODED_QUESTION = "\nWhich 3 code words occur most often in the text, dots aside?"
 CODED_PREFIX = " The 3 code words that occur most often are:"

@@ -1,6 +1,6 @@
 """One evaluation prompt in parts, and the score of an answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Metric = Literal["all", "part"]
@@ -14,6 +14,7 @@ class Draft:
     question: str
     answer_prefix: str
     answers: list[str]
+    wording: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,19 @@ class Sample(Draft):
     """A prompt of `task`: `context`, then `question`, then `answer_prefix`, then up to `max_new_tokens` of the model's.
 
     The question contains no part of the answer prefix, and the context no part of the question. `answers` are the
-    expected strings: all of them, or any one of them where `metric` is "part".
+    expected strings: all of them, or any one of them where `metric` is "part". `wording` is a complete correct answer
+    in the form that the prompt asks for, where that is not the answers with commas between them.
     """
 
     task: str
     max_new_tokens: int
     metric: Metric = "all"
+
+    @property
+    def gold(self) -> str:
+        """A complete correct answer, as it follows the answer prefix."""
+        answers = self.answers[:1] if self.metric == "part" else self.answers
+        return self.wording or ", ".join(answers)
 
     def score(self, prediction: str) -> float:
         """Share of the answers that occur in `prediction`, ignoring case, 0 to 1; with "part" 1 for any of them."""

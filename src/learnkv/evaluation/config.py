@@ -8,6 +8,7 @@ from learnkv.data.words import Language
 from learnkv.errors import UserError
 
 Setting = Literal["query_agnostic", "query_aware"]
+Metric = Literal["generated", "forced"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class EvalConfig:
             or parquet file with the columns context, question, answer_prefix, answer, task, max_new_tokens.
         lengths: prompt lengths in tokens, the answer included.
         setting: query_agnostic reads the question after compression, query_aware before it.
+        score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
+            gives the share of prompts whose every token is ranked first, and the KL from the full cache.
         samples: prompts per task and length.
         batch_size: prompts per prefill.
         text: hub id or text, jsonl or parquet file for the task `text`.
@@ -70,6 +73,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ("ruler",)
     lengths: tuple[int, ...] = (1024,)
     setting: tuple[Setting, ...] = ("query_agnostic",)
+    score: Metric = "generated"
     samples: int = 50
     batch_size: int = 16
     text: str | None = None

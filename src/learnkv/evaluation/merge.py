@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from learnkv.errors import UserError
 from learnkv.evaluation.report import (
     MISSING,
-    TITLES,
     Row,
     budget_labels,
     grouped,
@@ -21,7 +20,7 @@ from learnkv.evaluation.report import (
     size,
     table,
 )
-from learnkv.evaluation.results import FULL
+from learnkv.evaluation.results import FULL, Kind
 from learnkv.formats.files import read_json, write_text
 
 FORMATS = (".md", ".csv", ".tex")
@@ -122,23 +121,24 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
 def _tables(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and cells of every setting and length."""
     rows = [{**row, "policy": name} for evaluation in evaluations for row, name in _named(evaluation, evaluations)]
-    for (is_text, setting, length), chosen in panels(rows).items():
+    for panel, chosen in panels(rows).items():
         tasks = list(dict.fromkeys(row["task"] for row in chosen))
-        title = "KL on text, nats per token" if is_text else f"{TITLES[setting]}; {', '.join(tasks)}"
+        title = "KL on text, nats per token" if panel.kind == "text" else f"{panel.title}; {', '.join(tasks)}"
         columns = budget_labels(chosen)
         body = []
         for name, cells in grouped(chosen).items():
             counts = sorted({row["n"] for cell in cells.values() for row in cell})
             covered = list(dict.fromkeys(row["task"] for cell in cells.values() for row in cell))
             own = "" if covered == tasks else f" ({', '.join(covered)})"
-            values = (_cell(cells[column], is_text) if column in cells else MISSING for column in columns)
+            values = (_cell(cells[column], panel.kind) if column in cells else MISSING for column in columns)
             body.append([f"{name}{own}", "–".join(map(str, {counts[0]: 0, counts[-1]: 0})), *values])
-        yield f"{title}; {length:,} tokens", ["policy", "samples", *columns], body
+        yield f"{title}; {panel.length:,} tokens", ["policy", "samples", *columns], body
 
 
-def _cell(rows: Sequence[Row], is_text: bool) -> str:
-    score = f"{mean(rows, 'kl'):.4f}" if is_text else plus_minus(score_of(rows))
-    return f"{score} · {size(mean(rows, 'bytes'))}"
+def _cell(rows: Sequence[Row], kind: Kind) -> str:
+    score = "" if kind == "text" else f"{plus_minus(score_of(rows))} · "
+    kl = "" if kind == "generated" else f"{mean(rows, 'kl'):.4f} · "
+    return f"{score}{kl}{size(mean(rows, 'bytes'))}"
 
 
 def _named(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> Iterator[tuple[Row, str]]:
@@ -159,7 +159,7 @@ def _named(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> Iterato
 
 
 def _cell_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("policy", "task", "length", "setting"))
+    return tuple(row.get(key) for key in ("policy", "task", "length", "setting", "metric"))
 
 
 def _values(row: Row) -> tuple[Any, ...]:

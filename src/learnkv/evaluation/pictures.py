@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from learnkv.evaluation.report import LEARNED, TITLES, Row, budget_label, grouped, mean, panels, score_of, size
-from learnkv.evaluation.results import FULL, Record
+from learnkv.evaluation.report import LEARNED, Row, budget_label, grouped, mean, panels, score_of, size
+from learnkv.evaluation.results import FULL, Kind, Record
 from learnkv.evaluation.store import replacing
 
 MARKERS = "osD^vP*X<>hd"
@@ -22,7 +22,7 @@ MOST_LABELLED = 128
 
 
 def pareto(rows: Sequence[Row]) -> Figure:
-    """Score (for text: KL) against bytes per prompt, a panel per setting and length, a line per policy."""
+    """Score or KL against bytes per prompt, a panel per kind, setting and length, a line per policy."""
     groups = panels(rows)
     across = min(len(groups), 3)
     down = -(-len(groups) // across)
@@ -33,24 +33,24 @@ def pareto(rows: Sequence[Row]) -> Figure:
     for unused in grid[len(groups) :]:
         unused.remove()
     order = sorted({row["policy"] for row in rows} - {FULL}, key=lambda name: (not name.startswith(LEARNED), name))
-    for axis, ((is_text, setting, length), group) in zip(axes, groups.items(), strict=True):
-        _panel(axis, group, order, is_text)
-        title = "Text" if is_text else TITLES[setting].replace(": ", "\n")
-        axis.set_title(f"{title} ({length:,} tokens)", fontsize=10)
+    for axis, (panel, group) in zip(axes, groups.items(), strict=True):
+        _panel(axis, group, order, panel.kind)
+        title = panel.title.replace(": ", "\n").replace("; ", "\n")
+        axis.set_title(f"{title} ({panel.length:,} tokens)", fontsize=10)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", ncols=columns, frameon=False)
     return figure
 
 
-def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], is_text: bool) -> None:
+def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind) -> None:
     by_policy = grouped(rows)
     (full,) = by_policy.pop(FULL).values()
-    if not is_text:
+    if kind == "generated":
         _full_cache_line(axis, full)
     ticks: dict[str, list[float]] = {}
     for index, name in enumerate(order):
         cells = by_policy.get(name, {})
-        _policy_line(axis, index, name, list(cells.values()), is_text)
+        _policy_line(axis, index, name, list(cells.values()), kind)
         for column, cell in cells.items():
             ticks.setdefault(column, []).append(mean(cell, "bytes"))
     axis.set_xscale("log")
@@ -60,8 +60,8 @@ def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], is_text: bool)
     )
     axis.set_xticks([], minor=True)
     axis.set_xlabel("bytes held per prompt (log)")
-    axis.set_ylabel("KL to the full cache, nats per token (log)" if is_text else "score, mean over tasks")
-    if is_text:
+    axis.set_ylabel("KL to the full cache, nats per token (log)" if kind != "generated" else "score, mean over tasks")
+    if kind != "generated":
         axis.set_yscale("log")
     else:
         axis.set_ylim(-2, 104)
@@ -75,12 +75,12 @@ def _full_cache_line(axis: Axes, rows: Sequence[Row]) -> None:
     axis.text(0.01, best - 1, label, transform=axis.get_yaxis_transform(), va="top", fontsize=8)
 
 
-def _policy_line(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row]], is_text: bool) -> None:
+def _policy_line(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row]], kind: Kind) -> None:
     learned = name.startswith(LEARNED)
     axis.errorbar(
         [mean(cell, "bytes") for cell in cells],
-        [cell[0]["kl"] if is_text else score_of(cell).mean for cell in cells],
-        yerr=None if is_text else np.nan_to_num([score_of(cell).stderr for cell in cells]),
+        [score_of(cell).mean if kind == "generated" else mean(cell, "kl") for cell in cells],
+        yerr=None if kind != "generated" else np.nan_to_num([score_of(cell).stderr for cell in cells]),
         label=name,
         color=COLOURS[index % len(COLOURS)],
         marker=MARKERS[index % len(MARKERS)],

@@ -1,21 +1,47 @@
 """`results.md`: tables of a comparison."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
-from learnkv.evaluation.results import FULL, Estimate, Record, estimate, mean_of_tasks, paired_difference, prompt_key
+from learnkv.evaluation.results import (
+    FULL,
+    Estimate,
+    Kind,
+    Record,
+    estimate,
+    kind_of,
+    mean_of_tasks,
+    paired_difference,
+    prompt_key,
+)
 
 Row = Mapping[str, Any]
 TITLES = {
     "query_agnostic": "Query-agnostic: the question is read after compression",
     "query_aware": "Query-aware: the question is compressed with the context",
 }
+READ = "the correct answer is read, not generated"
 LEARNED = "learned"
 EVERY_TASK = "## Every task"
 MISSING = "–"
 COSTS = "## Time and memory"
 NEAR_ZERO = 5.0
 """Score of the full cache below which a task cannot compare policies."""
+
+
+class Panel(NamedTuple):
+    """What rows that may be compared with each other have in common."""
+
+    kind: Kind
+    setting: str
+    length: int
+
+    @property
+    def title(self) -> str:
+        """A heading without the length."""
+        if self.kind == "text":
+            return "Text"
+        return TITLES[self.setting] + (f"; {READ}" if self.kind == "forced" else "")
 
 
 def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselines: Mapping[str, str]) -> str:
@@ -31,29 +57,42 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselin
     details: list[str] = []
     if not rows:
         lines += ["No sample is finished."]
-    for (is_text, setting, length), chosen in panels(rows).items():
-        samples = [r for r in records if ("loss" in r, r["setting"], r["length"]) == (is_text, setting, length)]
-        if is_text:
-            lines += [f"## Text, {length:,} tokens: KL to the full cache in nats per token", ""]
+    for panel, chosen in panels(rows).items():
+        samples = [record for record in records if _panel(record) == panel]
+        heading = f"{panel.title}, {panel.length:,} tokens"
+        if panel.kind == "text":
+            lines += [f"## {heading}: KL to the full cache in nats per token", ""]
             lines += _comparison(chosen, _text_cell, "KL · perplexity")
-            lines += _differences(samples, baselines, "Text: KL")
+            lines += _differences(samples, baselines, "Text: KL", "kl")
+            continue
+        short = TITLES[panel.setting].split(":")[0]
+        lines += [f"## {heading}", ""]
+        if panel.kind == "forced":
+            lines += _comparison(chosen, _forced_cell, "% of answers ranked first ± standard error · KL of the answer")
+            lines += _differences(samples, baselines, f"{short}, KL of the answer", "kl")
+            short += ", answers ranked first"
         else:
-            lines += [f"## {TITLES[setting]}, {length:,} tokens", ""]
             lines += _comparison(chosen, _score_cell, "score ± standard error")
-            lines += _differences(samples, baselines, TITLES[setting].split(":")[0])
-            details += [f"### {TITLES[setting]}, {length:,} tokens", "", *_per_task(chosen)]
+        lines += _differences(samples, baselines, short)
+        details += [f"### {heading}", "", *_per_task(chosen)]
     if details:
         lines += [EVERY_TASK, "", *details]
     lines += _costs(rows)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def panels(rows: Iterable[Row]) -> dict[tuple[bool, str, int], list[Row]]:
-    """Rows that may be compared with each other: by kind (text or not), setting and length."""
-    groups: dict[tuple[bool, str, int], list[Row]] = {}
+def panels(rows: Iterable[Row]) -> dict[Panel, list[Row]]:
+    """Rows that may be compared with each other: by kind, setting and length."""
+    groups: dict[Panel, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["kl"] is not None, row["setting"], row["length"]), []).append(row)
-    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])))
+        groups.setdefault(_panel(row), []).append(row)
+    order = get_args(Kind)
+    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0].kind), item[0].length, item[0].setting)))
+
+
+def _panel(result: Mapping[str, Any]) -> Panel:
+    """The panel of a row or record."""
+    return Panel(kind_of(result), result["setting"], result["length"])
 
 
 def budget_label(row: Row) -> str:
@@ -105,6 +144,11 @@ def _score_cell(rows: Sequence[Row]) -> str:
     return f"**{plus_minus(score_of(rows))}** · {size(mean(rows, 'bytes'))} · {_kept(rows)}"
 
 
+def _forced_cell(rows: Sequence[Row]) -> str:
+    held = f"{size(mean(rows, 'bytes'))} · {_kept(rows)}"
+    return f"**{plus_minus(score_of(rows))}** · {mean(rows, 'kl'):.4f} · {held}"
+
+
 def _text_cell(rows: Sequence[Row]) -> str:
     row = rows[0]
     return f"**{row['kl']:.4f}** · ppl {row['perplexity']:.2f} · {size(row['bytes'])} · {_kept(rows)}"
@@ -153,7 +197,11 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
 
 def _impossible(full: Sequence[Row]) -> Iterator[str]:
     """A warning about tasks that the model cannot do."""
-    failed = [f"{row['task']} ({row['score']:.1f})" for row in full if row["kl"] is None and row["score"] < NEAR_ZERO]
+    failed = [
+        f"{row['task']} ({row['score']:.1f})"
+        for row in full
+        if kind_of(row) == "generated" and row["score"] < NEAR_ZERO
+    ]
     if failed:
         yield f"**The full cache scores near 0 on {', '.join(failed)}**: this model cannot do it with everything kept,"
         yield "so these scores compare no policies."
@@ -171,9 +219,10 @@ def _with_coverage(name: str, cells: Mapping[str, Sequence[Row]], full: Sequence
     return f"{name} ({tasks}{sum(least.values())} of {sum(wanted.values())} samples)"
 
 
-def _differences(records: Sequence[Record], baselines: Mapping[str, str], title: str) -> Iterator[str]:
+def _differences(
+    records: Sequence[Record], baselines: Mapping[str, str], title: str, value: str = "score"
+) -> Iterator[str]:
     """Learned policies minus heuristics at the same budgets."""
-    value = "kl" if "loss" in records[0] else "score"
     by_policy: dict[str, dict[tuple[Any, Any], list[Record]]] = {}
     for record in records:
         if record["policy"] != FULL:
@@ -234,8 +283,8 @@ def _costs(rows: Sequence[Row]) -> Iterator[str]:
     yield "share, and scores are shared by a policy's budgets. Tokens per second of a whole batch: generated, on text"
     yield "read. Peak: most memory during both, the model included (on a CPU of the whole process)."
     yield ""
-    for (is_text, setting, length), chosen in panels(timed).items():
-        yield f"### {'Text' if is_text else TITLES[setting]}, {length:,} tokens"
+    for panel, chosen in panels(timed).items():
+        yield f"### {panel.title}, {panel.length:,} tokens"
         yield ""
         yield from table(["policy", "budget", "prefill, s", "tokens/s", "peak"], _cost_cells(chosen))
 

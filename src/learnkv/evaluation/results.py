@@ -4,10 +4,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import exp, nan, sqrt
 from statistics import fmean, variance
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Record = Mapping[str, Any]
 FULL = "full"
+Kind = Literal["generated", "forced", "text"]
+
+
+GROUP = ("policy", "metric", "task", "length", "setting", "keep", "budget")
+"""Keys that the samples of a row have in common."""
 
 
 class Estimate(NamedTuple):
@@ -39,7 +44,7 @@ def rows_of(records: Iterable[Record]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     full: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        groups[tuple(record[key] for key in ("policy", "task", "length", "setting", "keep", "budget"))].append(record)
+        groups[tuple(record[key] for key in GROUP)].append(record)
         if record["policy"] == FULL:
             full[prompt_key(record)] = record
     return [_row(group, [full[prompt_key(record)] for record in group]) for group in groups.values()]
@@ -47,7 +52,8 @@ def rows_of(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
     first, score = group[0], estimate([record["score"] for record in group])
-    text = "loss" in first
+    kind = kind_of(first)
+    kls = estimate([record["kl"] for record in group]) if kind != "generated" else None
     return {
         "policy": first["policy"],
         "task": first["task"],
@@ -63,11 +69,13 @@ def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
         "n": score.n,
         "score": score.mean,
         "score_full": fmean(record["score"] for record in full),
-        "kl": fmean(record["kl"] for record in group) if text else None,
+        "metric": first["metric"],
+        "kl": None if kls is None else kls.mean,
+        "kl_stderr": None if kls is None or kls.n < 2 else kls.stderr,
         "stderr": None if score.n < 2 else score.stderr,
         "haystack": first["haystack"],
-        "perplexity": exp(fmean(record["loss"] for record in group)) if text else None,
-        "perplexity_full": exp(fmean(record["loss"] for record in full)) if text else None,
+        "perplexity": exp(fmean(record["loss"] for record in group)) if kind == "text" else None,
+        "perplexity_full": exp(fmean(record["loss"] for record in full)) if kind == "text" else None,
         **_cost(group),
     }
 
@@ -101,4 +109,11 @@ def paired_difference(rows_a: Iterable[Record], rows_b: Iterable[Record], value:
 
 def prompt_key(record: Record) -> tuple[Any, ...]:
     """Identity of the prompt that a record is about, whatever the policy and the budget."""
-    return record["task"], record["length"], record["setting"], record["index"]
+    return record["metric"], record["task"], record["length"], record["setting"], record["index"]
+
+
+def kind_of(result: Mapping[str, Any]) -> Kind:
+    """What a record or a row is about: generated answers, answers that were read, or text."""
+    if result.get("loss", result.get("perplexity")) is not None:
+        return "text"
+    return "forced" if result.get("metric") == "forced" else "generated"

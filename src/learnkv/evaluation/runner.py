@@ -40,7 +40,7 @@ class Job:
 
     def slot(self, prompt: Prompt) -> dict[str, Any]:
         """The keys `SLOT` of a record of this job on a prompt."""
-        about = (self.name, prompt.task, prompt.length, prompt.setting, prompt.index)
+        about = (self.name, prompt.metric, prompt.task, prompt.length, prompt.setting, prompt.index)
         return dict(zip(SLOT, (*about, self.budget.keep, self.budget.tokens), strict=True))
 
 

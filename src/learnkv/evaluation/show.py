@@ -11,8 +11,8 @@ def shown(records: Sequence[Record], count: int) -> Iterator[str]:
     by_prompt: dict[tuple[object, ...], list[Record]] = {}
     for record in records:
         by_prompt.setdefault(prompt_key(record), []).append(record)
-    for (task, length, setting, index), answers in list(by_prompt.items())[:count]:
-        yield f"--- {task}, {length} tokens, {setting}, prompt {index}"
+    for (metric, task, length, setting, index), answers in list(by_prompt.items())[:count]:
+        yield f"--- {task}, {length} tokens, {setting}, {metric}, prompt {index}"
         yield f"prompt: {answers[0].get('prompt', '')!r}"
         if answers[0].get("expected") is not None:
             yield f"expected: {', '.join(map(repr, answers[0]['expected']))}"
@@ -22,6 +22,5 @@ def shown(records: Sequence[Record], count: int) -> Iterator[str]:
 
 
 def _result(record: Record) -> str:
-    if "answer" in record:
-        return f"{record['score']:.0f} {record['answer']!r}"
-    return f"KL {record['kl']:.4f} nats per token"
+    kl = f"KL {record['kl']:.4f} nats per token" if "kl" in record else ""
+    return " ".join([f"{record['score']:.0f} {record['answer']!r}"] * ("answer" in record) + [kl] * bool(kl))

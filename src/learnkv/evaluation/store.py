@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SLOT = ("policy", "task", "length", "setting", "index", "keep", "budget")
+SLOT = ("policy", "metric", "task", "length", "setting", "index", "keep", "budget")
 """Keys that identify a sample; its `fingerprint` is a hash of the conditions under which it was measured."""
 
 
@@ -76,7 +76,7 @@ def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and "fingerprint" in record:
-            yield record
+            yield {"metric": "generated", **record}
 
 
 @contextmanager

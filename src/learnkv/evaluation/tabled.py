@@ -16,7 +16,7 @@ def tabled(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> lis
     samples count where model, versions, code and prompt are those of the full cache's sample beside them.
     """
     current = finished(families, jobs, store)
-    measured = {prompt_key(record)[:3] for record in current}
+    measured = {prompt_key(record)[:4] for record in current}
     prompts = {prompt_key(record) for record in current}
     slots = {tuple(job.slot(prompt).values()) for job in jobs for family in families for prompt in family.prompts}
     taken = {record["fingerprint"] for record in current}
@@ -28,6 +28,6 @@ def tabled(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> lis
         print(
             f"{count} of another model, or other versions of code or libraries, are not in the table", file=sys.stderr
         )
-    counted = [r for r in same if prompt_key(r) in prompts or prompt_key(r)[:3] not in measured]
+    counted = [r for r in same if prompt_key(r) in prompts or prompt_key(r)[:4] not in measured]
     full = {prompt_key(r): r["prompt_digest"] for r in (*current, *counted) if r["policy"] == FULL}
     return [*current, *(r for r in counted if full.get(prompt_key(r)) == r["prompt_digest"])]

@@ -10,10 +10,11 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks import ruler, table, text
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.base import Family, Prompt
+from learnkv.evaluation.tasks.forced import Forced
 from learnkv.evaluation.tasks.text import Text
 from learnkv.persistence.named_configs import nearest
 
-__all__ = ["Answers", "Family", "Prompt", "Text", "load"]
+__all__ = ["Answers", "Family", "Forced", "Prompt", "Text", "load"]
 
 
 def load(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Family]:
@@ -65,7 +66,8 @@ def _families(config: EvalConfig, length: int, tokenizer: Any) -> list[Family]:
     for source in tables:
         prompts += table.prompts(config, source, length, tokenizer)
     by_setting = ([prompt for prompt in prompts if prompt.setting == setting] for setting in config.setting)
-    families: list[Family] = [Answers(group, tokenizer) for group in by_setting if group]
+    answers = {"generated": Answers, "forced": Forced}[config.score]
+    families: list[Family] = [answers(group, tokenizer) for group in by_setting if group]
     if "text" in config.tasks:
         families.append(Text(text.prompts(config, length, tokenizer), tokenizer))
     return families

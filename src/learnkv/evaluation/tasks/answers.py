@@ -38,7 +38,7 @@ class Answers(Family):
 
     def effort(self, prompt: Prompt) -> tuple[int, ...]:
         """Length of the answers, then of the prompt."""
-        return sum(map(len, _sample(prompt).answers)), len(prompt.prefill_ids)
+        return sum(map(len, sample_of(prompt).answers)), len(prompt.prefill_ids)
 
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
@@ -53,8 +53,8 @@ class Answers(Family):
             new = generate(model, ids, cache, mask, max_new_tokens=ROUND, earlier=earlier, **GREEDY).tolist()
             earlier += ROUND
             for row, tokens in zip(rows, new, strict=True):
-                generated[row] = ends.cut(generated[row] + tokens, _sample(prompts[row]))
-            unfinished = [index for index, row in enumerate(rows) if not ends(generated[row], _sample(prompts[row]))]
+                generated[row] = ends.cut(generated[row] + tokens, sample_of(prompts[row]))
+            unfinished = [index for index, row in enumerate(rows) if not ends(generated[row], sample_of(prompts[row]))]
             if not unfinished:
                 break
             if len(unfinished) < len(rows):
@@ -65,7 +65,7 @@ class Answers(Family):
             ids, mask = torch.tensor([generated[row][-1:] for row in rows], device=model.device), None
         texts = [ends.text(tokens) for tokens in generated]
         return [
-            {"score": 100 * _sample(prompt).score(text), "answer": text, "tokens": len(tokens)}
+            {"score": 100 * sample_of(prompt).score(text), "answer": text, "tokens": len(tokens)}
             for prompt, text, tokens in zip(prompts, texts, generated, strict=True)
         ], None
 
@@ -124,6 +124,7 @@ def tokenised(
         yield Prompt(sample.task, length, setting, index, *ids, sample, haystack, text="".join(parts))
 
 
-def _sample(prompt: Prompt) -> Sample:
+def sample_of(prompt: Prompt) -> Sample:
+    """The sample of a question's prompt."""
     assert prompt.sample is not None
     return prompt.sample

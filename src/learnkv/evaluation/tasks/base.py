@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.sample import Sample
-from learnkv.evaluation.config import Setting
+from learnkv.evaluation.config import Metric, Setting
 from learnkv.evaluation.sources import source_digest
 from learnkv.inference.digest import tokenizer_digest
 
@@ -24,8 +24,9 @@ BEGINNING, END = 100, 300
 class Prompt:
     """One prompt: `prefill_ids` are read and compressed, `suffix_ids` are read afterwards.
 
-    `sample` has the answers of a question; None for text. `measurement` is the digest of the task family that measures
-    it, `text` the whole prompt for readers.
+    `sample` has the answers of a question; None for text. `metric`: the output is generated, or given
+    tokens are read. `measurement` is the digest of the task family that measures it, `text` the whole prompt for
+    readers.
     """
 
     task: str
@@ -36,6 +37,7 @@ class Prompt:
     suffix_ids: list[int]
     sample: Sample | None = None
     haystack: str | None = None
+    metric: Metric = "generated"
     measurement: str = ""
     text: str = ""
 

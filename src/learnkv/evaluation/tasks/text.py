@@ -13,7 +13,7 @@ from learnkv.data.text import text_windows
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.base import Family, Prompt
-from learnkv.inference.generate import continuation
+from learnkv.evaluation.tasks.reading import kl_divergence, read
 
 LONGEST_CONTINUATION = 128
 
@@ -26,14 +26,9 @@ class Text(Family):
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
     ) -> tuple[list[dict[str, Any]], Any]:
-        """`score` is the percentage of continuation tokens that the model ranks first.
-
-        With page selection tokens are read one by one, as in generation: several at once would read all pages.
-        """
+        """`score` is the percentage of continuation tokens that the model ranks first."""
         ids = torch.tensor([prompt.suffix_ids for prompt in prompts], device=model.device)
-        parts = ids.split(ids.shape[1] if cache.read == cache.spent else 1, 1)
-        with torch.no_grad():
-            logits = torch.cat([continuation(model, part, cache) for part in parts], 1)[:, :-1]
+        logits = read(model, ids, cache)[:, :-1]
         if bool(logits.isnan().any()):
             raise RunError("the model's output is NaN on text")
         records = [
@@ -46,10 +41,7 @@ class Text(Family):
         log_probs = logits.float().log_softmax(-1)
         accuracy = float((log_probs.argmax(-1) == labels).float().mean())
         loss = -float(log_probs.gather(-1, labels.unsqueeze(-1)).mean())
-        kl = 0.0
-        if full is not None:
-            teacher = full.float().log_softmax(-1)
-            kl = float((teacher.exp() * (teacher - log_probs)).sum(-1).mean())
+        kl = 0.0 if full is None else kl_divergence(full, logits)
         return {"score": 100 * accuracy, "loss": loss, "kl": kl, "tokens": len(labels) + 1}
 
 
@@ -69,6 +61,6 @@ def prompts(config: EvalConfig, length: int, tokenizer: Any) -> list[Prompt]:
     source = Path(config.text).name
     ids = {index: windows[index]["input_ids"].tolist() for index in order[: config.samples]}
     return [
-        Prompt("text", length, "query_agnostic", index, tokens[:cut], tokens[cut:], None, source, text=shown)
+        Prompt("text", length, "query_agnostic", index, tokens[:cut], tokens[cut:], None, source, "forced", text=shown)
         for (index, tokens), shown in zip(ids.items(), tokenizer.batch_decode(list(ids.values())), strict=True)
     ]
