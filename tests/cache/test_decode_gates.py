@@ -202,10 +202,13 @@ def test_nothing_as_long_as_the_prompt_is_alive_after_compression_but_its_ids() 
         cache = POLICIES["ragged"](model()).compress(prefill(model(), tokens(1, length)), budget=16)
         generate(model(), tokens(1, 3), cache, max_new_tokens=5)
         gc.collect()
-        sizes = sorted(size for address, size in alive().items() if address not in before)
-        sizes.remove(8 * length)  # one int64 per token
-        return sizes
+        sizes = {address: size for address, size in alive().items() if address not in before}
+        assert cache.token_ids is not None
+        prompt = cache.token_ids[0].untyped_storage()
+        assert sizes.pop(prompt.data_ptr()) == prompt.nbytes() == 8 * length  # one int64 per token
+        return sorted(sizes.values())
 
+    model()  # whose weights are not new
     short, long = left(300), left(600)
     assert short == long
     assert sum(short) >= 16 * LAYERS * HEADS * ENTRY

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from learnkv.cli.export import ExportConfig
 from learnkv.cli.parser import parse, run_main
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.persistence import named_configs
 from learnkv.persistence.named_configs import find_config
+from learnkv.training.config import TrainConfig
 
 
 class Loop:
@@ -78,6 +80,19 @@ def test_policies_add_up_and_other_repeated_keys_replace() -> None:
     assert run.budget == (64,)
     assert parsed("keep=0.5,0.25", "--keep", "0.1").keep == (0.1,)
     assert parsed("log.every=2,3", "log.every=4").log.every == (4,)
+
+
+def test_a_repeated_policy_replaces_where_there_is_one() -> None:
+    assert parse(ExportConfig, ["ckpt=a.ckpt", "out=x", "ckpt=b.ckpt"], "export")[0].ckpt == "b.ckpt"
+
+
+@pytest.mark.parametrize(("schema", "lengths"), [(TrainConfig, (256, 256)), (EvalConfig, (256,))])
+def test_one_length_is_enough_in_both_programs(
+    schema: type[Any], lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    config = parse(schema, ["config=quickstart", "lengths=256", "output=x"], schema.__name__[:-6].lower())[0]
+    assert getattr(config, "data", config).lengths == lengths
 
 
 def test_two_bounds_are_one_value_or_two() -> None:
@@ -174,9 +189,11 @@ def test_a_fault_in_the_file_names_the_file(tmp_path: Path, text: str, line: str
 
 def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("samples: [3\n")
-    line = complaint(f"config={tmp_path / 'mine.yaml'}")
-    assert line.startswith(f"config={tmp_path / 'mine.yaml'}: ")
-    assert "expected YAML: " in line
+    fault = "expected YAML: expected ',' or ']', but got '<stream end>' in line 2"
+    assert complaint(f"config={tmp_path / 'mine.yaml'}") == f"config={tmp_path / 'mine.yaml'}: {fault}"
+    (tmp_path / "above.yaml").write_text("config: mine.yaml\n")
+    above = f"config={tmp_path / 'above.yaml'}"
+    assert complaint(above) == f"{above}: {tmp_path / 'mine.yaml'}: {fault}"
 
 
 def test_every_shipped_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

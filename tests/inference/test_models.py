@@ -151,6 +151,16 @@ def test_a_model_is_described_by_name_hash_and_shapes(stored: Path, monkeypatch:
     assert describe_model(load_model("reference")[0])["id"] == "reference"
 
 
+def test_a_relative_folder_is_described_by_its_full_path(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no card takes it for an id of the hub when another working folder is the current one."""
+    monkeypatch.chdir(stored.parent.parent)
+    name = f"{stored.parent.name}/{stored.name}"
+    assert describe_model(load_model(name)[0])["id"] == str(stored.resolve())
+    model = load_model(str(stored))[0]
+    monkeypatch.setattr(model.config, "_name_or_path", "someone/tiny")
+    assert describe_model(model)["id"] == "someone/tiny"
+
+
 def test_the_digest_of_a_model_does_not_change_when_its_description_grows(
     stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

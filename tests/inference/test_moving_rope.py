@@ -1,5 +1,6 @@
 """RoPE whose angles depend on the number of tokens: exact, or refused before a number is made."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from support.models import assert_logits_close, build, padded, plain, tokens
 from transformers import DynamicCache
 
+from benchmarks.meters import Counts, Meter
 from learnkv import CompressedCache, Policy, attach, continuation, generate, load_policy, prefill
 from learnkv.errors import UserError
 from learnkv.inference.models import context_length
@@ -125,6 +127,60 @@ def test_rows_on_both_sides_of_the_switch_are_refused(kind: Any) -> None:
     together = prefill(ours, *padded([tokens(1, 40)[0], tokens(1, 30)[0]]), chunk_size=11)
     alone = prefill(ours, tokens(1, 30))
     assert_logits_close(continuation(ours, tokens(2, 6), together)[1:], continuation(ours, tokens(2, 6)[1:], alone))
+
+
+@every_kind
+def test_a_prompt_of_one_token_does_not_cross_the_switch(kind: Any) -> None:
+    """Its key has angle 0 whatever the length is; those after it have not."""
+    ours, ids = attach(new(kind)), tokens(1, SWITCH + 6)
+    cache = prefill(ours, ids[:, :1])
+    logits = continuation(ours, ids[:, 1:SWITCH], cache)
+    assert_logits_close(logits, new(kind)(input_ids=ids[:, :SWITCH]).logits[:, 1:])
+    with pytest.raises(UserError, match=message(SWITCH + 6, 1)):
+        continuation(ours, ids[:, SWITCH:], cache)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_padding_does_not_count_as_length(kind: Any) -> None:
+    """Slots reach beyond the switch, tokens do not."""
+    ours = attach(new(kind))
+    ids, mask = padded([tokens(1, SWITCH - 12)[0], tokens(1, 20)[0]])
+    short, short_mask = tokens(2, 10), torch.ones(2, 10)
+    short_mask[0, 4:] = 0
+    short_mask[1, :] = 1
+    cache = prefill(ours, ids, mask)
+    continuation(ours, short, cache, short_mask)
+    logits = continuation(ours, tokens(2, 4), cache)
+    alone = prefill(ours, ids[:1, :])
+    continuation(ours, short[:1, :4], alone)
+    assert_logits_close(logits[:1], continuation(ours, tokens(2, 4)[:1], alone))
+    with pytest.raises(UserError, match="change with the length"):
+        continuation(ours, tokens(2, 5), cache)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("generated", [False, True], ids=["reading tokens", "generating"])
+def test_a_step_waits_for_nothing_but_the_models_own_embedding(kind: Any, generated: bool) -> None:
+    """An ordinary cache has the waits of transformers' embedding, which looks at the positions by itself."""
+    model, step = attach(new(kind)), tokens(1, 1)
+    cache, plain_cache = prefill(model, tokens(1, 20)), DynamicCache()
+    model(input_ids=tokens(1, 20), past_key_values=plain_cache)
+    continuation(model, step, cache)  # a cache finds out once how far its angles reach
+
+    def counted(turn: Any) -> Counts:
+        with Meter() as counts:
+            turn()
+        return counts
+
+    if generated:
+        one, nine = (counted(lambda n=n: generate(model, step, cache.fork(), max_new_tokens=n)) for n in (2, 10))
+        waits = nine.waits - one.waits
+        passes = 8
+    else:
+        waits, passes = counted(lambda: continuation(model, step, cache)).waits, 1
+    position = torch.full((1, 1), 20)
+    own = counted(lambda: model(input_ids=step, position_ids=position, past_key_values=plain_cache)).waits
+    assert waits == Counter({name: passes * times for name, times in own.items()})
 
 
 def test_chunks_of_a_cache_that_is_filled_by_hand() -> None:

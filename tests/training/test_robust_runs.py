@@ -195,6 +195,19 @@ def test_the_loss_has_one_name_and_rates_norms_and_times_are_logged(
     assert all(float(row["time/prompt_tokens_per_second"]) > 0 for row in times)
 
 
+def test_the_last_step_is_logged_whatever_the_interval(words: Any, tmp_path: Path) -> None:
+    """Console and card show it, so that the table has it, too; with every step logged it is the same."""
+    seldom = [word for word in words if not word.startswith("trainer.log_every_n_steps")]
+    for name, every in (("every", 1), ("seldom", 50)):
+        assert train([*seldom, f"output={tmp_path / name}", f"trainer.log_every_n_steps={every}"]) == 0
+    assert [row["step"] for row in rows_of(tmp_path / "seldom", "times.csv")] == ["3"]
+    row, last = rows_of(tmp_path / "seldom")[-1], rows_of(tmp_path / "every")[-1]
+    assert row == last
+    assert {"train/kl", "train/lr", "train/grad_norm", "train/spent_over_asked"} <= {key for key in row if row[key]}
+    metrics = json.loads((tmp_path / "seldom" / "policy" / "manifest.json").read_text())["metrics"]
+    assert metrics["train/kl"] == pytest.approx(float(row["train/kl"]), rel=1e-4)
+
+
 @pytest.mark.parametrize(("save_every", "line"), [(1, "resumes it from step 1"), (9, "begins anew, as no checkpoint")])
 def test_an_interrupted_run_names_what_the_same_command_does(
     words: Any, save_every: Any, line: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -50,9 +50,9 @@ class CompressedCache(Cache):
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
         self.token_ids: tuple[Tensor, Tensor] | None = None  # of the prompt's slots and of later ones; None: not known
         self.invalid: tuple[Invalid, ...] = ()  # heads to look at when the host waits for the device next
-        self.rotation_length = 0  # tokens whose angles rotate its keys, where RoPE depends on their number
-        self.decode_loop: object = None
-        """Buffers of the last turn, with their CUDA graph, while rows and tails keep their addresses."""
+        self.rotation: object = None  # of its keys, where RoPE depends on the number of tokens; forks share it
+        self.announced: tuple[Tensor, int] | None = None  # positions of a pass to come, and a bound that the host knows
+        self.decode_loop: object = None  # buffers of the last turn, with their graph, while tails keep their addresses
 
     def compressed_layers(self) -> list[CompressedLayer]:
         """The layers that a policy compresses, in order."""
@@ -221,7 +221,7 @@ class CompressedCache(Cache):
         """Drop everything."""
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
-        self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation_length = [], None, False, None, 0
+        self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
         self.token_ids, self.invalid = None, ()
 
     def activate_past_recording(self) -> None:

@@ -31,7 +31,8 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, prog: str = "") -> 
     Words are `key=value`, `--key=value` or `--key value`; keys of nested dataclasses are dotted; `config=` is read
     first wherever it is typed. Lists (fields of tuple or list type) are written `keep=0.5,0.25` or `--keep 0.5 0.25`;
     two bounds may be one value, `lengths=256`. A key that is typed again replaces what was typed before, lists too;
-    only those of `ckpt` add up.
+    only those of
+    `config`, and of `ckpt` where it is a list, add up.
 
     Args:
         schema: a dataclass whose fields all have defaults. A dict field with the metadata `arguments_of` takes the
@@ -54,7 +55,8 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, prog: str = "") -> 
     lists = {key for key, parts in fields.items() if any(get_origin(part) in (list, tuple) for part in parts)}
     typed: Words = {}
     for key, values in _pairs(argv, lists):
-        typed[key] = typed.get(key, []) + values if key in ADDING else values
+        adds = key == "config" or (key in ADDING and key in lists)
+        typed[key] = typed.get(key, []) + values if adds else values
     for key in [key for key, parts in fields.items() if _is_pair(parts) and len(typed.get(key, ())) == 1]:
         typed[key] *= 2
     parsed = _parse(parser, typed, lists, keys, kind)

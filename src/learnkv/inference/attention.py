@@ -155,7 +155,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     model.set_attn_implementation(NAME)
     handles = [module.register_forward_pre_hook(_pass_cache_layer, with_kwargs=True) for module in layers]
     embeddings = moving_rope.moving_embeddings(model)
-    handles += [module.register_forward_hook(moving_rope.at_length, with_kwargs=True) for module in embeddings]
+    handles += [module.register_forward_hook(moving_rope.rotate, with_kwargs=True) for module in embeddings]
     handles.append(model.register_forward_pre_hook(begin_pass, with_kwargs=True))
     handles.append(model.register_forward_hook(end_pass, with_kwargs=True))
     setattr(model, EMBEDDINGS, embeddings)
@@ -178,7 +178,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for handle in handles:
             handle.remove()
         for module in model.modules():
-            for name in (CONVENTION, PLAIN, moving_rope.LENGTH):
+            for name in (CONVENTION, PLAIN, moving_rope.ROTATION):
                 vars(module).pop(name, None)
         model.set_attn_implementation(before)
         for name in (_STATE, EMBEDDINGS, *({_PREPARE} & vars(model).keys())):

@@ -213,11 +213,11 @@ def config_hash(model: PreTrainedModel) -> str:
 
 
 def _known_name(path: str) -> str:
-    """The name that `model=` takes for the folder of a shipped or fetched model; other paths as they are."""
+    """The name that `model=` takes for the folder of a shipped or fetched model; other paths in full, hub ids."""
     if path == str(REFERENCE):
         return "reference"
     fetched = (name for name in KNOWN_MODELS if Path(path).name == name and path == str(fetched_folder(name)))
-    return next(fetched, path)
+    return next(fetched, str(Path(path).resolve()) if path and Path(path).exists() else path)
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Checks around every pass of an attached model: each layer has to read the compressed cache, by our attention."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -24,7 +25,7 @@ def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
     follow_cache(model, args, kwargs)
     embeddings = getattr(model, EMBEDDINGS)
     for embedding in embeddings:
-        vars(embedding).pop(moving_rope.LENGTH, None)
+        vars(embedding).pop(moving_rope.ROTATION, None)
     cache = _compressed(kwargs)
     if cache is None:
         return
@@ -32,8 +33,10 @@ def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         raise UserError(cause)
     for layer in cache.compressed_layers():
         layer.attended = False
+    bound = _announced_bound(cache, kwargs)
     if embeddings:
-        moving_rope.set_length(model, embeddings, cache, _reached(cache, args, kwargs))
+        reached = functools.partial(_reached, cache, args, kwargs)
+        moving_rope.set_rotation(model, embeddings, cache, bound or reached(), reached)
 
 
 def end_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -43,7 +46,7 @@ def end_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: 
         UserError: for a layer that has not.
     """
     for embedding in getattr(model, EMBEDDINGS):
-        vars(embedding).pop(moving_rope.LENGTH, None)
+        vars(embedding).pop(moving_rope.ROTATION, None)
     cache = _compressed(kwargs)
     if cache is None:
         return
@@ -111,8 +114,15 @@ def _recomputes(model: Any) -> bool:
     return recomputes
 
 
+def _announced_bound(cache: CompressedCache, kwargs: dict[str, Any]) -> int | None:
+    """A number of tokens that no row exceeds after a pass, which was announced for it; None for other positions."""
+    positions, bound = cache.announced or (None, None)
+    cache.announced = None
+    return bound if positions is not None and positions is kwargs.get("position_ids") else None
+
+
 def _reached(cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Tokens of the longest row after a pass."""
+    """Tokens of the longest row after a pass; a host sync where positions are given."""
     positions = kwargs.get("position_ids")
     if positions is not None:
         return int(positions.max().item()) + 1

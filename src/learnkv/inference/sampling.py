@@ -145,13 +145,14 @@ def either(
 
 
 def check_context(model: PreTrainedModel, cache: CompressedCache, positions: Tensor, slots: int) -> None:
-    """Raise UserError where `positions` [B, T] exceed the model's context.
+    """Raise UserError where `positions` [B, T] exceed the model's context, and announce them to the pass that follows.
 
     Args:
         slots: slots that the cache does not count yet.
     """
     context = context_length(model)
     reached = max(cache.prompt_lengths) + cache.continuation_length + slots
+    cache.announced = positions, reached
     # The bound counts padding; the true number costs a host sync.
     if context is not None and reached > context and (reached := int(positions.max()) + 1) > context:
         raise UserError(f"{reached} tokens with the continuation: the model's context is {context}")

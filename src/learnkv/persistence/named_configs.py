@@ -49,7 +49,7 @@ def checked_config(kind: str, name: str) -> Path:
         try:
             content = read_yaml(file)
         except UserError as error:
-            raise UserError(f"config={name}: {error}") from None
+            raise UserError(f"config={name}: {str(error).removeprefix(f'{name}: ')}") from None
         base = content.get("config") if isinstance(content, dict) else None
         if not isinstance(base, str):
             return path

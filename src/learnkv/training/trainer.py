@@ -19,7 +19,7 @@ from learnkv.training import slurm
 from learnkv.training.callbacks import pictures
 from learnkv.training.callbacks.checkpoints import Checkpoints
 from learnkv.training.callbacks.fence import FencedLogger
-from learnkv.training.callbacks.logs import CsvTable
+from learnkv.training.callbacks.logs import CsvTable, LastStep
 from learnkv.training.callbacks.optimiser import OptimiserMetrics
 from learnkv.training.callbacks.progress import ProgressLine
 from learnkv.training.config import TrainConfig, Wandb
@@ -51,6 +51,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, keys: Mapping[str, Any]) 
     callbacks: list[L.Callback] = [
         OptimiserMetrics(),
         ProgressLine(),
+        LastStep(),
         Checkpoints(run.checkpoint.parent, config.save_every, config.save_minutes, validation_steps),
         *(given["callbacks"] or []),
     ]

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -74,3 +75,15 @@ class CsvTable(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
+
+
+class LastStep(Callback):
+    """Logs the last step of a run, which the console and the model card show, whatever `log_every_n_steps` is."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step < trainer.max_steps:
+            return
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        of_steps = {key: value for key, value in metrics.items() if key.startswith(("train/", TIMING))}
+        for logger in trainer.loggers:
+            logger.log_metrics(of_steps, trainer.global_step - 1)
