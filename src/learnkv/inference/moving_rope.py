@@ -18,7 +18,9 @@ _FAR = 2**22  # tokens that no model reads
 
 def moving_embeddings(model: nn.Module) -> list[nn.Module]:
     """The rotary embeddings of a model whose angles depend on the number of tokens."""
-    return [module for module in model.modules() if _is_embedding(module) and not _agree(module, _POSITIONS, _FAR)]
+    return [
+        module for module in model.modules() if _is_embedding(module) and not _same_angles(module, _POSITIONS, _FAR)
+    ]
 
 
 def set_length(model: PreTrainedModel, embeddings: list[Any], cache: CompressedCache, reached: int) -> None:
@@ -33,7 +35,7 @@ def set_length(model: PreTrainedModel, embeddings: list[Any], cache: CompressedC
     else:
         others = {reached} if reached > cache.rotation_length else set()
     for length in others:
-        if not all(_agree(embedding, length, cache.rotation_length) for embedding in embeddings):
+        if not all(_same_angles(embedding, length, cache.rotation_length) for embedding in embeddings):
             raise UserError(
                 f"{model.config.model_type}: the angles of its RoPE ({_rope_type(embeddings[0])}) change with the "
                 f"length: those of {length} tokens are not those of the {cache.rotation_length} that the cache has "
@@ -57,20 +59,20 @@ def _is_embedding(module: Any) -> bool:
     return buffers and hasattr(module, "config")
 
 
-def _agree(module: Any, length: int, other: int) -> bool:
+def _same_angles(module: Any, length: int, other: int) -> bool:
     """Whether texts of both lengths are rotated alike, as far as both go."""
     last = min(length, other) - 1
     positions = torch.linspace(0, last, min(_POSITIONS, last + 1), dtype=torch.float64).long().unsqueeze(0)
     for layer_type in _layer_types(module):
         try:
-            one, another = (
+            first, second = (
                 _angles(module, total, torch.zeros(1, 1, 1, dtype=torch.float32), positions, **layer_type)
                 for total in (length, other)
             )
         except (IndexError, TypeError, ValueError):  # a table, or an embedding of another kind
             continue
-        one, another = ((angles,) if isinstance(angles, Tensor) else angles for angles in (one, another))
-        if not all(torch.equal(*pair) for pair in zip(one, another, strict=True)):
+        first, second = ((angles,) if isinstance(angles, Tensor) else angles for angles in (first, second))
+        if not all(torch.equal(*pair) for pair in zip(first, second, strict=True)):
             return False
     return True
 
