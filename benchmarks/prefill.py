@@ -138,8 +138,8 @@ class _HostEvent:
     def synchronize(self) -> None:
         """Nothing runs behind the host's back."""
 
-    def elapsed_time(self, later: "_HostEvent") -> float:
-        return 1e3 * (later.at - self.at)
+    def elapsed_time(self, end: "_HostEvent") -> float:
+        return 1e3 * (end.at - self.at)
 
 
 if __name__ == "__main__":

@@ -72,16 +72,16 @@ def on_snapkv(model: Any) -> Policy:
 def step(model: Any, policy: Policy, prompt: int, new: int) -> dict[str, Any]:
     """A step of `Distillation`, counted; `new` tokens in every continuation."""
     ids, whole = _stepped(model, policy, None, prompt, new)
-    reading, making, planning, _ = _read(model, policy, ids)
-    return _told(prompt, new, whole, reading, making + planning)
+    prefilling, making, planning, _ = _read(model, policy, ids)
+    return _told(prompt, new, whole, prefilling, making + planning)
 
 
 def regression(model: Any, policy: Policy, objective: Any, prompt: int) -> dict[str, Any]:
     """The first step towards `objective`, counted, where that reads no continuation: scores of a slower scorer."""
     assert not objective.at_step(0).reads
     ids, whole = _stepped(model, policy, objective, prompt, 1)
-    reading, *_ = _read(model, policy, ids)
-    return {"T": prompt, "prefill": reading, "step over prefill": whole / reading}
+    prefilling, *_ = _read(model, policy, ids)
+    return {"T": prompt, "prefill": prefilling, "step over prefill": whole / prefilling}
 
 
 def _stepped(model: Any, policy: Policy, objective: Any, prompt: int, new: int) -> tuple[torch.Tensor, float]:
@@ -105,21 +105,26 @@ def computed(model: Any, policy: Policy, prompt: int, new: int, layers: int = 0)
     config = model.config
     times = layers / config.num_hidden_layers if layers else 1.0
     ids = torch.ones(1, prompt, dtype=torch.long, device=model.device)
-    reading, making, planning, both = _read(model, policy, ids)
+    prefilling, making, planning, both = _read(model, policy, ids)
     head = 2 * config.vocab_size * config.hidden_size
-    reading, making, planning, both = (reading - head) * times + head, making * times, planning * times, both * times
+    prefilling, making, planning, both = (
+        (prefilling - head) * times + head,
+        making * times,
+        planning * times,
+        both * times,
+    )
     width = times * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     token = 2 * times * sum(one.numel() for one in model.model.layers.parameters()) + head
     teacher = token + 4 * width * (prompt + new)
     students = [2 * token + width * (10 * keep * prompt + 4 * prompt + 14 * new) for keep in KEEPS]
-    whole = reading + making + CONTINUATIONS * new * (teacher + sum(students)) + len(KEEPS) * both
-    return _told(prompt, new, whole, reading, making + planning)
+    whole = prefilling + making + CONTINUATIONS * new * (teacher + sum(students)) + len(KEEPS) * both
+    return _told(prompt, new, whole, prefilling, making + planning)
 
 
 def _read(model: Any, policy: Policy, ids: torch.Tensor) -> tuple[float, float, float, float]:
     """Operations of a prefill, of the policy's share in it, of a plan, and of a plan with its gradient."""
-    reading = operations(lambda: prefill(model, ids))
-    making = operations(lambda: prefill(model, ids, policies=[policy])) - reading
+    prefilling = operations(lambda: prefill(model, ids))
+    making = operations(lambda: prefill(model, ids, policies=[policy])) - prefilling
     cache = prefill(model, ids, policies=[policy])
 
     def both() -> None:
@@ -128,20 +133,20 @@ def _read(model: Any, policy: Policy, ids: torch.Tensor) -> tuple[float, float, 
 
     with torch.no_grad():
         planning = operations(lambda: policy.plan(cache, keep=0.1))
-    return reading, making, planning, operations(both)
+    return prefilling, making, planning, operations(both)
 
 
-def _told(prompt: int, new: int, whole: float, reading: float, policy: float) -> dict[str, Any]:
+def _told(prompt: int, new: int, whole: float, prefilling: float, policy: float) -> dict[str, Any]:
     bound = 1 + BOUND * new / prompt
     return {
         "T": prompt,
         "new": new,
         "continuations": CONTINUATIONS,
         "keeps": list(KEEPS),
-        "prefill": reading,
-        "step over prefill": whole / reading,
+        "prefill": prefilling,
+        "step over prefill": whole / prefilling,
         "bound": bound,
-        "policy over prefill": policy / reading,
+        "policy over prefill": policy / prefilling,
     }
 
 

@@ -118,6 +118,15 @@ def test_the_site_asks_no_other_host() -> None:
             assert not re.search(r"(?:src=|url\(|@import|!\[[^\]]*\]\()\s*[\"']?https?:", text), path
 
 
+def test_the_changelog_has_each_section_once_per_version() -> None:
+    versions = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(versions) > 1
+    for version in versions:
+        sections = re.findall(r"^### (.*)$", version, re.MULTILINE)
+        assert len(sections) == len(set(sections)), version.splitlines()[0]
+        assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
 def described(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
     """Names in the `Args:` of a docstring."""
     block = re.search(r"^Args:\n((?:[ ]{4}.*\n?|\n)*)", ast.get_docstring(node) or "", re.MULTILINE)

@@ -60,6 +60,30 @@ def test_a_banned_key_is_found(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("one = 1", 1),
+        ("def f(at): ...", 1),
+        ("for found in (): ...", 1),
+        ("self.held = 1", 1),
+        ("def mine(): ...", 1),
+        ("f(one, at=1); tensor[0].at", 0),
+        ("import one; found_rows = 1", 0),
+    ],
+)
+def test_a_vague_name_is_found_where_it_is_given(source: str, count: int) -> None:
+    assert len(house.vague_names("file.py", source)) == count
+
+
+@pytest.mark.parametrize("folder", house.PACKAGES)
+def test_replaced_names_are_found_in_every_folder(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "file.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("def f(judge): ...")
+    assert len(house.replaced_names(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
     ("file", "text", "count"),
     [
         ("policy/policy.py", "x = 1  # what was said", 1),

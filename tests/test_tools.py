@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from learnkv import allocators, pages, scorers
+from learnkv.persistence.methods import method, select_methods
 from tools import methods, result_picture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,8 +24,19 @@ def test_every_method_has_a_row_with_its_paper(page: str) -> None:
     assert "2404.14469" in rows["snapkv"]
     assert "last 32 queries" in rows["snapkv"]
     assert "a second time" in rows["kvzip"]
-    assert "measured" in rows["headkv"]
     assert "arxiv" not in rows["random"]
+
+
+def test_every_method_has_its_kinds(page: str) -> None:
+    """As its classes say, in the words that `baselines=` takes."""
+    kinds = {
+        row[1]: set(re.findall(r"`(\w+)`", row[2]))
+        for row in re.finditer(r"^\| `(\w+)`\S* \| (.*?) \|", page, re.MULTILINE)
+    }
+    for name in select_methods():
+        assert kinds[name] == method(name).kinds - {"observation_window"}
+    assert kinds["fast_kvzip"] == {"trained", "calibrated"}
+    assert kinds["snapkv"] == set()
 
 
 @pytest.mark.parametrize(("part", "module"), [("scorer", scorers), ("allocator", allocators), ("pages", pages)])

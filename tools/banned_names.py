@@ -36,7 +36,7 @@ _MODULE = ("module",)
 _NOT_ARGUMENTS = ("module", "class", "function")
 
 BANNED = [
-    *_all("renewal recompression every agree settle", "online eviction: evict_interval, schedule_eviction"),
+    *_all("renewal renewed recompression every agree settle", "online eviction: evict_interval, schedule_eviction"),
     *_all("reopening folded", "merge_tail, merged_tokens"),
     *_all("spending paging", "budget; part of the policy"),
     Ban("reading", "page_index", ("module", "class", "parameter", "key"), why="a page index chooses what is read"),
@@ -75,6 +75,8 @@ BANNED = [
     *_all("bars evidence elsewhere zoo", "criteria, results, out_of_domain, method_comparison"),
 ]
 
+VAGUE = frozenset({"at", "one", "held", "found", "mine"})
+"""Names of nothing in src, local variables included: `layer_idx`, `tensor`, `rows` or whatever it is says more."""
 PRIVATE_WORDS = r"(?<![a-z])(said|spoken|judg(?:e|es|ed|ing|ement|ements)|told|folded|renewals?|reopen\w*)(?![a-z])"
 """Verbs of speech for tensors and private names: nowhere in src, prose and identifiers included."""
 MODEL_READS = ("data/ruler_text.py", "data/retrieval_text.py")

@@ -15,12 +15,14 @@ from typing import Any
 
 import yaml
 
-from tools.banned_names import BANNED, MODEL_READS, PRIVATE_WORDS
+from tools.banned_names import BANNED, MODEL_READS, PRIVATE_WORDS, VAGUE
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE = 300
 LONGEST_FUNCTION = 60
 LONGEST_MEDIAN = 7
+PACKAGES = ("src/learnkv", "experiments", "benchmarks", "tools", "examples", "tests")
+"""Folders whose names are checked."""
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -167,6 +169,17 @@ def banned_names(where: str, room: str, names: Iterator[tuple[str, str, int]]) -
     ]
 
 
+def vague_names(name: str, source: str) -> list[str]:
+    """Functions, arguments, variables and attributes of a source text whose name says nothing."""
+    faults: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        stored = isinstance(getattr(node, "ctx", ast.Store()), ast.Store)
+        bound = next((getattr(node, key) for key in ("id", "attr", "arg", "name") if hasattr(node, key)), None)
+        if stored and bound in VAGUE and not isinstance(node, ast.keyword | ast.alias):
+            faults.append(f"{name}:{getattr(node, 'lineno', 0)}: {bound}")
+    return faults
+
+
 def private_words(name: str, text: str) -> list[str]:
     """Lines with words that are nowhere to be found, in identifiers, prose and messages."""
     lines = _without_strings(text) if name in MODEL_READS else text.splitlines()
@@ -195,9 +208,9 @@ def _without_strings(text: str) -> list[str]:
 
 
 def replaced_names(root: Path) -> list[str]:
-    """Banned names in the package, the experiments and the YAML files."""
+    """Banned names in all Python files and the YAML files."""
     faults: list[str] = []
-    for file in sources(root, ("src/learnkv", "experiments")):
+    for file in sources(root, PACKAGES):
         faults += banned_names(f"{file.package}/{file.name}", file.room, names_of(file))
     for path in _yaml_files(root):
         faults += banned_names(path.relative_to(root).as_posix(), "configs", keys_of(path.read_text(encoding="utf-8")))
@@ -224,6 +237,7 @@ CHECKS: dict[str, Callable[[Path], list[str]]] = {
     f"files above {LONGEST_FILE} lines, kernels excepted": lambda root: long_files(sources(root)),
     f"functions above {LONGEST_FUNCTION} lines, kernels excepted": lambda root: long_functions(sources(root)),
     "replaced names": replaced_names,
+    "vague names": lambda root: [fault for file in sources(root) for fault in vague_names(file.name, file.text)],
     "private words": words,
 }
 

@@ -14,6 +14,7 @@ import yaml
 
 from learnkv import allocators, load_policy, pages, scorers
 from learnkv.core.component import Component
+from learnkv.persistence.methods import KINDS, kinds_of
 from learnkv.policy.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +34,7 @@ READS = {  # attributes of an observation
     "rope": "rotations",
     "kept": "the budget",
 }
+SHOWN_KINDS = [kind for kind in KINDS if kind != "observation_window"]  # the last column has the window
 HEAD = """---
 hide: [navigation]
 ---
@@ -45,6 +47,11 @@ over layers and heads, one function makes it exact, and the first 4 and last 8 t
 A **page selector** evicts nothing and chooses what each decode step reads. Trained policies are made of
 `LearnedScorer`, `HiddenScorer`, `GateScorer` and `LearnedAllocator`, which are listed below too.
 
+A method's **kind** follows from its classes, and is a word for `baselines=` (`baselines=all,-trained`):
+`trained` by gradient descent (all others are training-free), `calibrated` reads a
+[file measured of the model](howto/own_model.md#tables), `extra_passes` reads the prompt again, `online` evicts while
+tokens are generated, `pages` evicts nothing and reads chosen pages.
+
 This page is generated from the classes when the site is built. How the methods compare:
 [method comparison](results/method_comparison.md).
 
@@ -55,7 +62,7 @@ def page() -> str:
     """The Markdown of the page."""
     files = sorted((ROOT / "configs" / "policies").glob("*.yaml"))
     rows = [_row(file) for file in files]
-    table = _table(["name, paper", "what it keeps", "scorer, allocator", "reads of a prompt"], rows)
+    table = _table(["name, paper", "kind", "what it keeps", "scorer, allocator", "reads of a prompt"], rows)
     sections = [f'<div class="methods" markdown>\n\n{table}\n</div>\n']
     for part, (module, title) in PARTS.items():
         names = sorted((name for name in module.__all__ if name not in ABSTRACT), key=str.lower)
@@ -69,7 +76,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _row(file: Path) -> list[str]:
-    """One method: name and papers, the first sentence of its file, its parts, what it reads of a prompt and needs."""
+    """One method: name and papers, kinds, the first sentence of its file, its parts, what it reads of a prompt."""
     text = file.read_text(encoding="utf-8")
     spec, policy = yaml.safe_load(text), load_policy(str(file))
     comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line[:1] == "#")
@@ -77,9 +84,12 @@ def _row(file: Path) -> list[str]:
     own = [_doc(component) for component in components.values() if type(component) is not DEFAULT_ALLOCATOR]
     papers = dict.fromkeys(paper for source in [comment, *own] for paper in _papers(source)[:1])
     parts = [_link(part, type(component)) for part, component in components.items()]
-    reads = dict.fromkeys([*reads_of(policy), *_needs(spec, policy)])
+    kinds = kinds_of(policy)
+    words = [f"`{kind}`" for kind in SHOWN_KINDS if kind in kinds]
+    reads = dict.fromkeys(reads_of(policy))
     summary = comment.partition(". ")[0].rstrip(".") + "."
-    return ["<br>".join([f"`{file.stem}`", *papers]), _prose(summary), " · ".join(parts), ", ".join(reads) or "–"]
+    name = "<br>".join([f"`{file.stem}`", *papers])
+    return [name, ", ".join(words) or "–", _prose(summary), " · ".join(parts), ", ".join(reads) or "–"]
 
 
 def reads_of(policy: Policy) -> Iterator[str]:
@@ -89,25 +99,13 @@ def reads_of(policy: Policy) -> Iterator[str]:
         yield f"last {recorded.window} queries" if recorded.window > 1 else "last query"
     if recorded.statistics:
         yield "all queries or tokens as they are read"
+    if recorded.extra_passes:
+        yield "**the prompt a second time**"
     for component in (policy.scorer, policy.pages):
         for part in component.modules() if component is not None else ():
             if isinstance(part, Component):
                 kind: type = type(part)
                 yield from reads_of_class(kind)
-
-
-def _needs(spec: Any, policy: Policy) -> list[str]:
-    needs = ["**the prompt a second time**"] if policy.capture_spec.extra_passes else []
-    if "reference" in _values(spec):
-        needs.append("[a file measured of the model](howto/own_model.md#tables)")
-    return needs
-
-
-def _values(node: Any) -> Iterator[Any]:
-    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    yield node if not isinstance(node, dict | list) else None
-    for child in children:
-        yield from _values(child)
 
 
 @cache

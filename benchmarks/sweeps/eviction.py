@@ -1,4 +1,4 @@
-"""What eviction adds to reading a prompt: scores of the last queries, selection, compaction; each against PyTorch."""
+"""What eviction adds to reading a prompt: scores of the last queries, selection, copying; each against PyTorch."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def run(part: Part, device: torch.device, clock: Clock, dry_run: bool) -> None:
     if dry_run:
         scored, chosen, copied = [(tiny, 2, 200)], [(4, 300)], [(tiny, 2, 200, 20)]
     for row in range(max(len(scored), len(chosen), len(copied))):
-        for measure, wanted in ((scores, scored), (selection, chosen), (compaction, copied)):
+        for measure, wanted in ((scores, scored), (selection, chosen), (copy_kept, copied)):
             if clock.over():
                 return
             if row < len(wanted):
@@ -111,9 +111,7 @@ def selection(part: Part, device: torch.device, dry_run: bool, rows: int, slots:
         part.add(timing, work, kernel="select", impl=impl, rows=rows, T=slots, budget=kept, dtype="float32")
 
 
-def compaction(
-    part: Part, device: torch.device, dry_run: bool, shape: Shape, batch: int, slots: int, kept: int
-) -> None:
+def copy_kept(part: Part, device: torch.device, dry_run: bool, shape: Shape, batch: int, slots: int, kept: int) -> None:
     """One layer's keys and values into the pool, against two index_select; what is kept lies scattered."""
     rows, dim = batch * shape.kv_heads, shape.dim
     work = limits.gather_kv(rows * kept, dim)

@@ -16,7 +16,8 @@ from experiments.method_comparison.published import CLEAR, TIE, Pair, pairs
 from learnkv.errors import UserError
 from learnkv.evaluation import report
 from learnkv.evaluation.results import FULL, Record, prompt_key, rows_of
-from learnkv.evaluation.store import Store, replacing
+from learnkv.evaluation.store import Store
+from learnkv.formats.files import write_text
 from learnkv.persistence.methods import select_methods
 from learnkv.persistence.policies import load_policy
 
@@ -56,9 +57,8 @@ def write(config: TablesConfig, resolved: str) -> None:
     orders = list(pairs(records))
     rows = rows_of(records)
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "method_comparison.md") as part:
-        findings = FINDINGS if (out / FINDINGS).is_file() else None
-        part.write_text("\n".join(page(comparison, records, orders, commit, findings)), encoding="utf-8")
+    findings = FINDINGS if (out / FINDINGS).is_file() else None
+    write_text(out / "method_comparison.md", "\n".join(page(comparison, records, orders, commit, findings)))
     report_json = {
         "schema": 1,
         "model": comparison["model"],
@@ -68,8 +68,7 @@ def write(config: TablesConfig, resolved: str) -> None:
         "rows": rows,
         "orders": [{**dataclasses.asdict(pair), "verdict": pair.verdict} for pair in orders],
     }
-    with replacing(out / "method_comparison.json") as part:
-        part.write_text(_json(report_json), encoding="utf-8")
+    write_text(out / "method_comparison.json", _json(report_json))
     print(f"{out / 'method_comparison.md'}\n{out / 'method_comparison.json'}")
 
 

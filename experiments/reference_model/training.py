@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from experiments.reference_model.config import ReferenceConfig, Shape
 from experiments.reference_model.corpus import prepare
 from experiments.reference_model.rows import IGNORE, READ, RowMaker
+from learnkv.formats.files import atomic_write
 
 
 def build_model(shape: Shape, seed: int) -> LlamaForCausalLM:
@@ -116,15 +117,14 @@ class ReferenceTraining:
         return weights
 
     def save(self, path: Path) -> None:
-        """Checkpoint of plain tensors, written beside `path` and moved over it."""
+        """Checkpoint of plain tensors."""
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        part = path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(path)
+        with atomic_write(path) as part:
+            torch.save(state, part)
 
     def load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)

@@ -22,7 +22,7 @@ from learnkv.cli.parser import run_main
 from learnkv.errors import UserError
 from learnkv.evaluation import pictures
 from learnkv.evaluation.results import FULL, Record, prompt_key, rows_of
-from learnkv.evaluation.store import replacing
+from learnkv.formats.files import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +54,7 @@ def write(config: StudyConfig, resolved: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     criteria = list(lines(results))
     drawn = draw(config, results, out)
-    with replacing(out / "study.md") as part:
-        part.write_text("\n".join(page(config, results, criteria, commit, drawn)).rstrip() + "\n", encoding="utf-8")
+    write_text(out / "study.md", "\n".join(page(config, results, criteria, commit, drawn)).rstrip() + "\n")
     report = {
         "schema": 1,
         "model": config.model,
@@ -70,8 +69,7 @@ def write(config: StudyConfig, resolved: str) -> None:
         },
         "changed": results.changed,
     }
-    with replacing(out / "study.json") as part:
-        part.write_text(json.dumps(report) + "\n", encoding="utf-8")
+    write_text(out / "study.json", json.dumps(report) + "\n")
     for line in criteria:
         print(f"{line.verdict:12} {line.about}: {line.measured}")
     print("\n".join(str(out / name) for name in ("study.md", "study.json", *drawn)))

@@ -17,8 +17,9 @@ from learnkv.evaluation import runner, tasks
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import Record
 from learnkv.evaluation.run import load_policies
-from learnkv.evaluation.store import Store, replacing
+from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.ruler import tasks_named
+from learnkv.formats.files import write_text
 from learnkv.inference.attention import attach
 from learnkv.inference.models import context_length, load_model
 from learnkv.policy.policy import Policy
@@ -122,8 +123,7 @@ class Comparisons:
         }
         self._measure(SHUFFLED, strange, config.comparison(samples=config.samples.ablations, **agnostic))
         found = {name: conditioning.changes(self.model, policy, prompts, config.keep) for name, policy in own.items()}
-        with replacing(config.folder / SHUFFLED / "changed.json") as part:
-            part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(config.folder / SHUFFLED / "changed.json", json.dumps(found, indent=1) + "\n")
 
     def _measure(self, name: str, policies: Mapping[str, Policy], keys: EvalConfig) -> None:
         folder = self.config.folder / name
@@ -146,8 +146,7 @@ class Comparisons:
         """Text of every Python that nothing is trained on, as a file."""
         path, texts = self.config.folder / file, held_out_docstrings()
         lines = [json.dumps({"text": text}) for text in texts] if path.suffix == ".jsonl" else texts
-        with replacing(path) as part:
-            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(path, "\n".join(lines) + "\n")
         return path
 
 

@@ -28,8 +28,8 @@ class Event:
     def synchronize(self) -> None:
         self.at  # noqa: B018  recorded before it is waited for
 
-    def elapsed_time(self, later: "Event") -> float:
-        return 1e3 * (later.at - self.at)
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at - self.at)
 
 
 class Stream:
@@ -37,22 +37,22 @@ class Stream:
         assert isinstance(other, Stream)
 
 
-class Graph:
+class CapturedGraph:
     """What is called while it captures is counted; calls themselves cannot be repeated."""
 
     capturing = False
     replays = 0
 
     def capture_begin(self) -> None:
-        Graph.capturing = True
+        CapturedGraph.capturing = True
 
     def capture_end(self) -> None:
-        assert Graph.capturing
-        Graph.capturing = False
+        assert CapturedGraph.capturing
+        CapturedGraph.capturing = False
 
     def replay(self) -> None:
-        assert not Graph.capturing
-        Graph.replays += 1
+        assert not CapturedGraph.capturing
+        CapturedGraph.replays += 1
         time.sleep(1e-4)
 
 
@@ -72,7 +72,7 @@ def on_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
         "Stream": Stream,
         "stream": stream,
         "current_stream": Stream,
-        "CUDAGraph": Graph,
+        "CUDAGraph": CapturedGraph,
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda: None,
@@ -114,7 +114,7 @@ def test_a_race_goes_round_the_input_sets(on_meta_device: None) -> None:
 
 def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device: None) -> None:
     def fail_in_capture() -> None:
-        if Graph.capturing:
+        if CapturedGraph.capturing:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     found = race({"waits": [fail_in_capture], "not asked": [lambda: None]}, captured=False)
@@ -122,7 +122,7 @@ def test_what_cannot_be_captured_is_timed_as_it_is(on_meta_device: None) -> None
     (one,) = race({"waits": [fail_in_capture]}).values()
     assert isinstance(one, Timing)
     assert one.how == "do_bench"
-    assert not Graph.capturing
+    assert not CapturedGraph.capturing
 
 
 def test_ceilings(on_meta_device: None, monkeypatch: pytest.MonkeyPatch) -> None:

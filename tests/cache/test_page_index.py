@@ -25,7 +25,7 @@ def quest(**more: Any) -> Policy:
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Arguments of all attention to pages from now on."""
     recorded: list[dict[str, Any]] = []
 
@@ -61,12 +61,12 @@ def expected(step: dict[str, Any], tokens: list[int]) -> list[list[int]]:
     return found
 
 
-def check_steps(steps: list[dict[str, Any]], tokens: list[int]) -> None:
-    for step in steps:
+def check_steps(page_steps: list[dict[str, Any]], tokens: list[int]) -> None:
+    for step in page_steps:
         assert [[page for page in row if page >= 0] for row in step["pages"].tolist()] == expected(step, tokens)
 
 
-def test_every_step_reads_the_pages_that_all_keys_give(steps: list[Any]) -> None:
+def test_every_step_reads_the_pages_that_all_keys_give(page_steps: list[Any]) -> None:
     """Two turns of a batch with padding in prompts and questions, a row that ends early, more tokens than a tail holds
     at first, and a crop in between."""
     model, prompts = attached("llama"), [tokens(1, n, seed=1)[0] for n in (53, 30)]
@@ -74,19 +74,19 @@ def test_every_step_reads_the_pages_that_all_keys_give(steps: list[Any]) -> None
     tokens_read = [16, 9]
     ids, mask = padded([tokens(1, n, seed=2)[0] for n in (5, 2)], "right")
     generate(model, ids, cache, mask, max_new_tokens=9, stop=lambda said: torch.tensor([False, said.shape[1] > 3]))
-    check_steps(steps, tokens_read)
-    assert len(steps) == 8 * 3
-    steps.clear()
+    check_steps(page_steps, tokens_read)
+    assert len(page_steps) == 8 * 3
+    page_steps.clear()
     ids, mask = padded([tokens(1, n, seed=3)[0] for n in (1, 4)], "right")
     generate(model, ids, cache, mask, max_new_tokens=70)
-    check_steps(steps, tokens_read)
-    steps.clear()
+    check_steps(page_steps, tokens_read)
+    page_steps.clear()
     cache.crop(-5)
     cache.tail_mask = cache.tail_mask[:, : cache.tail_length]
     continuation(model, tokens(2, 1), cache)
     continuation(model, tokens(2, 1), cache)
-    check_steps(steps, tokens_read)
-    assert len(steps) == 2 * 3
+    check_steps(page_steps, tokens_read)
+    assert len(page_steps) == 2 * 3
 
 
 def test_reading_everything_is_the_full_cache() -> None:
@@ -177,7 +177,7 @@ def test_beams_and_transformers_own_generate() -> None:
     assert torch.equal(searched, torch.cat(rows))
 
 
-def test_pages_of_an_evicted_cache(steps: list[Any]) -> None:
+def test_pages_of_an_evicted_cache(page_steps: list[Any]) -> None:
     """Ragged heads, some with less than a step may read; in one policy, or one after the other."""
     model = attached("llama")
     whole = prefill(model, tokens(2, 60), window=16)
@@ -188,39 +188,39 @@ def test_pages_of_an_evicted_cache(steps: list[Any]) -> None:
     assert cache.budgets.max() == 15
     assert cache.read == pytest.approx([8 / 60, 8 / 60])
     said = generate(model, tokens(2, 3), cache, max_new_tokens=6)
-    check_steps(steps, [9, 9])
-    steps.clear()
+    check_steps(page_steps, [9, 9])
+    page_steps.clear()
     evicted = Policy(SnapKV(window=16), AdaKV()).compress(whole.fork(), keep=0.2)
     again = quest().compress(evicted.fork(), keep=0.15)
     assert again.read == cache.read
     assert torch.equal(generate(model, tokens(2, 3), again, max_new_tokens=6), said)
-    check_steps(steps, [9, 9])
+    check_steps(page_steps, [9, 9])
     wide = quest().compress(evicted, keep=0.2)
     some = wide.budgets.clamp(max=12).sum((0, 2)) / (60 * 6)  # a head of nine has no twelve to read
     assert wide.read == pytest.approx(some.tolist())
     assert min(wide.read) < 0.2
 
 
-def test_pages_of_a_cache_that_evicts_while_it_is_added_to(steps: list[Any]) -> None:
+def test_pages_of_a_cache_that_evicts_while_it_is_added_to(page_steps: list[Any]) -> None:
     """The tail of 8 slots is joined to the segment time and again; pages are those of what is held then."""
     model = attached("llama")
     policy = Policy(SnapKV(window=4), AdaKV(), evict_interval=8, pages=Quest(PAGE, dense_layers=0), read=0.5)
     cache = policy.compress(prefill(model, tokens(2, 60), window=16), keep=0.5)
     generate(model, tokens(2, 3), cache, max_new_tokens=30)
-    check_steps(steps, [15, 15])
-    assert len(steps) == 29 * 3
-    assert len({tuple(step["length"].tolist()) for step in steps}) == 3  # the heads' budgets stay, layer by layer
-    assert max(step["tail"].shape[2] for step in steps) <= 8
+    check_steps(page_steps, [15, 15])
+    assert len(page_steps) == 29 * 3
+    assert len({tuple(step["length"].tolist()) for step in page_steps}) == 3  # the heads' budgets stay, layer by layer
+    assert max(step["tail"].shape[2] for step in page_steps) <= 8
 
 
-def test_an_eviction_under_pages_keeps_them(steps: list[Any]) -> None:
+def test_an_eviction_under_pages_keeps_them(page_steps: list[Any]) -> None:
     model = attached("llama")
     cache = quest().compress(prefill(model, tokens(1, 60), window=16), keep=0.25)
     Policy(SnapKV(window=16)).compress(cache, keep=0.5)
     assert cache.spent == [0.5]
     assert cache.read == pytest.approx([0.2])
     continuation(model, tokens(1, 1), cache)
-    check_steps(steps, [15])
+    check_steps(page_steps, [15])
 
 
 @pytest.mark.parametrize(
@@ -243,13 +243,13 @@ def test_reading_is_not_trained() -> None:
         quest().relax(prefill(attached("llama"), tokens(1, 20)), keep=0.5)
 
 
-def test_a_step_reads_the_bytes_of_its_pages(steps: list[Any]) -> None:
+def test_a_step_reads_the_bytes_of_its_pages(page_steps: list[Any]) -> None:
     """Of 400 entries a step at keep=0.1 gathers 40 per head, and the bounds."""
     read: list[int] = []
     model = attached("llama")
     cache = quest().compress(prefill(model, tokens(1, 400)), keep=0.1)
     continuation(model, tokens(1, 1), cache)
-    for step in steps:
+    for step in page_steps:
         assert step["pages"].shape == (2, 10)
         read.append(int((step["pages"] >= 0).sum()) * PAGE)
     assert read == [2 * 40] * 3

@@ -27,7 +27,7 @@ class Loop:
 @dataclass(frozen=True)
 class Log:
     mode: Literal["offline", "online"] = "offline"
-    every: tuple[int, ...] = (1,)
+    at_steps: tuple[int, ...] = (1,)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def test_policies_add_up_and_other_repeated_keys_replace() -> None:
     assert run.samples == 2
     assert run.budget == (64,)
     assert parsed("keep=0.5,0.25", "--keep", "0.1").keep == (0.1,)
-    assert parsed("log.every=2,3", "log.every=4").log.every == (4,)
+    assert parsed("log.at_steps=2,3", "log.at_steps=4").log.at_steps == (4,)
 
 
 def test_a_repeated_policy_replaces_where_there_is_one() -> None:
@@ -112,8 +112,8 @@ def test_a_terminal_without_the_characters_gets_others(monkeypatch: pytest.Monke
 
 
 def test_scalars_take_one_value_signs_and_exponents_included() -> None:
-    run = parsed("--rate", "1e-4", "--model", "m=1", "log.every=2,3", "loop.max_steps=-5")
-    assert (run.rate, run.model, run.log.every, run.loop["max_steps"]) == (1e-4, "m=1", (2, 3), -5)
+    run = parsed("--rate", "1e-4", "--model", "m=1", "log.at_steps=2,3", "loop.max_steps=-5")
+    assert (run.rate, run.model, run.log.at_steps, run.loop["max_steps"]) == (1e-4, "m=1", (2, 3), -5)
 
 
 def test_a_named_config_comes_first_wherever_it_stands() -> None:
@@ -131,7 +131,7 @@ def test_a_config_is_a_path_too(tmp_path: Path) -> None:
 
 def test_a_config_may_stand_on_another_one_in_a_folder_below(configs: Path) -> None:
     (configs / "more").mkdir()
-    (configs / "more" / "base.yaml").write_text("samples: 8\nrate: 0.5\nloop: {max_steps: 3}\nlog: {every: [5]}\n")
+    (configs / "more" / "base.yaml").write_text("samples: 8\nrate: 0.5\nloop: {max_steps: 3}\nlog: {at_steps: [5]}\n")
     (configs / "more" / "top.yaml").write_text("config: base.yaml\nrate: 0.25\nlog: {mode: online}\n")
     run, text = parse(Run, ["config=more/top", "keep=0.1"], "eval")
     assert (run.samples, run.rate, run.keep) == (8, 0.25, (0.1,))

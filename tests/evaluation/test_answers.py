@@ -62,8 +62,8 @@ def test_a_chat_template_stays_around_context_and_question(loaded: Loaded, monke
     assert text(tokenizer, agnostic.suffix_ids) == "\nWhat is red?\nreply: It is"
 
 
-def ids(tokenizer: PreTrainedTokenizerBase, said: str) -> list[int]:
-    return tokenizer(said).input_ids
+def ids(tokenizer: PreTrainedTokenizerBase, answered: str) -> list[int]:
+    return tokenizer(answered).input_ids
 
 
 def test_an_answer_ends_when_nothing_can_change_its_score(
@@ -77,16 +77,16 @@ def test_an_answer_ends_when_nothing_can_change_its_score(
 
 
 @pytest.mark.parametrize(
-    "said",
+    "answered",
     [
         "Let me look.\n\nHere it is:\n 1. red\n 2. it says",
         "first 12.5 and, second. Third, it",
         "no. no. no. no. no. It is",
     ],
 )
-def test_an_answer_is_never_cut_before_it_is_found(loaded: Loaded, said: str) -> None:
+def test_an_answer_is_never_cut_before_it_is_found(loaded: Loaded, answered: str) -> None:
     _, tokenizer = loaded
-    end, whole = EndOfAnswer(tokenizer, {1}), ids(tokenizer, f"{said} 98765.")
+    end, whole = EndOfAnswer(tokenizer, {1}), ids(tokenizer, f"{answered} 98765.")
     until = next(n for n in range(1, len(whole) + 1) if end(whole[:n], sample("98765")))
     assert sample("98765").score(end.text(whole[:until])) == 1
 
@@ -96,9 +96,9 @@ def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(
 ) -> None:
     _, tokenizer = loaded
     end = EndOfAnswer(tokenizer, {1})
-    said = [*ids(tokenizer, "1"), 1, *ids(tokenizer, "7")]
-    assert end.text(end.cut(said, sample("7"))) == "1"
-    assert end(end.cut(said, sample("7")), sample("7"))
+    answered = [*ids(tokenizer, "1"), 1, *ids(tokenizer, "7")]
+    assert end.text(end.cut(answered, sample("7"))) == "1"
+    assert end(end.cut(answered, sample("7")), sample("7"))
     limited = end.cut(ids(tokenizer, "1 2 3 7"), sample("7", limit=3))
     assert len(limited) == 3
     assert end(limited, sample("7", limit=3))
@@ -109,10 +109,10 @@ def test_eos_and_the_token_limit_end_an_answer_and_what_follows_does_not_count(
 def test_a_loop_is_three_times_the_same_and_long(period: int) -> None:
     start, turn = [90, 91], list(range(period))
     least = max(32, 3 * period)
-    said = start + turn * (-(-least // period) + 1)
-    assert not loops(said[: 2 + least - 1])
-    assert loops(said[: 2 + least])
-    broken = said[: 2 + least]
+    answered = start + turn * (-(-least // period) + 1)
+    assert not loops(answered[: 2 + least - 1])
+    assert loops(answered[: 2 + least])
+    broken = answered[: 2 + least]
     broken[-period - 1] = 77
     assert not loops(broken)
 
@@ -120,8 +120,8 @@ def test_a_loop_is_three_times_the_same_and_long(period: int) -> None:
 def test_answers_are_not_loops(loaded: Loaded) -> None:
     _, tokenizer = loaded
     numbers = "first 6976604, second 6976604, third 6976604, fourth 6976604, fifth 6976604."
-    for said in ("9" * 31, numbers, "00000000-0000-4000-8000-0000", " ".join(str(n) for n in range(60))):
-        tokens = ids(tokenizer, said)
+    for answered in ("9" * 31, numbers, "00000000-0000-4000-8000-0000", " ".join(str(n) for n in range(60))):
+        tokens = ids(tokenizer, answered)
         assert not any(loops(tokens[:n]) for n in range(len(tokens) + 1))
 
 
@@ -147,7 +147,7 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(
     asked: list[Any] = []
 
     def scripted(
-        model: Any, said: Any, cache: Any, mask: Any, *, max_new_tokens: Any, earlier: Any, **settings: Any
+        model: Any, answered: Any, cache: Any, mask: Any, *, max_new_tokens: Any, earlier: Any, **settings: Any
     ) -> Any:
         assert settings == answers.GREEDY
         assert earlier == len(asked) * max_new_tokens
@@ -156,7 +156,7 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(
             assert mask.sum(-1).tolist() == [len(prompt.suffix_ids) for prompt in prompts]
         else:
             begin = len(asked) * max_new_tokens
-            assert said.tolist() == [[script[row][begin - 1]] for row in rows]
+            assert answered.tolist() == [[script[row][begin - 1]] for row in rows]
         assert len(cache.prompt_lengths) == len(rows)
         assert cache.pending is None
         asked.append(rows)
@@ -201,12 +201,12 @@ def test_a_batch_says_what_each_prompt_says_alone(loaded: Loaded) -> None:
     prompts = [prompt_of(one, "query_agnostic", tokenizer) for one in many]
     family = Answers(prompts, tokenizer)
 
-    def said(some: list[Prompt]) -> list[str]:
+    def answered(some: list[Prompt]) -> list[str]:
         cache = prefill(model, *pad([prompt.prefill_ids for prompt in some], "left", model.device))
         return [one["answer"] for one in family.measure(model, some, cache)[0]]
 
-    together = said(prompts)
-    assert together == [said([prompt])[0] for prompt in prompts]
+    together = answered(prompts)
+    assert together == [answered([prompt])[0] for prompt in prompts]
     assert len(set(together)) == 3
 
 

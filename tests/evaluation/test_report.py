@@ -206,3 +206,19 @@ def test_pictures_are_written_whole(both: list[dict[str, Any]], tmp_path: Path) 
     pictures.save(pictures.pareto(rows_of(both)), tmp_path / "pareto.png")
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in tmp_path.iterdir()] == ["pareto.png"]
+
+
+def test_a_picture_that_fails_leaves_the_older_one_and_nothing_else(
+    both: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure, path = pictures.pareto(rows_of(both)), tmp_path / "pareto.png"
+    path.write_bytes(b"older")
+
+    def cut(part: Path, **_: Any) -> None:
+        part.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", cut)
+    with pytest.raises(OSError, match="No space"):
+        pictures.save(figure, path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"older"]

@@ -255,9 +255,9 @@ class HiddenSize(Scorer):
 
     needs = frozenset({"hidden"})
 
-    def forward(self, seen: Observation) -> torch.Tensor:
-        assert seen.hidden is not None
-        return seen.hidden.norm(dim=-1).unsqueeze(1).expand(seen.keys.shape[:3])
+    def forward(self, obs: Observation) -> torch.Tensor:
+        assert obs.hidden is not None
+        return obs.hidden.norm(dim=-1).unsqueeze(1).expand(obs.keys.shape[:3])
 
 
 def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded: Loaded, tmp_path: Path) -> None:

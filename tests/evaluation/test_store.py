@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from learnkv.evaluation.store import Store, replacing, slot_of
+from learnkv.evaluation.store import Store, slot_of
 
 
 def record(fingerprint: str, policy: str = "snapkv", index: int = 0, score: float = 1.0) -> dict[str, Any]:
@@ -54,12 +54,6 @@ def test_outdated_records_go_and_foreign_ones_stay(tmp_path: Path) -> None:
     assert "old" not in store
 
 
-def _fail_within(path: Path) -> None:
-    with replacing(path) as part:
-        part.write_text("ne")
-        raise RuntimeError
-
-
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x1c", "\r", "\n", "\ud800"])
 def test_an_answer_may_hold_any_character(tmp_path: Path, separator: Any) -> None:
     records = [{**record("a"), "answer": f"before{separator}after"}, record("b", index=1)]
@@ -80,16 +74,3 @@ def test_records_after_a_line_that_was_cut_off_are_whole(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:-20])
     Store(path).add([record("c", index=2)])
     assert list(Store(path).records) == ["a", "c"]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    path.write_text("old")
-    with pytest.raises(RuntimeError):
-        _fail_within(path)
-    assert path.read_text() == "old"
-    with replacing(path) as part:
-        part.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

@@ -106,8 +106,8 @@ def test_the_model_runs_to_the_next_check_and_no_further(end: int, runs: int) ->
     cache, question = prefill(model, tokens(2, 30)), tokens(2, 4)
     model.register_forward_hook(lambda *_: seen.append(0))
 
-    def stop(said: Tensor) -> OnDevice:
-        return OnDevice(torch.full((2,), said.shape[1] > end))
+    def stop(generated: Tensor) -> OnDevice:
+        return OnDevice(torch.full((2,), generated.shape[1] > end))
 
     said = generate(model, question, cache, max_new_tokens=30, stop=stop)
     assert said.shape[1] == end + 1
@@ -245,8 +245,8 @@ def test_a_turn_that_fails_leaves_a_cache_that_goes_on(captured: list[Any]) -> N
     fresh, question = cache.fork(), tokens(2, 5)
     generate(model, question, fresh, max_new_tokens=1)
 
-    def stop(said: Tensor) -> Tensor:
-        if said.shape[1] == 5:
+    def stop(generated: Tensor) -> Tensor:
+        if generated.shape[1] == 5:
             raise KeyboardInterrupt
         return torch.zeros(2, dtype=torch.bool)
 

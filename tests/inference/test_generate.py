@@ -195,9 +195,9 @@ def test_beams_end_at_eos_and_the_conversation_goes_on() -> None:
 def test_stop_is_called_after_every_token_and_ends_its_row() -> None:
     model, question, asked = attached("llama"), tokens(2, 4), []
 
-    def stop(said: Tensor) -> Tensor:
-        asked.append(said.clone())
-        return torch.tensor([said.shape[1] >= 2, said.shape[1] >= 4])
+    def stop(generated: Tensor) -> Tensor:
+        asked.append(generated.clone())
+        return torch.tensor([generated.shape[1] >= 2, generated.shape[1] >= 4])
 
     free = generate(model, question, compressed("llama", *tokens(2, 30)), max_new_tokens=6)
     ours = generate(model, question, compressed("llama", *tokens(2, 30)), max_new_tokens=6, stop=stop, pad_token_id=0)

@@ -29,7 +29,7 @@ def press() -> Any:
     return importlib.import_module(MODULE).LearnKVPress
 
 
-def seen(model: PreTrainedModel, length: int, rows: int = 1) -> Tensor:
+def attended(model: PreTrainedModel, length: int, rows: int = 1) -> Tensor:
     """[L, B, H, S] what kvpress does not mask."""
     heads = model.config.num_key_value_heads
     found = torch.ones(len(model.model.layers), rows, heads, length, dtype=torch.bool)
@@ -64,7 +64,7 @@ def test_a_press_keeps_what_the_policy_keeps_and_the_same_is_said(press: Any, na
     ours = prefill(attached("llama"), ids, policy=policy, keep=keep)
     model = build("llama")
     cache = read(model, press(policy, 1 - keep), ids)
-    assert torch.equal(seen(model, 90)[:, 0], kept_mask(ours, 0))
+    assert torch.equal(attended(model, 90)[:, 0], kept_mask(ours, 0))
     assert cache.get_seq_length() == 90  # kvpress holds everything
     told = [
         model(input_ids=one, position_ids=torch.tensor([[90 + at]]), past_key_values=cache).logits[0, -1]
@@ -73,7 +73,7 @@ def test_a_press_keeps_what_the_policy_keeps_and_the_same_is_said(press: Any, na
     wanted = continuation(attached("llama"), more, ours)[0]
     assert_logits_close(torch.stack(told), wanted)
     whole = continuation(attached("llama"), more, prefill(attached("llama"), ids))[0]
-    assert (whole - wanted).abs().max() > 0.1  # a difference would be seen
+    assert (whole - wanted).abs().max() > 0.1  # a difference would be noticed
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_the_reference_model_says_the_same_in_a_pipeline(press: Any, name: str, 
         for one in (tokenizer.bos_token + context, question + "\n")
     ]
     small = prefill(attach(own), ids[0], policy=load_policy(name), keep=0.3)
-    assert torch.equal(seen(model, ids[0].shape[1])[:, 0], kept_mask(small, 0))
+    assert torch.equal(attended(model, ids[0].shape[1])[:, 0], kept_mask(small, 0))
     answer = [int(continuation(own, ids[1], small)[0, -1].argmax())]
     while len(answer) < 8 and answer[-1] != model.generation_config.eos_token_id:
         answer.append(int(continuation(own, torch.tensor([answer[-1:]]), small)[0, -1].argmax()))
@@ -107,15 +107,15 @@ def test_every_row_of_a_padded_batch_and_every_prompt_has_its_own(press: Any) ->
     how = press(policy, 0.7)
     read(model, how, ids, mask)
     for row, length in enumerate((70, 41)):
-        here = seen(model, 70, 2)[:, row, :, 70 - length :]
+        here = attended(model, 70, 2)[:, row, :, 70 - length :]
         assert torch.equal(here, kept_mask(ours, row))
     read(model, how, tokens(1, 50))
     assert torch.equal(
-        seen(model, 50)[:, 0], kept_mask(prefill(attached("llama"), tokens(1, 50), policy=policy, keep=0.3), 0)
+        attended(model, 50)[:, 0], kept_mask(prefill(attached("llama"), tokens(1, 50), policy=policy, keep=0.3), 0)
     )
     how.compression_ratio = 0.0
     read(model, how, tokens(1, 50))
-    assert bool(seen(model, 50).all())
+    assert bool(attended(model, 50).all())
     plain = build("llama")(tokens(1, 50)).logits
     assert torch.equal(model(tokens(1, 50)).logits, plain)  # nothing of ours stays behind
     assert model.config._attn_implementation == "sdpa"
@@ -126,7 +126,7 @@ def test_an_exported_folder_is_a_press(press: Any, tmp_path: Path) -> None:
     folder = save_policy(policy, tmp_path / "policy", model=describe_model(model))
     ours = prefill(attached("llama"), tokens(1, 60), policy=policy, keep=0.2)
     cache = read(model, press(str(folder), 0.8), tokens(1, 60))
-    assert torch.equal(seen(model, 60)[:, 0], kept_mask(ours, 0))
+    assert torch.equal(attended(model, 60)[:, 0], kept_mask(ours, 0))
     assert [layer.keys.shape for layer in cache.layers] == [torch.Size([1, 2, 60, 16])] * 3
     with pytest.raises(UserError, match="trained for"), press(str(folder), 0.8)(build("qwen2")):
         pass

@@ -31,19 +31,19 @@ def test_empty_bounds_are_inside_out() -> None:
 @settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3),
-    later=st.lists(st.integers(0, 5), max_size=3),
+    added=st.lists(st.integers(0, 5), max_size=3),
     page_size=st.sampled_from([1, 8, 12, 16, 32]),
     dim=st.sampled_from([32, 40, 128, 256]),
     half=st.booleans(),
     holes=st.booleans(),
 )
 def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(
-    lengths: list[int], later: list[int], page_size: int, dim: int, half: bool, holes: bool
+    lengths: list[int], added: list[int], page_size: int, dim: int, half: bool, holes: bool
 ) -> None:
     """Segments of a pool first, then a few keys at a time from buffers where they may lie apart; all else is NaN."""
     dtype = torch.bfloat16 if half else torch.float32
-    rows = [draw(count + sum(later), dim, seed=row, dtype=dtype) for row, count in enumerate(lengths)]
-    pages = -(-(max(lengths) + sum(later)) // page_size) + 1
+    rows = [draw(count + sum(added), dim, seed=row, dtype=dtype) for row, count in enumerate(lengths)]
+    pages = -(-(max(lengths) + sum(added)) // page_size) + 1
     length = torch.tensor(lengths)
     offset = length.cumsum(0) - length + 2 * torch.arange(1, len(rows) + 1)
     pool = torch.full((sum(lengths) + 2 * len(rows) + 2, dim), torch.nan, dtype=dtype, device=DEVICE)
@@ -54,7 +54,7 @@ def test_bounds_grow_with_what_is_read_and_are_those_of_all_entries(
         table = [one.to(DEVICE) for one in (offset, length)]
         page_bounds(Ragged(pool, pool, *table, max(lengths)), torch.zeros_like(table[1]), bounds, page_size, impl=impl)
         first = length.clone()
-        for count in later:
+        for count in added:
             apart = 2 if holes else 1
             buffer = torch.full((len(rows), count * apart, dim), torch.nan, dtype=dtype, device=DEVICE)
             slots = (torch.arange(count) * apart).expand(len(rows), count).contiguous().to(DEVICE)

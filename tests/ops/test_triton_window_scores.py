@@ -17,41 +17,41 @@ from learnkv.ops.window_scores import window_scores
 DEFAULTS = {"kernel_size": 5, "pooling": "avg", "window_reduce": "mean", "group_reduce": "mean", "group_first": True}
 
 
-def on_device(seen: Observation, dtype: torch.dtype = torch.float32) -> Observation:
-    moved = {name: getattr(seen, name).to(DEVICE) for name in ("query_positions", "positions", "valid")}
-    made = {name: getattr(seen, name).to(DEVICE, dtype) for name in ("queries", "keys")}
-    return dataclasses.replace(seen, **moved, **made)
+def on_device(obs: Observation, dtype: torch.dtype = torch.float32) -> Observation:
+    moved = {name: getattr(obs, name).to(DEVICE) for name in ("query_positions", "positions", "valid")}
+    made = {name: getattr(obs, name).to(DEVICE, dtype) for name in ("queries", "keys")}
+    return dataclasses.replace(obs, **moved, **made)
 
 
-def run(seen: Observation, impl: str, **options: Any) -> Tensor:
+def run(obs: Observation, impl: str, **options: Any) -> Tensor:
     return window_scores(
-        seen.queries,
-        seen.keys,
-        query_positions=seen.query_positions,
-        positions=seen.positions,
-        valid=seen.valid,
-        scaling=seen.scaling,
+        obs.queries,
+        obs.keys,
+        query_positions=obs.query_positions,
+        positions=obs.positions,
+        valid=obs.valid,
+        scaling=obs.scaling,
         impl=impl,
         **(DEFAULTS | options),
     )
 
 
-def double(seen: Observation) -> Observation:
-    return dataclasses.replace(seen, queries=seen.queries.double(), keys=seen.keys.double())
+def double(obs: Observation) -> Observation:
+    return dataclasses.replace(obs, queries=obs.queries.double(), keys=obs.keys.double())
 
 
-def check(seen: Observation, **options: Any) -> None:
+def check(obs: Observation, **options: Any) -> None:
     with poisoned():
-        got = run(seen, "triton", **options)
-    truth = run(double(seen), "reference", **options)
+        got = run(obs, "triton", **options)
+    truth = run(double(obs), "reference", **options)
     # Products of inputs are exact to 24 bits or better whatever the inputs are; as in the test of the decode kernel.
     unit = ROUNDING[torch.float32]
-    norms = [held.double().nan_to_num().norm(dim=-1).max() for held in (seen.queries, seen.keys)]
-    score_error = 4 * unit * seen.scaling * float(norms[0] * norms[1])
-    sums = (seen.keys.shape[2] ** 0.5 + 24) * unit
+    norms = [held.double().nan_to_num().norm(dim=-1).max() for held in (obs.queries, obs.keys)]
+    score_error = 4 * unit * obs.scaling * float(norms[0] * norms[1])
+    sums = (obs.keys.shape[2] ** 0.5 + 24) * unit
     assert got.dtype == torch.float32
     assert_within(got, truth, (2 * score_error + sums) * truth)
-    assert (got.movedim(-1, 2)[~seen.valid] == 0).all()
+    assert (got.movedim(-1, 2)[~obs.valid] == 0).all()
 
 
 # All combinations once, spread over shapes whose sizes are odd; padding is NaN in keys and queries alike.
@@ -95,42 +95,42 @@ def test_a_window_of_more_than_one_tile() -> None:
 
 def test_holes_and_a_head_without_entries() -> None:
     """Entries that were evicted, differently in every head, leave holes; keys there are NaN."""
-    seen = observe([200, 90], window=12, heads=3, dim=32)
-    there = torch.rand(seen.valid.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    obs = observe([200, 90], window=12, heads=3, dim=32)
+    there = torch.rand(obs.valid.shape, generator=torch.Generator().manual_seed(0)) < 0.7
     there[0, 1] = False
-    keys = seen.keys.masked_fill(~there.unsqueeze(-1), torch.nan)
+    keys = obs.keys.masked_fill(~there.unsqueeze(-1), torch.nan)
     for options in ({"pooling": "max"}, {"group_first": False, "group_reduce": "max", "kernel_size": 3}):
-        check(on_device(dataclasses.replace(seen, keys=keys, valid=seen.valid & there)), **options)
+        check(on_device(dataclasses.replace(obs, keys=keys, valid=obs.valid & there)), **options)
 
 
 def test_transposed_keys_and_queries_as_models_make_them() -> None:
-    seen = on_device(observe([100], window=8, heads=2, dim=32))
-    swapped = [held.transpose(1, 2).contiguous().transpose(1, 2) for held in (seen.queries, seen.keys)]
+    obs = on_device(observe([100], window=8, heads=2, dim=32))
+    swapped = [held.transpose(1, 2).contiguous().transpose(1, 2) for held in (obs.queries, obs.keys)]
     assert not swapped[1].is_contiguous()
-    check(dataclasses.replace(seen, queries=swapped[0], keys=swapped[1]))
+    check(dataclasses.replace(obs, queries=swapped[0], keys=swapped[1]))
 
 
 def test_the_normalisers_of_prefill_are_used() -> None:
     """With them shifted by log 2 all weights are halved."""
-    seen = on_device(observe([120, 7], window=16, heads=2, group=4, dim=64))
-    exact = double(seen)
+    obs = on_device(observe([120, 7], window=16, heads=2, group=4, dim=64))
+    exact = double(obs)
     keys = exact.keys.masked_fill(~exact.valid.unsqueeze(-1), 0).repeat_interleave(4, 1)
-    logits = seen.scaling * exact.queries @ keys.transpose(-1, -2)
-    asked = seen.query_positions[:, None, :, None]
-    visible = seen.valid.repeat_interleave(4, 1).unsqueeze(2) & (
-        seen.positions.repeat_interleave(4, 1).unsqueeze(2) <= asked
+    logits = obs.scaling * exact.queries @ keys.transpose(-1, -2)
+    asked = obs.query_positions[:, None, :, None]
+    visible = obs.valid.repeat_interleave(4, 1).unsqueeze(2) & (
+        obs.positions.repeat_interleave(4, 1).unsqueeze(2) <= asked
     )
     lse = logits.masked_fill(~visible, -torch.inf).logsumexp(-1).float()
-    plain, given, halved = (run(seen, "triton", lse=one) for one in (None, lse, lse + 0.6931471805599453))
+    plain, given, halved = (run(obs, "triton", lse=one) for one in (None, lse, lse + 0.6931471805599453))
     torch.testing.assert_close(given, plain, rtol=1e-5, atol=0)
     torch.testing.assert_close(halved, plain / 2, rtol=1e-5, atol=0)
-    torch.testing.assert_close(run(seen, "reference", lse=lse), plain, rtol=1e-5, atol=0)
+    torch.testing.assert_close(run(obs, "reference", lse=lse), plain, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("group_first", "per_slot"), [(True, 2), (False, 2 * 8)])
 def test_nothing_of_size_heads_by_window_by_slots_is_made(group_first: bool, per_slot: int) -> None:
     """The largest tensor is that of the scores, or what is pooled, never what the window's queries give one by one."""
-    seen = on_device(observe([400], window=8, heads=2, group=8, dim=4))
+    obs = on_device(observe([400], window=8, heads=2, group=8, dim=4))
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -144,5 +144,5 @@ def test_nothing_of_size_heads_by_window_by_slots_is_made(group_first: bool, per
             return made
 
     with Watch():
-        run(seen, "triton", pooling="max", group_first=group_first)
+        run(obs, "triton", pooling="max", group_first=group_first)
     assert largest == per_slot * 400

@@ -56,7 +56,7 @@ def disturbed(module: torch.nn.Module | None, seed: int) -> torch.nn.Module | No
 
 
 def adapter(model: PreTrainedModel) -> Adapter:
-    """One that changes what is said."""
+    """One that changes the logits."""
     new = Adapter(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
     adapters.add(model, new)
     for at, weight in enumerate(adapters.weights(model, new).values()):
@@ -67,7 +67,7 @@ def adapter(model: PreTrainedModel) -> Adapter:
 
 
 @torch.no_grad()
-def said(model: PreTrainedModel, policy: Policy, keep: float) -> tuple[list[Any], list[Any], torch.Tensor]:
+def kept_and_logits(model: PreTrainedModel, policy: Policy, keep: float) -> tuple[list[Any], list[Any], torch.Tensor]:
     """What is kept of two prompts, what after more tokens, and the logits of these."""
     held = prefill(model, *padded([tokens(1, 90)[0], tokens(1, 61)[0]]), policy=policy, keep=keep)
     at_first = [kept(held, row) for row in (0, 1)]
@@ -83,7 +83,7 @@ def said(model: PreTrainedModel, policy: Policy, keep: float) -> tuple[list[Any]
     allocator=st.sampled_from(sorted(ALLOCATORS)),
     adapted=st.booleans(),
     pages=st.sampled_from(sorted(PAGES)),
-    later=st.sampled_from(sorted(LATER)),
+    online=st.sampled_from(sorted(LATER)),
     rerotate=st.sampled_from([None, "start", "end"]),
     protected=st.sampled_from([(4, 8), (0, 3), (2, 0)]),
     keep=st.floats(0.05, 0.7),
@@ -103,7 +103,7 @@ def test_every_combination_of_parts_comes_back(
     allocator: str,
     adapted: bool,
     pages: str,
-    later: str,
+    online: str,
     rerotate: str | None,
     protected: tuple[int, int],
     keep: float,
@@ -111,7 +111,7 @@ def test_every_combination_of_parts_comes_back(
 ) -> None:
     sinks, recent = protected
     made = Policy(
-        SCORERS[scorer](), ALLOCATORS[allocator](), sinks, recent, rerotate=rerotate, **PAGES[pages], **LATER[later]
+        SCORERS[scorer](), ALLOCATORS[allocator](), sinks, recent, rerotate=rerotate, **PAGES[pages], **LATER[online]
     )
     disturbed(made, seed).eval()
     if adapted:
@@ -125,10 +125,10 @@ def test_every_combination_of_parts_comes_back(
         )
         (loaded,) = load_policies(EvalConfig(ckpt=(str(folder),), tasks=("niah_single_1",)), model).values()
     assert loaded.spec() == made.spec()
-    ours, theirs = said(model, made, keep), said(model, loaded, keep)
+    ours, theirs = kept_and_logits(model, made, keep), kept_and_logits(model, loaded, keep)
     assert theirs[0] == ours[0]
     assert theirs[1] == ours[1]
     assert torch.equal(theirs[2], ours[2])
     if adapted:  # the adapter is not a bystander
         loaded.adapter = None
-        assert not torch.equal(said(model, loaded, keep)[2], ours[2])
+        assert not torch.equal(kept_and_logits(model, loaded, keep)[2], ours[2])

@@ -254,8 +254,8 @@ def test_files_that_are_not_checkpoints(content: bytes | dict[str, dict[str, Any
 
 def test_classes_from_elsewhere_have_to_be_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
-        "from learnkv.scorers import Scorer\n\n\nclass Mine(Scorer):\n    def forward(self, seen):\n"
-        "        return seen.positions.float()\n"
+        "from learnkv.scorers import Scorer\n\n\nclass Mine(Scorer):\n    def forward(self, obs):\n"
+        "        return obs.positions.float()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     spec = {"scorer": {"class_path": "mine.Mine"}}

@@ -94,7 +94,7 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("allocator", "ranks"),
+    ("allocator", "by_scores"),
     [
         (LearnedAllocator(Pyramid(), 3, 2, conditioned=True), False),
         (LearnedAllocator(AdaKV(), 3, 2), True),
@@ -103,10 +103,10 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
     ],
 )
 @torch.no_grad()
-def test_who_is_not_shown_scores_does_not_look_at_them(allocator: Allocator, ranks: bool) -> None:
+def test_who_is_not_shown_scores_does_not_look_at_them(allocator: Allocator, by_scores: bool) -> None:
     randomised(allocator)
     features, budget = torch.rand(3, 1, 2, 3), torch.tensor([9.0], dtype=torch.float64)
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     budgets = [allocator(torch.randn(3, 1, 2, 40, generator=seed), features, budget) for seed in seeds]
-    assert allocator.needs_scores == ranks
-    assert torch.equal(*budgets) != ranks
+    assert allocator.needs_scores == by_scores
+    assert torch.equal(*budgets) != by_scores

@@ -31,9 +31,9 @@ def test_a_token_is_scored_by_its_hidden_state_when_it_was_read(monkeypatch: pyt
     heard: dict[Any, Any] = {}
     record = Capture.record
 
-    def listen(self: Any, hidden: Tensor, decoding: bool = False) -> None:
+    def listen(self: Any, hidden: Tensor, after_prompt: bool = False) -> None:
         heard.setdefault(id(self), []).append(hidden)
-        record(self, hidden, decoding)
+        record(self, hidden, after_prompt)
 
     monkeypatch.setattr(Capture, "record", listen)
     cache = prefill(model, tokens(1, 40), policy=Policy(scorer, sinks=0, recent=0, evict_interval=5), budget=12)

@@ -11,7 +11,9 @@ from transformers.masking_utils import sdpa_mask
 NAME = "masked_entries"
 
 
-def masked_logits(model: PreTrainedModel, prompt: Tensor, said: Tensor, kept: Mapping[int, Sequence[Tensor]]) -> Tensor:
+def masked_logits(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: Tensor, kept: Mapping[int, Sequence[Tensor]]
+) -> Tensor:
     """Logits [T, V] of tokens [T] after a prompt [S], of which the heads of layers see the positions `kept` only."""
     entries, before = len(prompt), model.config._attn_implementation
 
@@ -38,6 +40,6 @@ def masked_logits(model: PreTrainedModel, prompt: Tensor, said: Tensor, kept: Ma
     model(input_ids=prompt.unsqueeze(0), past_key_values=cache)
     model.set_attn_implementation(NAME)
     try:
-        return model(input_ids=said.unsqueeze(0), past_key_values=cache).logits[0]
+        return model(input_ids=new_tokens.unsqueeze(0), past_key_values=cache).logits[0]
     finally:
         model.set_attn_implementation(before)

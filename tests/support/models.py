@@ -130,15 +130,15 @@ class Oracle:
         self.model = build(family)
         self.kept: Tensor | None = None
 
-    def __call__(self, prompt: Tensor, kept: Tensor | None, said: Tensor) -> Tensor:
-        """Logits [T, V] of the tokens `said` [T] after `prompt` [S], of which heads see `kept` [L, H, S] only."""
+    def __call__(self, prompt: Tensor, kept: Tensor | None, new_tokens: Tensor) -> Tensor:
+        """Logits [T, V] of the tokens `new_tokens` [T] after `prompt` [S], of which heads see `kept` [L, H, S] only."""
         cache = DynamicCache(config=self.model.config)
         self.model.set_attn_implementation("sdpa")
         self.model(input_ids=prompt.unsqueeze(0), past_key_values=cache, logits_to_keep=1)
         self.kept = kept
         self.model.set_attn_implementation(self.NAME)
         AttentionInterface.register(self.NAME, self._attention)
-        return self.model(input_ids=said.unsqueeze(0), past_key_values=cache).logits[0]
+        return self.model(input_ids=new_tokens.unsqueeze(0), past_key_values=cache).logits[0]
 
     def _attention(
         self,

@@ -41,7 +41,7 @@ def continuations() -> tuple[Tensor, Tensor]:
     return padded([tokens(1, length, seed=9)[0] for length in (29, 12, 20, 29)], "right")
 
 
-def said(policy: Policy, cache: CompressedCache) -> Tensor:
+def logits_of(policy: Policy, cache: CompressedCache) -> Tensor:
     """Logits of the tokens that are not padding, after each prompt has got two rows."""
     cache.batch_repeat_interleave(2)
     ids, mask = continuations()
@@ -54,9 +54,9 @@ def test_a_student_keeps_and_says_what_is_deployed(name: str) -> None:
     whole = read(policy)
     with torch.no_grad():
         deployed = policy.compress(whole.fork(), keep=0.3)
-        theirs = said(policy, deployed)
+        theirs = logits_of(policy, deployed)
     student = policy.relax(whole, keep=0.3)
-    ours = said(policy, student)
+    ours = logits_of(policy, student)
     policy.requires_grad_(False)
     assert_logits_close(ours.detach(), theirs)
     assert student.continuation_length == deployed.continuation_length == 29
@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_gating_every_entry(name: str, monkeypatch: pyte
     for change in (False, True):
         if change:
             monkeypatch.setattr(CompressedLayer, "attend", straight)
-        value = said(policy, policy.relax(whole, keep=0.3)).square().mean()
+        value = logits_of(policy, policy.relax(whole, keep=0.3)).square().mean()
         found.append([value.detach(), *torch.autograd.grad(value, list(policy.parameters()))])
     policy.requires_grad_(False)
     for ours, told in zip(*found, strict=True):
@@ -144,6 +144,6 @@ def test_a_student_of_a_policy_that_leaves_later_tokens_alone_reads_at_once() ->
     policy = policy_for("tokens", attached("llama"))
     student = policy.relax(read(policy), keep=0.3)
     with torch.no_grad():
-        said(policy, student)
+        logits_of(policy, student)
     assert (student.schedule, student.tail_length) == (None, 29)
     assert len(kept(student, 0)) == LAYERS * HEADS

@@ -39,9 +39,9 @@ def model(folder: Path) -> PreTrainedModel:
     return load_model(str(folder))[0]
 
 
-@pytest.mark.parametrize("every", [0, 4])
+@pytest.mark.parametrize("interval", [0, 4])
 def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, every: int
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, interval: int
 ) -> None:
     """Soft gates evict nothing later, either; they spend what is asked."""
     policy, one, keep = moved(), batch(1), 0.2
@@ -55,7 +55,7 @@ def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(
         return policy.relax(cache, keep=keep, soft=True)
 
     expected = [mean_kl(model, one, soft), mean_kl(model, one, lambda cache: policy.compress(cache, keep=keep))]
-    policy.evict_interval = every
+    policy.evict_interval = interval
     module, told, losses = distillation(model, policy, soft_steps=1), {}, []
     module.log = lambda name, value, **keys: told.update({name: value})
     for step in range(2):
@@ -69,7 +69,7 @@ def test_first_steps_read_through_soft_gates_and_later_ones_what_is_deployed(
     assert losses[0] == pytest.approx(expected[0], rel=1e-3)
     assert abs(losses[0] - expected[1]) > 0.02 * expected[1]
     assert abs(losses[1] - losses[0]) > 0.02 * losses[0]
-    assert (losses[1] == pytest.approx(expected[1], rel=1e-3)) == (every == 0)
+    assert (losses[1] == pytest.approx(expected[1], rel=1e-3)) == (interval == 0)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def learned(moved: float) -> Policy:
 
 
 @pytest.fixture
-def reading(model: PreTrainedModel) -> tuple[CompressedCache, Callable[..., Any]]:
+def prompt(model: PreTrainedModel) -> tuple[CompressedCache, Callable[..., Any]]:
     """Two prompts of different length, and the divergence of what is read after a student's cache."""
     ids = torch.randint(3, 100, (2, 60), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -51,16 +51,16 @@ def reading(model: PreTrainedModel) -> tuple[CompressedCache, Callable[..., Any]
     ).mean()
 
 
-def test_a_policy_that_has_not_learned_changes_nothing(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
-    cache, divergence = reading
+def test_a_policy_that_has_not_learned_changes_nothing(prompt: tuple[CompressedCache, Callable[..., Any]]) -> None:
+    cache, divergence = prompt
     found = measure(learned(0.0), cache, KEEP, 0.5, divergence)
     assert found.changed == 0
     assert found.learned.item() == found.heuristic.item() > 1e-3
     assert abs(found.gap) > 1e-4
 
 
-def test_the_deployed_sets_are_compared(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
-    cache, divergence = reading
+def test_the_deployed_sets_are_compared(prompt: tuple[CompressedCache, Callable[..., Any]]) -> None:
+    cache, divergence = prompt
     policy = learned(1.0)
     found = measure(policy, cache, KEEP, 0.5, divergence)
     with torch.no_grad():
@@ -83,9 +83,9 @@ def test_the_deployed_sets_are_compared(reading: tuple[CompressedCache, Callable
     assert found.changed.item() == pytest.approx(sum(shares) / 2)
 
 
-def test_without_temperature_gates_are_the_deployed_set(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
+def test_without_temperature_gates_are_the_deployed_set(prompt: tuple[CompressedCache, Callable[..., Any]]) -> None:
     """Where budgets are whole numbers, as those of a uniform split at a quarter of 60 and of 48 entries are."""
-    cache, divergence = reading
+    cache, divergence = prompt
     policy = learned(0.0)
     policy.scorer.weight_out.data += torch.randn(policy.scorer.weight_out.shape)
     found = measure(policy, cache, KEEP, 1e-4, divergence)
@@ -93,9 +93,9 @@ def test_without_temperature_gates_are_the_deployed_set(reading: tuple[Compresse
     assert abs(measure(policy, cache, KEEP, 0.5, divergence).gap) > 0.1 * found.learned
 
 
-def test_marginal_values_are_the_gradient_of_the_count(reading: tuple[CompressedCache, Callable[..., Any]]) -> None:
+def test_marginal_values_are_the_gradient_of_the_count(prompt: tuple[CompressedCache, Callable[..., Any]]) -> None:
     """gbar = sum_j g_j v_j / sum_j v_j with v = m (1 - m), summed over prompts, of the mean over both of them."""
-    cache, divergence = reading
+    cache, divergence = prompt
     policy = learned(1.0)
     found = measure(policy, cache, KEEP, 0.5, divergence).marginal
     student = policy.relax(cache, keep=KEEP, temperature=0.5)

@@ -90,7 +90,7 @@ class Capture:
     ) -> None:
         if gathered := self.capture_spec.gathered:
             chunk = self._observation(queries, query_positions, layer_idx, keys, values, positions)
-            self.statistics = {one: one.update(chunk, self.statistics.get(one)) for one in gathered}
+            self.statistics = {part: part.update(chunk, self.statistics.get(part)) for part in gathered}
         if not self.capture_spec.hidden:
             self.hidden = None
 
@@ -142,7 +142,7 @@ class Capture:
             return None
         return functools.partial(self.functions.rotary, self.embeddings, keys)
 
-    def renewed(self, capture_spec: CaptureSpec) -> "Capture":
+    def empty(self, capture_spec: CaptureSpec) -> "Capture":
         """An empty capture of the same layer."""
         capture = Capture(capture_spec)
         capture.functions = self.functions

@@ -200,7 +200,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def listen(self, capture_spec: CaptureSpec, when_read: Callable[[], None]) -> None:
         """Capture the next part of the prompt by itself, and call back when it has been read."""
-        self.capture = self.capture.renewed(capture_spec)
+        self.capture = self.capture.empty(capture_spec)
         self.when_read = when_read
 
     def release(self) -> None:

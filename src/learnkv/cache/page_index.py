@@ -38,7 +38,7 @@ class PageIndex:
         self._writable = True
         self._enclose_segment(segment)
 
-    def renewed(self, segment: Segment) -> "PageIndex":
+    def rebuilt(self, segment: Segment) -> "PageIndex":
         """The index of another segment, with the same selector and tokens."""
         return PageIndex(self.selector, self.tokens.tolist(), segment)
 

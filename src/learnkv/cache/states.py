@@ -72,7 +72,7 @@ class Prompt:
 
     def evict(self, segment: Segment, page_index: PageIndex | None) -> "Kept":
         """Keep `segment` only; where there are pages, they are those of the segment from now on."""
-        return Kept(segment, page_index=None if page_index is None else page_index.renewed(segment))
+        return Kept(segment, page_index=None if page_index is None else page_index.rebuilt(segment))
 
     def relax(self, segment: Segment, gates: Tensor, soft: bool = False) -> "Relaxed":
         """Train: attend to `segment`, or softly to all entries, with gates [B, H, S]; nothing is freed."""

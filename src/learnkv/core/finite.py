@@ -23,8 +23,8 @@ class Invalid(NamedTuple):
     """Index of the first of these layers."""
 
 
-def without_nan(values: Tensor, name: str, found: list[Invalid], first: int = 0) -> Tensor:
-    """The values [L, B, H] or [L, B, H, S], where on a CPU NaN raises; on a GPU it is noted in `found` and becomes 0.
+def without_nan(values: Tensor, name: str, invalid: list[Invalid], first: int = 0) -> Tensor:
+    """The values [L, B, H] or [L, B, H, S], where on a CPU NaN raises; on a GPU it is noted in `invalid` and becomes 0.
 
     Args:
         name: what the values are, and of which component.
@@ -36,34 +36,34 @@ def without_nan(values: Tensor, name: str, found: list[Invalid], first: int = 0)
     if values.device.type == "meta":
         return values
     heads = values.isnan() if values.ndim == 3 else values.isnan().any(-1)
-    invalid = Invalid(heads, name, first)
+    noted = Invalid(heads, name, first)
     if values.device.type in READ_AT_ONCE:
-        refuse_invalid([invalid])
+        refuse_invalid([noted])
         return values
-    found.append(invalid)
+    invalid.append(noted)
     return values.masked_fill(values.isnan(), 0)
 
 
-def refuse_invalid(found: Sequence[Invalid]) -> None:
+def refuse_invalid(invalid: Sequence[Invalid]) -> None:
     """Raise UserError for the first head with values that are not numbers; one host sync.
 
     Raises:
         UserError: with component, layer and head.
     """
-    if not found:
+    if not invalid:
         return
-    flags = torch.stack([invalid.heads.any() for invalid in found]).tolist()
-    for invalid, flag in zip(found, flags, strict=True):
+    flags = torch.stack([part.heads.any() for part in invalid]).tolist()
+    for part, flag in zip(invalid, flags, strict=True):
         if flag:
-            layer, row, head = invalid.heads.nonzero()[0].tolist()
+            layer, row, head = part.heads.nonzero()[0].tolist()
             raise UserError(
-                f"{invalid.values} are not finite numbers in layer {invalid.first + layer}, head {head} (row {row})"
+                f"{part.values} are not finite numbers in layer {part.first + layer}, head {head} (row {row})"
             )
 
 
-def any_invalid(found: Sequence[Invalid], device: torch.device) -> Tensor:
+def any_invalid(invalid: Sequence[Invalid], device: torch.device) -> Tensor:
     """Whether any head has values that are not numbers, a 0-dimensional tensor of bool; no host sync."""
-    flags = [invalid.heads.any().to(device) for invalid in found]
+    flags = [part.heads.any().to(device) for part in invalid]
     return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from learnkv.evaluation.report import LEARNED, Row, budget_label, grouped, mean, panels, score_of, size
 from learnkv.evaluation.results import FULL, Kind, Record
-from learnkv.evaluation.store import replacing
+from learnkv.formats.files import atomic_write
 
 MARKERS = "osD^vP*X<>hd"
 LINES = ("-", "--", ":")
@@ -139,5 +139,5 @@ def _label_cells(axis: Axes, kept: np.ndarray) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a png, replacing an older one in one step."""
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=130, format="png")

@@ -16,8 +16,9 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.folder import check_folder, evaluation_folder
 from learnkv.evaluation.results import FULL, Record, rows_of
 from learnkv.evaluation.show import shown
-from learnkv.evaluation.store import Store, replacing
+from learnkv.evaluation.store import Store
 from learnkv.evaluation.tabled import tabled
+from learnkv.formats.files import write_text
 from learnkv.inference.attention import attach
 from learnkv.inference.fingerprint import describe_with_weights
 from learnkv.inference.models import context_length, describe_model, load_model
@@ -40,8 +41,7 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
     with evaluation_folder(config.output) as output:
-        with replacing(output / "config.yaml") as part:
-            part.write_text(resolved, encoding="utf-8")
+        write_text(output / "config.yaml", resolved)
         jobs = runner.jobs_of(model, policies, config.budgets)
         store = Store(output / "samples.jsonl")
         try:
@@ -83,11 +83,9 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
     result = {"schema": 1, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
-    with replacing(output / "results.json") as part:
-        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    with replacing(output / "results.md") as part:
-        text = report.markdown(name, rows, records, runner.baselines_of(policies))
-        part.write_text("\n\n".join([text.rstrip("\n"), *notes]) + "\n" if notes else text, encoding="utf-8")
+    write_text(output / "results.json", json.dumps(result, indent=1) + "\n")
+    text = report.markdown(name, rows, records, runner.baselines_of(policies))
+    write_text(output / "results.md", "\n\n".join([text.rstrip("\n"), *notes]) + "\n" if notes else text)
     figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
     names = dict.fromkeys(record["policy"] for record in records)
     heatmaps = {name: pictures.heatmap(records, name) for name in names}

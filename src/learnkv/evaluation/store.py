@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from learnkv.formats.files import write_text
 
 SLOT = ("policy", "metric", "task", "length", "setting", "index", "keep", "budget")
 """Keys that identify a sample; its `fingerprint` is a hash of the conditions under which it was measured."""
@@ -46,8 +47,7 @@ class Store:
             if fingerprint in fingerprints or slot_of(record) not in slots
         }
         if self.path.is_file():
-            with replacing(self.path) as part:
-                part.write_text("".join(map(_line, self.records.values())), encoding="utf-8")
+            write_text(self.path, "".join(map(_line, self.records.values())))
             self._cut = False
 
     def add(self, records: Collection[dict[str, Any]]) -> None:
@@ -77,11 +77,3 @@ def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict) and "fingerprint" in record:
             yield {"metric": "generated", **record}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which replaces it when the block ends without an error."""
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    yield part
-    part.replace(path)

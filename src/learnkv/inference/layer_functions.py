@@ -68,15 +68,15 @@ class ProbedLayer:
     def convention(self) -> Convention:
         """The layer's convention; it is found once per attached layer."""
         name = type(self.module).__name__
-        found: Convention | str | None = vars(self.module).get(CONVENTION)
-        if found is None:
+        convention: Convention | str | None = vars(self.module).get(CONVENTION)
+        if convention is None:
             if any(isinstance(weight, DTensor) for weight in self.module.parameters()):
                 self._refuse_sharded("rotation")
-            found = self._find_convention(self.example)
-            setattr(self.module, CONVENTION, found)
-        if isinstance(found, str):
-            raise UserError(f"{name}: queries and keys before rotation are not known: {found}")
-        return found
+            convention = self._find_convention(self.example)
+            setattr(self.module, CONVENTION, convention)
+        if isinstance(convention, str):
+            raise UserError(f"{name}: queries and keys before rotation are not known: {convention}")
+        return convention
 
     def _find_convention(self, example: Embeddings | None) -> Convention | str:
         if example is None:

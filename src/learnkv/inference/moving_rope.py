@@ -33,7 +33,7 @@ class Rotation:
 
     def agrees(self, length: int) -> bool:
         """Whether texts of `length` tokens are rotated alike, as far as both go."""
-        return all(_agree(embedding, length, self.length) for embedding in self.embeddings)
+        return all(_same_angles(embedding, length, self.length) for embedding in self.embeddings)
 
     @functools.cached_property
     def limit(self) -> int:
@@ -56,7 +56,9 @@ class Rotation:
 
 def moving_embeddings(model: nn.Module) -> list[nn.Module]:
     """The rotary embeddings of a model whose angles depend on the number of tokens."""
-    return [module for module in model.modules() if _is_embedding(module) and not _agree(module, _POSITIONS, _FAR)]
+    return [
+        module for module in model.modules() if _is_embedding(module) and not _same_angles(module, _POSITIONS, _FAR)
+    ]
 
 
 def set_rotation(
@@ -103,7 +105,7 @@ def _is_embedding(module: Any) -> bool:
     return buffers and hasattr(module, "config")
 
 
-def _agree(module: Any, length: int, other: int) -> bool:
+def _same_angles(module: Any, length: int, other: int) -> bool:
     """Whether texts of both lengths are rotated alike, as far as both go.
 
     Two tokens at least are compared, as the first one has no angle.
@@ -118,8 +120,8 @@ def _agree(module: Any, length: int, other: int) -> bool:
             )
         except _OTHER_KINDS:
             continue
-        one, another = ((angles,) if isinstance(angles, Tensor) else angles for angles in (one, another))
-        if not all(torch.equal(*pair) for pair in zip(one, another, strict=True)):
+        first, second = ((angles,) if isinstance(angles, Tensor) else angles for angles in (first, second))
+        if not all(torch.equal(*pair) for pair in zip(first, second, strict=True)):
             return False
     return True
 

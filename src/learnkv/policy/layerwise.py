@@ -29,7 +29,7 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
         policy.check_sizes(sizes_of(cache, obs), cache.model_name)
         invalid: list[Invalid] = []
         scores = planner.score(obs, protected).scores
-        scores = without_nan(scores.unsqueeze(0), f"{planner.scorer.name}: scores", invalid, layer_idx)[0]
+        scores = planner.without_nan(scores[None], invalid, layer_idx)[0]
         if layer_idx == 0:
             cache.adapter = policy.adapter
             cache.schedule = None if policy.online is None else policy.online.schedule_eviction(cache, keep, budget)
@@ -38,7 +38,7 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
         budgets, total = splits[0].layer(layer_idx, obs, scores)
         budgets = budgets.to(scores.device)
         scores = planner.refine(obs, scores, budgets)
-        scores = without_nan(scores.unsqueeze(0), f"{planner.scorer.name}: scores", invalid, layer_idx)[0]
+        scores = planner.without_nan(scores[None], invalid, layer_idx)[0]
         cache.invalid += (*invalid, *splits[0].invalid)
         splits[0].invalid.clear()
         cache.evict(scores.unsqueeze(0), budgets.unsqueeze(0), total, layer_idx, policy.rerotate)

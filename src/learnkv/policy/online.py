@@ -11,7 +11,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.eviction import Rerotate
 from learnkv.cache.merge_tail import merge_tail
 from learnkv.cache.schedule import EvictionSchedule
-from learnkv.core.finite import Invalid, without_nan
+from learnkv.core.finite import Invalid
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
@@ -98,8 +98,8 @@ class OnlineEviction:
                 obs = self._merged(cache, layer_idx, longest[layer_idx], merge)
                 obs = with_keep(obs, cache.lengths, merge.totals, layers)
                 scores = self.planner.refine(obs, self.planner.score(obs, merge.protected).scores, fixed)
-                name, invalid = f"{self.planner.scorer.name}: scores", list[Invalid]()
-                scores = without_nan(scores.unsqueeze(0), name, invalid, layer_idx)[0]
+                invalid = list[Invalid]()
+                scores = self.planner.without_nan(scores[None], invalid, layer_idx)[0]
                 cache.invalid += tuple(invalid)
                 fixed = fixed.unsqueeze(0).to(scores.device)
                 cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate)

@@ -54,7 +54,7 @@ class Planner:
         observations = [with_keep(obs, lengths, totals, count) for obs in observations]
         layers, invalid = [self.score(obs, protected) for obs in observations], list[Invalid]()
         scores = torch.stack([layer.scores.to(device) for layer in layers])
-        scores = without_nan(scores, f"{self.scorer.name}: scores", invalid)
+        scores = self.without_nan(scores, invalid)
         if fixed is not None and all(is_fixed):
             budgets = fixed.to(device)
             wanted = budgets.double()
@@ -71,7 +71,7 @@ class Planner:
         if self.scorer.refines:
             refined = [self.refine(*layer) for layer in zip(observations, scores, budgets, strict=True)]
             ranked = torch.stack([layer.to(device) for layer in refined])
-            ranked = without_nan(ranked, f"{self.scorer.name}: scores", invalid)
+            ranked = self.without_nan(ranked, invalid)
         return Plan(ranked, wanted, budgets, upload(protected, device), sum(totals), scores, tuple(invalid))
 
     def score(self, obs: Observation, protected: Sequence[int]) -> Scores:
@@ -92,6 +92,10 @@ class Planner:
         refined = self.scorer.refine(obs, scores, budgets).float()
         check_shape(refined, scores.shape, f"{self.scorer.name}: refined scores of layer {obs.layer_idx}", "[B, H, S]")
         return torch.where(scores.isfinite(), refined, scores)
+
+    def without_nan(self, scores: Tensor, invalid: list[Invalid], first: int = 0) -> Tensor:
+        """Scores [L, B, H, S] of layers from `first` on; NaN is refused or noted as in `finite.without_nan`."""
+        return without_nan(scores, f"{self.scorer.name}: scores", invalid, first)
 
     def _allocate(
         self,

@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from learnkv.errors import Preempted, RunError, UserError
+from learnkv.errors import Preempted, RunError
 from learnkv.formats import seal
-from learnkv.formats.files import FULL_DISK, atomic_write
+from learnkv.formats.files import output_file
 from learnkv.training import slurm
 
 
@@ -89,13 +89,11 @@ class Checkpoints(Callback):
     def _save(self, trainer: Trainer) -> None:
         writes = trainer.is_global_zero  # the other processes take part in collecting the state
         try:
-            with atomic_write(self.file) if writes else nullcontext(self.file) as path:
+            with output_file(self.file) if writes else nullcontext(self.file) as path:
                 trainer.save_checkpoint(path)
                 if writes:
                     seal.seal(path)
         except (OSError, RuntimeError) as error:
-            if isinstance(error, OSError) and error.errno not in FULL_DISK:
-                raise UserError(f"{self.file}: cannot be written: {error.strerror or error}") from None
             if isinstance(error, RuntimeError) and "write" not in str(error):
                 raise
             raise RunError(
