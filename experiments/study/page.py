@@ -10,7 +10,7 @@ from experiments.study.criteria import Line
 from experiments.study.results import Results, last_validation
 from experiments.study.scores import LEARNED, Scores
 from experiments.study.variants import facts
-from learnkv.evaluation.report import TITLES, size, table
+from learnkv.evaluation.panels import TITLES, size, table
 from learnkv.evaluation.results import Estimate
 from learnkv.training.validation import VALIDATION_KEEPS
 

@@ -13,7 +13,7 @@ from learnkv.data.sample import Sample
 from learnkv.errors import RunError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.store import Store
-from learnkv.evaluation.tasks import Forced, load, reading
+from learnkv.evaluation.tasks import Forced, given_tokens, load
 from learnkv.evaluation.tasks.answers import sample_of
 from learnkv.evaluation.tasks.base import pad
 from learnkv.inference.prefill import prefill
@@ -87,13 +87,13 @@ def test_pages_and_online_eviction_read_answers_as_generation_does(
     name: str, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, sizes = family_of(loaded), []
-    original = reading.continuation
+    original = given_tokens.continuation
 
     def spy(model: torch.nn.Module, ids: torch.Tensor, *more: object) -> torch.Tensor:
         sizes.append(ids.shape[1])
         return original(model, ids, *more)
 
-    monkeypatch.setattr(reading, "continuation", spy)
+    monkeypatch.setattr(given_tokens, "continuation", spy)
     policy = load_policy(name)
     cache = policy.compress(cache_of(loaded, family, policy), keep=0.5)
     family.measure(loaded[0], family.prompts, cache)
@@ -121,7 +121,7 @@ def test_a_space_stands_between_prefix_and_answer(loaded: Loaded) -> None:
 
 def test_nan_stops_the_run(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_of(loaded)
-    monkeypatch.setattr(reading, "continuation", lambda model, ids, *a: torch.full((*ids.shape, 8), float("nan")))
+    monkeypatch.setattr(given_tokens, "continuation", lambda model, ids, *a: torch.full((*ids.shape, 8), float("nan")))
     with pytest.raises(RunError, match="NaN"):
         family.measure(loaded[0], family.prompts, cache_of(loaded, family))
 

@@ -8,7 +8,8 @@ import pytest
 from matplotlib.axes import Axes
 
 from learnkv.evaluation import pictures
-from learnkv.evaluation.report import markdown, size
+from learnkv.evaluation.panels import size
+from learnkv.evaluation.report import markdown
 from learnkv.evaluation.results import rows_of
 
 KEEPS = (0.5, 0.1)

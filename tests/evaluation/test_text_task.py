@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError
-from learnkv.evaluation.tasks import reading
+from learnkv.evaluation.tasks import given_tokens
 from learnkv.evaluation.tasks.base import Prompt, pad
 from learnkv.evaluation.tasks.text import Text
 from learnkv.inference.prefill import prefill
@@ -52,6 +52,6 @@ def test_kl_is_from_the_full_to_the_compressed_distribution(
 
 def test_nan_stops_the_run(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = loaded[0], prompts_of(loaded, 1)
-    monkeypatch.setattr(reading, "continuation", lambda *a: torch.full((1, 17, 8), float("nan")))
+    monkeypatch.setattr(given_tokens, "continuation", lambda *a: torch.full((1, 17, 8), float("nan")))
     with pytest.raises(RunError, match="NaN"):
         Text(prompts).measure(model, prompts, read(model, prompts))

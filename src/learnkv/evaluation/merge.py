@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from learnkv.errors import UserError
-from learnkv.evaluation.report import (
-    MISSING,
+from learnkv.evaluation.panels import (
     Row,
     budget_labels,
     grouped,
@@ -20,6 +19,7 @@ from learnkv.evaluation.report import (
     size,
     table,
 )
+from learnkv.evaluation.report import MISSING
 from learnkv.evaluation.results import FULL, Kind
 from learnkv.formats.files import read_json, write_text
 

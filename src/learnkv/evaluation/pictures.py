@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from learnkv.evaluation.report import LEARNED, Row, budget_label, grouped, mean, panels, score_of, size
+from learnkv.evaluation.panels import Row, budget_label, grouped, mean, panels, score_of, size
+from learnkv.evaluation.report import LEARNED
 from learnkv.evaluation.results import FULL, Kind, Record
 from learnkv.formats.files import atomic_write
 

@@ -1,47 +1,30 @@
 """`results.md`: tables of a comparison."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from learnkv.evaluation.results import (
-    FULL,
-    Estimate,
-    Kind,
-    Record,
-    estimate,
-    kind_of,
-    mean_of_tasks,
-    paired_difference,
-    prompt_key,
+from learnkv.evaluation.panels import (
+    TITLES,
+    Row,
+    budget_label,
+    budget_labels,
+    grouped,
+    mean,
+    panel_of,
+    panels,
+    plus_minus,
+    score_of,
+    size,
+    table,
 )
+from learnkv.evaluation.results import FULL, Record, estimate, kind_of, mean_of_tasks, paired_difference, prompt_key
 
-Row = Mapping[str, Any]
-TITLES = {
-    "query_agnostic": "Query-agnostic: the question is read after compression",
-    "query_aware": "Query-aware: the question is compressed with the context",
-}
-READ = "the correct answer is read, not generated"
 LEARNED = "learned"
 EVERY_TASK = "## Every task"
 MISSING = "–"
 COSTS = "## Time and memory"
 NEAR_ZERO = 5.0
 """Score of the full cache below which a task cannot compare policies."""
-
-
-class Panel(NamedTuple):
-    """What rows that may be compared with each other have in common."""
-
-    kind: Kind
-    setting: str
-    length: int
-
-    @property
-    def title(self) -> str:
-        """A heading without the length."""
-        if self.kind == "text":
-            return "Text"
-        return TITLES[self.setting] + (f"; {READ}" if self.kind == "forced" else "")
 
 
 def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselines: Mapping[str, str]) -> str:
@@ -58,7 +41,7 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselin
     if not rows:
         lines += ["No sample is finished."]
     for panel, chosen in panels(rows).items():
-        samples = [record for record in records if _panel(record) == panel]
+        samples = [record for record in records if panel_of(record) == panel]
         heading = f"{panel.title}, {panel.length:,} tokens"
         if panel.kind == "text":
             lines += [f"## {heading}: KL to the full cache in nats per token", ""]
@@ -81,72 +64,13 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselin
     return "\n".join(lines).rstrip() + "\n"
 
 
-def panels(rows: Iterable[Row]) -> dict[Panel, list[Row]]:
-    """Rows that may be compared with each other: by kind, setting and length."""
-    groups: dict[Panel, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(_panel(row), []).append(row)
-    order = get_args(Kind)
-    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0].kind), item[0].length, item[0].setting)))
-
-
-def _panel(result: Mapping[str, Any]) -> Panel:
-    """The panel of a row or record."""
-    return Panel(kind_of(result), result["setting"], result["length"])
-
-
-def budget_label(row: Row) -> str:
-    """The budget of a row or record as the heading of a column."""
-    return f"keep {row['keep']:g}" if row["budget"] is None else f"budget {row['budget']}"
-
-
-def size(count: float) -> str:
-    """Bytes with a unit."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}"
-    return f"{count:.0f} B"
-
-
-def score_of(rows: Sequence[Row]) -> Estimate:
-    """Mean over the tasks of one policy at one budget."""
-    return mean_of_tasks(Estimate(row["score"], _number(row["stderr"]), row["n"]) for row in rows)
-
-
-def mean(rows: Sequence[Row], key: str) -> float:
-    """Mean of a column over tasks."""
-    values: list[float] = [row[key] for row in rows]
-    return sum(values) / len(rows)
-
-
-def grouped(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """Rows by policy, then by budget, the largest first."""
-    groups: dict[str, dict[str, list[Row]]] = {}
-    for row in sorted(rows, key=_by_budget):
-        groups.setdefault(row["policy"], {}).setdefault(budget_label(row), []).append(row)
-    return groups
-
-
-def budget_labels(rows: Iterable[Row]) -> list[str]:
-    """The headings of the columns of these rows, the largest budget first."""
-    return list(dict.fromkeys(budget_label(row) for row in sorted(rows, key=_by_budget)))
-
-
-def _by_budget(row: Row) -> tuple[bool, float]:
-    return row["budget"] is not None, -(row["keep"] if row["budget"] is None else row["budget"])
-
-
-def _number(stderr: float | None) -> float:
-    return float("nan") if stderr is None else stderr
-
-
 def _score_cell(rows: Sequence[Row]) -> str:
     return f"**{plus_minus(score_of(rows))}** · {size(mean(rows, 'bytes'))} · {_kept(rows)}"
 
 
 def _forced_cell(rows: Sequence[Row]) -> str:
-    held = f"{size(mean(rows, 'bytes'))} · {_kept(rows)}"
-    return f"**{plus_minus(score_of(rows))}** · {mean(rows, 'kl'):.4f} · {held}"
+    kl = f"{mean(rows, 'kl'):.4f}"
+    return f"**{plus_minus(score_of(rows))}** · {kl} · {size(mean(rows, 'bytes'))} · {_kept(rows)}"
 
 
 def _text_cell(rows: Sequence[Row]) -> str:
@@ -158,12 +82,6 @@ def _kept(rows: Sequence[Row]) -> str:
     """Fraction of entries kept and, where it differs, the fraction that a decode step reads."""
     spent, read = (mean(rows, key) for key in ("spent", "read"))
     return f"{spent:.3f}" if read == spent else f"{spent:.3f} ({read:.3f} read)"
-
-
-def plus_minus(value: Estimate, sign: str = "", digits: int = 1) -> str:
-    """A mean with its standard error, where there is one."""
-    spread = "" if value.stderr != value.stderr else f" ± {value.stderr:.{digits}f}"
-    return f"{value.mean:{sign}.{digits}f}{spread}"
 
 
 def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what: str) -> Iterator[str]:
@@ -297,15 +215,6 @@ def _cost_cells(rows: Sequence[Row]) -> Iterator[list[str]]:
             speed = f"{sum(speeds) / len(speeds):,.0f}" if speeds else MISSING
             peak = size(max(peaks)) if peaks else MISSING
             yield [name, column, f"{mean(cells, 'prefill_seconds'):.3g}", speed, peak]
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines of a Markdown table, then an empty line."""
-    yield f"| {' | '.join(head)} |"
-    yield f"| --- |{' ---: |' * (len(head) - 1)}"
-    for cells in body:
-        yield f"| {' | '.join(cells)} |"
-    yield ""
 
 
 def _mean(records: Sequence[Record], value: str) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from learnkv.evaluation.report import budget_label
+from learnkv.evaluation.panels import budget_label
 from learnkv.evaluation.results import Record, prompt_key
 
 

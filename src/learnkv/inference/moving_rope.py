@@ -115,7 +115,7 @@ def _same_angles(module: Any, length: int, other: int) -> bool:
     x = torch.zeros(1, 1, 1, dtype=torch.float32)
     for layer_type in _layer_types(module):
         try:
-            one, another = (
+            first, second = (
                 _with_last(_new(module, x.device), total, x, positions, **layer_type) for total in (length, other)
             )
         except _OTHER_KINDS:

@@ -1,0 +1,102 @@
+"""What rows of a comparison have in common, and cells of its tables."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+from learnkv.evaluation.results import Estimate, Kind, kind_of, mean_of_tasks
+
+Row = Mapping[str, Any]
+TITLES = {
+    "query_agnostic": "Query-agnostic: the question is read after compression",
+    "query_aware": "Query-aware: the question is compressed with the context",
+}
+READ = "the correct answer is read, not generated"
+
+
+class Panel(NamedTuple):
+    """What rows that may be compared with each other have in common."""
+
+    kind: Kind
+    setting: str
+    length: int
+
+    @property
+    def title(self) -> str:
+        """A heading without the length."""
+        if self.kind == "text":
+            return "Text"
+        return TITLES[self.setting] + (f"; {READ}" if self.kind == "forced" else "")
+
+
+def panels(rows: Iterable[Row]) -> dict[Panel, list[Row]]:
+    """Rows that may be compared with each other: by kind, setting and length."""
+    groups: dict[Panel, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(panel_of(row), []).append(row)
+    order = get_args(Kind)
+    return dict(sorted(groups.items(), key=lambda item: (order.index(item[0].kind), item[0].length, item[0].setting)))
+
+
+def panel_of(result: Mapping[str, Any]) -> Panel:
+    """The panel of a row or record."""
+    return Panel(kind_of(result), result["setting"], result["length"])
+
+
+def budget_label(row: Row) -> str:
+    """The budget of a row or record as the heading of a column."""
+    return f"keep {row['keep']:g}" if row["budget"] is None else f"budget {row['budget']}"
+
+
+def size(count: float) -> str:
+    """Bytes with a unit."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def score_of(rows: Sequence[Row]) -> Estimate:
+    """Mean over the tasks of one policy at one budget."""
+    return mean_of_tasks(Estimate(row["score"], _number(row["stderr"]), row["n"]) for row in rows)
+
+
+def mean(rows: Sequence[Row], key: str) -> float:
+    """Mean of a column over tasks."""
+    values: list[float] = [row[key] for row in rows]
+    return sum(values) / len(rows)
+
+
+def grouped(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
+    """Rows by policy, then by budget, the largest first."""
+    groups: dict[str, dict[str, list[Row]]] = {}
+    for row in sorted(rows, key=_by_budget):
+        groups.setdefault(row["policy"], {}).setdefault(budget_label(row), []).append(row)
+    return groups
+
+
+def budget_labels(rows: Iterable[Row]) -> list[str]:
+    """The headings of the columns of these rows, the largest budget first."""
+    return list(dict.fromkeys(budget_label(row) for row in sorted(rows, key=_by_budget)))
+
+
+def _by_budget(row: Row) -> tuple[bool, float]:
+    return row["budget"] is not None, -(row["keep"] if row["budget"] is None else row["budget"])
+
+
+def _number(stderr: float | None) -> float:
+    return float("nan") if stderr is None else stderr
+
+
+def plus_minus(value: Estimate, sign: str = "", digits: int = 1) -> str:
+    """A mean with its standard error, where there is one."""
+    spread = "" if value.stderr != value.stderr else f" ± {value.stderr:.{digits}f}"
+    return f"{value.mean:{sign}.{digits}f}{spread}"
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a Markdown table, then an empty line."""
+    yield f"| {' | '.join(head)} |"
+    yield f"| --- |{' ---: |' * (len(head) - 1)}"
+    for cells in body:
+        yield f"| {' | '.join(cells)} |"
+    yield ""
