@@ -152,7 +152,7 @@ class Columns(nn.Module):
 
 
 @pytest.mark.parametrize("name", PROJECTING)
-@pytest.mark.parametrize("made_of", ["scaled", "columns", "hook"])
+@pytest.mark.parametrize("made_of", ["scaled", "columns", "hook", "pre-hook"])
 def test_output_projections_are_applied_not_read(name: Any, made_of: Any) -> None:
     """A scale and a bias that the weight does not show; weights in another order; a hook that changes the result."""
     model, expected, policy = build("llama"), build("llama"), load_policy(name)
@@ -167,10 +167,25 @@ def test_output_projections_are_applied_not_read(name: Any, made_of: Any) -> Non
             layer.self_attn.o_proj.__class__ = Scaled
             other.self_attn.o_proj.weight.data = 3 * weight
             other.self_attn.o_proj.bias = nn.Parameter(torch.ones(48))
+        elif made_of == "pre-hook":
+            by = torch.rand(64, generator=generator) * 5
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args, by=by: args[0] * by)
+            other.self_attn.o_proj.weight.data = weight * by
         else:
             layer.self_attn.o_proj.register_forward_hook(lambda module, args, output, by=factor.T: output * by)
             other.self_attn.o_proj.weight.data = weight * factor
     assert kept(attach(model), policy)[0] == kept(attach(expected), policy)[0]
+
+
+def test_a_hook_on_the_layer_is_refused_where_its_output_matters() -> None:
+    model = attach(build("llama"))
+    kept(model, load_policy("criticalkv"))
+    model(tokens(1, 5), output_attentions=True)  # transformers' own hooks change nothing
+    kept(model, load_policy("criticalkv"))
+    model.model.layers[1].self_attn.register_forward_hook(lambda module, args, output: (3 * output[0], *output[1:]))
+    kept(model, load_policy("snapkv"))
+    with pytest.raises(UserError, match=r"LlamaAttention: .* a forward hook \(.*lambda.*\) may change the layer's output"):
+        kept(model, load_policy("criticalkv"))
 
 
 @pytest.mark.parametrize("name", PROJECTING)
