@@ -152,7 +152,7 @@ class Columns(nn.Module):
 
 
 @pytest.mark.parametrize("name", PROJECTING)
-@pytest.mark.parametrize("made_of", ["scaled", "columns", "hook", "pre-hook"])
+@pytest.mark.parametrize("made_of", ["scaled", "columns", "hook"])
 def test_output_projections_are_applied_not_read(name: Any, made_of: Any) -> None:
     """A scale and a bias that the weight does not show; weights in another order; a hook that changes the result."""
     model, expected, policy = build("llama"), build("llama"), load_policy(name)
@@ -167,14 +167,19 @@ def test_output_projections_are_applied_not_read(name: Any, made_of: Any) -> Non
             layer.self_attn.o_proj.__class__ = Scaled
             other.self_attn.o_proj.weight.data = 3 * weight
             other.self_attn.o_proj.bias = nn.Parameter(torch.ones(48))
-        elif made_of == "pre-hook":
-            by = torch.rand(64, generator=generator) * 5
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args, by=by: args[0] * by)
-            other.self_attn.o_proj.weight.data = weight * by
         else:
             layer.self_attn.o_proj.register_forward_hook(lambda module, args, output, by=factor.T: output * by)
             other.self_attn.o_proj.weight.data = weight * factor
     assert kept(attach(model), policy)[0] == kept(attach(expected), policy)[0]
+
+
+def test_a_hook_before_the_output_projection_counts_from_when_it_is_there() -> None:
+    model, expected, policy = attach(build("llama")), build("llama"), load_policy("criticalkv")
+    before, by = kept(model, policy)[0], torch.linspace(0, 5, 64)
+    for layer, other in zip(model.model.layers, expected.model.layers, strict=True):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: args[0] * by)
+        other.self_attn.o_proj.weight.data *= by
+    assert kept(model, policy)[0] == kept(attach(expected), policy)[0] != before
 
 
 def test_a_hook_on_the_layer_is_refused_where_its_output_matters() -> None:
