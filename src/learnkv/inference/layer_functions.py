@@ -143,9 +143,10 @@ class ProbedLayer:
 
     def _find_projection(self) -> Tensor:
         if hooks := [hook for hook in self.module._forward_hooks.values() if not _only_records(hook)]:
+            hook = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
             raise UserError(
-                f"{type(self.module).__name__}: the policy reads the output projection, and a forward hook "
-                f"({getattr(hooks[0], '__qualname__', type(hooks[0]).__name__)}) may change the layer's output: remove it"
+                f"{type(self.module).__name__}: the policy reads the output projection, and a forward hook ({hook}) "
+                "may change the layer's output: remove it"
             )
         weight = self._plain_weight()
         if weight is not None and (weight.is_meta or PLAIN in vars(self.module)):
