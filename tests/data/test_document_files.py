@@ -132,6 +132,36 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         assert list(file_pieces([str(tmp_path / name)], "text")) == [("ab", True)]
 
 
+SQUAD = {"context": "The cat.", "qas": [{"question": "Who?", "answers": [{"text": "cat"}]}]}
+HOTPOTQA = {"question": "Who?", "answer": "cat", "context": [["T", ["a."]]], "supporting_facts": [["T", 0]]}
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({"qas": [{"question": "Who?", "answers": []}]}, "question 1: expected an answer, got an empty list"),
+        ({"qas": [{"question": "Who?", "answers": [{"text": ""}]}]}, "question 1: expected an answer, got a blank one"),
+        ({"qas": [{"question": "Who?", "answers": [{"text": 5}]}]}, "question 1: expected an answer of text, got int"),
+        ({"qas": [{"question": None, "answers": [{"text": "a"}]}]}, "question 1: expected text, got NoneType"),
+        ({"context": 5}, "paragraph 1: expected text, got int"),
+        ([{"answer": "\u200b"}], "question 1: expected an answer, got a blank one"),
+        ([{"answer": ["cat"]}], "question 1: expected an answer of text, got list"),
+        ([{"supporting_facts": [["Z", 0]]}], "question 1: none of its paragraphs has the title of a supporting fact"),
+    ],
+)
+def test_questions_that_cannot_be_scored_are_one_line(content: Any, line: str, tmp_path: Path) -> None:
+    data = [HOTPOTQA | content[0]] if isinstance(content, list) else {"data": [{"paragraphs": [SQUAD | content]}]}
+    (tmp_path / "q.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=f"qa=.*q.json: {line}"):
+        read_documents(str(tmp_path / "q.json"))
+
+
+def test_a_row_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "text": "c"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: expected JSON: .*key 'text' twice"):
+        list(file_pieces([str(tmp_path / "a.jsonl")], "text"))
+
+
 def test_haystacks_and_questions_name_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one.\ncaf\xe9.")
     with pytest.raises(UserError, match=r"haystack=.*a.txt, line 2: is not UTF-8"):

@@ -54,6 +54,8 @@ def samples(loaded: Any, file: Any) -> Any:
         ("[np.str_('12'), np.int64(34)]", ["12", "34"]),
         ("{'text': array(['12'], dtype=object), 'answer_start': array([3])}", ["12"]),
         ("{'text': ['12'], 'answer_start': [3]}", ["12"]),
+        ("('12', '34')", ["12", "34"]),
+        ("(a) or (b)", ["(a) or (b)"]),
     ],
 )
 def test_answers_that_can_be_read_in_one_way(cell: Any, answers: Any) -> None:
@@ -85,6 +87,10 @@ def test_answers_that_can_be_read_in_one_way(cell: Any, answers: Any) -> None:
         "[__import__('os')]",
         "{x}",
         "[" * 5000,
+        "('12', ",
+        "\u200b",  # scored as a space
+        ["12", "\u200b\u00ad"],
+        "\ud800",
     ],
 )
 def test_answers_that_cannot_be_scored_are_one_line(cell: Any) -> None:
@@ -96,10 +102,12 @@ def test_answers_that_cannot_be_scored_are_one_line(cell: Any) -> None:
 def test_blank_text_and_counts() -> None:
     assert [text_of(cell, "here") for cell in (None, "", float("nan"), "a")] == ["", "", "", "a"]
     assert [count_of(cell, "here") for cell in (8, "8", "8.0", 8.0, np.int64(8))] == [8] * 5
-    for cell in (None, "", "8.5", 0, -1, True, "many", float("nan"), float("inf"), [8]):
+    for cell in (None, "", "8.5", 0, -1, True, "many", float("nan"), float("inf"), 10**400, [8]):
         with pytest.raises(UserError, match="expected a whole number of at least 1"):
             count_of(cell, "here")
     others: list[Any] = [5, ["a"], {}]
+    with pytest.raises(UserError, match="here: expected text, it has half of a surrogate pair"):
+        text_of("a\ud800", "here")
     for other in others:
         with pytest.raises(UserError, match="expected text, got"):
             text_of(other, "here")
@@ -150,6 +158,10 @@ def test_a_blank_question_is_nothing_and_a_blank_answer_is_refused(loaded: Any, 
         ("t.jsonl", b"{}\n[1]\n", r"line 2: expected an object with the columns, got \[1\]"),
         ("t.jsonl", b'{"context": "caf\xe9"}', "line 1 is not UTF-8"),
         ("t.csv", b"context,question\na,b,c\n", "row 1: expected 2 cells as in the header, got more"),
+        ("t.csv", b"context,question\na\n", "row 1: expected 2 cells as in the header, got fewer"),
+        ("t.csv", b"context,answer,answer\na,b,c\n", "the header has a column twice: context, answer, answer"),
+        ("t.jsonl", b'{}\n{"answer": "a", "answer": "b"}', "line 2: expected JSON: .*key 'answer' twice"),
+        ("t.json", b'[{"answer": "a", "answer": "b"}]', "expected JSON: .*key 'answer' twice"),
         ("t.csv", b'context\n"a', "line 1: unexpected end of data"),
         ("t.json", b'[{"context": ', "expected JSON"),
         ("t.parquet", b"PAR1", "cannot be read: "),

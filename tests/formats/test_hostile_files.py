@@ -28,6 +28,7 @@ HOSTILE = {
     "a Python object": ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor .* in line 1"),
     "no YAML": ("a: [1", "expected ',' or ']'"),
     "no text": ("a: \x00", "special characters are not allowed"),
+    "a key twice": ("scorer: a\nsinks: 1\nscorer: b", "key 'scorer' twice"),
     "no date": ("a: 2020-99-99", "expected YAML"),
 }
 
@@ -55,6 +56,9 @@ def test_ordinary_yaml_is_read(tmp_path: Path) -> None:
 def test_nested_json_is_refused(depth: Any, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * depth + "]" * depth)
     with pytest.raises(UserError, match=r"a.json: (is nested deeper|expected JSON)"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": 1, "a": 2}')
+    with pytest.raises(UserError, match=r"a.json: expected JSON: .*key 'a' twice"):
         read_json(tmp_path / "a.json")
     (tmp_path / "a.json").write_text(json.dumps({"a": [[1], {"b": 2}]}))
     assert read_json(tmp_path / "a.json") == {"a": [[1], {"b": 2}]}

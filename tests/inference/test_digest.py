@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import build
 
+from learnkv.core.adapter import Adapter
 from learnkv.errors import UserError
+from learnkv.inference import lora
 from learnkv.inference.attention import attach, detach
 from learnkv.inference.digest import model_digest, tokenizer_digest, weights_digest
 from learnkv.inference.models import REFERENCE, load_model
@@ -95,13 +97,54 @@ def change_epsilon(model: Any) -> None:
     model.model.norm.variance_epsilon = 1e-2
 
 
-@pytest.mark.parametrize("change", [change_weight, change_frequency, change_epsilon])
+def change_number(model: Any) -> None:
+    model.model.layers[0].self_attn.sliding_window = 7
+
+
+def change_activation(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+CHANGED = [change_weight, change_frequency, change_epsilon, change_number, change_activation]
+
+
+@pytest.mark.parametrize("change", CHANGED)
 def test_what_is_changed_in_memory_counts(change: Any) -> None:
     model = build("llama")
     before = weights_digest(model)
     assert weights_digest(model) == before
     change(model)
     assert weights_digest(model) != before
+
+
+def adapted() -> Any:
+    from peft import IA3Config, LoraConfig
+
+    model = build("llama")
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False), "one")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "two")
+    model.add_adapter(IA3Config(target_modules=["v_proj"], feedforward_modules=[]), "three")
+    model.set_adapter("one")
+    return model
+
+
+def test_adapters_in_use_and_their_scale_count() -> None:
+    """None of them is a weight."""
+    model = adapted()
+    digests = [weights_digest(model)]
+    for change in (
+        lambda: model.set_adapter("two"),
+        lambda: model.model.layers[0].self_attn.q_proj.set_scale("two", 0.5),
+        lambda: model.set_adapter("three"),
+        lambda: model.disable_adapters(),
+    ):
+        change()
+        digests.append(weights_digest(model))
+    assert len(set(digests)) == 5
+    lora.add(model, Adapter(rank=2, alpha=4.0, targets=("q_proj", "k_proj")))
+    assert weights_digest(model) == digests[-1]
+    assert weights_digest(adapted()) == digests[0]
 
 
 def test_the_last_bit_of_a_computed_buffer_does_not_count() -> None:

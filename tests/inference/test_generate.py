@@ -126,6 +126,24 @@ def test_what_was_generated_is_read_before_a_continuation(search: dict[str, int]
     assert_logits_close(ours, told[:, -4:])
 
 
+@searches
+def test_what_was_generated_is_read_once_by_transformers(search: dict[str, int]) -> None:
+    """Its last token, or a whole turn of beams, begins the next pass, whoever runs it; else the turn would be lost."""
+    model, prompt, more = attached("llama"), tokens(1, 30), tokens(1, 4, seed=9)
+    cache, question = prefill(model, prompt), tokens(1, 6, seed=10)
+    answer = generate(model, question, cache, max_new_tokens=5, **search)
+    by_hand, ids = cache.fork(), torch.cat([prompt, question, answer, more], 1)
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3)
+    read = by_hand.get_seq_length()
+    model(torch.cat([ids, said[:, -3:]], 1)[:, read:-1], past_key_values=by_hand)
+    told = plain("llama")(torch.cat([said, more], 1)).logits[:, -4:]
+    for each in (cache, by_hand):
+        assert_logits_close(continuation(model, torch.cat([said[:, -1:], more], 1), each)[:, 1:], told)
+    generate(model, question, cache := prefill(model, prompt), max_new_tokens=5, **search)
+    with pytest.raises(UserError, match=r"yet to read the last \d+ tokens of the last turn: let input_ids begin with"):
+        model(torch.full((1, 12), 96), past_key_values=cache)
+
+
 @pytest.mark.parametrize("lengths", [(6, 6), (6, 2)])
 def test_what_transformers_read_is_remembered(lengths: tuple[int, int]) -> None:
     model, prompts = attached("llama"), [tokens(1, n)[0] for n in (30, 19)]

@@ -181,12 +181,17 @@ def test_names_and_values_that_transformers_does_not_know_are_refused() -> None:
         ({"repetition_penaltee": 1.1}, "repetition_penaltee: not an argument"),
         ({"repetition_penalty": -1.0}, "generation config: .*strictly positive"),
         ({"no_repeat_ngram_size": "3"}, "generation config"),
+        ({"num_beams": 2.5}, "num_beams=2.5: expected at least 1 of each, whole numbers"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 .*: expected at least 1 of each, whole numbers"),
         ({"stop_strings": "x"}, "stop_strings='x': expected tokenizer="),
         ({"stop_strings": "x", "num_beams": 2}, "num_beams=2: beam search does not go with stop_strings"),
     ):
         with pytest.raises(UserError, match=line):
             generate(
-                attached("llama"), tokens(1, 3), prefill(attached("llama"), tokens(1, 9)), max_new_tokens=2, **asked
+                attached("llama"),
+                tokens(1, 3),
+                prefill(attached("llama"), tokens(1, 9)),
+                **{"max_new_tokens": 2, **asked},
             )
 
 
@@ -268,6 +273,21 @@ def test_stop_strings_end_a_row_where_transformers_ends_it() -> None:
         expected = untouched.generate(whole, stop_strings=[word], do_sample=False, **call)[:, whole.shape[1] :]
         assert torch.equal(said, expected)
         assert said.shape[1] < 12
+
+
+@pytest.mark.parametrize("strings", [[], [5]])
+def test_stop_strings_that_transformers_does_not_take_are_one_line(strings: Any) -> None:
+    model, tokenizer = load_model("reference")
+    with pytest.raises(UserError, match=r"stop_strings=\[5?\]: ") as caught:
+        generate(
+            model,
+            tokens(1, 2),
+            prefill(model, tokens(1, 9)),
+            max_new_tokens=2,
+            stop_strings=strings,
+            tokenizer=tokenizer,
+        )
+    assert "\n" not in str(caught.value)
 
 
 def test_the_generation_config_of_the_model_does_not_change() -> None:

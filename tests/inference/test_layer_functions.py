@@ -173,6 +173,26 @@ def test_output_projections_are_applied_not_read(name: Any, made_of: Any) -> Non
     assert kept(attach(model), policy)[0] == kept(attach(expected), policy)[0]
 
 
+def test_a_hook_before_the_output_projection_counts_from_when_it_is_there() -> None:
+    model, expected, policy = attach(build("llama")), build("llama"), load_policy("criticalkv")
+    before, by = kept(model, policy)[0], torch.linspace(0, 5, 64)
+    for layer, other in zip(model.model.layers, expected.model.layers, strict=True):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: args[0] * by)
+        other.self_attn.o_proj.weight.data *= by
+    assert kept(model, policy)[0] == kept(attach(expected), policy)[0] != before
+
+
+def test_a_hook_on_the_layer_is_refused_where_its_output_matters() -> None:
+    model = attach(build("llama"))
+    kept(model, load_policy("criticalkv"))
+    model(tokens(1, 5), output_attentions=True)  # transformers' own hooks change nothing
+    kept(model, load_policy("criticalkv"))
+    model.model.layers[1].self_attn.register_forward_hook(lambda module, args, output: (3 * output[0], *output[1:]))
+    kept(model, load_policy("snapkv"))
+    with pytest.raises(UserError, match=r"LlamaAttention: .* a forward hook \(.*lambda.*\) may change"):
+        kept(model, load_policy("criticalkv"))
+
+
 @pytest.mark.parametrize("name", PROJECTING)
 def test_unmerged_adapters_count(name: Any) -> None:
     from peft import LoraConfig

@@ -45,6 +45,15 @@ def test_gradient_checkpointing_while_training() -> None:
     assert torch.equal(continuation(model, tokens(1, 3), cache), before)
 
 
+def test_dropout_while_training() -> None:
+    model = attach(build("llama", attention_dropout=0.5))
+    cache = prefill(model, tokens(1, 30))
+    model.train()
+    for call in (lambda: prefill(model, tokens(1, 30)), lambda: continuation(model, tokens(1, 3), cache)):
+        with pytest.raises(UserError, match=r"LlamaAttention drops out 0.5 of its attention: call model.eval\(\)"):
+            call()
+
+
 def test_a_layer_that_is_skipped() -> None:
     model = attach(build("llama"))
     cache = prefill(model, tokens(1, 30))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import attached, padded, plain, policy_for, tokens
+from support.models import attached, build, padded, plain, policy_for, tokens
 from torch import Tensor
 
 from learnkv import CompressedCache, continuation, generate, prefill
@@ -55,12 +55,21 @@ def test_settings_are_checked(settings: dict[str, int | Tensor], line: str) -> N
         (*padded([tokens(1, 9)[0], tokens(1, 5)[0]], "right"), "expected left padding, found padding after a token"),
         (tokens(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), "prompt 1 is empty"),
         (tokens(2, 3), torch.ones(2, 4), r"attention_mask of shape \[2, 4\]: expected \[2, 3\]"),
+        (tokens(2, 3), torch.full((2, 3), 0.5), "attention_mask: expected 1 for tokens and 0 for padding"),
+        (tokens(2, 3).float(), None, "input_ids of type torch.float32: expected a tensor of int64 or int32"),
+        ([[1, 2]], None, "input_ids of type list: expected a tensor of int64 or int32"),
         (tokens(1, 513), None, "prompt of 513 tokens: the model's context is 512"),
     ],
 )
 def test_prompts_are_checked(ids: Tensor, mask: str | None, line: str) -> None:
     with pytest.raises(UserError, match=line):
         prefill(attached("llama"), ids, mask)
+
+
+def test_a_model_of_other_sizes_cannot_continue_a_prompt() -> None:
+    cache = prefill(attached("llama"), tokens(1, 9))
+    with pytest.raises(UserError, match=r"\(4, 16, 16\) kv heads and channels continue a prompt of \(2, 16, 16\)"):
+        continuation(build("llama", num_key_value_heads=4), tokens(1, 2), cache)
 
 
 def test_the_context_is_that_of_the_model() -> None:

@@ -68,6 +68,38 @@ class OneNumberPerLayer(Uniform):
         return super().forward(scores, features, budget)[..., 0]
 
 
+class Listed(Knorm):
+    """Scores that are no tensor."""
+
+    def forward(self, obs: Any) -> Any:
+        return super().forward(obs).tolist()
+
+
+class Complex(Knorm):
+    """Scores that have no order."""
+
+    def forward(self, obs: Any) -> Tensor:
+        return torch.complex(super().forward(obs), super().forward(obs))
+
+
+class WritesKeys(Knorm):
+    """Scores whose computation destroys the keys of the cache."""
+
+    def forward(self, obs: Any) -> Tensor:
+        return -obs.keys.mul_(2).norm(dim=-1)
+
+
+class InfiniteBudgets(Uniform):
+    """Budgets of which one is infinite."""
+
+    static = False
+
+    def forward(self, scores: Tensor, features: Tensor | None, budget: Tensor) -> Tensor:
+        wanted = super().forward(scores, features, budget).clone()
+        wanted[2, 0, 1] = torch.inf
+        return wanted
+
+
 SCORES = r"^Poisoned: scores are not finite numbers in layer 1, head 1 \(row 1\)$"
 CASES = [
     (lambda: Policy(Poisoned()), SCORES),
@@ -79,6 +111,13 @@ CASES = [
         lambda: Policy(Knorm(), PoisonedBudgets()),
         r"^PoisonedBudgets: budgets are not finite .* layer 2, head 1 \(row 0\)",
     ),
+    (
+        lambda: Policy(Knorm(), InfiniteBudgets()),
+        r"^InfiniteBudgets: budgets are not finite .* layer 2, head 1 \(row 0\)",
+    ),
+    (lambda: Policy(Listed()), r"^Listed: scores of layer 0: got list, expected a tensor \[B, H, S\]$"),
+    (lambda: Policy(Complex()), r"^Complex: scores of layer 0: got torch.complex64 .* expected real numbers"),
+    (lambda: Policy(WritesKeys()), r"^WritesKeys writes into the queries, keys or values of layer 0$"),
     (
         lambda: Policy(OneNumberPerEntry()),
         r"^OneNumberPerEntry: scores of layer 0: got shape \[2, 30\], expected \[B, H, S\] = \[2, 2, 30\]$",

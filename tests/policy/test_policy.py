@@ -241,3 +241,22 @@ def test_budgets_are_checked(spend: dict[str, int], line: str) -> None:
 def test_protected_numbers_are_checked() -> None:
     with pytest.raises(UserError, match="sinks=-1 recent=8: expected numbers of tokens >= 0"):
         Policy(None, sinks=-1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"recent": 1.5}, r"recent=1.5: expected numbers of tokens >= 0"),
+        ({"rerotate": "middle"}, r"rerotate='middle': expected start, end or null"),
+        ({"evict_interval": 1.5}, r"evict_interval=1.5: expected a number of tokens"),
+    ],
+)
+def test_arguments_that_would_be_read_as_others_are_refused(arguments: Any, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        Policy(SnapKV(), **arguments)
+
+
+@pytest.mark.parametrize("spend", [{"keep": "0.5"}, {"keep": [0.5]}, {"budget": "5"}])
+def test_budgets_that_are_no_numbers_are_one_line(spend: Any) -> None:
+    with pytest.raises(UserError, match=r"(keep|budget)=.*: expected a number, got"):
+        Policy(SnapKV()).compress(prefill(attached("llama"), tokens(1, 30)), **spend)

@@ -50,6 +50,16 @@ def test_scores_are_finite_float32_whatever_the_model_computes_in(cls: type[Any]
 
 
 @every_scorer
+def test_a_model_in_double_precision_gets_the_same_scores(cls: type[Any]) -> None:
+    scorer = build(cls)
+    obs = seen_by(scorer, [40, 12])
+    changed = {name: getattr(obs, name).double() for name in ("queries", "keys", "values", "hidden")}
+    weight = obs.projection.double()
+    scores = scorer(dataclasses.replace(obs, project=lambda: weight, **changed)).float()
+    torch.testing.assert_close(scores[obs.valid], scorer(obs)[obs.valid], rtol=1e-3, atol=1e-5)
+
+
+@every_scorer
 def test_entries_that_are_not_there_are_not_read(cls: type[Any]) -> None:
     scorer = build(cls)
     obs = seen_by(scorer, [40, 25])

@@ -20,6 +20,10 @@ from learnkv.ops.rotary import Layout
 NOTHING = CaptureSpec()
 
 
+def _sizes(keys: Tensor, values: Tensor) -> tuple[int, int, int]:
+    return keys.shape[1], keys.shape[3], values.shape[3]
+
+
 class CompressedLayer(CacheLayerMixin):
     """Reads a prompt like an ordinary layer, then is sealed, and evicted or relaxed; new tokens go to the tail.
 
@@ -47,6 +51,7 @@ class CompressedLayer(CacheLayerMixin):
         self.merged_tokens = 0
         self.heads = 0
         self.token_nbytes = 0
+        self.sizes = (0, 0, 0)  # kv heads, channels of keys and of values
         self._rotation: tuple[Tensor, Layout] | None = None
         self._passed: tuple[Tensor, Tensor] | None = None
         self.attended = False
@@ -56,7 +61,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.heads = key_states.shape[1]
+        self.heads, self.sizes = key_states.shape[1], _sizes(key_states, value_states)
         self.token_nbytes = (key_states[0, :, :1].numel() + value_states[0, :, :1].numel()) * key_states.element_size()
         self.is_initialized = True
 
@@ -94,6 +99,8 @@ class CompressedLayer(CacheLayerMixin):
     def _append_to_tail(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[0] != self.batch:
             raise UserError(f"{keys.shape[0]} rows continue {self.batch} prompts: repeat the cache's rows first")
+        if (sizes := _sizes(keys, values)) != self.sizes:
+            raise UserError(f"{sizes} kv heads and channels continue a prompt of {self.sizes}: not the same model")
         if self.tail is None:
             self.tail = DecodeBuffer.empty_like(keys, values)
         self.tail.append(keys, values)

@@ -35,13 +35,14 @@ def without_nan(values: Tensor, name: str, invalid: list[Invalid], first: int = 
     """
     if values.device.type == "meta":
         return values
-    heads = values.isnan() if values.ndim == 3 else values.isnan().any(-1)
+    # Scores have infinite ones for entries that are protected or absent, budgets have none.
+    heads = ~values.isfinite() if values.ndim == 3 else values.isnan().any(-1)
     noted = Invalid(heads, name, first)
     if values.device.type in READ_AT_ONCE:
         refuse_invalid([noted])
         return values
     invalid.append(noted)
-    return values.masked_fill(values.isnan(), 0)
+    return values.masked_fill(heads if values.ndim == 3 else values.isnan(), 0)
 
 
 def refuse_invalid(invalid: Sequence[Invalid]) -> None:
@@ -67,7 +68,11 @@ def any_invalid(invalid: Sequence[Invalid], device: torch.device) -> Tensor:
     return torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=device)
 
 
-def check_shape(values: Tensor, expected: Sequence[int], name: str, letters: str) -> None:
-    """Raise UserError for values of another shape than `expected`, whose dimensions are `letters`."""
+def check_shape(values: object, expected: Sequence[int], name: str, letters: str) -> None:
+    """Raise UserError for values that are no tensor of real numbers of shape `expected`, its dimensions `letters`."""
+    if not isinstance(values, Tensor):
+        raise UserError(f"{name}: got {type(values).__name__}, expected a tensor {letters}")
+    if values.is_complex() or values.layout != torch.strided:
+        raise UserError(f"{name}: got {values.dtype} in {values.layout}, expected real numbers in torch.strided")
     if tuple(values.shape) != tuple(expected):
         raise UserError(f"{name}: got shape {list(values.shape)}, expected {letters} = {list(expected)}")

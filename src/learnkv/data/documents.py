@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from learnkv.errors import UserError
+from learnkv.formats.files import parse_json
 
 PIECE = 1 << 18
 """Most characters that are tokenised at once."""
@@ -131,7 +131,7 @@ def _parsed(line: bytes, where: str) -> Any:
     if text is None:
         raise UserError(f"{where}: is not UTF-8")
     try:
-        return json.loads(text.removeprefix("\ufeff"))
+        return parse_json(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: expected JSON: {str(error).partition(': line')[0]}") from None
 
@@ -149,10 +149,15 @@ def _text_of(row: Any, column: str, where: str) -> str:
     text = row[column]
     if text is None:
         return ""
+    return check_text(text, where, f"text in {column}")
+
+
+def check_text(text: Any, where: str, expected: str = "text") -> str:
+    """The text itself. Raises UserError for any other type, and for half of a surrogate pair."""
     if not isinstance(text, str):
-        raise UserError(f"{where}: expected text in {column}, got {type(text).__name__}")
+        raise UserError(f"{where}: expected {expected}, got {type(text).__name__}")
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where}: expected text in {column}, it has half of a surrogate pair")
+        raise UserError(f"{where}: expected {expected}, it has half of a surrogate pair")
     return text
 
 

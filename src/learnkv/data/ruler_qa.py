@@ -1,6 +1,5 @@
 """RULER's question answering: the paragraphs with the answer among other paragraphs of the same file."""
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +7,10 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from learnkv.data import ruler_text as text
-from learnkv.data.documents import read_document
-from learnkv.data.sample import Draft
+from learnkv.data.documents import check_text, read_document
+from learnkv.data.sample import Draft, check_answers
 from learnkv.errors import UserError
+from learnkv.formats.files import parse_json
 
 Layout = Literal["squad", "hotpotqa"]
 
@@ -37,10 +37,23 @@ class Documents:
 def read_documents(path: str) -> Documents:
     """A .json or .json.gz file in SQuAD's or HotpotQA's layout. Raises UserError for any other."""
     try:
-        data = json.loads(read_document(path, "qa"))
-        return _squad(data) if isinstance(data, dict) else _hotpotqa(data)
-    except (LookupError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+        data = parse_json(read_document(path, "qa"))
+        read = _squad(data) if isinstance(data, dict) else _hotpotqa(data)
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"qa={path}: expected JSON in SQuAD's or HotpotQA's layout ({error!r})") from error
+    _check(read, f"qa={path}")
+    return read
+
+
+def _check(data: Documents, where: str) -> None:
+    """Raise UserError for paragraphs, questions and answers that are no text, and answers without their paragraph."""
+    for number, paragraph in enumerate(data.texts, 1):
+        check_text(paragraph, f"{where}: paragraph {number}")
+    for number, question in enumerate(data.questions, 1):
+        check_text(question.question, f"{where}: question {number}")
+        check_answers(question.answers, f"{where}: question {number}")
+        if not question.own:
+            raise UserError(f"{where}: question {number}: none of its paragraphs has the title of a supporting fact")
 
 
 def _squad(data: dict[str, Any]) -> Documents:

@@ -1,7 +1,11 @@
 """One evaluation prompt in parts, and the score of an answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from learnkv.data.documents import check_text
+from learnkv.errors import UserError
 
 Metric = Literal["all", "part"]
 
@@ -41,6 +45,20 @@ class Sample(Draft):
         text = _comparable(prediction)
         correct = [_comparable(answer) in text for answer in self.answers]
         return float(any(correct)) if self.metric == "part" else sum(correct) / len(correct)
+
+
+def check_answers(answers: Sequence[Any], where: str) -> None:
+    """Raise UserError for answers that nothing can be scored by: none, no text, or what every output contains.
+
+    Args:
+        where: file and place, for errors.
+    """
+    if not answers:
+        raise UserError(f"{where}: expected an answer, got an empty list")
+    for answer in answers:
+        check_text(answer, where, "an answer of text")
+        if not _comparable(answer).strip():
+            raise UserError(f"{where}: expected an answer, got a blank one, which every output would contain")
 
 
 def _comparable(text: str) -> str:

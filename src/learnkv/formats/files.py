@@ -4,7 +4,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -50,11 +51,28 @@ def read_json(path: str | Path) -> Any:
     """Content of a JSON file. Raises UserError where it is not JSON, or nested deeper than `MAX_DEPTH`."""
     text = read_text(path)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON: {error}") from None
     _expanded(content, path)
     return content
+
+
+def parse_json(text: str) -> Any:
+    """JSON as plain containers. Raises ValueError, also for a key that an object has twice; RecursionError."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"an object has the key {_repeated(key for key, _ in pairs)!r} twice")
+    return content
+
+
+def _repeated(keys: Iterable[Any]) -> Any:
+    """The first key that occurs twice; None where there is none."""
+    return next((key for key, count in Counter(keys).items() if count > 1), None)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -85,7 +103,7 @@ def read_yaml(path: str | Path) -> Any:
 
 
 class _ShallowLoader(yaml.SafeLoader):
-    """A safe loader that stops at the first value below `MAX_DEPTH`."""
+    """A safe loader that stops at the first value below `MAX_DEPTH` and at a key that a mapping has twice."""
 
     depth = 0
 
@@ -95,6 +113,13 @@ class _ShallowLoader(yaml.SafeLoader):
             raise yaml.YAMLError(f"is nested deeper than {MAX_DEPTH} levels")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if (key := _repeated(keys)) is not None:
+            raise yaml.YAMLError(f"a mapping has the key {key!r} twice")
         return node
 
 

@@ -42,7 +42,7 @@ def compressed_attention(
     the last layer of a cache with online eviction. `attend`, if given, makes the result instead.
 
     Raises:
-        UserError: for logit soft-capping, attention sinks as weights and an exceeded sliding window.
+        UserError: for logit soft-capping, attention sinks as weights, an exceeded sliding window and dropout.
     """
     if attend is not None:
         return attend(query, key), None
@@ -50,6 +50,8 @@ def compressed_attention(
         if kwargs.get(name) is not None:
             raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
     if cache_layer is not None:
+        if dropout:
+            raise UserError(f"{type(module).__name__} drops out {dropout:g} of its attention: call model.eval()")
         cache_layer.confirm(type(module).__name__, key, value)
         _check_mask(module, query, key, attention_mask)
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))

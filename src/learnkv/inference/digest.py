@@ -17,6 +17,8 @@ from learnkv.inference.attention import implementation
 
 _MANTISSA = 11
 """Low bits of a float32 that are dropped from computed buffers: machines differ in the last one."""
+_OTHERS = {"training", "gradient_checkpointing", "max_seq_len_cached", "name_or_path"}
+"""Attributes of modules that change no number, or that a call leaves behind."""
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -53,7 +55,7 @@ def weights_digest(model: nn.Module) -> str:
             raise UserError(f"weight {name} is offloaded: load the model whole, samples are identified by its weights")
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(tensor_digest, tensors.values()))
-    return hashlib.sha256(json.dumps([*zip(tensors, digests, strict=True), _floats(model)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([*zip(tensors, digests, strict=True), _settings(model)]).encode()).hexdigest()
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -98,16 +100,28 @@ def _rounded(buffer: Tensor) -> Tensor:
     return (bits + (1 << _MANTISSA - 1)) >> _MANTISSA
 
 
-def _floats(model: nn.Module) -> list[tuple[str, float]]:
-    """Numbers that modules read besides their tensors, such as the epsilon of a norm."""
-    foreign = ("torch.", "peft.")
-    return [
-        (f"{path}.{name}", value)
-        for path, module in model.named_modules()
-        if not type(module).__module__.startswith(foreign)
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, float)
-    ]
+def _settings(model: nn.Module) -> list[tuple[str, Any]]:
+    """What modules compute with besides their tensors: their classes, numbers and words, and adapters in use."""
+    settings: list[tuple[str, Any]] = []
+    adapted: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{layer}.") and not f"{path}.".startswith(f"{layer}.base_layer.") for layer in adapted):
+            continue  # parts of an adapter, which are digested with their layer
+        about: Any
+        if lora.is_adapted(module):
+            adapted.append(path)
+            about = lora.own_settings(module)
+        else:
+            about = [type(module).__qualname__, *sorted(filter(_is_setting, vars(module).items()))]
+        if about:
+            settings.append((path.replace(".base_layer", ""), about))
+    return settings
+
+
+def _is_setting(item: tuple[str, Any]) -> bool:
+    """Whether an attribute of a module changes what it computes."""
+    name, value = item
+    return not name.startswith("_") and name not in _OTHERS and isinstance(value, bool | int | float | str)
 
 
 def _values(config: Any) -> Any:

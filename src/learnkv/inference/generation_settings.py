@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -49,11 +50,9 @@ def generation_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> G
     Raises:
         UserError: for a name or value that transformers does not know, and for settings that are not supported.
     """
-    if arguments["max_new_tokens"] < 1 or arguments.get("num_beams", 1) < 1:
-        raise UserError(
-            f"max_new_tokens={arguments['max_new_tokens']} num_beams={arguments.get('num_beams', 1)}: expected at "
-            "least 1 of each"
-        )
+    counts = arguments["max_new_tokens"], arguments.get("num_beams", 1)
+    if not all(isinstance(count, Integral) and int(count) >= 1 for count in counts):
+        raise UserError(f"max_new_tokens={counts[0]} num_beams={counts[1]}: expected at least 1 of each, whole numbers")
     if arguments.get("do_sample") is None and model.generation_config.do_sample:
         warnings.warn(
             "the model's generation config samples, learnkv.generate is greedy unless do_sample=True", stacklevel=4

@@ -142,6 +142,12 @@ class ProbedLayer:
         return self.matrix
 
     def _find_projection(self) -> Tensor:
+        if hooks := [hook for hook in self.module._forward_hooks.values() if not _only_records(hook)]:
+            hook = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
+            raise UserError(
+                f"{type(self.module).__name__}: the policy reads the output projection, and a forward hook ({hook}) "
+                "may change the layer's output: remove it"
+            )
         weight = self._plain_weight()
         if weight is not None and (weight.is_meta or PLAIN in vars(self.module)):
             return weight
@@ -168,7 +174,8 @@ class ProbedLayer:
     def _plain_weight(self) -> Tensor | None:
         """The weight of an output projection that is nothing but a linear layer."""
         layer = getattr(self.module, "o_proj", None)
-        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not layer._forward_hooks
+        hooks = layer is not None and (layer._forward_hooks or layer._forward_pre_hooks)
+        plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not hooks
         return layer.weight.detach() if plain and layer is not None else None
 
     def _projected(self, outputs: Tensor, hidden: Tensor, dim: int) -> Tensor:
@@ -224,6 +231,11 @@ class _NoCache(DynamicCache):
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
+
+
+def _only_records(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook of a layer is one of transformers' own, which collect outputs."""
+    return getattr(hook, "__module__", "").startswith("transformers.")
 
 
 @contextmanager

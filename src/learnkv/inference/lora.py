@@ -163,6 +163,28 @@ def _remove(model: Any, name: str) -> None:
     getattr(model, "peft_config", {}).pop(name, None)
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is one of peft's layers around another layer."""
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapters")
+
+
+def own_settings(layer: Any) -> list[tuple[str, Any]]:
+    """What a layer of peft computes with besides its tensors; empty where all adapters are learnkv's."""
+    stores = [getattr(layer, name) for name in layer.adapter_layer_names if hasattr(layer, name)]
+    own = sorted({str(adapter) for store in stores for adapter in store if not str(adapter).startswith(PREFIX)})
+    if not own:
+        return []
+    by_adapter = {name: value for name, value in vars(layer).items() if isinstance(value, dict)}
+    numbers = [
+        (name, adapter, value[adapter])
+        for name, value in sorted(by_adapter.items())
+        for adapter in own
+        if isinstance(value.get(adapter), bool | int | float | str)
+    ]
+    active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in own]
+    return [("adapters", own), ("active", active), ("numbers", numbers)]
+
+
 def _adapted(model: nn.Module) -> Iterator[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 

@@ -31,6 +31,8 @@ def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         return
     if (cause := _bypass(model)) is not None:
         raise UserError(cause)
+    if cache.pending is not None:
+        _take_pending(cache, args, kwargs)
     for layer in cache.compressed_layers():
         layer.attended = False
     bound = _announced_bound(cache, kwargs)
@@ -105,6 +107,20 @@ def _bypass(model: Any) -> str | None:
             "gradient_checkpointing_disable()"
         )
     return None
+
+
+def _take_pending(cache: CompressedCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Expect a pass outside learnkv to begin with the tokens of the last turn that the model has not read."""
+    assert cache.pending is not None
+    unread, is_token = cache.pending
+    given = kwargs.get("input_ids", args[0] if args else None)
+    first = None if given is None else given[:, : unread.shape[1]].to(unread.device)
+    if first is None or first.shape != unread.shape or bool(((first != unread) & is_token).any()):
+        raise UserError(
+            f"the cache has yet to read the last {unread.shape[1]} tokens of the last turn: let input_ids begin with "
+            "them, or use learnkv.generate or learnkv.continuation, which read them first"
+        )
+    cache.pending = None
 
 
 def _recomputes(model: Any) -> bool:

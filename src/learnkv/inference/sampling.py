@@ -122,7 +122,10 @@ def stop_condition(
     if config.stop_strings is not None:
         if tokenizer is None:
             raise UserError(f"stop_strings={config.stop_strings!r}: expected tokenizer=, the model's tokenizer")
-        criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        try:
+            criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"stop_strings={config.stop_strings!r}: {' '.join(str(error).split())}") from None
     if config.max_time is not None:
         criteria.append(MaxTimeCriteria(config.max_time))
     return criteria if wanted else None

@@ -20,7 +20,10 @@ class Sequence(NamedTuple):
 
 
 def check_ids(ids: Tensor) -> None:
-    """Raise UserError unless `ids` is [B, T] with at least one token."""
+    """Raise UserError unless `ids` is [B, T] of whole numbers with at least one token."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise UserError(f"input_ids of type {kind}: expected a tensor of int64 or int32")
     if ids.ndim != 2 or ids.numel() == 0:
         raise UserError(f"input_ids of shape {list(ids.shape)}: expected [batch, tokens] with at least one token")
 
@@ -31,6 +34,8 @@ def check_mask(ids: Tensor, mask: Tensor | None) -> None:
         raise UserError(
             f"attention_mask of shape {list(mask.shape)}: expected {list(ids.shape)}, the shape of input_ids"
         )
+    if mask is not None and mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise UserError("attention_mask: expected 1 for tokens and 0 for padding, got other numbers")
 
 
 def left_padded(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """How many entries a budget keeps, and which of them every policy keeps."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ def check_budget(keep: float | None, budget: float | None) -> None:
     """Raise unless exactly one of `keep` and `budget` is given and in range."""
     if (keep is None) == (budget is None):
         raise UserError(f"keep={keep} budget={budget}: expected exactly one of them")
+    for name, value in (("keep", keep), ("budget", budget)):
+        if value is not None and not isinstance(value, Real):
+            raise UserError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
     if keep is not None and not 0 < keep <= 1:
         raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries with 0 < keep <= 1")
     if budget is not None and not 1 <= budget < float("inf"):

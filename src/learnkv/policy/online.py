@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from learnkv.policy.relax import relax_to_plan
 
 def check_online(interval: int, scorer: Scorer | None) -> None:
     """Raise for a negative interval, and where a scorer cannot score tokens that come after the prompt."""
-    if interval < 0:
+    if not isinstance(interval, Integral) or interval < 0:
         raise UserError(
             f"evict_interval={interval}: expected a number of tokens, 0 to keep all that come after the prompt"
         )

@@ -11,6 +11,7 @@ from learnkv.core.finite import Invalid, check_shape, without_nan
 from learnkv.core.observation import Observation
 from learnkv.core.plan import Plan, baseline_of
 from learnkv.core.scorer import Scorer, Scores
+from learnkv.errors import UserError
 from learnkv.ops.device import upload
 from learnkv.ops.round_to_budget import round_in_order, round_to_budget
 from learnkv.policy.budget import protected_entries
@@ -79,9 +80,13 @@ class Planner:
         per_head = upload(protected, obs.positions.device).view(-1, 1, 1)
         length = obs.length.view(-1, 1, 1)
         always = protected_entries(obs.positions, obs.valid, length, per_head, self.recent, self.sinks)
+        before = _versions(obs)
         result = self.scorer.score(obs)
         check_shape(result.scores, obs.valid.shape, f"{self.scorer.name}: scores of layer {obs.layer_idx}", "[B, H, S]")
-        scores = result.scores.masked_fill(result.scores.isinf(), torch.nan)  # infinite ones would count as protected
+        if _versions(obs) != before:
+            raise UserError(f"{self.scorer.name} writes into the queries, keys or values of layer {obs.layer_idx}")
+        scores = result.scores if result.scores.is_floating_point() else result.scores.float()
+        scores = scores.masked_fill(scores.isinf(), torch.nan)  # infinite ones would count as protected
         return result._replace(scores=scores).masked(absent=~obs.valid, protected=always)
 
     def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
@@ -115,6 +120,11 @@ class Planner:
         wanted = without_nan(wanted, f"{self.allocator.name}: budgets", invalid)
         exact = round_in_order if self.allocator.sequential else round_to_budget
         return wanted, exact(wanted, entries, spend, at_least)
+
+
+def _versions(obs: Observation) -> list[int]:
+    """How often the captured tensors were written into; of those of inference mode nothing is known."""
+    return [part._version for part in (obs.queries, obs.keys, obs.values) if not part.is_inference()]
 
 
 def with_keep(obs: Observation, lengths: Sequence[int], totals: Sequence[int], layers: int) -> Observation:

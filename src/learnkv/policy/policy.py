@@ -1,6 +1,7 @@
 """A policy: what a prompt is compressed by, heuristic or learned, at deployment and in training."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,8 +60,10 @@ class Policy(Component):
         read: float | None = None,
     ) -> None:
         super().__init__()
-        if sinks < 0 or recent < 0:
+        if not all(isinstance(count, Integral) and count >= 0 for count in (sinks, recent)):
             raise UserError(f"sinks={sinks} recent={recent}: expected numbers of tokens >= 0")
+        if rerotate not in (None, "start", "end"):
+            raise UserError(f"rerotate={rerotate!r}: expected start, end or null")
         check_online(evict_interval, decode or scorer)
         self.scorer = scorer
         self.evict_interval, self.decode, self.rerotate = evict_interval, decode, rerotate

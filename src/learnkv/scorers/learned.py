@@ -98,6 +98,7 @@ class LearnedScorer(Residual):
         layer = obs.layer_idx
         with torch.no_grad():
             inputs = torch.cat([self._entries(obs), self._attention(obs), baseline.unsqueeze(-1)], -1)
+            inputs = inputs.to(self.weight_in.dtype)
         if self.project is not None:
             inputs = torch.cat([inputs, self.cached_features(obs).expand(-1, inputs.shape[1], -1, -1)], -1)
         hidden = nn.functional.gelu(inputs @ self.weight_in[layer] + self.bias[layer])

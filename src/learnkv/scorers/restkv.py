@@ -80,9 +80,11 @@ class ReSTKV(Scorer):
         weights, sees = obs.window_attention(self.window)  # [B, H, G, W, S], [B, H, W, S]
         inside = obs.in_window(self.window)
         past = obs.valid & ~inside
-        values = obs.values.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
+        values = obs.values.to(weights.dtype).masked_fill(~obs.valid.unsqueeze(-1), 0.0)
         heads, group = weights.shape[1:3]
-        small = isometries(obs.projection, heads * group).unflatten(0, (heads, group)) if self.project else None
+        small = None
+        if self.project:
+            small = isometries(obs.projection, heads * group).to(weights.dtype).unflatten(0, (heads, group))
         parts = []
         for member in range(group):  # values after projection are as large as the keys for each
             projected = values if small is None else torch.einsum("hmd,bhsd->bhsm", small[:, member], values)

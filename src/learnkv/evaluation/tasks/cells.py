@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from math import isnan
 from typing import Any
 
+from learnkv.data.documents import check_text
+from learnkv.data.sample import check_answers
 from learnkv.errors import UserError
 
 EXPECTED = 'expected text, a whole number or a list of these, in a csv file as ["12", "34"]'
@@ -19,6 +21,8 @@ _TOKEN = re.compile(
     )\s*""",
     re.VERBOSE | re.DOTALL,
 )
+_LIST = re.compile(r"\s*(?:\[|\{|array\(|\(\s*['\"])")
+"""How a list or mapping begins that is written as text; a tuple only with a quoted text, as others begin so too."""
 _CONSTANTS = {"None": None, "null": None, "nan": None, "True": True, "False": False, "true": True, "false": False}
 
 
@@ -33,15 +37,14 @@ def answers_of(cell: Any, where: str) -> list[str]:
     Raises:
         UserError: nothing to score by, or what could be read in two ways.
     """
-    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{", "array(")):
+    if isinstance(cell, str) and _LIST.match(cell):
         cell = _parsed(cell, where)
     if isinstance(cell, Mapping):
         if "text" not in cell:
             raise UserError(f"{where}: {EXPECTED}, got a mapping of {', '.join(map(str, cell)) or 'nothing'}")
         cell = cell["text"]
     answers = [_answer(value, where) for value in (cell if isinstance(cell, list) else [cell])]
-    if not answers:
-        raise UserError(f"{where}: expected an answer, got an empty list")
+    check_answers(answers, where)
     return answers
 
 
@@ -57,14 +60,14 @@ def text_of(cell: Any, where: str, blank: bool = True) -> str:
         raise UserError(f"{where}: expected text, got {_shown(cell)}")
     if not blank and not cell.strip():
         raise UserError(f"{where}: expected text, got a blank cell")
-    return cell
+    return check_text(cell, where)
 
 
 def count_of(cell: Any, where: str) -> int:
     """A whole number of at least 1. Raises UserError for anything else."""
     try:
         count = float("nan") if isinstance(cell, bool) or is_blank(cell) else float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         count = float("nan")
     if not (count >= 1 and count.is_integer()):
         raise UserError(f"{where}: expected a whole number of at least 1, got {_shown(cell)}")
@@ -79,8 +82,8 @@ def is_blank(cell: Any) -> bool:
 def _answer(value: Any, where: str) -> str:
     if isinstance(value, list) and len(value) == 1:  # a list of alternatives of which there is one
         value = value[0]
-    if is_blank(value) or (isinstance(value, str) and not value.strip()):
-        raise UserError(f"{where}: expected an answer, got a blank one, which every output would contain")
+    if is_blank(value):
+        return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UserError(f"{where}: {EXPECTED}, got {_shown(value)}")
     return str(value)
@@ -127,8 +130,8 @@ def _value(tokens: Iterator[tuple[str, str]], token: tuple[str, str]) -> Any:
         return int(text) if re.fullmatch(r"[-+]?\d+", text) else float(text)
     if kind == "name":
         return _CONSTANTS[text] if text in _CONSTANTS else _call(tokens, text)
-    if text == "[":
-        return [_value(tokens, item) for item in _items(tokens, "]")]
+    if text in "[(":
+        return [_value(tokens, item) for item in _items(tokens, "]" if text == "[" else ")")]
     if text == "{":
         return {_value(tokens, key): _after(tokens, ":") for key in _items(tokens, "}")}
     raise ValueError(text)

@@ -4,7 +4,6 @@ import csv
 import glob
 import gzip
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import datasets
 
 from learnkv.errors import UserError
+from learnkv.formats.files import parse_json
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 MISSING = ("nan", "NaN", "None", "null", "<NA>")
@@ -58,7 +58,7 @@ def _json(path: str, text: str) -> Rows:
     """JSON lines, or one list."""
     if suffix_of(path) == ".json" and text.lstrip().startswith("["):
         try:
-            lines = [(number, row) for number, row in enumerate(json.loads(text), 1)]
+            lines = [(number, row) for number, row in enumerate(parse_json(text), 1)]
         except (ValueError, RecursionError) as error:
             raise UserError(f"tasks={path}: expected JSON: {error}") from None
     else:
@@ -73,7 +73,7 @@ def _json(path: str, text: str) -> Rows:
 
 def _json_line(path: str, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"tasks={path}: line {number}: expected JSON: {error}") from None
 
@@ -85,9 +85,13 @@ def _csv(path: str, text: str) -> Rows:
         rows = list(reader)
     except csv.Error as error:
         raise UserError(f"tasks={path}: line {reader.line_num}: {error}") from None
+    header = reader.fieldnames or []
+    if len(set(header)) < len(header):
+        raise UserError(f"tasks={path}: the header has a column twice: {', '.join(header)}")
     for number, row in enumerate(rows, 1):
-        if None in row:
-            raise UserError(f"tasks={path}: row {number}: expected {len(row) - 1} cells as in the header, got more")
+        if None in row or None in row.values():
+            than = "more" if None in row else "fewer"
+            raise UserError(f"tasks={path}: row {number}: expected {len(header)} cells as in the header, got {than}")
     return [{column: None if cell in MISSING else cell for column, cell in row.items()} for row in rows]
 
 
