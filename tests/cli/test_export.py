@@ -16,7 +16,7 @@ from learnkv.formats import budgets, duo, headkv, layers, lukv
 from learnkv.persistence.policies import SHIPPED
 from learnkv.scorers import SnapKV
 
-KNOWN = budgets.read(SHIPPED / "budgets.csv")
+KNOWN = budgets.read(SHIPPED["reference"] / "budgets.csv")
 
 
 def exported(tmp_path: Path, kind: str, *words: str) -> str:
@@ -94,7 +94,7 @@ def test_a_budget_table_comes_back(tmp_path: Path) -> None:
     file = tmp_path / "budgets.csv"
     file.write_text(budgets.text(KNOWN))
     assert budgets.read(file) == KNOWN
-    assert file.read_text() == (SHIPPED / "budgets.csv").read_text()
+    assert file.read_text() == (SHIPPED["reference"] / "budgets.csv").read_text()
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,26 @@ def test_a_folder_gives_a_frozen_model_and_a_left_padding_tokenizer(stored: Path
 def test_dtype_and_attention_are_chosen(stored: Path) -> None:
     model, _ = load_model(str(stored), dtype="bfloat16", attn="eager")
     assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
-    assert torch_dtype("auto", torch.device("cuda")) == "auto"
-    assert torch_dtype("float16", torch.device("cpu")) == torch.float16
+    assert torch_dtype("auto") == "auto"
+    assert torch_dtype("float16") == torch.float16
+
+
+@pytest.mark.parametrize(("stored_as", "instructions", "dtype"), [
+    ("bfloat16", True, torch.bfloat16),
+    ("bfloat16", False, torch.float32),
+    ("float16", True, torch.float32),
+    ("float32", True, torch.float32),
+])
+def test_auto_is_bfloat16_where_model_and_processor_have_it(
+    stored_as: str, instructions: bool, dtype: torch.dtype, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = AutoModelForCausalLM.from_pretrained(stored, dtype=getattr(torch, stored_as))
+    lm.save_pretrained(tmp_path)
+    for file in stored.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(models_module, "cpu_has_bfloat16", lambda: instructions)
+    assert load_model(str(tmp_path), device="cpu")[0].dtype == dtype
+    assert load_model(str(tmp_path), device="cpu", dtype="float32")[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "./missing", "/missing", "", "~/nothing/here"])
@@ -132,7 +150,7 @@ def test_unknown_devices(device: str) -> None:
 
 
 def test_unknown_dtype() -> None:
-    line = complaint(lambda: torch_dtype("fp16", torch.device("cpu")))
+    line = complaint(lambda: torch_dtype("fp16"))
     assert line == "dtype=fp16: expected auto, float32, bfloat16, float16"
 
 

@@ -21,7 +21,10 @@ from learnkv.errors import UserError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a run that cannot go on, not of a wrong argument."""
-TABLES = Path(__file__).resolve().parents[1] / "reference" / "tables"
+_REFERENCE = Path(__file__).resolve().parents[1] / "reference"
+TABLES = _REFERENCE / "tables"
+MODELS_WITH_TABLES = {"reference": TABLES, "smollm2": _REFERENCE / "smollm2" / "tables"}
+"""Folders of the tables in this package, by the name that `model=` takes."""
 TEXT_BYTES, YAML_BYTES = 1 << 28, 1 << 20
 """Largest text or JSON file and largest YAML file that is read."""
 MAX_DEPTH, MAX_VALUES = 64, 1_000_000
@@ -29,9 +32,9 @@ MAX_DEPTH, MAX_VALUES = 64, 1_000_000
 
 
 def locate(path: str, shipped: str) -> Path:
-    """The file of a policy's argument: a path, or `reference` for the reference model's file `shipped`."""
+    """The file of a policy's argument: a path, or `reference` or `smollm2` for that model's file `shipped`."""
     file = Path(path).expanduser()
-    return TABLES / shipped if path == "reference" and not file.exists() else file
+    return MODELS_WITH_TABLES[path] / shipped if path in MODELS_WITH_TABLES and not file.exists() else file
 
 
 def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:

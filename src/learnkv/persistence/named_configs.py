@@ -31,7 +31,7 @@ def find_config(kind: str, name: str, key: str = "config") -> Path:
     if name in names:
         return CONFIGS / kind / f"{name}.yaml"
     trained = (
-        "a checkpoint, an exported folder, reference (the trained policy of this package), " if key == "ckpt" else ""
+        "a checkpoint, an exported folder, reference or smollm2 (the trained policies of this package), " if key == "ckpt" else ""
     )
     raise UserError(
         f"{key}={name}: expected {trained}a YAML file or one of: {', '.join(names)}{nearest(path.stem, names)}"

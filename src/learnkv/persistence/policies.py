@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from learnkv.errors import UserError
 from learnkv.formats import budgets as budget_table
-from learnkv.formats.files import make_folder, output_file, write_text
+from learnkv.formats.files import MODELS_WITH_TABLES, make_folder, output_file, write_text
 from learnkv.inference import lora as adapters
 from learnkv.inference.fingerprint import describe_with_weights, other_weights
 from learnkv.inference.models import describe_model
@@ -37,7 +37,13 @@ from learnkv.policy.policy import Policy
 
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 """Kept fractions at which an export tabulates budgets."""
-SHIPPED = Path(__file__).resolve().parents[1] / "reference" / "policy"
+_REFERENCE = Path(__file__).resolve().parents[1] / "reference"
+SHIPPED = {
+    "reference": _REFERENCE / "policy",
+    "smollm2": _REFERENCE / "smollm2" / "policy",
+    "smollm2-text": _REFERENCE / "smollm2" / "policy-text",
+}
+"""Folders of the trained policies in this package, by the name that `ckpt=` takes."""
 _NOMINAL_ENTRIES = 4096
 
 
@@ -110,7 +116,8 @@ def load_policy(
     """A policy from a Lightning checkpoint, an exported folder, a training run's folder, or a heuristic's YAML.
 
     Args:
-        path: file or folder; a bare name finds `configs/policies/NAME.yaml`; `reference` is the shipped policy;
+        path: file or folder; a bare name finds `configs/policies/NAME.yaml`, with the tables of `model` where it reads
+            any and this package has them; `reference`, `smollm2` and `smollm2-text` are the policies in this package;
             `owner/name` or `owner/name@revision`, where there is no such path, a policy on the Hugging Face hub.
         allow: module prefixes besides `learnkv` whose classes the file may name.
         model: the model to use it with, or its description (`describe_model`, `describe_with_weights`); a policy that
@@ -126,7 +133,8 @@ def load_policy(
     elif file.suffix == ".ckpt":
         stored = stored_in_checkpoint(file)
     else:
-        stored = StoredPolicy(read_spec(find_config("policies", str(path), "ckpt")), {})
+        spec = read_spec(find_config("policies", str(path), "ckpt"))
+        stored = StoredPolicy(spec if file.is_file() else _with_tables_of(spec, model), {})
     policy = build_policy(stored.spec, allow, str(path))
     policy.adapter = stored.adapter
     policy.trained_for = stored.model or None
@@ -140,6 +148,20 @@ def load_policy(
     if folder is not None:
         check_digests(folder)
     return loaded
+
+
+def _with_tables_of(spec: Any, model: Mapping[str, Any] | nn.Module | None) -> Any:
+    """A method's arguments with the tables of a model that this package has some of, in place of the reference's."""
+    if model is None:
+        return spec
+    name = (model if isinstance(model, Mapping) else describe_model(model))["id"]
+    return _renamed(spec, name) if name in MODELS_WITH_TABLES else spec
+
+
+def _renamed(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _renamed(item, name) for key, item in value.items()}
+    return name if value == "reference" else value
 
 
 def _described(model: Any, trained_for: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,10 +189,13 @@ def policy_folder(path: str | Path) -> Path | None:
     """Folder of a trained policy: its own, the one in a run's folder, the shipped one, or a download from the hub.
 
     None for a file.
+
+    Raises:
+        UserError: a policy of the hub that cannot be fetched.
     """
     folder = Path(path).expanduser()
-    if str(path) == "reference" and not folder.exists():
-        return SHIPPED
+    if str(path) in SHIPPED and not folder.exists():
+        return SHIPPED[str(path)]
     if hub.is_repository(str(path)):
         return hub.fetch(str(path))
     if not folder.is_dir():
@@ -182,8 +207,8 @@ def policy_folder(path: str | Path) -> Path | None:
 def describe_policy_file(path: str | Path) -> str:
     """Name of a policy in tables: the file name of a heuristic, `learned` or `learned-RUN` for a trained one."""
     file = Path(path).expanduser()
-    if str(path) == "reference" and not file.exists():
-        return "learned"
+    if str(path) in SHIPPED and not file.exists():
+        return "learned" + "-text" * str(path).endswith("-text")
     if hub.is_repository(str(path)):
         name = str(path).partition("@")[0].rpartition("/")[2]
     elif file.suffix != ".ckpt" and not file.is_dir():

@@ -45,7 +45,7 @@ class TrainConfig:
         policy: policy to train; sizes of the model are filled in.
         model: hub id, folder, or `reference`.
         revision: branch, tag or commit of a hub id.
-        dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
+        dtype: float32, bfloat16, float16, or auto: as stored; on a CPU float32, or bfloat16 where it has that.
         attn: transformers' attention implementation.
         data: settings of the training data; its keys are typed without `data.`.
         distillation: settings of distillation; its keys are typed without `distillation.`.
