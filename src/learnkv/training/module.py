@@ -73,6 +73,7 @@ class Distillation(L.LightningModule):
         self.policy, self.settings = policy, settings
         self.steps, self.seed = steps, seed
         self.description = dict(description or {})
+        self.logged_loss = ""  # name of the last step's loss in logs
         self.objective = settings.objective or ForwardKL()
         self.answers = AnswerCache(Path(settings.answers).expanduser() if settings.answers else None, seed)
         self.budgets: dict[float, list[list[float]]] | None = None
@@ -111,11 +112,6 @@ class Distillation(L.LightningModule):
         """The objective that this step minimises."""
         return self.objective.at_step(self.global_step)
 
-    @property
-    def logged_loss(self) -> str:
-        """Name of this step's loss in logs."""
-        return f"train/{self.step_objective.name}"
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         cache, batch = self._prefill(batch)
         inputs = self._inputs(cache, batch)
@@ -125,6 +121,7 @@ class Distillation(L.LightningModule):
             raise RunError(
                 f"the loss of step {self.global_step} is {loss.item()}: the model's or policy's output is not finite"
             )
+        self.logged_loss = f"train/{self.step_objective.name}"  # the next step may have another objective
         self.log(self.logged_loss, loss.detach(), on_step=True, on_epoch=False)
         if spent:
             self.log("train/spent_over_asked", sum(spent) / len(spent), on_step=True, on_epoch=False)
