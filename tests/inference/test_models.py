@@ -84,14 +84,22 @@ def test_dtype_and_attention_are_chosen(stored: Path) -> None:
     assert torch_dtype("float16") == torch.float16
 
 
-@pytest.mark.parametrize(("stored_as", "instructions", "dtype"), [
-    ("bfloat16", True, torch.bfloat16),
-    ("bfloat16", False, torch.float32),
-    ("float16", True, torch.float32),
-    ("float32", True, torch.float32),
-])
+@pytest.mark.parametrize(
+    ("stored_as", "instructions", "dtype"),
+    [
+        ("bfloat16", True, torch.bfloat16),
+        ("bfloat16", False, torch.float32),
+        ("float16", True, torch.float32),
+        ("float32", True, torch.float32),
+    ],
+)
 def test_auto_is_bfloat16_where_model_and_processor_have_it(
-    stored_as: str, instructions: bool, dtype: torch.dtype, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored_as: str,
+    instructions: bool,
+    dtype: torch.dtype,
+    stored: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lm = AutoModelForCausalLM.from_pretrained(stored, dtype=getattr(torch, stored_as))
     lm.save_pretrained(tmp_path)

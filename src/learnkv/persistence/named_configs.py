@@ -30,9 +30,8 @@ def find_config(kind: str, name: str, key: str = "config") -> Path:
     names = config_names(kind)
     if name in names:
         return CONFIGS / kind / f"{name}.yaml"
-    trained = (
-        "a checkpoint, an exported folder, reference or smollm2 (the trained policies of this package), " if key == "ckpt" else ""
-    )
+    shipped = "reference or smollm2 (the trained policies of this package)"
+    trained = f"a checkpoint, an exported folder, {shipped}, " if key == "ckpt" else ""
     raise UserError(
         f"{key}={name}: expected {trained}a YAML file or one of: {', '.join(names)}{nearest(path.stem, names)}"
     )
