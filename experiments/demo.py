@@ -19,7 +19,7 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.panels import size, table
 from learnkv.evaluation.run import evaluate
 from learnkv.inference.generate import generate
-from learnkv.inference.known_models import fetch, fetched_folder
+from learnkv.inference.known_models import KNOWN_MODELS, fetch, fetched_folder
 from learnkv.inference.models import describe_model, format_prompt, load_model
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy
@@ -52,6 +52,7 @@ class DemoConfig:
     """Let a model read a document of the standard library, compress its cache, and ask three questions.
 
     Args:
+        model: the language model; `smollm2` is fetched where it is not there.
         ckpt: the trained policy.
         baseline: the method beside it.
         keep: fraction of the document's entries that stays.
@@ -60,6 +61,7 @@ class DemoConfig:
         output: folder of the table and the picture.
     """
 
+    model: str = "smollm2"
     ckpt: str = "smollm2"
     baseline: str = "snapkv"
     keep: float = 0.05
@@ -77,10 +79,10 @@ class DemoConfig:
 
 def demo(config: DemoConfig, resolved: str) -> None:
     """The document and its questions, then the table."""
-    if fetched_folder("smollm2") is None:
+    if config.model in KNOWN_MODELS and fetched_folder(config.model) is None:
         say("fetching SmolLM2-135M-Instruct (98 MB, once)")
-        fetch("smollm2")
-    model, tokenizer = load_model("smollm2")
+        fetch(config.model)
+    model, tokenizer = load_model(config.model)
     described = describe_model(model)
     policies = {name: load_policy(name, model=described) for name in (config.ckpt, config.baseline)}
     head, tail, _ = format_prompt(tokenizer, INTRO + document(tokenizer, config.tokens), "\n\n{}")
@@ -139,7 +141,7 @@ def answers(model: Any, tokenizer: Any, tail: str, caches: dict[str, CompressedC
 def compare(config: DemoConfig) -> None:
     """The table and the picture."""
     words = [
-        "model=smollm2",
+        f"model={config.model}",
         f"ckpt={config.ckpt}",
         f"baselines={config.baseline},expected_attention,streaming_llm",
         "tasks=niah_single_1,niah_single_2,niah_multikey_1,vt",
