@@ -1,9 +1,15 @@
 """Shipped methods, their kinds, and selections of them."""
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.errors import UserError
+from learnkv.formats import files
+from learnkv.formats.files import TABLES
 from learnkv.persistence.methods import FULL, KINDS, kinds_of, method, select_methods
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.persistence.policies import load_policy
@@ -74,3 +80,19 @@ def test_a_mistyped_word_is_answered_with_the_nearest(word: str, near: str) -> N
         select_methods(["all", word], "methods")
     assert str(error.value).startswith(f"methods={word}: expected all, a kind ({', '.join(KINDS)}) or a method")
     assert str(error.value).endswith(f"; did you mean {near}?")
+
+
+def test_a_method_takes_the_tables_of_a_model_that_ships_with_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its bare name; a YAML of one's own says itself which file it reads."""
+    scores = json.loads((TABLES / "head_scores.json").read_text())
+    other = {head: [score / 2 + index for score in values] for index, (head, values) in enumerate(scores.items())}
+    (tmp_path / "head_scores.json").write_text(json.dumps(other))
+    monkeypatch.setitem(files.MODELS_WITH_TABLES, "smollm2", tmp_path)
+    plain, own = load_policy("headkv"), load_policy("headkv", model={"id": "smollm2"})
+    assert own.spec()["allocator"]["init_args"]["scores"] == "smollm2"
+    assert plain.spec()["allocator"]["init_args"]["scores"] == "reference"
+    assert not torch.equal(own.allocator.importance, plain.allocator.importance)
+    assert load_policy("headkv", model={"id": "somebody/else"}).spec() == plain.spec()
+    assert load_policy(CONFIGS / "policies" / "headkv.yaml", model={"id": "smollm2"}).spec() == plain.spec()
