@@ -35,7 +35,7 @@ def policy_digest(policy: Policy) -> str:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds beside parameters, buffers and submodules, such as a table as a plain tensor, and its hooks."""
+    """What a module holds beside parameters, buffers and submodules, such as a plain tensor, and its hooks."""
     held = {name: value for name, value in vars(module).items() if name not in _LEFT_OUT}
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return {name: _plain(value) for name, value in {**held, "hooks": hooks}.items()}
