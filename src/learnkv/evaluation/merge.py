@@ -86,7 +86,8 @@ def read(folder: str) -> Evaluation:
     results = read_json(path)
     if not _is_evaluation(results):
         raise UserError(f"folders={folder}: expected {RESULTS} of learnkv eval (schema 1) with rows")
-    return Evaluation(folder, *(results[key] for key in ("model", "environment", "rows")), results.get("notes", []))
+    model, environment, rows = (results[key] for key in ("model", "environment", "rows"))
+    return Evaluation(folder, model, environment, rows, results.get("notes", []))
 
 
 def _is_evaluation(results: Any) -> bool:
