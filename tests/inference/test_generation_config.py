@@ -180,13 +180,11 @@ FOLLOWED: dict[str, Any] = {
 @pytest.mark.parametrize("search", [{}, {"num_beams": 2}])
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_what_can_be_followed_is_not_refused(name: Any, search: Any) -> None:
-    asked = {name: FOLLOWED[name]}
-    prompts, questions = (
-        [tokens(1, n, seed=seed)[0] for n in lengths] for seed, lengths in ((7, (20, 9)), (8, (4, 2)))
-    )
+    asked = {"eos_token_id": [96], name: FOLLOWED[name]}
+    prompts, questions = [tokens(1, n, seed=7)[0] for n in (20, 9)], [tokens(1, n, seed=8)[0] for n in (4, 2)]
     with configured(asked) as (untouched, model):
         expected = theirs(untouched, prompts, questions, do_sample=False, **search)
-        ends = asked.get("eos_token_id", [])
+        ends = asked["eos_token_id"]
         generated = ours(model, prompts, questions, **search)
     assert expected is not None
     assert [until_end(row, ends) for row in generated] == [until_end(row, ends) for row in expected]

@@ -143,10 +143,18 @@ def torch_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 def _check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
     """Raise UserError for a tokenizer with ids that the model does not embed, added tokens of no prompt excepted."""
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    largest = max([tokenizer.vocab_size - 1, *(token for token in special if token is not None)])
-    size = lm.get_input_embeddings().num_embeddings
+    template = str(tokenizer.chat_template or "")
+    in_chats = (token for text, token in tokenizer.get_added_vocab().items() if text in template)
+    largest = max([tokenizer.vocab_size - 1, *in_chats, *(token for token in special if token is not None)])
+    size = embedded_tokens(lm)
     if largest >= size:
         raise UserError(f"model={model}: its tokenizer has ids up to {largest}, the model embeds {size} tokens")
+
+
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """Token ids from 0 on that a model has embeddings for."""
+    size: int = model.get_input_embeddings().num_embeddings
+    return size
 
 
 def _reason(error: Exception, folder: Path | None, fault: str | None = None) -> str:
