@@ -65,6 +65,7 @@ def load_model(
     try:
         if gguf:
             lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, attn)
+            lm.config._name_or_path = model  # transformers' is the folder, which cannot be loaded
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             lm, report = AutoModelForCausalLM.from_pretrained(
