@@ -1,8 +1,11 @@
 """Adapters: they act on what is read after compression and on nothing else, and go where their policy goes."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +70,21 @@ def test_an_adapter_acts_only_after_compression(model: PreTrainedModel) -> None:
     assert torch.equal(continuation(model, NEXT, again.fork()), full)
     assert torch.equal(continuation(model, NEXT, policy(mine).compress(again.fork(), keep=1.0)), full)
     assert torch.equal(model(PROMPT, past_key_values=DynamicCache()).logits, build("llama")(PROMPT).logits)
+
+
+def test_its_weights_are_read_once_and_not_at_every_step(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = policy(disturbed(model)).compress(prefill(model, PROMPT), keep=0.3)
+    digests: list[bytes] = []
+
+    def sha256(content: bytes) -> Any:
+        digests.append(content)
+        return hashlib.sha256(content)
+
+    monkeypatch.setattr("learnkv.core.adapter.hashlib", SimpleNamespace(sha256=sha256))
+    generate(model, NEXT, cache, max_new_tokens=9)
+    assert len(digests) <= 1
 
 
 def test_an_adapter_is_what_low_rank_matrices_added_to_the_weights_are(model: PreTrainedModel) -> None:

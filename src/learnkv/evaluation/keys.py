@@ -17,8 +17,8 @@ from learnkv.formats.files import content_digest
 from learnkv.inference.digest import tensor_digest
 from learnkv.policy.policy import Policy
 
-_LEFT_OUT = frozenset(vars(nn.Module())) | {"_arguments", "trained_for", "other_weights"}
-"""Attributes that are digested otherwise (parameters, buffers, the policy's spec), or that decide nothing."""
+_LEFT_OUT = frozenset(vars(nn.Module())) | {"_arguments", "adapter", "trained_for", "other_weights"}
+"""Attributes that are digested otherwise (parameters, buffers, the policy's spec, its adapter), or that decide nothing."""
 
 
 def policy_digest(policy: Policy) -> str:
