@@ -146,6 +146,10 @@ def test_an_adapter_that_does_not_fit_is_refused(model: PreTrainedModel, tmp_pat
     with pytest.raises(UserError, match="does not have"):
         read(NEW)
     folder = save_policy(policy(mine), tmp_path / "policy", model=describe_model(model))
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": 2000000000'))
+    with pytest.raises(UserError, match=r"expected a LoRA adapter \(rank 2000000000, its matrices have \[2\]\)"):
+        load_policy(folder)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="expected a LoRA adapter"):
         load_policy(folder)

@@ -18,7 +18,7 @@ from learnkv.inference.digest import tensor_digest
 from learnkv.policy.policy import Policy
 
 _LEFT_OUT = frozenset(vars(nn.Module())) | {"_arguments", "adapter", "trained_for", "other_weights"}
-"""Attributes that are digested otherwise (parameters, buffers, the policy's spec, its adapter), or that decide nothing."""
+"""Attributes that decide nothing, or are digested otherwise: parameters, buffers, the policy's spec, its adapter."""
 
 
 def policy_digest(policy: Policy) -> str:
