@@ -1,7 +1,5 @@
 """What a model's generation config or the call asks for: the tokens of transformers' generate(), or one line."""
 
-import contextlib
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.generation import configured, ours, theirs, until_end
 from support.models import attached, padded, plain, policy_for, tokens
 from transformers import GenerationConfig
 
@@ -17,7 +16,6 @@ from learnkv import CompressedCache, attach, continuation, generate, prefill
 from learnkv.errors import RunError, UserError
 from learnkv.inference.models import load_model
 
-NEW = 9
 SOME = st.lists(st.integers(1, 96), min_size=1, max_size=40, unique=True)
 OPTIONS = {
     "repetition_penalty": st.floats(0.5, 2.5),
@@ -74,45 +72,6 @@ def without_gradients() -> Iterator[Any]:
         yield
 
 
-@contextlib.contextmanager
-def configured(asked: dict[str, Any]) -> Iterator[Any]:
-    """The untouched model and the attached one with these settings in their generation configs."""
-    models = plain("llama"), attached("llama")
-    before = [model.generation_config for model in models]
-    try:
-        for model, original in zip(models, before, strict=True):
-            model.generation_config = copy.deepcopy(original)
-            for name, value in asked.items():
-                setattr(model.generation_config, name, value)
-        yield models
-    finally:
-        for model, original in zip(models, before, strict=True):
-            model.generation_config = original
-
-
-def theirs(model: Any, prompts: Any, questions: Any, **call: Any) -> list[list[int]] | None:
-    """What transformers generates; None where it fails."""
-    ids, mask = padded([torch.cat(pair) for pair in zip(prompts, questions, strict=True)])
-    ids = ids.masked_fill(mask == 0, 0)
-    try:
-        said = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, **call)
-    except (ValueError, RuntimeError, TypeError, IndexError, OSError, ImportError, AttributeError):
-        return None
-    return (said if torch.is_tensor(said) else said.sequences)[:, ids.shape[1] :].tolist()
-
-
-def ours(model: Any, prompts: Any, questions: Any, **call: Any) -> list[list[int]]:
-    ids, mask = padded(questions, "right")
-    prompt_ids, prompt_mask = padded(prompts)
-    cache = prefill(model, prompt_ids.masked_fill(prompt_mask == 0, 0), prompt_mask)
-    return generate(model, ids.masked_fill(mask == 0, 0), cache, mask, max_new_tokens=NEW, **call).tolist()
-
-
-def until_end(row: list[int], ends: list[int]) -> list[int]:
-    first = next((index for index, token in enumerate(row) if token in ends), len(row))
-    return row[: first + 1]
-
-
 @pytest.mark.compat
 @settings(max_examples=150, deadline=None)
 @given(
@@ -146,48 +105,6 @@ def test_every_setting_gives_the_tokens_of_transformers_or_one_line(
         ends = {**asked, **call}.get("eos_token_id") or []
         assert expected is not None, (asked, call)
         assert [until_end(row, ends) for row in said] == [until_end(row, ends) for row in expected]
-
-
-FOLLOWED: dict[str, Any] = {
-    "repetition_penalty": 1.5,
-    "encoder_repetition_penalty": 1.5,
-    "no_repeat_ngram_size": 1,
-    "encoder_no_repeat_ngram_size": 1,
-    "min_length": 30,
-    "min_new_tokens": 4,
-    "suppress_tokens": [1, 2, 3],
-    "begin_suppress_tokens": [4],
-    "bad_words_ids": [[3]],
-    "sequence_bias": [[[3], 2.0]],
-    "exponential_decay_length_penalty": (2, 1.5),
-    "forced_eos_token_id": 5,
-    "forced_bos_token_id": 5,
-    "remove_invalid_values": True,
-    "renormalize_logits": True,
-    "eos_token_id": [3, 4],
-    "pad_token_id": 3,
-    "watermarking_config": {"bias": 2.0, "context_width": 1},
-    "return_dict_in_generate": True,
-    "use_cache": True,
-    "cache_implementation": "static",
-    "guidance_scale": 1.0,
-    "num_return_sequences": 1,
-    "max_length": 100,
-}
-
-
-@pytest.mark.compat
-@pytest.mark.parametrize("search", [{}, {"num_beams": 2}])
-@pytest.mark.parametrize("name", FOLLOWED)
-def test_what_can_be_followed_is_not_refused(name: Any, search: Any) -> None:
-    asked = {"eos_token_id": [96], name: FOLLOWED[name]}
-    prompts, questions = [tokens(1, n, seed=7)[0] for n in (20, 9)], [tokens(1, n, seed=8)[0] for n in (4, 2)]
-    with configured(asked) as (untouched, model):
-        expected = theirs(untouched, prompts, questions, do_sample=False, **search)
-        ends = asked["eos_token_id"]
-        generated = ours(model, prompts, questions, **search)
-    assert expected is not None
-    assert [until_end(row, ends) for row in generated] == [until_end(row, ends) for row in expected]
 
 
 REFUSED = {

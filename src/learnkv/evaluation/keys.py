@@ -36,9 +36,9 @@ def policy_digest(policy: Policy) -> str:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """What a module holds beside parameters, buffers and submodules, such as a plain tensor, and its hooks."""
-    held = {name: value for name, value in vars(module).items() if name not in _LEFT_OUT}
+    plain = {name: value for name, value in vars(module).items() if name not in _LEFT_OUT}
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return {name: _plain(value) for name, value in {**held, "hooks": hooks}.items()}
+    return {name: _plain(value) for name, value in {**plain, "hooks": hooks}.items()}
 
 
 def _plain(value: Any, outer: tuple[int, ...] = ()) -> Any:
@@ -80,7 +80,7 @@ def _parts(value: Any) -> Sequence[Any]:
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise UserError(
             f"a policy holds a {type(value).__qualname__}, whose content is not known ({error}): stored samples could "
-            "not be told from others"
+            "not be distinguished from others"
         ) from None
     if isinstance(reduced, str):
         return (reduced,)

