@@ -10,8 +10,9 @@ import yaml
 from support.commands import eval
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.errors import UserError
 from learnkv.evaluation import runner
-from learnkv.evaluation.folder import evaluation_folder
+from learnkv.evaluation.folder import check_folder, evaluation_folder
 
 ROW = {"policy", "task", "length", "setting", "keep", "spent", "bytes", "bytes_full", "n", "score", "score_full", "kl"}
 
@@ -240,6 +241,12 @@ def test_the_folder_of_a_training_is_left_alone(
     assert f"expected another folder, such as output={tmp_path / 'run' / 'eval'}" in capsys.readouterr().err
     assert (tmp_path / "run" / "config.yaml").read_text() == content
     assert eval([*words, "--ckpt", "snapkv", "samples=1", f"output={tmp_path / 'run' / 'eval'}"]) == 0
+
+
+def test_a_config_of_another_program_may_be_hostile(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("[" * 3000)
+    with pytest.raises(UserError, match="expected another folder"):
+        check_folder(str(tmp_path))
 
 
 def test_a_second_program_in_the_folder_is_one_line(

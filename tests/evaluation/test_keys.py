@@ -1,8 +1,12 @@
 """Stored samples are known only while everything that can change their numbers is the same."""
 
+import functools
 import importlib
+import os
 import shutil
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from learnkv.errors import UserError
 from learnkv.evaluation import runner, sources
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.keys import policy_digest
@@ -117,6 +122,71 @@ def test_what_a_scorer_holds_as_a_plain_attribute_counts(value: Any) -> None:
     with_value = policy_digest(policy)
     policy.scorer.table = {"a": [2.0]} if isinstance(value, dict) else value * 2
     assert len({before, with_value, policy_digest(policy)}) == 3
+
+
+class Holder:
+    def __init__(self, value: float) -> None:
+        self.value, self.owner = value, self
+
+
+def linear(value: float) -> torch.nn.Linear:
+    layer = torch.nn.Linear(1, 1, dtype=torch.float32)
+    torch.nn.init.constant_(layer.weight, value)
+    torch.nn.init.zeros_(layer.bias)
+    return layer
+
+
+HELD = {
+    "object": Holder,
+    "function": lambda value: lambda x: x * value,
+    "partial": lambda value: functools.partial(max, value),
+    "method": lambda value: Holder(value).__eq__,
+    "module in a list": lambda value: [linear(value)],
+    "numpy scalar": np.float32,
+    "bytes": lambda value: repr(value).encode(),
+    "type of numbers": lambda value: torch.float16 if value == 1.0 else torch.float32,
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_objects_and_functions_that_a_scorer_holds_count_by_their_content(kind: str) -> None:
+    policy = load_policy("knorm")
+    digests = []
+    for value in (1.0, 2.0, 1.0):
+        policy.scorer.held = HELD[kind](value)
+        digests.append(policy_digest(policy))
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_hook_of_a_scorer_counts() -> None:
+    policy = load_policy("knorm")
+    before = policy_digest(policy)
+    policy.scorer.register_forward_hook(lambda module, args, output: -output)
+    assert policy_digest(policy) != before
+
+
+def test_what_has_no_known_content_is_refused() -> None:
+    policy = load_policy("knorm")
+    policy.scorer.held = threading.Lock()
+    with pytest.raises(UserError, match="a policy holds a lock, whose content is not known"):
+        policy_digest(policy)
+
+
+def test_digests_are_the_same_in_every_process() -> None:
+    code = "from learnkv.evaluation.sources import code_text\ncode = compile(\"x in {'a', 'b', 'c'}\", '', 'eval')\n"
+    command = [sys.executable, "-c", code + "print(code_text(code))"]
+    texts = {
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(texts) == 1
+
+
+def test_the_place_of_the_model_that_a_policy_was_trained_for_does_not_count(tmp_path: Path) -> None:
+    policy = load_policy("reference")
+    before = policy_digest(policy)
+    policy.trained_for, policy.other_weights = {"id": str(tmp_path)}, f"trained for {tmp_path}"
+    assert policy_digest(policy) == before
 
 
 def test_every_shipped_policy_has_its_own_digest_and_keeps_it() -> None:

@@ -27,9 +27,9 @@ def row(policy: Any, score: Any, **changes: Any) -> Any:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    def write(name: Any, rows: Any, model: Any = "tiny", torch: Any = "2.13") -> Any:
+    def write(name: Any, rows: Any, model: Any = "tiny", torch: Any = "2.13", **more: Any) -> Any:
         (tmp_path / name).mkdir()
-        results = {"schema": 1, "model": model, "environment": {"torch": torch}, "rows": rows}
+        results = {"schema": 1, "model": model, "environment": {"torch": torch}, "rows": rows, **more}
         (tmp_path / name / "results.json").write_text(json.dumps(results))
         return str(tmp_path / name)
 
@@ -94,6 +94,29 @@ def test_what_is_not_the_same_has_names_of_its_own(write: Any, capsys: pytest.Ca
         f"Different torch: 2.13 ({a}), 2.14 ({b}), 2.13 ({c}), 2.13 ({d}).",
     ):
         assert line in table
+
+
+def test_notes_and_different_conditions_go_with_every_table(
+    write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write("a", [FULL, row("x^2", 50.0)], notes=["learned: trained for other weights"])
+    b = write("b", [FULL, row("knorm", 60.0)], torch="2.14")
+    assert main(["merge", a, b, f"out={tmp_path / 'm.tex'},{tmp_path / 'm.md'}"]) == 0
+    printed = capsys.readouterr().err
+    latex = (tmp_path / "m.tex").read_text()
+    for text in (printed, latex, (tmp_path / "m.md").read_text()):
+        assert f"learned: trained for other weights ({a})" in text
+        assert f"Different torch: 2.13 ({a}), 2.14 ({b})." in text
+    assert r"x\^{}2 & 4" in latex
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": None}, {"environment": 5}, {"rows": [5]}, {"rows": {"a": 1}}, {"rows": [{"policy": "knorm"}]}],
+)
+def test_broken_results_are_one_line(write: Any, capsys: pytest.CaptureFixture[str], changes: Any) -> None:
+    assert main(["merge", write("a", **{"rows": [FULL], **changes})]) == 2
+    assert "expected results.json of learnkv eval (schema 1) with rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,12 @@ def test_records_after_a_line_that_was_cut_off_are_whole(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:-20])
     Store(path).add([record("c", index=2)])
     assert list(Store(path).records) == ["a", "c"]
+
+
+@pytest.mark.parametrize("line", ['{"fingerprint": "x"}', '{"fingerprint": {}}', "[" * 100_000])
+def test_lines_that_are_no_records_are_left_out(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "samples.jsonl"
+    path.write_text(line + "\n")
+    store = Store(path)
+    store.forget_outdated([])
+    assert not store.records

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from learnkv.errors import UserError
-from learnkv.formats.folder_lock import folder_lock
+from learnkv.formats.folder_lock import file_lock, folder_lock
 
 
 def test_the_second_is_refused_until_the_first_ends(tmp_path: Path) -> None:
@@ -24,7 +25,7 @@ def test_the_second_is_refused_until_the_first_ends(tmp_path: Path) -> None:
 
 
 def test_it_ends_with_a_killed_process(tmp_path: Path) -> None:
-    code = "import os, sys, pathlib; from learnkv.formats.folder_lock import folder_lock\n"
+    code = "import os, sys, pathlib; from learnkv.formats.folder_lock import file_lock, folder_lock\n"
     code += "with folder_lock(pathlib.Path(sys.argv[1]), 'output'): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
     with folder_lock(tmp_path, "output"):
@@ -38,3 +39,19 @@ def test_a_file_system_without_locks_is_written_without(tmp_path: Path, monkeypa
     monkeypatch.setattr("learnkv.formats.folder_lock.FileLock.acquire", fail)
     with folder_lock(tmp_path, "output"):
         pass
+
+
+def test_whoever_waits_goes_on_after_the_first(tmp_path: Path) -> None:
+    order, waiting = [], threading.Event()
+
+    def second() -> None:
+        with file_lock(tmp_path / "lock", waiting.set):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with file_lock(tmp_path / "lock", lambda: None):
+        thread.start()
+        assert waiting.wait(30)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]

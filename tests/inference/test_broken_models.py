@@ -50,6 +50,11 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder: Any) -> 
     tokenizer.add_tokens([f"<added {i}>" for i in range(size)])  # which no prompt need have
     tokenizer.save_pretrained(folder)
     load_model(str(folder))
+    tokenizer.chat_template = "<added 0>{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="its tokenizer has ids up to"):
+        load_model(str(folder))
+    (folder / "chat_template.jinja").unlink()
     words = {f"word{i}": i for i in range(size + 1)}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="word0"))).save_pretrained(folder)
     with pytest.raises(UserError, match=rf"its tokenizer has ids up to {size}, the model embeds {size} tokens"):

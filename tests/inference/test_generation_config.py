@@ -1,7 +1,5 @@
 """What a model's generation config or the call asks for: the tokens of transformers' generate(), or one line."""
 
-import contextlib
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.generation import configured, ours, theirs, until_end
 from support.models import attached, padded, plain, policy_for, tokens
 from transformers import GenerationConfig
 
@@ -17,7 +16,6 @@ from learnkv import CompressedCache, attach, continuation, generate, prefill
 from learnkv.errors import RunError, UserError
 from learnkv.inference.models import load_model
 
-NEW = 9
 SOME = st.lists(st.integers(1, 96), min_size=1, max_size=40, unique=True)
 OPTIONS = {
     "repetition_penalty": st.floats(0.5, 2.5),
@@ -72,45 +70,6 @@ def without_gradients() -> Iterator[Any]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@contextlib.contextmanager
-def configured(asked: dict[str, Any]) -> Iterator[Any]:
-    """The untouched model and the attached one with these settings in their generation configs."""
-    models = plain("llama"), attached("llama")
-    before = [model.generation_config for model in models]
-    try:
-        for model, original in zip(models, before, strict=True):
-            model.generation_config = copy.deepcopy(original)
-            for name, value in asked.items():
-                setattr(model.generation_config, name, value)
-        yield models
-    finally:
-        for model, original in zip(models, before, strict=True):
-            model.generation_config = original
-
-
-def theirs(model: Any, prompts: Any, questions: Any, **call: Any) -> list[list[int]] | None:
-    """What transformers generates; None where it fails."""
-    ids, mask = padded([torch.cat(pair) for pair in zip(prompts, questions, strict=True)])
-    ids = ids.masked_fill(mask == 0, 0)
-    try:
-        said = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, **call)
-    except (ValueError, RuntimeError, TypeError, IndexError, OSError, ImportError, AttributeError):
-        return None
-    return (said if torch.is_tensor(said) else said.sequences)[:, ids.shape[1] :].tolist()
-
-
-def ours(model: Any, prompts: Any, questions: Any, **call: Any) -> list[list[int]]:
-    ids, mask = padded(questions, "right")
-    prompt_ids, prompt_mask = padded(prompts)
-    cache = prefill(model, prompt_ids.masked_fill(prompt_mask == 0, 0), prompt_mask)
-    return generate(model, ids.masked_fill(mask == 0, 0), cache, mask, max_new_tokens=NEW, **call).tolist()
-
-
-def until_end(row: list[int], ends: list[int]) -> list[int]:
-    first = next((index for index, token in enumerate(row) if token in ends), len(row))
-    return row[: first + 1]
 
 
 @pytest.mark.compat

@@ -46,7 +46,9 @@ def test_a_fetched_model_is_found_by_its_name(wheel: Path, tmp_path: Path) -> No
 
 
 def test_a_gguf_file_is_a_model(wheel: Path, tmp_path: Path) -> None:
-    model, _ = load_model(str(tmp_path / "tiny.gguf"))
+    file = str(tmp_path / "tiny.gguf")
+    model, _ = load_model(file)
+    assert describe_model(model)["id"] == file  # a name that can be loaded
     fetch("tiny", str(wheel))
     stored = load_model("tiny")[0].state_dict()
     assert model.dtype == torch.float32

@@ -1,8 +1,11 @@
 """Adapters: they act on what is read after compression and on nothing else, and go where their policy goes."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +72,21 @@ def test_an_adapter_acts_only_after_compression(model: PreTrainedModel) -> None:
     assert torch.equal(model(PROMPT, past_key_values=DynamicCache()).logits, build("llama")(PROMPT).logits)
 
 
+def test_its_weights_are_read_once_and_not_at_every_step(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = policy(disturbed(model)).compress(prefill(model, PROMPT), keep=0.3)
+    digests: list[bytes] = []
+
+    def sha256(content: bytes) -> Any:
+        digests.append(content)
+        return hashlib.sha256(content)
+
+    monkeypatch.setattr("learnkv.core.adapter.hashlib", SimpleNamespace(sha256=sha256))
+    generate(model, NEXT, cache, max_new_tokens=9)
+    assert len(digests) <= 1
+
+
 def test_an_adapter_is_what_low_rank_matrices_added_to_the_weights_are(model: PreTrainedModel) -> None:
     mine = disturbed(model)
     held = policy(mine).compress(prefill(model, PROMPT), keep=0.3)
@@ -128,6 +146,10 @@ def test_an_adapter_that_does_not_fit_is_refused(model: PreTrainedModel, tmp_pat
     with pytest.raises(UserError, match="does not have"):
         read(NEW)
     folder = save_policy(policy(mine), tmp_path / "policy", model=describe_model(model))
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": 2000000000'))
+    with pytest.raises(UserError, match=r"expected a LoRA adapter \(rank 2000000000, its matrices have \[2\]\)"):
+        load_policy(folder)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="expected a LoRA adapter"):
         load_policy(folder)

@@ -1,5 +1,7 @@
 """What is refused in one line: prompts, settings and ways of decoding."""
 
+import functools
+
 import pytest
 import torch
 from support.models import attached, build, padded, plain, policy_for, tokens
@@ -57,6 +59,8 @@ def test_settings_are_checked(settings: dict[str, int | Tensor], line: str) -> N
         (tokens(2, 3), torch.ones(2, 4), r"attention_mask of shape \[2, 4\]: expected \[2, 3\]"),
         (tokens(2, 3), torch.full((2, 3), 0.5), "attention_mask: expected 1 for tokens and 0 for padding"),
         (tokens(2, 3).float(), None, "input_ids of type torch.float32: expected a tensor of int64 or int32"),
+        (torch.tensor([[1, 97]]), None, "input_ids: 97 is no token of this model, which embeds 97"),
+        (torch.tensor([[1, -1]]), None, "input_ids: -1 is no token of this model"),
         ([[1, 2]], None, "input_ids of type list: expected a tensor of int64 or int32"),
         (tokens(1, 513), None, "prompt of 513 tokens: the model's context is 512"),
     ],
@@ -64,6 +68,14 @@ def test_settings_are_checked(settings: dict[str, int | Tensor], line: str) -> N
 def test_prompts_are_checked(ids: Tensor, mask: str | None, line: str) -> None:
     with pytest.raises(UserError, match=line):
         prefill(attached("llama"), ids, mask)
+
+
+def test_questions_have_tokens_of_the_model() -> None:
+    model = attached("llama")
+    cache = prefill(model, tokens(1, 9))
+    for call in (continuation, functools.partial(generate, max_new_tokens=2)):
+        with pytest.raises(UserError, match="input_ids: 97 is no token of this model, which embeds 97"):
+            call(model, torch.tensor([[97]]), cache)
 
 
 def test_a_model_of_other_sizes_cannot_continue_a_prompt() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -26,9 +27,12 @@ class Adapter:
     targets: tuple[str, ...]
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """Its name in the model: a digest of its weights, so that it is loaded once."""
+        """Its name in the model: a digest of its weights, so that it is loaded once; every pass of the model reads it.
+
+        Computed once: the weights of `state` must not change.
+        """
         if not self.state:
             return PREFIX
         digest = hashlib.sha256(repr((self.rank, self.alpha, self.targets)).encode())

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from learnkv.errors import UserError
-from learnkv.formats.files import make_folder, read_text
+from learnkv.formats.files import make_folder, read_yaml
 from learnkv.formats.folder_lock import folder_lock
 
 CONFIG = "config.yaml"
@@ -19,8 +17,8 @@ def check_folder(output: str) -> None:
     if not config.is_file():
         return
     try:
-        keys = yaml.safe_load(read_text(config))
-    except yaml.YAMLError:
+        keys = read_yaml(config)
+    except UserError:
         keys = None
     if not isinstance(keys, dict) or not {"ckpt", "tasks", "samples"} <= keys.keys():
         raise UserError(

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from learnkv.formats.files import read_json, write_text
 
 FORMATS = (".md", ".csv", ".tex")
 RESULTS = "results.json"
+COLUMNS = {"policy", "task", "length", "setting", "keep", "budget", "bytes", "n", "score", "stderr", "kl"}
+"""What tables need of a row."""
 _LATEX = {"±": r"$\pm$", "·": r"$\cdot$", "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
 
 
@@ -55,6 +58,8 @@ class Evaluation(NamedTuple):
     model: str
     environment: Mapping[str, str]
     rows: Sequence[Row]
+    notes: Sequence[str] = ()
+    """Warnings about its policies."""
 
 
 def merge(config: MergeConfig, resolved: str) -> None:
@@ -63,6 +68,8 @@ def merge(config: MergeConfig, resolved: str) -> None:
     texts = {".md": markdown, ".csv": csv_text, ".tex": latex}
     if not config.out:
         print(markdown(evaluations), end="")
+    for note in _notes(evaluations) if config.out else ():
+        print(note, file=sys.stderr)
     for file in config.out:
         print(write_text(file, texts[Path(file).suffix](evaluations)))
 
@@ -77,14 +84,25 @@ def read(folder: str) -> Evaluation:
     if not path.is_file():
         raise UserError(f"folders={folder}: expected the folder of an evaluation, it has no {RESULTS}")
     results = read_json(path)
-    if not isinstance(results, dict) or results.get("schema") != 1 or not results.get("rows"):
+    if not _is_evaluation(results):
         raise UserError(f"folders={folder}: expected {RESULTS} of learnkv eval (schema 1) with rows")
-    return Evaluation(folder, results["model"], results["environment"], results["rows"])
+    model, environment, rows = (results[key] for key in ("model", "environment", "rows"))
+    return Evaluation(folder, model, environment, rows, results.get("notes", []))
+
+
+def _is_evaluation(results: Any) -> bool:
+    """Whether parsed JSON is what an evaluation writes."""
+    kinds = {"model": str, "environment": dict, "rows": list}
+    if not isinstance(results, dict) or results.get("schema") != 1:
+        return False
+    if not all(results.get(key) and isinstance(results[key], kind) for key, kind in kinds.items()):
+        return False
+    return all(isinstance(row, dict) and row.keys() >= COLUMNS for row in results["rows"])
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Tables per setting and length."""
-    lines = [f"# {_title(evaluations)}", "", *_differences(evaluations)]
+    lines = [f"# {_title(evaluations)}", "", *(line for note in _notes(evaluations) for line in (note, ""))]
     for title, head, body in _tables(evaluations):
         lines += [f"## {title}", "", "Cells: mean over tasks ± standard error · bytes held per prompt.", ""]
         lines += table(head, body)
@@ -93,7 +111,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
 
 def latex(evaluations: Sequence[Evaluation]) -> str:
     """The same tables, for the package booktabs."""
-    parts = []
+    parts = [f"% {note}" for note in _notes(evaluations)]
     for title, head, body in _tables(evaluations):
         rows = [" & ".join(map(_escaped, cells)) + r" \\" for cells in (head, *body)]
         columns = f"l{'r' * (len(head) - 1)}"
@@ -113,7 +131,7 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, ["folder", "model", *columns], lineterminator="\n")
     writer.writeheader()
-    for folder, model, _, rows in evaluations:
+    for folder, model, _, rows, _ in evaluations:
         writer.writerows({"folder": folder, "model": model, **row} for row in rows)
     return file.getvalue()
 
@@ -170,23 +188,17 @@ def _title(evaluations: Sequence[Evaluation]) -> str:
     return f"Compressed caches of {', '.join(dict.fromkeys(evaluation.model for evaluation in evaluations))}"
 
 
-def _differences(evaluations: Sequence[Evaluation]) -> Iterator[str]:
-    """A warning where evaluations ran under different conditions."""
+def _notes(evaluations: Sequence[Evaluation]) -> Iterator[str]:
+    """Warnings where evaluations ran under different conditions, then those of the evaluations."""
     keys = dict.fromkeys(key for evaluation in evaluations for key in evaluation.environment)
     for key in keys:
         values = {evaluation.folder: evaluation.environment.get(key) for evaluation in evaluations}
         if len(set(values.values())) > 1:
             yield f"Different {key}: {', '.join(f'{value} ({folder})' for folder, value in values.items())}."
-            yield ""
+    for evaluation in evaluations:
+        yield from (f"{note} ({evaluation.folder})" for note in evaluation.notes)
 
 
 def _escaped(text: str) -> str:
     """Text without LaTeX's special characters."""
-    special: dict[str, Any] = {
-        "±": r"$\pm$",
-        "·": r"$\cdot$",
-        "–": "--",
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-    }
-    return "".join(special.get(c, f"\\{c}" if c in "_%&#${}" else c) for c in text)
+    return "".join(_LATEX.get(c, f"\\{c}" if c in "_%&#${}" else c) for c in text)

@@ -119,9 +119,15 @@ def _function_text(function: Callable[..., Any]) -> str:
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
-        return _code_text(function.__code__)
+        return code_text(function.__code__)
 
 
-def _code_text(code: CodeType) -> str:
-    constants = [_code_text(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
-    return f"{code.co_code.hex()} {code.co_names} {constants}"
+def code_text(code: CodeType) -> str:
+    """Instructions, names and constants of compiled code, the same in every process."""
+    return f"{code.co_code.hex()} {code.co_names} {[_constant_text(value) for value in code.co_consts]}"
+
+
+def _constant_text(value: Any) -> str:
+    if isinstance(value, CodeType):
+        return code_text(value)
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)

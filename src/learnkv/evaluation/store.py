@@ -73,7 +73,9 @@ def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
     for line in text.split("\n"):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
-        if isinstance(record, dict) and "fingerprint" in record:
-            yield {"metric": "generated", **record}
+        if isinstance(record, dict) and isinstance(record.get("fingerprint"), str):
+            record = {"metric": "generated", **record}
+            if record.keys() >= set(SLOT):
+                yield record

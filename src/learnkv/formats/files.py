@@ -191,6 +191,24 @@ def _file_digest(path: str, identity: tuple[int, ...]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_digest(folder: Path, endings: tuple[str, ...] = ()) -> str:
+    """SHA-256 of the names and contents of a folder's files, optionally only those with one of these endings."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    wanted = [path for path in files if not endings or path.suffix in endings]
+    return hashlib.sha256(repr([(path.name, file_digest(path)) for path in wanted]).encode()).hexdigest()
+
+
+def content_digest(text: str) -> str | None:
+    """Digest of the file or folder that a text names; None for other texts, such as the name of an option."""
+    if "/" not in text and "." not in text:
+        return None
+    path = Path(text).expanduser()
+    try:
+        return file_digest(path) if path.is_file() else folder_digest(path) if path.is_dir() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that replaces `path` at the end of the block.

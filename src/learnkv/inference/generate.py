@@ -51,19 +51,21 @@ def continuation_states(
 def _continue(
     model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache, mask: Tensor | None, hidden: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    ids, mask, padded = _with_pending(*_check_continuation(input_ids, mask, cache), cache)
+    ids, mask, padded = _with_pending(*_check_continuation(model, input_ids, mask, cache), cache)
     outputs = _read(model, ids, mask, padded, cache, hidden=hidden)
     begin = ids.shape[1] - input_ids.shape[1]
     states = outputs.hidden_states[1:] if hidden else ()
     return outputs.logits[:, begin:], [state[:, begin:] for state in states]
 
 
-def _check_continuation(ids: Tensor, mask: Tensor | None, cache: CompressedCache) -> tuple[Tensor, Tensor, bool]:
+def _check_continuation(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, cache: CompressedCache
+) -> tuple[Tensor, Tensor, bool]:
     """Ids [B, T], which of them are tokens [B, T], and whether any is padding."""
     if not isinstance(cache, CompressedCache):
         raise UserError(f"expected a CompressedCache, as prefill returns it, got {type(cache).__name__}")
     cache.seal()
-    check_ids(ids)
+    check_ids(ids, model)
     check_mask(ids, mask)
     if ids.shape[0] != len(cache.prompt_lengths):
         raise UserError(
@@ -195,7 +197,7 @@ def _question(
     criteria: StoppingCriteriaList | None,
 ) -> tuple[Tensor, Tensor, bool, Sequence | None]:
     """Ids [B, T] to read, which are tokens [B, T], whether any is padding; all tokens so far, where they are read."""
-    ids, mask, padded = _check_continuation(input_ids, attention_mask, cache)
+    ids, mask, padded = _check_continuation(model, input_ids, attention_mask, cache)
     if padded and not bool(mask.any(-1).all()):
         raise UserError("empty question: expected at least one token in every row")
     reader = sampling_of(model, config, None, ids.device).reads_tokens or (criteria and "stop_strings or max_time")

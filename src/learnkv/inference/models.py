@@ -68,6 +68,7 @@ def load_model(
             number_format = cpu_dtype(None if gguf else AutoConfig.from_pretrained(source, **options))
         if gguf:
             lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, attn)
+            lm.config._name_or_path = model  # transformers' is the folder, which cannot be loaded
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             lm, report = AutoModelForCausalLM.from_pretrained(
@@ -159,10 +160,18 @@ def cpu_has_bfloat16() -> bool:
 def _check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
     """Raise UserError for a tokenizer with ids that the model does not embed, added tokens of no prompt excepted."""
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    largest = max([tokenizer.vocab_size - 1, *(token for token in special if token is not None)])
-    size = lm.get_input_embeddings().num_embeddings
+    template = str(tokenizer.chat_template or "")
+    in_chats = (token for text, token in tokenizer.get_added_vocab().items() if text in template)
+    largest = max([tokenizer.vocab_size - 1, *in_chats, *(token for token in special if token is not None)])
+    size = embedded_tokens(lm)
     if largest >= size:
         raise UserError(f"model={model}: its tokenizer has ids up to {largest}, the model embeds {size} tokens")
+
+
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """Token ids from 0 on that a model has embeddings for."""
+    size: int = model.get_input_embeddings().num_embeddings
+    return size
 
 
 def _reason(error: Exception, folder: Path | None, fault: str | None = None) -> str:

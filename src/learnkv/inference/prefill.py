@@ -115,7 +115,7 @@ def _read_chunk(
 
 def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:
     """Tokens of every prompt."""
-    check_ids(input_ids)
+    check_ids(input_ids, model)
     check_mask(input_ids, mask)
     lengths = [input_ids.shape[1]] * input_ids.shape[0]
     if mask is not None:

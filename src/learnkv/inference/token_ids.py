@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
+from learnkv.inference.models import embedded_tokens
 from learnkv.ops.tail_slots import padding_first, padding_last
 
 
@@ -19,13 +21,22 @@ class Sequence(NamedTuple):
     """[B, S] 1 for tokens, 0 for padding; None: no padding."""
 
 
-def check_ids(ids: Tensor) -> None:
-    """Raise UserError unless `ids` is [B, T] of whole numbers with at least one token."""
+def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
+    """Raise UserError unless `ids` is [B, T] of whole numbers with at least one token.
+
+    Ids in a CPU's memory also have to be embedded by the model; on a device that would cost a host sync.
+    """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise UserError(f"input_ids of type {kind}: expected a tensor of int64 or int32")
     if ids.ndim != 2 or ids.numel() == 0:
         raise UserError(f"input_ids of shape {list(ids.shape)}: expected [batch, tokens] with at least one token")
+    if ids.device.type != "cpu":
+        return
+    smallest, largest = (int(bound) for bound in ids.aminmax())
+    if smallest < 0 or largest >= embedded_tokens(model):
+        outside = smallest if smallest < 0 else largest
+        raise UserError(f"input_ids: {outside} is no token of this model, which embeds {embedded_tokens(model)}")
 
 
 def check_mask(ids: Tensor, mask: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """Reading policies from disk: checkpoints of `train.py`, exported folders and YAML files. Never a pickle."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ def load_checkpoint(file: str | Path) -> dict[str, Any]:
         raise UserError(f"ckpt={path}: no such file")
     try:
         fault = seal.fault(path)
-        checkpoint: dict[str, Any] = {} if fault else torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = {} if fault else _unpickled(path)
     except (pickle.UnpicklingError, *_BROKEN) as error:
         raise _not_a_checkpoint(path, _reason(error)) from None
     if fault:
@@ -59,6 +60,13 @@ def load_checkpoint(file: str | Path) -> dict[str, Any]:
     check_size(description, f"ckpt={path}")
     _check_version(description.get("format_version"), path)
     return checkpoint
+
+
+def _unpickled(path: Path) -> Any:
+    """Tensors and plain containers of a file of torch, without torch's advice about foreign pickles."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def stored_in_checkpoint(path: Path) -> StoredPolicy:

@@ -1,12 +1,10 @@
 """What changes a run's numbers, without the paths it was read from: a run may be resumed from another place."""
 
-import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from learnkv.data.text import text_contents
-from learnkv.formats.files import file_digest
+from learnkv.formats.files import content_digest, folder_digest
 from learnkv.inference.models import local_folder
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
@@ -36,23 +34,10 @@ def _model(name: str) -> str:
     return name if folder is None else folder_digest(folder, MODEL_FILES)
 
 
-def folder_digest(folder: Path, endings: tuple[str, ...] = ()) -> str:
-    """SHA-256 of the names and contents of a folder's files, optionally only those with one of these endings."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    wanted = [path for path in files if not endings or path.suffix in endings]
-    return hashlib.sha256(repr([(path.name, file_digest(path)) for path in wanted]).encode()).hexdigest()
-
-
 def _by_content(value: Any) -> Any:
     """Nested arguments with the hash of every file and folder that they name."""
     if isinstance(value, Mapping):
         return {key: _by_content(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_by_content(part) for part in value]
-    if isinstance(value, str) and ("/" in value or "." in value):
-        path = Path(value).expanduser()
-        if path.is_file():
-            return file_digest(path)
-        if path.is_dir():
-            return folder_digest(path)
-    return value
+    return content_digest(value) or value if isinstance(value, str) else value
