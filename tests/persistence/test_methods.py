@@ -74,3 +74,10 @@ def test_a_mistyped_word_is_answered_with_the_nearest(word: str, near: str) -> N
         select_methods(["all", word], "methods")
     assert str(error.value).startswith(f"methods={word}: expected all, a kind ({', '.join(KINDS)}) or a method")
     assert str(error.value).endswith(f"; did you mean {near}?")
+
+
+@pytest.mark.parametrize("words", [["-all"], ["snapkv", "-snapkv"], ["-all", "-random"]])
+def test_words_that_leave_nothing_are_refused(words: list[str]) -> None:
+    with pytest.raises(UserError, match=f"^baselines={','.join(words)}: leaves no method$"):
+        select_methods(words)
+    assert select_methods([]) == []
