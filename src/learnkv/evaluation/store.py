@@ -76,4 +76,4 @@ def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and "fingerprint" in record:
-            yield {"metric": "generated", **record}
+            yield {**record, "metric": record.get("metric", "generated")}
