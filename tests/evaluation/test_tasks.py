@@ -135,8 +135,6 @@ def test_text_is_cut_before_a_last_quarter(loaded: Loaded, text_file: Path) -> N
             {"tasks": ("niah_single_1",), "haystack": "x.txt"},
             "haystack=x.txt: read by niah_single_2, .*=niah_single_1$",
         ),
-        ({"tasks": ("niah",), "qa": ("x.json",)}, "qa=x.json: read by qa_1, qa_2, got tasks=niah$"),
-        ({"tasks": ("niah", "vt"), "text": "x.txt"}, "text=x.txt: read by text, got tasks=niah,vt$"),
     ],
 )
 def test_what_cannot_be_is_one_line(loaded: Loaded, keys: dict[str, Any], line: str) -> None:
