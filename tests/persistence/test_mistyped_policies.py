@@ -15,7 +15,7 @@ MISTYPED = {
     "scorer: {class_path: learnkv.scorers.SnapKV, init_args: {window: many}}": "scorer.window: expected int, got many",
     "scorr: {class_path: learnkv.scorers.SnapKV, init_args: {window: 8}}": "scorr: unknown key; did you mean scorer?",
     "scorr: 5": "scorr: unknown key; did you mean scorer?",
-    "scorer: {class_path: nowhere_at_all.Mine}": "scorer: no module nowhere_at_all is installed or in the current folder",
+    "scorer: {class_path: not_here.Mine}": "scorer: no module not_here is installed or in the current folder",
 }
 
 
@@ -24,5 +24,5 @@ def test_what_was_meant_is_told(text: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
-        load_policy(file, allow=["nowhere_at_all"])
+        load_policy(file, allow=["not_here"])
     assert str(caught.value) == f"{file}: {MISTYPED[text]}"

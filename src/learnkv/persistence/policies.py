@@ -56,6 +56,8 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    if isinstance(allow, str):
+        raise UserError(f"allow={allow!r}: expected a list of modules, such as [{allow!r}]")
     check_classes(spec, ("learnkv", *allow), where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Policy, "policy")
