@@ -1,12 +1,15 @@
 """What is refused in one line: prompts, settings and ways of decoding."""
 
+from typing import Any
+
 import pytest
 import torch
 from support.models import attached, build, padded, plain, policy_for, tokens
 from torch import Tensor
 
-from learnkv import CompressedCache, continuation, generate, prefill
+from learnkv import CompressedCache, Policy, continuation, generate, prefill
 from learnkv.errors import UserError
+from learnkv.scorers import SnapKV
 
 
 @pytest.mark.compat
@@ -64,6 +67,19 @@ def test_settings_are_checked(settings: dict[str, int | Tensor], line: str) -> N
 def test_prompts_are_checked(ids: Tensor, mask: str | None, line: str) -> None:
     with pytest.raises(UserError, match=line):
         prefill(attached("llama"), ids, mask)
+
+
+@pytest.mark.parametrize(
+    ("policies", "line"),
+    [
+        ("snapkv", "^policies= of type str: expected a list of policies$"),
+        (["snapkv"], "^policies= with a str: expected policies, as load_policy gives them$"),
+        (Policy(SnapKV()), "^policies= of type Policy: expected a list of policies$"),
+    ],
+)
+def test_policies_are_checked(policies: Any, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        prefill(attached("llama"), tokens(1, 9), policies=policies)
 
 
 def test_a_model_of_other_sizes_cannot_continue_a_prompt() -> None:
