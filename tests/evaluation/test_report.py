@@ -226,6 +226,6 @@ def test_a_picture_that_fails_leaves_the_older_one_and_nothing_else(
 
 
 def test_of_equal_heuristics_none_is_the_best() -> None:
-    record = {"keep": 0.1, "score": 0.0}
+    record = {"task": "vt", "score": 0.0}
     assert _best({"snapkv": [record], "adakv": [record]}, "score") == "2 alike"
     assert _best({"snapkv": [record], "adakv": [{**record, "score": 1.0}]}, "score") == "adakv"
