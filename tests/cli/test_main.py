@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,17 @@ def test_an_unknown_command_is_answered_with_the_nearest(
     line = error_of(capsys)
     assert line.startswith(f"error: {word}: expected one of train, eval, calibrate")
     assert line.endswith(end)
+
+
+def test_modules_of_the_current_folder_come_after_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    main(["eval", "samples=0"])
+    main(["eval", "samples=0"])
+    assert sys.path[-1] == str(tmp_path)
+    assert sys.path.count(str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(("name", "extra"), [("train", "train"), ("memory", "train"), ("eval", "eval")])

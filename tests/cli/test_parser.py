@@ -159,6 +159,7 @@ def test_the_resolved_yaml_gives_the_same_run_again(tmp_path: Path) -> None:
         ("samples=1.5", "samples=1.5: expected int, got 1.5"),
         ("samples=", "samples=: expected int, got nothing"),
         ("loop.max_steps=ten", "loop.max_steps=ten: expected int, got ten"),
+        ("bounds=x", "bounds=x: expected int, got x"),
         ("keep=0.5,x", "keep=0.5,x: expected float, got x"),
         ("setting=both", "setting=both: expected one of 'agnostic', 'aware', got both"),
         ("log.mode=on", "log.mode=on: expected one of 'offline', 'online', got on"),

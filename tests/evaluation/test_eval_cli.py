@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     [
         ("keep=1.5", "keep=1.5: expected a fraction of the prompt's entries, above 0 and at most 1"),
         ("keep=0", "keep=0: expected a fraction of the prompt's entries, above 0 and at most 1"),
-        ("keep=0.01", "keep=0.01: leaves 0.47 entries per head of a prompt of 47 tokens"),
+        ("keep=0.01", "snapkv: keep=0.01: leaves 0.47 entries per head of a prompt of 47 tokens"),
         ("budget=0", "budget=0: expected at least 1"),
         ("samples=many", "samples=many: expected int, got many"),
         ("keeps=0.5", "keeps=0.5: unknown key; did you mean keep?"),

@@ -132,3 +132,15 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "results.json").write_text('{"schema": 0, "rows": []}')
     assert main(["merge", *(word.format(old=tmp_path) for word in words)]) == 2
     assert line in capsys.readouterr().err
+
+
+def test_the_cells_of_every_kind_are_explained(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    forced = [row(name, 40.0, metric="forced", kl=0.5) for name in ("full", "snapkv")]
+    text = [row(name, 0.0, task="text", kl=0.25, perplexity=2.0) for name in ("full", "snapkv")]
+    assert main(["merge", write("a", [FULL, *forced, *text])]) == 0
+    explained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Cells")]
+    assert [line.removeprefix("Cells, means over tasks: ") for line in explained] == [
+        "score ± standard error · bytes held per prompt.",
+        "% of answers ranked first ± standard error · KL of the answer · bytes held per prompt.",
+        "KL · bytes held per prompt.",
+    ]

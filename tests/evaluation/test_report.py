@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from learnkv.evaluation import pictures
 from learnkv.evaluation.panels import size
-from learnkv.evaluation.report import markdown
+from learnkv.evaluation.report import _best, markdown
 from learnkv.evaluation.results import rows_of
 
 KEEPS = (0.5, 0.1)
@@ -223,3 +223,9 @@ def test_a_picture_that_fails_leaves_the_older_one_and_nothing_else(
     with pytest.raises(OSError, match="No space"):
         pictures.save(figure, path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"older"]
+
+
+def test_of_equal_heuristics_none_is_the_best() -> None:
+    record = {"task": "vt", "score": 0.0}
+    assert _best({"snapkv": [record], "adakv": [record]}, "score") == "2 alike"
+    assert _best({"snapkv": [record], "adakv": [{**record, "score": 1.0}]}, "score") == "adakv"

@@ -131,6 +131,10 @@ def test_text_is_cut_before_a_last_quarter(loaded: Loaded, text_file: Path) -> N
         ({"tasks": ("text",), "text": "x.txt", "lengths": (4,)}, "lengths=4: expected at least 8"),
         ({"lengths": (40,)}, "length is 40"),
         ({"tasks": ("niah_single_2",), "haystack": "missing.txt"}, "missing.txt"),
+        (
+            {"tasks": ("niah_single_1",), "haystack": "x.txt"},
+            "haystack=x.txt: read by niah_single_2, .*=niah_single_1$",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(loaded: Loaded, keys: dict[str, Any], line: str) -> None:

@@ -1,14 +1,16 @@
 """What is refused in one line: prompts, settings and ways of decoding."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 from support.models import attached, build, padded, plain, policy_for, tokens
 from torch import Tensor
 
-from learnkv import CompressedCache, continuation, generate, prefill
+from learnkv import CompressedCache, Policy, continuation, generate, prefill
 from learnkv.errors import UserError
+from learnkv.scorers import SnapKV
 
 
 @pytest.mark.compat
@@ -76,6 +78,19 @@ def test_questions_have_tokens_of_the_model() -> None:
     for call in (continuation, functools.partial(generate, max_new_tokens=2)):
         with pytest.raises(UserError, match="input_ids: 97 is no token of this model, which embeds 97"):
             call(model, torch.tensor([[97]]), cache)
+
+
+@pytest.mark.parametrize(
+    ("policies", "line"),
+    [
+        ("snapkv", "^policies= of type str: expected a list of policies$"),
+        (["snapkv"], "^policies= with a str: expected policies, as load_policy gives them$"),
+        (Policy(SnapKV()), "^policies= of type Policy: expected a list of policies$"),
+    ],
+)
+def test_policies_are_checked(policies: Any, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        prefill(attached("llama"), tokens(1, 9), policies=policies)
 
 
 def test_a_model_of_other_sizes_cannot_continue_a_prompt() -> None:

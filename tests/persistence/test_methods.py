@@ -96,3 +96,10 @@ def test_a_method_takes_the_tables_of_a_model_that_ships_with_some(
     assert not torch.equal(own.allocator.importance, plain.allocator.importance)
     assert load_policy("headkv", model={"id": "somebody/else"}).spec() == plain.spec()
     assert load_policy(CONFIGS / "policies" / "headkv.yaml", model={"id": "smollm2"}).spec() == plain.spec()
+
+
+@pytest.mark.parametrize("words", [["-all"], ["snapkv", "-snapkv"], ["-all", "-random"]])
+def test_words_that_leave_nothing_are_refused(words: list[str]) -> None:
+    with pytest.raises(UserError, match=f"^baselines={','.join(words)}: leaves no method$"):
+        select_methods(words)
+    assert select_methods([]) == []

@@ -263,6 +263,8 @@ def test_classes_from_elsewhere_have_to_be_allowed(tmp_path: Path, monkeypatch: 
         build_policy(spec)
     policy = build_policy(spec, allow=["mine"])
     assert type(policy.scorer).__name__ == "Mine"
+    with pytest.raises(UserError, match=r"^allow='mine': expected a list of modules, such as \['mine'\]$"):
+        build_policy(spec, allow="mine")  # its letters would be modules
     with pytest.raises(UserError, match="learnkvx"):
         build_policy({"scorer": {"class_path": "learnkvx.Mine"}})
     nested = {

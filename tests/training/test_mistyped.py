@@ -19,6 +19,10 @@ MISTYPED = {
         "scorer: {class_path: learnkv.scorers.SnapKV}",
         "scorer.class_path: unknown key; did you mean policy.init_args.scorer?",
     ),
+    "a class without its module": (
+        "objective: ForwardKLL",
+        "objective: expected the path of a class, got ForwardKLL; did you mean ForwardKL?",
+    ),
     "a policy's path": ("policy: some/file.yaml", "policy: expected the path of a class, got some/file.yaml"),
 }
 

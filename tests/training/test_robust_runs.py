@@ -183,6 +183,21 @@ def test_a_resumed_run_keeps_its_wandb_run(words: Any, tmp_path: Path, monkeypat
     assert third[0] != first
 
 
+def test_wandb_is_handed_no_setting_that_it_warns_of(words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed = []
+
+    def begin(**settings: Any) -> None:
+        handed.append(settings)
+        raise OSError("no W&B here")
+
+    monkeypatch.setattr("wandb.init", begin)
+    words = typed(words, **{"trainer.max_steps": 1, "wandb.mode": "offline"})
+    words.remove("wandb=null")
+    assert train(words) == 0
+    assert handed
+    assert "anonymous" not in handed[0]
+
+
 def test_the_loss_has_one_name_and_rates_norms_and_times_are_logged(
     words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

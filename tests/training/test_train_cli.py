@@ -207,6 +207,7 @@ def test_two_processes_equal_one_with_accumulation(
         ("lengths=300,400", "context of 256"),
         ("lengths=90,60", "lengths=90,60"),
         ("chunk_size=0", "chunk_size=0"),
+        ("keep_range=0.5,2", "keep_range=2: expected fractions of the prompt's entries, above 0 and at most 1"),
         ("soft_steps=-1", "soft_steps=-1: expected 0 or more"),
         ("validation_batches=0", "validation_batches=0: expected at least 1, as budgets depend"),
         ("text=/no/such/file.txt", "no such file"),

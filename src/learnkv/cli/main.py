@@ -1,5 +1,6 @@
 """The console command: `learnkv train | eval | calibrate | memory | export [key=value …]`."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return report_error(f"{name}: expected one of {', '.join(COMMANDS)}{nearest(name, list(COMMANDS))}", 2)
     command = COMMANDS[name]
+    _import_from_here()
     try:
         function = getattr(import_module(command.module), command.function)
         return run_main(function, command.keyed(rest), command.configs, f"learnkv {name}")
@@ -93,6 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         install = f"pip install 'learnkv[{command.extra or 'eval'}]'"
         return report_error(f"learnkv {name} needs {missing}, which is not installed: {install}", 2)
+
+
+def _import_from_here() -> None:
+    """Let modules of the current folder be imported, after all others: a method of one's own lies there."""
+    here = os.getcwd()
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.append(here)
 
 
 def _usage() -> str:

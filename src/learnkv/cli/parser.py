@@ -13,7 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from learnkv.errors import Preempted, RunError, UserError
 from learnkv.formats.files import FULL_DISK
-from learnkv.persistence.named_configs import checked_config, config_names, nearest
+from learnkv.persistence.config_errors import Words, explain
+from learnkv.persistence.named_configs import checked_config, config_names
 
 ADDING = ("ckpt", "config")
 """Keys whose values add up when they are typed again: policies to compare, and files one of which builds on another."""
@@ -21,8 +22,6 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDI
 """Error numbers of a path that the user chose."""
 _PLAIN = {"±": "+-", "·": "|", "–": "-", "−": "-", "…": "...", "×": "x", "’": "'"}
 """What is printed instead on a terminal without these characters."""
-Words = dict[str, list[str]]
-"""Keys of a command line and their values, as typed."""
 
 
 def parse(schema: type[Any], argv: Sequence[str], kind: str, prog: str = "") -> tuple[Any, str]:
@@ -57,9 +56,9 @@ def parse(schema: type[Any], argv: Sequence[str], kind: str, prog: str = "") -> 
     for key, values in _pairs(argv, lists):
         adds = key == "config" or (key in ADDING and key in lists)
         typed[key] = typed.get(key, []) + values if adds else values
-    for key in [key for key, parts in fields.items() if _is_pair(parts) and len(typed.get(key, ())) == 1]:
-        typed[key] *= 2
-    parsed = _parse(parser, typed, lists, keys, kind)
+    pairs = {key for key, parts in fields.items() if _is_pair(parts) and len(typed.get(key, ())) == 1}
+    words = {key: values * 2 if key in pairs else values for key, values in typed.items()}
+    parsed = _parse(parser, words, typed, lists, keys, kind)
     built = _instantiated(parser, parsed)  # indexed: attributes named keys and items would be its methods
     arguments = {
         name: group(**{f.name: built[f.name] for f in dataclasses.fields(group)}) for name, group in groups.items()
@@ -100,21 +99,21 @@ def _parser(schema: type[Any], foreign: dict[str, Any], kind: str, prog: str) ->
     return parser
 
 
-def _parse(parser: Any, typed: Words, lists: set[str], keys: list[str], kind: str) -> Any:
-    """The namespace of config files and typed words, words last."""
+def _parse(parser: Any, given: Words, typed: Words, lists: set[str], keys: list[str], kind: str) -> Any:
+    """The namespace of config files and given words, words last; errors show them as typed."""
     from jsonargparse import ArgumentError
 
     configs = typed.get("config", [])
     files = [f"--config={checked_config(kind, name)}" for name in configs]
-    words = [f"--{k}={json.dumps(v) if k in lists else v[0]}" for k, v in typed.items() if k != "config"]
+    words = [f"--{k}={json.dumps(v) if k in lists else v[0]}" for k, v in given.items() if k != "config"]
     try:
         parser.parse_args(files)  # alone first, to tell errors in a file from errors in a word
     except ArgumentError as error:
-        raise UserError(f"config={','.join(configs)}: {_explain(str(error), {}, keys)}") from None
+        raise UserError(f"config={','.join(configs)}: {explain(str(error), {}, keys)}") from None
     try:
         return parser.parse_args(files + words)
     except ArgumentError as error:
-        raise UserError(_explain(str(error), typed, keys)) from None
+        raise UserError(explain(str(error), typed, keys)) from None
 
 
 def _instantiated(parser: Any, parsed: Any) -> Any:
@@ -222,44 +221,3 @@ def _pairs(argv: Sequence[str], lists: set[str]) -> Iterator[tuple[str, list[str
         if key in lists:
             values = [part for value in values for part in map(str.strip, value.strip("[]").split(",")) if part]
         yield key, values
-
-
-def _explain(message: str, typed: Words, keys: list[str]) -> str:
-    """One line from jsonargparse's message: the key as typed, what was expected, what came."""
-    path = list(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)|Option '([^']+)' is not accepted", message)
-    if unknown:
-        path.append(unknown[1] or unknown[2])
-    key = ".".join(path)
-    shown = f"{key}={','.join(typed[key])}" if key in typed else key
-    if unknown:
-        return f"{shown}: unknown key{_suggestion(key, message, keys)}"
-    if key and (absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)):
-        return f"{shown}: {absent[1]} has no {absent[2]}{nearest(absent[2], dir(sys.modules.get(absent[1])))}"
-    if key and (count := re.search(r"Expected a tuple with (\d+) elements", message)):
-        return f"{shown}: expected {count[1]} values"
-    if key and (given := re.search(r"Unexpected import path format: (\S+)", message)):
-        return f"{shown}: expected the path of a class, got {given[1]}"
-    problem = re.search(r"Expected an? (.+?)\. Got value: (.*)", message)
-    if key and problem:
-        wanted = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", problem[1])
-        wanted = wanted.replace("tuple", "list")
-        wanted = re.sub(r"^typing\.Literal\[(.*)\]$", r"one of \1", wanted)
-        return f"{shown}: expected {wanted}, got {problem[2] or 'nothing'}"
-    return f"{shown}: {message}" if key else message
-
-
-def _suggestion(key: str, message: str, keys: list[str]) -> str:
-    """The nearest key of the schema, or the nearest argument of the component that the key is below."""
-    above, _, last = key.rpartition(".")
-    if above and not any(name.startswith(f"{above}.") for name in keys) and (arguments := _arguments(message)):
-        return nearest(last, arguments)
-    component = [name for name in keys if name.endswith(f".init_args.{key.partition('.')[0]}")]
-    return f"; did you mean {component[0]}?" if component else nearest(key, keys)
-
-
-def _arguments(message: str) -> list[str]:
-    """Constructor arguments of the last class that jsonargparse's message names."""
-    named = re.findall(r"given class_path '([\w.]+)\.(\w+)'", message)
-    cls = getattr(sys.modules.get(named[-1][0]), named[-1][1], None) if named else None
-    return list(inspect.signature(cls).parameters) if inspect.isclass(cls) else []

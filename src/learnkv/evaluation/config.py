@@ -51,7 +51,7 @@ class EvalConfig:
         samples: prompts per task and length.
         batch_size: prompts per prefill.
         text: hub id or text, jsonl or parquet file for the task `text`.
-        haystack: text file that needles are hidden in; default: CPython's help topics.
+        haystack: text file that needles are hidden in, for the niah tasks with essays; default: CPython's help topics.
         template: wording of needles and questions: secret, or memo, which no training uses.
         keys: language of the needles' keys, where they are words: english, german or greek.
         qa: files for qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout).

@@ -31,6 +31,14 @@ COLUMNS = {"policy", "task", "length", "setting", "keep", "budget", "bytes", "n"
 _LATEX = {"±": r"$\pm$", "·": r"$\cdot$", "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
 
 
+CELLS: Mapping[Kind, str] = {
+    "generated": "score ± standard error",
+    "forced": "% of answers ranked first ± standard error · KL of the answer",
+    "text": "KL",
+}
+"""What the cells of a table hold beside bytes."""
+
+
 @dataclass(frozen=True)
 class MergeConfig:
     """Make one table of several evaluations.
@@ -103,8 +111,8 @@ def _is_evaluation(results: Any) -> bool:
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """Tables per setting and length."""
     lines = [f"# {_title(evaluations)}", "", *(line for note in _notes(evaluations) for line in (note, ""))]
-    for title, head, body in _tables(evaluations):
-        lines += [f"## {title}", "", "Cells: mean over tasks ± standard error · bytes held per prompt.", ""]
+    for kind, title, head, body in _tables(evaluations):
+        lines += [f"## {title}", "", f"Cells, means over tasks: {CELLS[kind]} · bytes held per prompt.", ""]
         lines += table(head, body)
     return "\n".join(lines).rstrip() + "\n"
 
@@ -112,7 +120,7 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
 def latex(evaluations: Sequence[Evaluation]) -> str:
     """The same tables, for the package booktabs."""
     parts = [f"% {note}" for note in _notes(evaluations)]
-    for title, head, body in _tables(evaluations):
+    for _, title, head, body in _tables(evaluations):
         rows = [" & ".join(map(_escaped, cells)) + r" \\" for cells in (head, *body)]
         columns = f"l{'r' * (len(head) - 1)}"
         parts += [
@@ -136,8 +144,8 @@ def csv_text(evaluations: Sequence[Evaluation]) -> str:
     return file.getvalue()
 
 
-def _tables(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and cells of every setting and length."""
+def _tables(evaluations: Sequence[Evaluation]) -> Iterator[tuple[Kind, str, list[str], list[list[str]]]]:
+    """Kind, title, headings and cells of every setting and length."""
     rows = [{**row, "policy": name} for evaluation in evaluations for row, name in _named(evaluation, evaluations)]
     for panel, chosen in panels(rows).items():
         tasks = list(dict.fromkeys(row["task"] for row in chosen))
@@ -150,7 +158,7 @@ def _tables(evaluations: Sequence[Evaluation]) -> Iterator[tuple[str, list[str],
             own = "" if covered == tasks else f" ({', '.join(covered)})"
             values = (_cell(cells[column], panel.kind) if column in cells else MISSING for column in columns)
             body.append([f"{name}{own}", "–".join(map(str, {counts[0]: 0, counts[-1]: 0})), *values])
-        yield f"{title}; {panel.length:,} tokens", ["policy", "samples", *columns], body
+        yield panel.kind, f"{title}; {panel.length:,} tokens", ["policy", "samples", *columns], body
 
 
 def _cell(rows: Sequence[Row], kind: Kind) -> str:

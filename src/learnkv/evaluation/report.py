@@ -171,12 +171,14 @@ def _pair(records: Sequence[Record], others: Sequence[Record], value: str) -> st
 
 
 def _best(by_policy: Mapping[str, Sequence[Record]], value: str) -> str:
-    """Name of the best of the policies that have all samples of one budget."""
+    """Name of the best of the policies that have all samples of one budget, or how many share the best value."""
     most = max(map(len, by_policy.values()))
     means = {name: _mean(records, value) for name, records in by_policy.items() if most and len(records) == most}
     if not means:
         return MISSING
-    return (max if value == "score" else min)(means, key=lambda name: means[name])
+    best = (max if value == "score" else min)(means.values())
+    winners = [name for name, mean in means.items() if mean == best]
+    return winners[0] if len(winners) == 1 else f"{len(winners)} alike"
 
 
 def _per_task(rows: Sequence[Row]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.errors import UserError
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.cost import Cost, measured, now
 from learnkv.evaluation.keys import policy_digest
@@ -127,7 +128,7 @@ def _measured(
             sizes, compress = _full_sizes(cache), Cost()
             if policy is not None:
                 with measured(model.device) as compress:
-                    fork = policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+                    fork = _compressed(policy, cache, job)
                 seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
                 _release_captured(fork)
                 sizes = _sizes(fork, policy)
@@ -135,6 +136,14 @@ def _measured(
                     scores, _ = family.measure(model, prompts, fork, full)
             cost = _cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
             yield job, [{**size, **cost} for size in sizes], scores
+
+
+def _compressed(policy: Policy, cache: CompressedCache, job: Job) -> CompressedCache:
+    """A compressed fork of a cache; an error names the policy, one of many."""
+    try:
+        return policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+    except UserError as error:
+        raise UserError(f"{job.name}: {error}") from None
 
 
 def _cost_per_prompt(prompts: int, seconds: float, decode: Cost, parts: Sequence[Cost]) -> dict[str, Any]:

@@ -76,6 +76,6 @@ def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
         except (json.JSONDecodeError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("fingerprint"), str):
-            record = {"metric": "generated", **record}
+            record = {**record, "metric": record.get("metric", "generated")}
             if record.keys() >= set(SLOT):
                 yield record

@@ -59,7 +59,7 @@ def prefill(
     if policy is not None:
         check_budget(keep, budget)
         policies = [*policies, policy]
-    policies = list(policies)
+    policies = _checked_policies(policies)
     described = describe_model(model)
     for each in policies:
         each.check_sizes(described["shapes"], described["id"])
@@ -81,6 +81,17 @@ def prefill(
         run_extra_pass(model, cache, prompt_pass, input_ids, read)
     cache.seal()
     return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget)
+
+
+def _checked_policies(policies: Iterable[Policy]) -> list[Policy]:
+    """The policies as a list; UserError for a single one, a name or anything else."""
+    if isinstance(policies, str | Policy):
+        raise UserError(f"policies= of type {type(policies).__name__}: expected a list of policies")
+    listed = list(policies)
+    for each in listed:
+        if not isinstance(each, Policy):
+            raise UserError(f"policies= with a {type(each).__name__}: expected policies, as load_policy gives them")
+    return listed
 
 
 def score_prompt(

@@ -61,7 +61,7 @@ def select_methods(words: Sequence[str] = (ALL,), key: str = "baselines") -> lis
         key: how the words are called in an error.
 
     Raises:
-        UserError: a word that is none of these.
+        UserError: a word that is none of these, or words that leave no method.
     """
     names: dict[str, None] = {}
     for index, word in enumerate(words):
@@ -73,6 +73,8 @@ def select_methods(words: Sequence[str] = (ALL,), key: str = "baselines") -> lis
                 names.pop(name, None)
             else:
                 names[name] = None
+    if words and not names:
+        raise UserError(f"{key}={','.join(words)}: leaves no method")
     return list(names)
 
 

@@ -1,5 +1,6 @@
 """Policies on disk: heuristics as YAML, trained ones as checkpoints or exported folders."""
 
+import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from learnkv.inference.models import describe_model
 from learnkv.ops.round_to_budget import round_to_budget
 from learnkv.persistence import hub
 from learnkv.persistence.allowed_classes import check_classes
+from learnkv.persistence.config_errors import explain
 from learnkv.persistence.model_card import model_card
 from learnkv.persistence.named_configs import find_config
 from learnkv.persistence.stored_policy import (
@@ -60,6 +62,8 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    if isinstance(allow, str):
+        raise UserError(f"allow={allow!r}: expected a list of modules, such as [{allow!r}]")
     check_classes(spec, ("learnkv", *allow), where)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Policy, "policy")
@@ -69,16 +73,10 @@ def build_policy(spec: Mapping[str, Any], allow: Sequence[str] = (), where: str 
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: {_one_line(str(error))}") from None
+        message = str(error).replace('key "policy.', 'key "')  # the mapping has no name in the user's file
+        raise UserError(f"{where}: {explain(message, {}, list(inspect.signature(Policy).parameters))}") from None
     assert isinstance(policy, Policy)
     return policy
-
-
-def _one_line(message: str) -> str:
-    """A message of jsonargparse without the alternatives that do not apply."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-    lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
 
 
 def modules_of(spec: Any) -> set[str]:

@@ -168,9 +168,11 @@ class DistillationSettings:
             raise UserError(f"lora: learns nothing from {type(self.objective).__name__}, which reads no continuation")
 
     def _check_keep(self) -> None:
-        for keep in (*self.keep, *self.keep_range):
-            if not 0 < keep <= 1:
-                raise UserError(f"keep={keep:g}: expected fractions of the prompt's entries, above 0 and at most 1")
+        for key, fractions in (("keep", self.keep), ("keep_range", self.keep_range)):
+            if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
+                raise UserError(
+                    f"{key}={wrong[0]:g}: expected fractions of the prompt's entries, above 0 and at most 1"
+                )
         _check_range("keep_range", self.keep_range)
         if self.keep_sampling == "sandwich" and self.students < 2:
             raise UserError(

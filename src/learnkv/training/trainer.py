@@ -91,7 +91,7 @@ def _validation_steps(config: TrainConfig) -> int:
 
 
 def _wandb_logger(options: Wandb, run: RunFolder, keys: Mapping[str, Any]) -> WandbLogger:
-    return WandbLogger(
+    logger = WandbLogger(
         name=options.name or run.path.resolve().name,
         project=options.project,
         entity=options.entity,
@@ -101,6 +101,8 @@ def _wandb_logger(options: Wandb, run: RunFolder, keys: Mapping[str, Any]) -> Wa
         resume="allow",
         config=dict(keys),
     )
+    logger._wandb_init.pop("anonymous", None)  # Lightning hands over None, which W&B warns of
+    return logger
 
 
 @rank_zero_only

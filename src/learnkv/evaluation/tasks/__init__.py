@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets.exceptions import DatasetsError
 
-from learnkv.data.ruler import TASKS
+from learnkv.data.ruler import NEEDLES, TASKS
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks import ruler, table, text
@@ -51,11 +51,20 @@ def _check(config: EvalConfig, context: int | None) -> None:
         if name not in available and not table.is_table(name):
             expected = f"a table or one of: {', '.join(available)}"
             raise UserError(f"tasks={name}: expected {expected}{nearest(name, available)}")
+    _check_haystack(config)
     if any(map(table.is_file, config.tasks)) and len(config.lengths) > 1:
         raise UserError(f"lengths={','.join(map(str, config.lengths))}: a table has one length, expected one")
     for length in config.lengths:
         if context is not None and length > context:
             raise UserError(f"lengths={length}: expected at most {context}, the model's context")
+
+
+def _check_haystack(config: EvalConfig) -> None:
+    """UserError for a haystack that none of the tasks reads: scores would be taken for scores on it."""
+    reading = [task for task, needles in NEEDLES.items() if needles.haystack == "essay"]
+    if config.haystack and not {*reading} & {*ruler.tasks_named(config.tasks, config.qa)}:
+        given = ",".join(config.tasks)
+        raise UserError(f"haystack={config.haystack}: read by {', '.join(reading)}, got tasks={given}")
 
 
 def _families(config: EvalConfig, length: int, tokenizer: Any) -> list[Family]:
