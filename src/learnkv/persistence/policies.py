@@ -133,6 +133,8 @@ def load_policy(
     else:
         spec = read_spec(find_config("policies", str(path), "ckpt"))
         stored = StoredPolicy(spec if file.is_file() else _with_tables_of(spec, model), {})
+    if stored.state:
+        _check_size(stored, allow, str(path))
     policy = build_policy(stored.spec, allow, str(path))
     policy.adapter = stored.adapter
     policy.trained_for = stored.model or None
@@ -167,7 +169,17 @@ def _described(model: Any, trained_for: Mapping[str, Any]) -> dict[str, Any]:
     return describe_with_weights(model) if trained_for.get("weights") else describe_model(model)
 
 
-def _with_weights(policy: Policy, state: Mapping[str, Tensor], name: str) -> Policy:
+def _check_size(stored: StoredPolicy, allow: Sequence[str], name: str) -> None:
+    """Compare the weights with the policy's sizes before anything of a stranger's sizes is allocated."""
+    try:
+        with torch.device("meta"):
+            policy = build_policy(stored.spec, allow, name)
+    except RuntimeError:  # a component computes with what it reads: its own checks follow
+        return
+    _check_shapes(policy, stored.state, name)
+
+
+def _check_shapes(policy: Policy, state: Mapping[str, Tensor], name: str) -> None:
     expected = {key: tuple(weight.shape) for key, weight in policy.state_dict().items()}
     given = {key: tuple(weight.shape) for key, weight in state.items()}
     if expected and not given:
@@ -175,6 +187,10 @@ def _with_weights(policy: Policy, state: Mapping[str, Tensor], name: str) -> Pol
     if expected != given:
         key = min(set(expected.items()) ^ set(given.items()))[0]
         raise UserError(f"{name}: weight {key} has shape {given.get(key)}, the policy expects {expected.get(key)}")
+
+
+def _with_weights(policy: Policy, state: Mapping[str, Tensor], name: str) -> Policy:
+    _check_shapes(policy, state, name)
     adapter = {} if policy.adapter is None else dict(policy.adapter.state)
     for key, weight in [*state.items(), *adapter.items()]:
         if not bool(weight.isfinite().all()):

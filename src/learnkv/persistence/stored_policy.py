@@ -118,10 +118,15 @@ def check_model(stored: StoredPolicy, model: Mapping[str, Any] | None, name: str
         return
     if stored.model.get("config_hash") != model.get("config_hash"):
         trained_for, given = (
-            f"{part.get('id')} (hash {str(part.get('config_hash'))[:12]}, {part.get('shapes')})"
+            f"{part.get('id')} (hash {str(part.get('config_hash'))[:12]}; {_listed(part.get('shapes'))})"
             for part in (stored.model, model)
         )
         raise UserError(f"ckpt={name}: trained for {trained_for}, the model is {given}")
+
+
+def _listed(shapes: Any) -> str:
+    """Sizes as text: layers 8, heads 3."""
+    return ", ".join(f"{name} {size}" for name, size in shapes.items()) if isinstance(shapes, Mapping) else "no sizes"
 
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
