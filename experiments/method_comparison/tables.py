@@ -86,7 +86,7 @@ def complete(records: Sequence[Record]) -> list[Record]:
 
 def _enough(records: Sequence[Record], least: int) -> list[Record]:
     """Records of the tasks of which a setting has `least` prompts: fewer would weigh as much in a mean over tasks."""
-    prompts = Counter((setting, task) for task, _, setting, _ in {prompt_key(record) for record in records})
+    prompts = Counter((setting, task) for _, task, _, setting, _ in {prompt_key(record) for record in records})
     return [record for record in records if prompts[record["setting"], record["task"]] >= least]
 
 

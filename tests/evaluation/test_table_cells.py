@@ -137,6 +137,7 @@ def test_whoever_writes_a_table_its_answers_are_the_same(loaded: Any, tmp_path: 
             **{k: v for k, v in ROW.items() if k != "answer"},
             "answers": ["12", "34"],
             "metric": "all",
+            "wording": "",
         }
 
 

@@ -44,7 +44,7 @@ def test_the_findings_name_every_disagreement_with_a_published_order() -> None:
 def record(
     policy: str, index: int, score: int, keep: float = 0.1, task: str = "vt", setting: str = "query_agnostic"
 ) -> dict[str, Any]:
-    about = {"policy": policy, "task": task, "length": 1024, "setting": setting, "index": index}
+    about = {"policy": policy, "metric": "generated", "task": task, "length": 1024, "setting": setting, "index": index}
     size = {"spent": keep, "bytes": 10.0, "bytes_full": 100.0, "haystack": None, "asked": keep, "budget": None}
     return {**about, **size, "keep": keep, "score": score, "fingerprint": f"{policy}{keep}{setting}{task}{index}"}
 

@@ -42,8 +42,9 @@ def test_differences_are_paired_by_prompt_and_every_task_counts_the_same() -> No
     """Of "vt" two prompts, of "niah_single_1" one: 50 and 100 for the variant, 25 and 0 for its method."""
     scored = {("snapkv", "vt"): (50, 0), ("snapkv", "niah_single_1"): (0,)}
     scored |= {("wide", "vt"): (75, 25), ("wide", "niah_single_1"): (100,)}
+    about = {"metric": "generated", "length": 1, "setting": "query_aware"}
     records = [
-        {"policy": name, "task": task, "length": 1, "setting": "query_aware", "index": at, "keep": keep, "score": score}
+        {**about, "policy": name, "task": task, "index": at, "keep": keep, "score": score}
         for (name, task), scores in scored.items()
         for keep in (0.5, 0.25, 0.1)
         for at, score in enumerate(scores)
