@@ -16,20 +16,9 @@ from support.training import assert_same, signalled, weights
 from learnkv.formats.folder_lock import folder_lock
 from learnkv.training import run as training_run
 from learnkv.training import trainer
-from learnkv.training.callbacks import pictures, progress
+from learnkv.training.callbacks import pictures
 from learnkv.training.callbacks.fence import FencedLogger
 from learnkv.training.module import Distillation
-
-STAGES = """
-objective:
-  class_path: learnkv.training.objectives.Stages
-  init_args:
-    objectives:
-    - class_path: learnkv.training.objectives.ScoreRegression
-      init_args: {target: {class_path: learnkv.scorers.KVzip}}
-    - class_path: learnkv.training.objectives.ForwardKL
-    steps: [2]
-"""
 
 
 def rows_of(run: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
@@ -232,18 +221,6 @@ def test_the_last_step_is_logged_whatever_the_interval(words: Any, tmp_path: Pat
     assert {"train/kl", "train/lr", "train/grad_norm", "train/spent_over_asked"} <= {key for key in row if row[key]}
     metrics = json.loads((tmp_path / "seldom" / "policy" / "manifest.json").read_text())["metrics"]
     assert metrics["train/kl"] == pytest.approx(float(row["train/kl"]), rel=1e-4)
-
-
-def test_slow_steps_show_the_loss_of_the_step_that_ended(
-    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Where every step has its line, the last one before another objective has its own loss in it."""
-    monkeypatch.setattr(progress.ProgressLine.__init__, "__defaults__", (0.0,))
-    stages = tmp_path / "stages.yaml"
-    stages.write_text(STAGES)
-    assert train([*words, f"config={stages}", "trainer.max_steps=4"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert [line.split("] ")[1].split()[0] for line in lines] == ["train/score_distance"] * 2 + ["train/kl"] * 2
 
 
 @pytest.mark.parametrize(("save_every", "line"), [(1, "resumes it from step 1"), (9, "begins anew, as no checkpoint")])
