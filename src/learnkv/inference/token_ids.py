@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core import finite
 from learnkv.errors import UserError
 from learnkv.inference.models import embedded_tokens
 from learnkv.ops.tail_slots import padding_first, padding_last
@@ -31,7 +32,7 @@ def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
         raise UserError(f"input_ids of type {kind}: expected a tensor of int64 or int32")
     if ids.ndim != 2 or ids.numel() == 0:
         raise UserError(f"input_ids of shape {list(ids.shape)}: expected [batch, tokens] with at least one token")
-    if ids.device.type != "cpu":
+    if ids.device.type not in finite.READ_AT_ONCE:
         return
     smallest, largest = (int(bound) for bound in ids.aminmax())
     if smallest < 0 or largest >= embedded_tokens(model):
