@@ -160,8 +160,11 @@ def test_padding_does_not_count_as_length(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 @pytest.mark.parametrize("generated", [False, True], ids=["reading tokens", "generating"])
-def test_a_step_waits_for_nothing_but_the_models_own_embedding(kind: Any, generated: bool) -> None:
+def test_a_step_waits_for_nothing_but_the_models_own_embedding(
+    kind: Any, generated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An ordinary cache has the waits of transformers' embedding, which looks at the positions by itself."""
+    monkeypatch.setattr("learnkv.core.finite.READ_AT_ONCE", set())  # as on a GPU
     model, step = attach(new(kind)), tokens(1, 1)
     cache, plain_cache = prefill(model, tokens(1, 20)), DynamicCache()
     model(input_ids=tokens(1, 20), past_key_values=plain_cache)
