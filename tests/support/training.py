@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,9 @@ def signalled(before: Callable[..., Any], call: int) -> Callable[..., Any]:
         return before(self, batch, batch_idx)
 
     return method
+
+
+def stored_tensors(checkpoint: Path) -> list[tuple[str, int]]:
+    """Names and bytes of all tensors in a checkpoint; what else it holds names its strategy and folder."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        return [(file.filename, file.file_size) for file in archive.infolist() if "/data/" in file.filename]
