@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from learnkv.errors import UserError
 from learnkv.evaluation.run import write_report
 from learnkv.inference.fingerprint import describe_with_weights, weights_fingerprint
 from learnkv.inference.models import describe_model, load_model
+from learnkv.persistence.policies import SHIPPED, describe_policy_file
 
 LINE = r"was made for .*num_layers=6.* \(model reference\), the model .* has .*num_layers="
 
@@ -109,3 +111,17 @@ def test_the_fingerprint_follows_every_weight_and_no_number_format() -> None:
         assert weights_fingerprint(other) != print_of, name
     with torch.device("meta"):
         assert weights_fingerprint(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_policies_of_this_package_name_their_model_and_are_small(name: str) -> None:
+    folder, policy = SHIPPED[name], load_policy(name)
+    assert describe_policy_file(name) == "learned"
+    assert policy.trained_for is not None
+    assert policy.trained_for["id"] == name
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
+    assert not re.search(r'"[/~]', (folder / "manifest.json").read_text())  # paths of whoever trained it
+    other = next(shipped for shipped in sorted(SHIPPED) if shipped != name)
+    described = load_policy(other).trained_for
+    with pytest.raises(UserError, match=f"^ckpt={name}: trained for {name} "):
+        load_policy(name, model=described)

@@ -23,7 +23,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a run that cannot go on, not of a wrong argument."""
 _REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 TABLES = _REFERENCE / "tables"
-MODELS_WITH_TABLES = {"reference": TABLES, "smollm2": _REFERENCE / "smollm2" / "tables"}
+MODELS_WITH_TABLES = {"reference": TABLES, **{path.parent.name: path for path in _REFERENCE.glob("*/tables")}}
 """Folders of the tables in this package, by the name that `model=` takes."""
 TEXT_BYTES, YAML_BYTES = 1 << 28, 1 << 20
 """Largest text or JSON file and largest YAML file that is read."""
@@ -32,7 +32,7 @@ MAX_DEPTH, MAX_VALUES = 64, 1_000_000
 
 
 def locate(path: str, shipped: str) -> Path:
-    """The file of a policy's argument: a path, or `reference` or `smollm2` for that model's file `shipped`."""
+    """The file of a policy's argument: a path, or the name of a model with tables here, for its file `shipped`."""
     file = Path(path).expanduser()
     return MODELS_WITH_TABLES[path] / shipped if path in MODELS_WITH_TABLES and not file.exists() else file
 

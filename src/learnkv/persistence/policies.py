@@ -40,11 +40,7 @@ from learnkv.policy.policy import Policy
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 """Kept fractions at which an export tabulates budgets."""
 _REFERENCE = Path(__file__).resolve().parents[1] / "reference"
-SHIPPED = {
-    "reference": _REFERENCE / "policy",
-    "smollm2": _REFERENCE / "smollm2" / "policy",
-    "smollm2-text": _REFERENCE / "smollm2" / "policy-text",
-}
+SHIPPED = {"reference": _REFERENCE / "policy", "smollm2": _REFERENCE / "smollm2" / "policy"}
 """Folders of the trained policies in this package, by the name that `ckpt=` takes."""
 _NOMINAL_ENTRIES = 4096
 
@@ -115,7 +111,7 @@ def load_policy(
 
     Args:
         path: file or folder; a bare name finds `configs/policies/NAME.yaml`, with the tables of `model` where it reads
-            any and this package has them; `reference`, `smollm2` and `smollm2-text` are the policies in this package;
+            any and this package has them; `reference` and `smollm2` are the trained policies in this package;
             `owner/name` or `owner/name@revision`, where there is no such path, a policy on the Hugging Face hub.
         allow: module prefixes besides `learnkv` whose classes the file may name.
         model: the model to use it with, or its description (`describe_model`, `describe_with_weights`); a policy that
@@ -222,7 +218,7 @@ def describe_policy_file(path: str | Path) -> str:
     """Name of a policy in tables: the file name of a heuristic, `learned` or `learned-RUN` for a trained one."""
     file = Path(path).expanduser()
     if str(path) in SHIPPED and not file.exists():
-        return "learned" + "-text" * str(path).endswith("-text")
+        return "learned"
     if hub.is_repository(str(path)):
         name = str(path).partition("@")[0].rpartition("/")[2]
     elif file.suffix != ".ckpt" and not file.is_dir():
