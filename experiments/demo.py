@@ -29,7 +29,7 @@ PROG = "python -m experiments.demo"
 MODULES = ("heapq", "random", "decimal", "timeit", "difflib", "statistics", "csv", "uuid", "trace", "queue")
 INTRO = "Here is documentation of modules of Python's standard library.\n\n"
 CHUNK = 512
-NEW_TOKENS = 12
+NEW_TOKENS = 8
 
 
 class Question(NamedTuple):
@@ -41,10 +41,15 @@ class Question(NamedTuple):
 
 
 QUESTIONS = (
-    Question("Who explained heap queues in this documentation?", " The explanation is by", "Pinard"),
-    Question("What is the period of the random number generator?", " The period is", "2**19937-1"),
-    Question("Which IEEE standard is the decimal module based on?", " It is based on IEEE standard", "854"),
+    Question("Who explains heaps, according to the documentation of heapq?", " [explanation by", "Pinard"),
+    Question(
+        "What is the period of the Mersenne Twister in the random module?",
+        " The Mersenne Twister has the period 2**",
+        "19937-1",
+    ),
+    Question("Which book has an introduction by Tim Peters?", " Tim Peters' introduction is in the Python", "Cookbook"),
 )
+"""Questions that the model answers with its full cache; an illustration, the table is the measurement."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,11 @@ def demo(config: DemoConfig, resolved: str) -> None:
     head, tail, _ = format_prompt(tokenizer, INTRO + document(tokenizer, config.tokens), "\n\n{}")
     cache = read(model, tokenizer(head, add_special_tokens=False).input_ids, list(policies.values()))
     caches = {"full cache": cache.fork()}
+    held = {"full cache": cache.full_nbytes}
     for name, policy in policies.items():
         caches[name] = policy.compress(cache.fork(), keep=config.keep)
-    say(", ".join(f"{name} {size(one.nbytes)}" for name, one in caches.items()))
+        held[name] = caches[name].nbytes
+    say("bytes held: " + ", ".join(f"{name} {size(count)}" for name, count in held.items()))
     print("\n".join(["", *table(["question", *caches], answers(model, tokenizer, tail, caches))]))
     if config.samples:
         say("a few samples of four tasks, read and not generated (KL from the full cache)")
@@ -128,12 +135,12 @@ def answers(model: Any, tokenizer: Any, tail: str, caches: dict[str, CompressedC
     rows = []
     for question, prefix, expected in QUESTIONS:
         ids = tokenizer(tail.format(question) + prefix, add_special_tokens=False).input_ids
-        row = [question]
+        row = [f"{question}{prefix} …"]
         for cache in caches.values():
             read_after = torch.tensor([ids], device=model.device)
             new = generate(model, read_after, cache.fork(), max_new_tokens=NEW_TOKENS, do_sample=False)
             text = " ".join(tokenizer.decode(new[0], skip_special_tokens=True).split())
-            row.append(f"{'✓' if expected in text else '✗'} {text}")
+            row.append(f"{'right' if expected in text else 'wrong'}: {text}")
         rows.append(row)
     return rows
 

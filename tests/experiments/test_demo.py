@@ -14,7 +14,8 @@ def test_questions_are_answered_from_every_cache(tmp_path: Path, capsys: pytest.
     assert run_main(demo, [*WORDS, "samples=0", f"output={tmp_path}"], "eval", PROG) == 0
     out = capsys.readouterr().out
     assert "| question | full cache | reference | snapkv |" in out
-    assert all(f"| {question} | " in out for question, _, _ in QUESTIONS)
+    assert all(f"| {question}{prefix} … | " in out for question, prefix, _ in QUESTIONS)
+    assert out.count("right: ") + out.count("wrong: ") == 3 * len(QUESTIONS)
     assert list(tmp_path.iterdir()) == []
 
 
