@@ -59,8 +59,8 @@ class Store:
 
 
 def slot_of(record: dict[str, Any]) -> tuple[Any, ...]:
-    """The values of `SLOT` in a record."""
-    return tuple(record[key] for key in SLOT)
+    """The values of `SLOT` in a record; None for what a foreign one lacks, which is then nobody's sample."""
+    return tuple(record.get(key) for key in SLOT)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -76,6 +76,4 @@ def _complete_lines(text: str) -> Iterator[dict[str, Any]]:
         except (json.JSONDecodeError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("fingerprint"), str):
-            record = {**record, "metric": record.get("metric", "generated")}
-            if record.keys() >= set(SLOT):
-                yield record
+            yield {**record, "metric": record.get("metric", "generated")}
