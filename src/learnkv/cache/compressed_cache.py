@@ -51,7 +51,7 @@ class CompressedCache(Cache):
         self.token_ids: tuple[Tensor, Tensor] | None = None  # of the prompt's slots and of later ones; None: not known
         self.invalid: tuple[Invalid, ...] = ()  # heads to look at when the host waits for the device next
         self.rotation: object = None  # of its keys, where RoPE depends on the number of tokens; forks share it
-        self.announced: tuple[Tensor, int] | None = None  # positions of a pass to come, and a bound that the host knows
+        self.expected_pass: tuple[Tensor, int] | None = None  # positions and a bound that the host knows
         self.decode_loop: object = None  # buffers of the last turn, with their graph, while tails keep their addresses
 
     def compressed_layers(self) -> list[CompressedLayer]:

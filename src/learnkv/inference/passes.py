@@ -35,7 +35,7 @@ def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         _take_pending(cache, args, kwargs)
     for layer in cache.compressed_layers():
         layer.attended = False
-    bound = _announced_bound(cache, kwargs)
+    bound = _known_bound(cache, kwargs)
     if embeddings:
         reached = functools.partial(_reached, cache, args, kwargs)
         moving_rope.set_rotation(model, embeddings, cache, bound or reached(), reached)
@@ -130,10 +130,10 @@ def _recomputes(model: Any) -> bool:
     return recomputes
 
 
-def _announced_bound(cache: CompressedCache, kwargs: dict[str, Any]) -> int | None:
-    """A number of tokens that no row exceeds after a pass, which was announced for it; None for other positions."""
-    positions, bound = cache.announced or (None, None)
-    cache.announced = None
+def _known_bound(cache: CompressedCache, kwargs: dict[str, Any]) -> int | None:
+    """Tokens that no row exceeds after a pass that prefill or generation began; None for other positions."""
+    positions, bound = cache.expected_pass or (None, None)
+    cache.expected_pass = None
     return bound if positions is not None and positions is kwargs.get("position_ids") else None
 
 

@@ -113,7 +113,7 @@ def _read_chunk(
         positions = torch.arange(chunk.start, chunk.stop, device=input_ids.device).expand(len(input_ids), -1)
     else:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, chunk]
-    cache.announced = positions, max(cache.prompt_lengths)
+    cache.expected_pass = positions, max(cache.prompt_lengths)
     model(
         input_ids=input_ids[:, chunk],
         attention_mask=None if mask is None else mask[:, : chunk.stop],

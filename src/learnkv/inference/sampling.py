@@ -155,7 +155,7 @@ def check_context(model: PreTrainedModel, cache: CompressedCache, positions: Ten
     """
     context = context_length(model)
     reached = max(cache.prompt_lengths) + cache.continuation_length + slots
-    cache.announced = positions, reached
+    cache.expected_pass = positions, reached
     # The bound counts padding; the true number costs a host sync.
     if context is not None and reached > context and (reached := int(positions.max()) + 1) > context:
         raise UserError(f"{reached} tokens with the continuation: the model's context is {context}")
