@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from experiments.method_comparison.tables import head
 from experiments.study.config import StudyConfig
 from experiments.study.criteria import lines
+from experiments.study.listed.measure import measure_listed
+from experiments.study.listed.write import write_listed
 from experiments.study.measure import MAIN, TEXT, Comparisons
 from experiments.study.page import COMMAND, page
 from experiments.study.results import Results, gather, recorded
@@ -41,9 +43,9 @@ def study(config: StudyConfig, resolved: str) -> None:
     if "train" in config.stages:
         train_missing(config)
     if "measure" in config.stages:
-        Comparisons(config).run()
+        measure_listed(Comparisons(config)) if config.comparisons else Comparisons(config).run()
     if "write" in config.stages:
-        write(config, resolved)
+        (write_listed if config.comparisons else write)(config, resolved)
 
 
 def write(config: StudyConfig, resolved: str) -> None:

@@ -4,11 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from learnkv.data.ruler_needles import Template
+from learnkv.data.words import Language
 from learnkv.errors import UserError
-from learnkv.evaluation.config import EvalConfig, Setting
+from learnkv.evaluation.config import EvalConfig, Metric, Setting
 from learnkv.persistence.methods import method, select_methods
+from learnkv.persistence.policies import SHIPPED, describe_policy_file
 
 Stage = Literal["train", "measure", "write"]
+Whom = Literal["learned", "unseen", "ablations", "baselines", "best"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,62 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One of the comparisons of a study that lists them; keys are those of eval unless said otherwise.
+
+    Args:
+        policies: learned, unseen and ablations are the study's; baselines are all other methods, best the best of these
+            without training.
+        best: how many these are.
+        chosen_in: the comparison whose KL names the best; its seed is another, so that its prompts are others.
+        score: generated or forced.
+        keep: fractions of the prompt's entries to keep.
+        tasks: RULER's tasks, or text.
+        lengths: prompt lengths in tokens.
+        setting: query_agnostic or query_aware.
+        samples: prompts per task and length.
+        batch_size: prompts read at once.
+        template: wording of needles and questions.
+        keys: language of the needles' keys.
+        haystack: text to hide needles in; `docstrings` for those of the standard library that nothing is trained on.
+        seed: of the prompts.
+    """
+
+    policies: tuple[Whom, ...] = ("learned", "best")
+    best: int = 5
+    chosen_in: str = "choice"
+    score: Metric = "forced"
+    keep: tuple[float, ...] = (0.25, 0.1, 0.05)
+    tasks: tuple[str, ...] = ("niah_single_1",)
+    lengths: tuple[int, ...] = (1024,)
+    setting: tuple[Setting, ...] = ("query_agnostic",)
+    samples: int = 50
+    batch_size: int = 4
+    template: Template = "secret"
+    keys: Language = "english"
+    haystack: str | None = None
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.best < 1 or self.samples < 1 or self.batch_size < 1:
+            raise UserError(
+                f"best={self.best} samples={self.samples} batch_size={self.batch_size}: expected at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """Train a policy and its variants, compare them with all other methods, write what came of it.
 
     Every training and every comparison continues where an earlier run of the same command ended.
 
     Args:
-        learned: training YAML (a path, or a name in configs/train) of the policy under study.
+        learned: training YAML (a path, or a name in configs/train) of the policy under study, or the name of a policy
+            that ships, which is not trained anew.
         ablations: training YAMLs of its parts; the table names them `learned-…`, as their files.
         objectives: training YAMLs of other objectives.
         single: training YAMLs with one kept fraction each.
-        unseen: training YAML of a policy that never saw a retrieval task.
+        unseen: training YAML of a policy that never saw a retrieval task, or the name of one that ships.
         held_out: training YAMLs with `hold_out`; each is scored on the tasks of the families that it never saw.
         shorter: training YAML of a policy trained on shorter prompts, compared at the longer ones.
         baselines: the other methods, as in eval: names in configs/policies or paths, `all`, or kinds; `-` leaves out.
@@ -60,6 +109,8 @@ class StudyConfig:
         text: held-out text; docstrings of packages of the standard library if not given.
         haystack: another text to hide needles in; those docstrings if not given.
         samples: how many prompts.
+        comparisons: what to measure, by name, in place of the sequence for the reference model; keys that a comparison
+            has of its own are then those of the comparison.
         batch_size: prompts read at once.
         min_full_score: score of the full cache below which a task does not count.
         best: how many of the other methods are measured as often as the policy under study.
@@ -92,6 +143,7 @@ class StudyConfig:
     text: str | None = None
     haystack: str | None = None
     samples: Samples = field(default_factory=Samples)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
     batch_size: int = 60
     min_full_score: float = 80.0
     best: int = 5
@@ -112,6 +164,12 @@ class StudyConfig:
         for name in names:
             if not name.startswith("learned") or names.count(name) > 1:
                 raise UserError(f"{name}: expected training YAMLs of different names that begin with `learned`")
+        for name, one in self.comparisons.items():
+            chooses = self.comparisons.get(one.chosen_in)
+            if "best" in one.policies and (chooses is None or "baselines" not in chooses.policies):
+                raise UserError(
+                    f"comparisons.{name}.chosen_in={one.chosen_in}: expected a comparison with the policies baselines"
+                )
 
     @property
     def variants(self) -> list[str]:
@@ -151,5 +209,10 @@ class StudyConfig:
 
 
 def name_of(variant: str) -> str:
-    """What a variant is called in tables: its file's name."""
-    return Path(variant).name.removesuffix(".yaml")
+    """What a variant is called in tables: its file's name, or the one that the package gives it."""
+    return describe_policy_file(variant) if ships(variant) else Path(variant).name.removesuffix(".yaml")
+
+
+def ships(variant: str) -> bool:
+    """Whether a variant is a policy of this package, which is not trained anew."""
+    return variant in SHIPPED

@@ -53,8 +53,7 @@ class Comparisons:
         self.model, self.tokenizer = load_model(config.model, None, config.dtype, config.device)
         attach(self.model)
         self.context = context_length(self.model)
-        folders = trained(config)
-        self.learned = self._load(str(folder) for folder in folders.values())
+        self.learned = self._load(trained(config).values())
         self.baselines = self._load(config.methods)
         self.policy = name_of(config.learned)
         for earlier in config.records:
@@ -71,15 +70,15 @@ class Comparisons:
         """Every comparison, the ones that others build on first."""
         config, count = self.config, self.config.samples
         if config.tasks:
-            self._measure(MAIN, self.baselines, config.comparison(samples=count.baselines))
-            self._measure(MAIN, self.variants, config.comparison(samples=count.ablations))
+            self.measure(MAIN, self.baselines, config.comparison(samples=count.baselines))
+            self.measure(MAIN, self.variants, config.comparison(samples=count.ablations))
             chosen = {self.policy: self.learned[self.policy], **{name: self.baselines[name] for name in self.best()}}
-            self._measure(MAIN, chosen, config.comparison(samples=count.evaluated))
+            self.measure(MAIN, chosen, config.comparison(samples=count.evaluated))
             self._out_of_domain(chosen)
             self._conditioning()
-        source = config.text or str(self._held_out("text.jsonl"))
+        source = config.text or str(self.held_out("text.jsonl"))
         keys = config.comparison(tasks=("text",), text=source, samples=count.text, setting=("query_agnostic",))
-        self._measure(TEXT, {**self.baselines, **self.learned}, keys)
+        self.measure(TEXT, {**self.baselines, **self.learned}, keys)
 
     def best(self) -> list[str]:
         """The other methods that are measured as often as the policy under study."""
@@ -97,13 +96,13 @@ class Comparisons:
         about: dict[str, Any] = {"samples": config.samples.out_of_domain, "setting": ("query_agnostic",)}
         for name, different in OUT_OF_DOMAIN.items():
             if name == "haystack":
-                different = {"haystack": config.haystack or str(self._held_out("haystack.txt"))}
+                different = {"haystack": config.haystack or str(self.held_out("haystack.txt"))}
             if of := differing(name, tasks_named(config.tasks, ())):
-                self._measure(name, policies, config.comparison(**about, **different, tasks=of))
+                self.measure(name, policies, config.comparison(**about, **different, tasks=of))
         shorter = {name_of(one): self.learned[name_of(one)] for one in (config.shorter,) if one is not None}
         for length in config.longer:
             keys = config.comparison(**about, lengths=(length,))
-            self._measure(f"length-{length}", {**policies, **shorter}, keys)
+            self.measure(f"length-{length}", {**policies, **shorter}, keys)
 
     def _conditioning(self) -> None:
         """The policies whose budgets depend on the prompt, with features of one prompt of each task in turn."""
@@ -121,11 +120,12 @@ class Comparisons:
             f"{name}-shuffled": conditioning.shuffled(policy, conditioning.features_of(self.model, policy, each))
             for name, policy in own.items()
         }
-        self._measure(SHUFFLED, strange, config.comparison(samples=config.samples.ablations, **agnostic))
+        self.measure(SHUFFLED, strange, config.comparison(samples=config.samples.ablations, **agnostic))
         found = {name: conditioning.changes(self.model, policy, prompts, config.keep) for name, policy in own.items()}
         write_text(config.folder / SHUFFLED / "changed.json", json.dumps(found, indent=1) + "\n")
 
-    def _measure(self, name: str, policies: Mapping[str, Policy], keys: EvalConfig) -> None:
+    def measure(self, name: str, policies: Mapping[str, Policy], keys: EvalConfig) -> None:
+        """What is missing of one comparison; `name` is its folder's."""
         folder = self.config.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         families = tasks.load(keys, self.tokenizer, self.context)
@@ -142,7 +142,7 @@ class Comparisons:
     def _load(self, paths: Iterable[str]) -> dict[str, Policy]:
         return load_policies(self.config.comparison(ckpt=tuple(paths), tasks=("text",)), self.model)
 
-    def _held_out(self, file: str) -> Path:
+    def held_out(self, file: str) -> Path:
         """Text of every Python that nothing is trained on, as a file."""
         path, texts = self.config.folder / file, held_out_docstrings()
         lines = [json.dumps({"text": text}) for text in texts] if path.suffix == ".jsonl" else texts

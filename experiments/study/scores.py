@@ -57,6 +57,11 @@ class Scores:
         cell = self.cells[policy, keep]
         return _over_tasks((record["task"], self.full[prompt_key(record)][self.value]) for record in cell)
 
+    def below_full(self, policy: str, keep: float) -> Estimate:
+        """Mean over tasks of what the full cache scores more on the same prompts."""
+        cell = self.cells[policy, keep]
+        return _over_tasks((one["task"], self.full[prompt_key(one)][self.value] - one[self.value]) for one in cell)
+
     def minus(self, policy: str, other: str, keep: float) -> Estimate:
         """Mean over tasks of the difference on the prompts that both have."""
         return paired_difference(self.cells[policy, keep], self.cells[other, keep], self.value)

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from experiments.study.config import StudyConfig, name_of
+from experiments.study.config import StudyConfig, name_of, ships
 from learnkv.cli.parser import parse
 from learnkv.errors import UserError
 from learnkv.training.config import TrainConfig
@@ -18,6 +18,8 @@ def trainings(config: StudyConfig) -> dict[str, tuple[TrainConfig, str]]:
     found = {}
     text = [f"text={','.join(config.training_text)}"] if config.training_text else []
     for variant in config.variants:
+        if ships(variant):
+            continue
         name = name_of(variant)
         words = [f"config={variant}", f"model={config.model}", f"output={config.folder / 'train' / name}"]
         found[name] = parse(TrainConfig, [*words, *text, *config.training], "train")
@@ -31,13 +33,15 @@ def train_missing(config: StudyConfig) -> None:
         train(keys, resolved)
 
 
-def trained(config: StudyConfig) -> dict[str, Path]:
-    """Folder of each variant's policy; UserError where one is missing."""
-    folders = {name: config.folder / "train" / name for name in map(name_of, config.variants)}
-    for name, folder in folders.items():
-        if not (folder / "policy" / "manifest.json").is_file():
+def trained(config: StudyConfig) -> dict[str, str]:
+    """Folder of each variant's policy, or the name of one that ships; UserError where one is missing."""
+    found = {}
+    for variant in config.variants:
+        name, folder = name_of(variant), config.folder / "train" / name_of(variant)
+        if not ships(variant) and not (folder / "policy" / "manifest.json").is_file():
             raise UserError(f"output={config.output}: {name} is not trained yet, expected stages=train first")
-    return folders
+        found[name] = variant if ships(variant) else str(folder)
+    return found
 
 
 def facts(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Needles:
         answers = [answer for key in queried for answer in noted[key]]
         wording = TEMPLATES[self.template](self.value_kind, many=len(answers) > 1)
         needles = [wording.needle(key, noted_value) for key, values in noted.items() for noted_value in values]
+        asked = wording.needle(queried[0], answers[0])
         rng.shuffle(needles)
         depths = sorted(rng.sample(DEPTHS, len(needles)))
         hay = self._haystack(random.Random(rng.getrandbits(64)), wording, split, taken, essay_file)
@@ -56,6 +57,7 @@ class Needles:
                 wording.answer_prefix(queried),
                 answers,
                 wording=listed(answers),
+                depth=depths[needles.index(asked)],
             )
 
         return draft

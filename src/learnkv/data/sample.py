@@ -19,6 +19,7 @@ class Draft:
     answer_prefix: str
     answers: list[str]
     wording: str = field(default="", kw_only=True)
+    depth: float | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Sample(Draft):
 
     The question contains no part of the answer prefix, and the context no part of the question. `answers` are the
     expected strings: all of them, or any one of them where `metric` is "part". `wording` is a complete correct answer
-    in the form that the prompt asks for, where that is not the answers with commas between them.
+    in the form that the prompt asks for, where that is not the answers with commas between them. `depth` is where in
+    the haystack the first answer is, in percent; None where there is no haystack.
     """
 
     task: str

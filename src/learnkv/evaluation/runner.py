@@ -211,12 +211,13 @@ def _sizes(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
 def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
     fraction = job.budget.fraction(len(prompt.prefill_ids))
     record = {**job.slot(prompt), "asked": fraction, **sizes, "haystack": prompt.haystack}
-    expected = None if prompt.sample is None else prompt.sample.answers
+    expected, depth = (None, None) if prompt.sample is None else (prompt.sample.answers, prompt.sample.depth)
     digests = {"prompt_digest": prompt.digest[:20], "conditions_digest": job.conditions}
     return {
         **record,
         **scores,
         "prompt": prompt.shown,
+        "depth": depth,
         "expected": expected,
         **digests,
         "fingerprint": job.fingerprint(prompt),

@@ -1,0 +1,130 @@
+"""study.md of a study that lists its comparisons."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from experiments.study.config import Comparison, name_of
+from experiments.study.criteria import Line
+from experiments.study.listed.criteria import Measured
+from experiments.study.listed.kl import exact_scores, generated_scores, kl_scores
+from experiments.study.page import COMMAND, FINDINGS
+from experiments.study.scores import LEARNED, Scores
+from learnkv.evaluation.panels import plus_minus, size, table
+from learnkv.evaluation.results import FULL, Record
+
+
+def page(measured: Measured, criteria: Sequence[Line], commit: str, pictures: Sequence[str]) -> Iterator[str]:
+    """Lines of the page; `pictures` lie beside it."""
+    config = measured.config
+    yield f"# The study on {config.model}"
+    yield ""
+    yield f"Written by `{COMMAND} config={config.model}` at commit {commit}; all keys are in study.json."
+    yield f"`{measured.policy}` is the policy that ships as `--ckpt {config.learned}`."
+    if config.unseen is not None:
+        yield f"`{name_of(config.unseen)}` ships as `--ckpt {config.unseen}` and never saw a retrieval episode."
+    yield ""
+    yield "Forced: the correct answer is read behind the question, in one pass. KL is that from the full cache, in nats"
+    yield "per token of the answer; exact is the percentage of prompts whose every answer token is ranked first."
+    yield "Generated: the answer is generated and scored as RULER does. Tables have one of the two; query-agnostic and"
+    yield "query-aware results are never in one table. ± is one standard error, of paired differences where policies"
+    yield "are compared."
+    yield ""
+    yield "Disjoint from every training: the evaluation's wording, its words, numbers and codes (one split of"
+    yield "`learnkv.data.words`), its haystacks, its books, and its prompts, drawn with seeds that no training uses."
+    yield ""
+    if (Path(config.out) / FINDINGS).is_file():
+        yield f"What was learned from it: [{FINDINGS}]({FINDINGS})."
+        yield ""
+    yield "## What must hold"
+    yield ""
+    yield from table(
+        ["", "criterion", "measured", ""],
+        ([line.about, line.criterion, line.measured, line.verdict] for line in criteria),
+    )
+    for name, comparison in config.comparisons.items():
+        if measured.records.get(name):
+            yield from _comparison(measured, name, comparison)
+    if pictures:
+        yield "## Pictures"
+        yield ""
+        yield from (f"![{name}]({name})" for name in pictures)
+
+
+def _comparison(measured: Measured, name: str, comparison: Comparison) -> Iterator[str]:
+    """A heading, the tasks, and a table for every setting and length."""
+    settings = {(one["setting"], one["length"]) for one in measured.records[name]}
+    for setting, length in sorted(settings):
+        records = [one for one in measured.records[name] if (one["setting"], one["length"]) == (setting, length)]
+        kind = "held-out text" if comparison.tasks == ("text",) else comparison.score
+        yield f"## {name}: {setting.replace('_', '-')}, {length:,} tokens, {kind}"
+        yield ""
+        yield f"{_tasks(records)}, seed {comparison.seed}{_different(comparison)}."
+        yield ""
+        if comparison.score == "generated":
+            yield from _table(generated_scores(records, measured.config), None)
+        else:
+            exact = None if comparison.tasks == ("text",) else exact_scores(records, measured.config)
+            yield from _table(kl_scores(records, measured.config), exact)
+
+
+def _tasks(records: Sequence[Record]) -> str:
+    """Tasks with their prompts and what the full cache scores."""
+    full: dict[str, list[float]] = {}
+    for one in records:
+        if one["policy"] == FULL:
+            full.setdefault(one["task"], []).append(one["score"])
+    if list(full) == ["text"]:
+        return f"{len(full['text'])} windows"
+    return "Full cache: " + ", ".join(f"{task} {fmean(scores):.0f} % of {len(scores)}" for task, scores in full.items())
+
+
+def _different(comparison: Comparison) -> str:
+    """What is not as in the other comparisons."""
+    default = Comparison()
+    found = [
+        f"{key} {getattr(comparison, key)}"
+        for key in ("template", "keys", "haystack")
+        if getattr(comparison, key) != getattr(default, key)
+    ]
+    return "".join(f", {one}" for one in found)
+
+
+def _table(scores: Scores, exact: Scores | None) -> Iterator[str]:
+    """A row per policy, the best first: value (exact %) and the bytes that a prompt's entries take."""
+    unit = "score" if scores.value == "score" else "KL" if exact is None else "KL (exact %)"
+    head = [unit, "prompts", *(f"keep {keep:g}" for keep in scores.keeps)]
+    yield from table(
+        head,
+        (
+            [name, _prompts(scores, name), *(_cell(scores, exact, name, keep) for keep in scores.keeps)]
+            for name in _ordered(scores)
+        ),
+    )
+
+
+def _prompts(scores: Scores, name: str) -> str:
+    """Prompts per task, the fewest and the most where they differ."""
+    cells = [scores.cells[name, keep] for keep in scores.keeps if (name, keep) in scores.cells]
+    counts = sorted({count for cell in cells for count in Counter(one["task"] for one in cell).values()})
+    return f"{counts[0]}-{counts[-1]}" if counts[1:] else str(counts[0])
+
+
+def _cell(scores: Scores, exact: Scores | None, name: str, keep: float) -> str:
+    if (name, keep) not in scores.cells:
+        return ""
+    digits = 1 if scores.value == "score" else 4
+    answers = "" if exact is None else f" ({exact.of(name, keep).mean:.0f} %)"
+    return f"{plus_minus(scores.of(name, keep), '', digits)}{answers} · {size(scores.mean_of(name, keep, 'bytes'))}"
+
+
+def _ordered(scores: Scores) -> list[str]:
+    """Learned policies, then the others, the best first."""
+    better = -1 if scores.value == "score" else 1
+
+    def place(name: str) -> tuple[bool, float]:
+        means = [scores.of(name, keep).mean for keep in scores.keeps if (name, keep) in scores.cells]
+        return not name.startswith(LEARNED), better * fmean(means)
+
+    return sorted(scores.policies, key=place)
