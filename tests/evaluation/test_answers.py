@@ -1,5 +1,6 @@
 """Where a prompt is cut, when an answer has ended, and what it scores."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -226,3 +227,19 @@ def test_padding_goes_to_one_side() -> None:
     ids, mask = pad([[5, 6], [7]], "right", torch.device("cpu"))
     assert ids.tolist() == [[5, 6], [7, 0]]
     assert mask.tolist() == [[True, True], [True, False]]
+
+
+def test_batches_of_unequal_prompts_have_little_padding(loaded: Loaded) -> None:
+    _, tokenizer = loaded
+    random = Random(0)
+    prompts = [
+        Prompt(
+            "a", 4096, "query_agnostic", n, [1] * random.randint(200, 4000), [1], sample("x" * random.randint(1, 40))
+        )
+        for n in range(64)
+    ]
+    family = Answers(prompts, tokenizer)
+    ordered = sorted(family.prompts, key=family.effort)
+    batches = [[len(prompt.prefill_ids) for prompt in ordered[at : at + 4]] for at in range(0, 64, 4)]
+    slots = sum(len(batch) * max(batch) for batch in batches)
+    assert 1 - sum(map(sum, batches)) / slots < 0.12  # 0.44 where they are ordered by their answers

@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from learnkv.cli.allocator import keep_freed_memory
 from learnkv.errors import Preempted, RunError, UserError
 from learnkv.formats.files import FULL_DISK
 from learnkv.persistence.config_errors import Words, explain
@@ -142,6 +143,7 @@ def run_main(function: Callable[[Any, str], None], argv: Sequence[str] | None, k
     """
     words = sys.argv[1:] if argv is None else list(argv)
     print_anywhere()
+    keep_freed_memory()
     try:
         if not words:
             raise UserError(

@@ -37,8 +37,10 @@ class Answers(Family):
         super().__init__(prompts, tokenizer)
 
     def effort(self, prompt: Prompt) -> tuple[int, ...]:
-        """Length of the answers, then of the prompt."""
-        return sum(map(len, sample_of(prompt).answers)), len(prompt.prefill_ids)
+        """Length of the prompt to an eighth of it, so that few slots of a batch are padding; then of the answers."""
+        tokens = len(prompt.prefill_ids)
+        bits = tokens.bit_length()
+        return bits, 16 * tokens >> bits, sum(map(len, sample_of(prompt).answers)), tokens
 
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
