@@ -6,7 +6,7 @@ from math import inf, isnan
 
 from experiments.study.config import StudyConfig, name_of
 from experiments.study.criteria import Line, Verdict
-from experiments.study.listed.kl import exact_scores, generated_scores, kl_scores
+from experiments.study.listed.kl import exact_scores, kl_scores
 from experiments.study.scores import Scores
 from learnkv.evaluation.results import Estimate, Record
 
@@ -44,12 +44,8 @@ class Measured:
         return kl_scores(self.records[name], self.config) if self.records.get(name) else None
 
     def exact(self, name: str) -> Scores | None:
-        """Exact answers of a comparison by forced scores."""
+        """Exact answers of a comparison by forced scores, or scores of generated ones."""
         return exact_scores(self.records[name], self.config) if self.records.get(name) else None
-
-    def generated(self, name: str) -> Scores | None:
-        """Scores of a comparison by generated answers."""
-        return generated_scores(self.records[name], self.config) if self.records.get(name) else None
 
 
 def lines(measured: Measured) -> Iterator[Line]:
@@ -81,7 +77,7 @@ def ratios(measured: Measured, name: str, limits: Mapping[float, float], about: 
 
 def beats_when_generating(measured: Measured) -> Iterator[Line]:
     """Above the best of the others where that one is clearly below the full cache, else not clearly worse."""
-    scores = measured.generated(GENERATED)
+    scores = measured.exact(GENERATED)
     for keep in scores.keeps if scores is not None else (0.25, 0.1, 0.05, 0.025):
         about = f"generated, query-agnostic, keep {keep:g}: above the best method without training"
         bar = f"by more than {CLEAR:g} SE where that is as far below the full cache, else not worse by as many"
@@ -101,17 +97,13 @@ def among_the_best(measured: Measured) -> Iterator[Line]:
     kl, exact = measured.kl(AWARE), measured.exact(AWARE)
     for keep in kl.keeps if kl is not None else (0.25, 0.1, 0.05):
         about, bar = f"query-aware, keep {keep:g}: at or above every method", f"not worse by {CLEAR:g} SE"
-        if kl is None or exact is None or (measured.policy, keep) not in kl.cells or not kl.rivals(keep):
+        scored = [one for one in (kl, exact) if one is not None and one.tasks]
+        if any((measured.policy, keep) not in one.cells or not one.rivals(keep) for one in scored) or not scored:
             yield Line(about, bar, "", "not measured")
             continue
-        rival, answers = kl.rivals(keep)[0], exact.rivals(keep)[0]
-        text = (
-            f"KL {_pm(kl.minus(measured.policy, rival, keep), '+')} against {rival}; exact "
-            f"{_pm(exact.minus(measured.policy, answers, keep), '+', 1)} over {answers}"
-        )
-        met = all(
-            not_worse(scores, measured.policy, other, keep) for scores in (kl, exact) for other in scores.rivals(keep)
-        )
+        nearest = ((one, one.rivals(keep)[0]) for one in scored)
+        text = "; ".join(f"{_difference(one, measured.policy, rival, keep)} against {rival}" for one, rival in nearest)
+        met = all(not_worse(one, measured.policy, other, keep) for one in scored for other in one.rivals(keep))
         yield Line(about, bar, text, _met(met))
 
 
@@ -122,7 +114,7 @@ def saw_no_retrieval(measured: Measured) -> Iterator[Line]:
     own = name_of(measured.config.unseen)
     of_needles, of_text = (measured.kl(MAIN), measured.exact(MAIN)), (measured.kl(TEXT),)
     for where, tables in (("needles and chains", of_needles), ("held-out books", of_text)):
-        scored = [scores for scores in tables if scores is not None]
+        scored = [scores for scores in tables if scores is not None and scores.tasks]
         for keep in (
             [keep for keep in scored[0].keeps if keep <= LARGEST_KEEP["unseen"]] if scored else (0.25, 0.1, 0.05)
         ):
@@ -130,11 +122,9 @@ def saw_no_retrieval(measured: Measured) -> Iterator[Line]:
             if not scored or any(not {(own, keep), (SECOND_READING, keep)} <= one.cells.keys() for one in scored):
                 yield Line(about, bar, "", "not measured")
                 continue
-            text = "; exact ".join(
-                _pm(one.minus(own, SECOND_READING, keep), "+", 4 if one.value == "kl" else 1) for one in scored
-            )
+            text = "; ".join(_difference(one, own, SECOND_READING, keep) for one in scored)
             met = all(not_worse(one, own, SECOND_READING, keep) for one in scored)
-            yield Line(about, bar, f"KL {text}", _met(met))
+            yield Line(about, bar, text, _met(met))
 
 
 def above_every_method(measured: Measured, name: str) -> Iterator[Line]:
@@ -169,6 +159,12 @@ def not_worse(scores: Scores, policy: str, other: str, keep: float) -> bool:
     difference = scores.minus(policy, other, keep)
     behind = difference.mean if scores.value == "kl" else -difference.mean
     return behind <= CLEAR * _error(difference)
+
+
+def _difference(scores: Scores, policy: str, other: str, keep: float) -> str:
+    """KL or exact answers of a policy minus another's."""
+    difference = scores.minus(policy, other, keep)
+    return f"KL {_pm(difference, '+')}" if scores.value == "kl" else f"exact {_pm(difference, '+', 1)}"
 
 
 def _error(difference: Estimate) -> float:

@@ -1,7 +1,7 @@
 """Samples of one listed comparison: KL and exactness of answers that are read, or scores of generated ones.
 
-Every task of a comparison by forced scores counts: the study's YAML names those that the full cache can do, by what it
-generates. Of generated ones, those that it cannot do at this length are left out.
+KL counts on every task of a comparison; the study's YAML names those that the model can do. Scores count on those of
+them that the full cache itself can do at this length, exactly or by what it generates.
 """
 
 from collections.abc import Iterable
@@ -18,12 +18,7 @@ def kl_scores(records: Iterable[Record], config: StudyConfig) -> Scores:
 
 
 def exact_scores(records: Iterable[Record], config: StudyConfig) -> Scores:
-    """Percent of the prompts whose every answer token is ranked first."""
-    return Scores(records, 0.0, trained=config.trained)
-
-
-def generated_scores(records: Iterable[Record], config: StudyConfig) -> Scores:
-    """Scores from 0 to 100 of the tasks that the full cache can do."""
+    """Percent of the prompts whose every answer token is ranked first; or scores of generated answers."""
     return Scores(records, config.min_full_score, trained=config.trained)
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from experiments.study.config import Comparison, name_of
 from experiments.study.criteria import Line
 from experiments.study.listed.criteria import Measured
-from experiments.study.listed.kl import exact_scores, generated_scores, kl_scores
+from experiments.study.listed.kl import exact_scores, kl_scores
 from experiments.study.page import COMMAND, FINDINGS
 from experiments.study.scores import LEARNED, Scores
 from learnkv.evaluation.panels import plus_minus, size, table
@@ -63,10 +63,13 @@ def _comparison(measured: Measured, name: str, comparison: Comparison) -> Iterat
         yield f"{_tasks(records)}, seed {comparison.seed}{_different(comparison)}."
         yield ""
         if comparison.score == "generated":
-            yield from _table(generated_scores(records, measured.config), None)
+            yield from _table(exact_scores(records, measured.config), None)
         else:
             exact = None if comparison.tasks == ("text",) else exact_scores(records, measured.config)
-            yield from _table(kl_scores(records, measured.config), exact)
+            if exact is not None and exact.left_out:
+                yield f"Exactness without {', '.join(exact.left_out)}: the full cache itself does not answer exactly there."
+                yield ""
+            yield from _table(kl_scores(records, measured.config), exact if exact is not None and exact.tasks else None)
 
 
 def _tasks(records: Sequence[Record]) -> str:
