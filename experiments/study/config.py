@@ -1,5 +1,6 @@
 """What a study consists of: the keys of `python -m experiments.study`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -77,6 +78,14 @@ class Comparison:
                 f"best={self.best} samples={self.samples} batch_size={self.batch_size}: expected at least 1"
             )
 
+    def check_choice(self, name: str, others: Mapping[str, "Comparison"]) -> None:
+        """UserError where the best are to be named by a comparison that cannot."""
+        chooses = others.get(self.chosen_in)
+        if "best" in self.policies and (chooses is None or "baselines" not in chooses.policies):
+            raise UserError(
+                f"comparisons.{name}.chosen_in={self.chosen_in}: expected a comparison with the policies baselines"
+            )
+
 
 @dataclass(frozen=True)
 class StudyConfig:
@@ -111,6 +120,8 @@ class StudyConfig:
         samples: how many prompts.
         comparisons: what to measure, by name, in place of the sequence for the reference model; keys that a comparison
             has of its own are then those of the comparison.
+        only: comparisons to measure; all of them if not given. Processes may measure different ones at the same time.
+        portion: of every comparison's prompts; with a larger one the same command goes on.
         batch_size: prompts read at once.
         min_full_score: score of the full cache below which a task does not count.
         best: how many of the other methods are measured as often as the policy under study.
@@ -144,6 +155,8 @@ class StudyConfig:
     haystack: str | None = None
     samples: Samples = field(default_factory=Samples)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
+    only: tuple[str, ...] = ()
+    portion: float = 1.0
     batch_size: int = 60
     min_full_score: float = 80.0
     best: int = 5
@@ -164,12 +177,13 @@ class StudyConfig:
         for name in names:
             if not name.startswith("learned") or names.count(name) > 1:
                 raise UserError(f"{name}: expected training YAMLs of different names that begin with `learned`")
+        if not 0 < self.portion <= 1:
+            raise UserError(f"portion={self.portion:g}: expected above 0 and at most 1")
+        for name in self.only:
+            if name not in self.comparisons:
+                raise UserError(f"only={name}: expected one of {', '.join(self.comparisons)}")
         for name, one in self.comparisons.items():
-            chooses = self.comparisons.get(one.chosen_in)
-            if "best" in one.policies and (chooses is None or "baselines" not in chooses.policies):
-                raise UserError(
-                    f"comparisons.{name}.chosen_in={one.chosen_in}: expected a comparison with the policies baselines"
-                )
+            one.check_choice(name, self.comparisons)
 
     @property
     def variants(self) -> list[str]:

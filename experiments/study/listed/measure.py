@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
+from math import ceil
+from pathlib import Path
 from typing import Any
 
 from experiments.study.config import Comparison, StudyConfig, name_of
+from experiments.study.listed.archive import read_archive
 from experiments.study.listed.kl import best_by_kl, kl_scores
 from experiments.study.measure import Comparisons, samples
 from learnkv.data.haystack import essay
@@ -17,8 +20,12 @@ DOCSTRINGS = "docstrings"
 
 
 def measure_listed(study: Comparisons) -> None:
-    """Every comparison; what earlier runs of the same command have measured is kept."""
+    """Every comparison; what earlier runs have measured is kept, those in the study's results too."""
+    earlier = read_archive(Path(study.config.out))
     for name, comparison in study.config.comparisons.items():
+        if study.config.only and name not in study.config.only:
+            continue
+        study.earlier = earlier.get(name, [])
         study.measure(name, policies_of(study, comparison), keys_of(study, comparison))
 
 
@@ -48,6 +55,7 @@ def keys_of(study: Comparisons, comparison: Comparison) -> EvalConfig:
     keys: dict[str, Any] = {
         field.name: getattr(comparison, field.name) for field in fields(comparison) if field.name not in _OWN
     }
+    keys["samples"] = ceil(comparison.samples * study.config.portion)
     if "text" in comparison.tasks:
         keys["text"] = study.config.text or str(study.held_out("text.jsonl"))
     if comparison.haystack == DOCSTRINGS:

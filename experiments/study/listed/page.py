@@ -67,7 +67,7 @@ def _comparison(measured: Measured, name: str, comparison: Comparison) -> Iterat
         else:
             exact = None if comparison.tasks == ("text",) else exact_scores(records, measured.config)
             if exact is not None and exact.left_out:
-                yield f"Exactness without {', '.join(exact.left_out)}: the full cache itself does not answer exactly there."
+                yield f"Exactness without {', '.join(exact.left_out)}: the full cache does not answer exactly there."
                 yield ""
             yield from _table(kl_scores(records, measured.config), exact if exact is not None and exact.tasks else None)
 

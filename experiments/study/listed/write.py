@@ -13,6 +13,7 @@ from experiments.method_comparison.tables import head
 from experiments.study.config import StudyConfig, name_of
 from experiments.study.criteria import Line
 from experiments.study.listed import pictures
+from experiments.study.listed.archive import FILE, write_archive
 from experiments.study.listed.criteria import MAIN, Measured, lines
 from experiments.study.listed.kl import best_by_kl, kl_scores
 from experiments.study.listed.page import page
@@ -50,9 +51,10 @@ def write_listed(config: StudyConfig, resolved: str) -> None:
         "rows": {name: rows_of(records) for name, records in measured.records.items() if records},
     }
     write_text(out / "study.json", json.dumps(report) + "\n")
+    write_archive(out, measured.records)
     for line in criteria:
         print(f"{line.verdict:12} {line.about}: {line.measured}")
-    print("\n".join(str(out / name) for name in ("study.md", "study.json", *drawn)))
+    print("\n".join(str(out / name) for name in ("study.md", "study.json", FILE, *drawn)))
 
 
 def _recorded(config: StudyConfig, name: str) -> list[Record]:

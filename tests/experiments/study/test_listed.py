@@ -1,6 +1,7 @@
 """A study that lists its comparisons, as it is typed, on a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from experiments.study.__main__ import main
 from experiments.study.config import StudyConfig
+from experiments.study.listed.archive import FILE
 from experiments.study.listed.criteria import LONGER, MAIN
 from learnkv.cli.parser import parse
 from learnkv.evaluation import runner
@@ -62,13 +64,32 @@ def test_listed_comparisons_are_measured_once_and_written(
     assert capsys.readouterr().err.count(" 0 to measure") == 5
     assert (docs / "study.md").read_text() == page
 
+    # Another machine goes on with the samples in the results; a lost one is measured again.
+    shutil.rmtree(tmp_path / "study" / "needles")
+    assert main([*listed, "stages=measure"]) == 0
+    assert capsys.readouterr().err.count(" 0 to measure") == 5
+    assert main([*listed, "stages=write"]) == 0
+    assert (docs / "study.md").read_text() == page
 
-def test_a_list_without_a_choice_is_one_line(
+    # A larger portion goes on; what is not named waits.
+    assert main([*listed, "stages=measure", "only=needles", "portion=0.5"]) == 0
+    assert "needles: 14 samples, 0 taken over, 0 to measure" in (said := capsys.readouterr().err)
+    assert "choice:" not in said
+    (docs / FILE).write_bytes(b"no samples")
+    assert main(listed) == 2
+    assert f"{FILE}: expected samples of a study" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_a_list_cannot_do_is_one_line(
     listed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "tiny.yaml"
     keys = yaml.safe_load(file.read_text())
     keys["comparisons"]["needles"]["chosen_in"] = "choise"
+    assert main([*listed, "only=needle"]) == 2
+    assert "only=needle: expected one of choice, generated" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*listed, "portion=0"]) == 2
+    assert "portion=0: expected above 0" in capsys.readouterr().err.splitlines()[-1]
     file.write_text(yaml.safe_dump(keys))
     assert main(listed) == 2
     assert "comparisons.needles.chosen_in=choise: expected a comparison" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,49 @@
+"""Samples of a study in its results, so that another machine goes on with them and readers compare by prompt.
+
+The prompts' texts, the answers, and seconds stay behind; budgets are rounded.
+"""
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from learnkv.errors import UserError
+from learnkv.evaluation.results import Record
+from learnkv.formats.files import atomic_write
+
+FILE = "samples.jsonl.gz"
+LEFT_OUT = frozenset({"prompt", "expected", "answer", "prefill_seconds", "decode_seconds", "peak_bytes"})
+DIGITS = 4
+"""Decimals of budgets and bytes."""
+
+
+def write_archive(out: Path, records: Mapping[str, Sequence[Record]]) -> Path:
+    """One line per sample with the name of its comparison, in the order of the comparisons."""
+    path = out / FILE
+    lines = [json.dumps({"comparison": name, **_short(one)}) for name, those in records.items() for one in those]
+    with atomic_write(path) as part:
+        part.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    return path
+
+
+def read_archive(out: Path) -> dict[str, list[Record]]:
+    """Samples by comparison; none where there is no file. UserError for a file of another format."""
+    path, found = out / FILE, dict[str, list[Record]]()
+    if not path.is_file():
+        return found
+    try:
+        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+            record = json.loads(line)
+            found.setdefault(record.pop("comparison"), []).append(record)
+    except (OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: expected samples of a study ({error})") from None
+    return found
+
+
+def _short(record: Record) -> dict[str, Any]:
+    short = {key: value for key, value in record.items() if key not in LEFT_OUT}
+    if "budgets" in short:
+        short["budgets"] = [[round(share, DIGITS) for share in layer] for layer in short["budgets"]]
+    return {key: round(value, DIGITS) if key.startswith("bytes") else value for key, value in short.items()}
