@@ -63,6 +63,16 @@ def test_divergences_of_the_next_token(kind: type[Any], temperature: float) -> N
     torch.testing.assert_close(held.grad, share.unsqueeze(-1) * slope * temperature, rtol=1e-4, atol=1e-6)
 
 
+def test_large_losses_saturate() -> None:
+    full, held = draw(5, 7), draw(5, 7, seed=1).requires_grad_()
+    outputs = comparison(Outputs(full), Outputs(held))
+    plain, small, large = (ForwardKL(saturation=limit)(outputs) for limit in (None, 0.05, 1e4))
+    torch.testing.assert_close(small, 0.05 * (1 + plain / 0.05).log())
+    torch.testing.assert_close(large, plain, rtol=1e-3, atol=0)
+    slopes = [torch.autograd.grad(loss[0], held, retain_graph=True)[0] for loss in (plain, small)]
+    torch.testing.assert_close(slopes[1], slopes[0] / (1 + plain[0].item() / 0.05))
+
+
 @pytest.mark.parametrize("layers", ["last", "all"])
 def test_distance_of_hidden_states_is_in_units_of_their_size(layers: str) -> None:
     full = tuple(draw(5, 6, seed=i).mul(10**i).requires_grad_() for i in range(3))
@@ -204,7 +214,7 @@ def test_noise_makes_a_sample_by_scores_and_leaves_the_protected_alone() -> None
 
 KVZIP = {"class_path": "learnkv.scorers.KVzip", "init_args": {"normalized": True, "log": True}}
 NAMED = {
-    "ForwardKL": {"temperature": 2.0},
+    "ForwardKL": {"temperature": 2.0, "saturation": 0.1},
     "ReverseKL": {"temperature": 1.0},
     "HiddenMSE": {"layers": "all"},
     "ScoreRegression": {"target": KVZIP, "of": "scores"},
@@ -256,6 +266,7 @@ HERE = "learnkv.training.objectives"
             "learns",
         ),
         ([f"objective.class_path={HERE}.ForwardKL", "objective.init_args.temperature=0"], "temperature=0: expected"),
+        ([f"objective.class_path={HERE}.ForwardKL", "objective.init_args.saturation=0"], "saturation=0: expected"),
         ([f"objective.class_path={HERE}.Forward"], "objective"),
     ],
 )

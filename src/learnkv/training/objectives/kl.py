@@ -13,17 +13,21 @@ class ForwardKL(Objective):
     Args:
         temperature: divides the logits of both; the loss is multiplied by its square, which keeps the gradient's size
             (Hinton et al., arXiv 1503.02531).
+        saturation: nats s from which a prompt's mean loss grows with its logarithm, s·log(1 + KL/s): small budgets lose
+            a hundred times what large ones lose, and would have all of the gradient. None: never.
     """
 
     name = "kl"
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, saturation: float | None = None) -> None:
         super().__init__()
         self.temperature = _positive(temperature)
+        self.saturation = None if saturation is None else _positive(saturation, "saturation")
 
     def forward(self, inputs: Comparison) -> Tensor:
         teacher, student = inputs.outputs
-        return inputs.means(forward_kl(teacher.logits, student.logits, self.temperature))
+        losses = inputs.means(forward_kl(teacher.logits, student.logits, self.temperature))
+        return losses if self.saturation is None else self.saturation * (losses / self.saturation).log1p()
 
 
 class ReverseKL(Objective):
@@ -44,7 +48,7 @@ class ReverseKL(Objective):
         return inputs.means(reverse_kl(teacher.logits, student.logits, self.temperature))
 
 
-def _positive(temperature: float) -> float:
-    if not 0 < temperature < float("inf"):
-        raise UserError(f"temperature={temperature:g}: expected more than 0")
-    return temperature
+def _positive(value: float, name: str = "temperature") -> float:
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name}={value:g}: expected more than 0")
+    return value
