@@ -16,7 +16,6 @@ from learnkv.ops.mask_gradient import reference as mask
 from learnkv.ops.window_scores import reference as window
 from learnkv.training.memory.operations import OperationCount, bytes_of
 
-
 Spans = Sequence[tuple[int, int]]
 
 
@@ -118,9 +117,7 @@ class _Values(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _full_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, **_: Any
-) -> tuple[int, int]:
+def _full_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, **_: Any) -> tuple[int, int]:
     """Floating-point operations and bytes of full attention; with a mask the pairs it hides are computed, too."""
     new, entries = query.shape[2], key.shape[2]
     pairs = new * entries - new * (new - 1) // 2 if is_causal else new * entries

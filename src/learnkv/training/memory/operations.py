@@ -73,7 +73,7 @@ class OperationCount(TorchDispatchMode):
         if self._kernel is not None:
             self._kernel.append(flops)
         elif moved := _moved(func, (args, kwargs), result):
-            self.add(flops, moved, next(leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+            self.add(flops, moved, result.dtype if isinstance(result, Tensor) else torch.float32)
         return result
 
 
