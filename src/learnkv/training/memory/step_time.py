@@ -36,10 +36,8 @@ def count_step(module: Distillation, batch: Batch, layers: int) -> OperationCoun
     module.answers = _OneToken(module, count)  # type: ignore[assignment]
     for name, part in _PARTS.items():
         setattr(module, name, _counted(getattr(module, name), count, part))
-    with on_meta_device(layers, len(batch.prompts), count=count), count:
-        loss = module.training_step(batch, 0)
-        with count.within(BACKWARD):
-            loss.backward()
+    with on_meta_device(layers, len(batch.prompts), count=count), count, count.within(BACKWARD):
+        module.training_step(batch, 0).backward()
     return count
 
 
