@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 ELEMENT = 2
 """Bytes of a bfloat16 number."""
@@ -68,8 +68,8 @@ class Shape:
             self, layers=2, hidden=32, ffn=64, heads=2 * self.group, kv_heads=2, dim=16, vocabulary=97
         )
 
-    def build(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-        """A model with random weights, in evaluation mode and without gradients."""
+    def config(self, context: int = CONTEXT) -> PretrainedConfig:
+        """Transformers' config of a model that accepts `context` positions."""
         settings = {
             "vocab_size": self.vocabulary,
             "hidden_size": self.hidden,
@@ -79,20 +79,25 @@ class Shape:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.dim,
             "tie_word_embeddings": self.tied,
-            "max_position_embeddings": CONTEXT,
+            "max_position_embeddings": context,
             "pad_token_id": 0,
             "bos_token_id": None,
             "eos_token_id": None,
         }
-        config = AutoConfig.for_model(self.family, **settings)
+        return AutoConfig.for_model(self.family, **settings)
+
+    def build(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+        """A model with random weights, in evaluation mode and without gradients."""
         torch.manual_seed(0)
         with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(self.config(), dtype=dtype, attn_implementation="sdpa")
         return model.eval().requires_grad_(False)
 
 
 LLAMA_8B = Shape("Llama-3.1-8B", "llama", 32, 4096, 14336, 32, 8, 128, 128256, tied=False)
 QWEN_7B = Shape("Qwen2.5-7B", "qwen2", 28, 3584, 18944, 28, 4, 128, 152064, tied=False, attention_bias=True)
+LLAMA_1B = Shape("Llama-3.2-1B", "llama", 16, 2048, 8192, 32, 8, 64, 128256, tied=True)
+QWEN3_8B = Shape("Qwen3-8B", "qwen3", 36, 4096, 12288, 32, 8, 128, 151936, tied=False, head_norms=True)
 QWEN_06B = Shape("Qwen3-0.6B", "qwen3", 28, 1024, 3072, 16, 8, 128, 151936, tied=True, head_norms=True)
 QWEN_05B = Shape("Qwen2.5-0.5B", "qwen2", 24, 896, 4864, 14, 2, 64, 151936, tied=True, attention_bias=True)
 

@@ -70,12 +70,47 @@ def test_prompts_that_do_not_fit_are_refused(words: list[str], capsys: pytest.Ca
     assert "lengths=100,100000: with continuations of 12 tokens" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_an_objective_whose_reading_depends_on_values_is_refused(
+REGRESSION = """
+objective:
+  class_path: learnkv.training.objectives.ScoreRegression
+  init_args: {target: {class_path: learnkv.scorers.KVzip, init_args: {chunk: CHUNK}}, of: OF}
+"""
+
+
+@pytest.mark.parametrize("of", ["logits", "ranks"])
+@pytest.mark.parametrize("chunk", [50, 96])
+def test_the_second_reading_of_a_regression_step_is_predicted(
+    words: list[str], folder: Path, tmp_path: Path, of: str, chunk: int
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(AS_SHIPPED)
+    (tmp_path / "scores.yaml").write_text(REGRESSION.replace("CHUNK", str(chunk)).replace("OF", of))
+    words = [word for word in words if not word.startswith("lengths=")]
+    config, _ = parse(TrainConfig, [*words, f"config={tmp_path / 'scores.yaml'}", "lengths=100,140"], "train")
+    model = load_model(str(folder), dtype="float32")[0]
+    built = build_policy(fill_sizes(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
+    module = step_of(config, model, built.requires_grad_(True))
+    batch = largest_batch(config, 140, "cpu")
+    with LiveBytes() as live:
+        module.training_step(batch, 0).backward()
+    parts = predicted(config, kernels=False)
+    assert parts[CONTEXTS] + parts[STEP] == pytest.approx(live.peak, rel=0.01)
+
+
+def test_a_second_reading_without_room_in_the_context_is_refused(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "scores.yaml").write_text(
-        "objective: {class_path: learnkv.training.objectives.ScoreRegression, "
-        "init_args: {target: {class_path: learnkv.scorers.KVzip}}}"
-    )
-    assert memory([*words, f"config={tmp_path / 'scores.yaml'}"]) == 2
-    assert "ScoreRegression" in capsys.readouterr().err.strip().splitlines()[-1]
+    (tmp_path / "scores.yaml").write_text(REGRESSION.replace("CHUNK", "96").replace("OF", "ranks"))
+    words = [word for word in words if not word.startswith("lengths=")]
+    assert memory([*words, f"config={tmp_path / 'scores.yaml'}", "lengths=100,200"]) == 2
+    assert "the model's context is 256" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_hub_id_without_a_network_is_told_what_is_enough(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [word for word in words if not word.startswith("model=")]
+    assert memory([*words, "model=nobody/nothing"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.endswith("a folder with the model's config.json is enough")
+    assert len(error.splitlines()) == 1

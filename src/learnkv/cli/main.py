@@ -49,7 +49,7 @@ COMMANDS = {
         positional="folders",
     ),
     "memory": Command(
-        "learnkv.training.memory.predict", "report", "train", "train", "predict the peak memory of a training run"
+        "learnkv.training.memory.predict", "report", "train", "train", "predict memory and time of a training run"
     ),
     "export": Command("learnkv.cli.export", "export", "export", "", "export a policy or its budgets", ("ckpt=",)),
     "fetch": Command(

@@ -25,7 +25,7 @@ def run_extra_pass(
     """
     read = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
     for tokens in prompt_pass.passes(ids, mask):
-        _check_context(model, tokens, mask)
+        check_pass(model, tokens, mask)
         fork = cache.fork()
         for layer, source in zip(fork.compressed_layers(), cache.compressed_layers(), strict=True):
             spec = CaptureSpec(tokens.ids.shape[1], prompt_pass.hidden)
@@ -43,7 +43,8 @@ def run_extra_pass(
     cache.extra_pass_tokens = {**cache.extra_pass_tokens, prompt_pass: read.tolist()}
 
 
-def _check_context(model: PreTrainedModel, tokens: PassTokens, mask: Tensor) -> None:
+def check_pass(model: PreTrainedModel, tokens: PassTokens, mask: Tensor) -> None:
+    """Raise UserError for prompts with the mask [B, S] and a pass that are longer than the model's context."""
     context = context_length(model)
     longest = int((mask.sum(-1) + tokens.mask.sum(-1)).max())
     if context is not None and longest > context:

@@ -97,7 +97,8 @@ def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16"
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model={model}: {_reason(error, folder, fault)}") from error
+        enough = "; a folder with the model's config.json is enough" if fault else ""
+        raise UserError(f"model={model}: {_reason(error, folder, fault)}{enough}") from error
     return lm.eval().requires_grad_(False)
 
 

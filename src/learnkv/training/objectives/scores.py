@@ -49,7 +49,7 @@ class ScoreRegression(Objective):
         if self.of in ("logits", "probabilities"):
             if self.of == "probabilities":
                 inside = scores.detach()[evictable]
-                if bool(((inside <= 0) | (inside > 1)).any()):  # at 0 there would be no gradient
+                if not bool(((inside > 0) & (inside <= 1) | inside.isnan()).all()):  # at 0 there would be no gradient
                     raise UserError(
                         "objective: of=probabilities expects scores above 0 and up to 1, as of a GateScorer over "
                         f"Constant with scaled=false; got {float(inside.min()):.3g} to {float(inside.max()):.3g}"
