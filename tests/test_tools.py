@@ -64,8 +64,10 @@ def test_plain_text_is_no_markdown() -> None:
 
 
 def test_the_picture_has_a_line_per_policy() -> None:
-    rows = result_picture.read(ROOT / "docs" / "results" / "study.json")
-    (axis,) = result_picture.picture(rows, ["learned", "kvzip"]).axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
+    rows = result_picture.read(ROOT / "docs" / "results" / "study.json", ["main", "text"])
+    scores, losses = result_picture.picture(rows, ["learned", "kvzip"]).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in scores.get_lines()}
     assert lines["learned"][0] == pytest.approx(72.3, abs=0.1)
     assert lines["kvzip"][2] == pytest.approx(92.0, abs=0.1)
+    assert scores.get_yscale() == "linear"
+    assert losses.get_title() == result_picture.TITLES["text"]
