@@ -43,6 +43,8 @@ class TrainConfig:
 
     Args:
         policy: policy to train; sizes of the model are filled in.
+        start: trained policy whose weights training begins with, by name: folder of a run or of an export, checkpoint,
+            `reference` or `smollm2`; what it does not have begins as without it.
         model: hub id, folder, or `reference`.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16, float16, or auto: as stored; on a CPU float32, or bfloat16 where it has that.
@@ -60,6 +62,7 @@ class TrainConfig:
     """
 
     policy: Policy | None = None
+    start: str | None = None
     model: str = "reference"
     revision: str | None = None
     dtype: str = "auto"

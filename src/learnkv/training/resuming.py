@@ -10,6 +10,7 @@ from learnkv.formats.files import make_folder, read_yaml
 from learnkv.persistence.stored_policy import load_checkpoint
 from learnkv.training.config import TrainConfig, default_keys
 from learnkv.training.run_contents import contents_of
+from learnkv.training.start import check_outside
 
 MAY_CHANGE = ("trainer", "wandb", "workers", "save_every", "save_minutes", "output", "overwrite", "answers")
 """Keys that may differ when a run is resumed."""
@@ -65,6 +66,7 @@ def open_run(config: TrainConfig, keys: Mapping[str, Any]) -> RunFolder:
             be written.
     """
     run = RunFolder(Path(config.output).expanduser(), contents=contents_of(keys))
+    check_outside(config.start, run.path)
     if config.overwrite:
         _remove_checkpoints(run)
     make_folder(run.path, "output")

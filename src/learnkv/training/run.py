@@ -34,6 +34,7 @@ from learnkv.training.data.datamodule import DataModule, context_lengths
 from learnkv.training.module import Distillation
 from learnkv.training.resuming import RunFolder, open_run
 from learnkv.training.settings import DistillationSettings, Lora
+from learnkv.training.start import take_weights
 from learnkv.training.trainer import build_trainer
 
 
@@ -114,11 +115,16 @@ def _distillation(
     run: RunFolder,
     keys: Mapping[str, Any],
 ) -> Distillation:
-    """The training module, with a new policy of the model's sizes."""
+    """The training module, with a new policy of the model's sizes; `start` where no checkpoint has its weights."""
     assert config.policy is not None
     spec = fill_sizes(config.policy.spec(), description["shapes"])
-    policy = build_policy(spec, allow=sorted(modules_of(spec))).requires_grad_(True)
+    allow = sorted(modules_of(spec))
+    policy = build_policy(spec, allow).requires_grad_(True)
     policy.adapter = adapter
+    if config.start is not None and not run.resumes:
+        taken = take_weights(config.start, policy, model, description, allow)
+        if is_first_process():
+            print(taken, file=sys.stderr)
     settings = config.distillation
     return Distillation(
         model,

@@ -6,6 +6,7 @@ from typing import Any
 from learnkv.data.text import text_contents
 from learnkv.formats.files import content_digest, folder_digest
 from learnkv.inference.models import local_folder
+from learnkv.training.start import start_digest
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 """Endings of the files that a model is loaded from."""
@@ -18,11 +19,12 @@ def contents_of(keys: Mapping[str, Any]) -> dict[str, Any]:
         keys: all keys of a run as plain containers.
 
     Raises:
-        UserError: a text or model that does not exist.
+        UserError: a text, model or start policy that does not exist.
     """
     return {
         "text": text_contents(keys["text"]),
         "model": _model(str(keys["model"])),
+        "start": start_digest(keys["start"]),
         "policy": _by_content(keys["policy"]),
         "objective": _by_content(keys["objective"]),
     }
