@@ -154,7 +154,7 @@ def test_a_start_that_does_not_fit_is_one_line(
     broken = tmp_path / "broken"
     broken.mkdir()
     uniform = "{class_path: learnkv.allocators.Uniform}"
-    gate = "{class_path: learnkv.scorers.HiddenScorer, init_args: {base: {class_path: learnkv.scorers.SnapKV}}}"
+    gate = "{class_path: learnkv.scorers.GateScorer, init_args: {base: {class_path: learnkv.scorers.SnapKV}}}"
     cases: dict[str, tuple[list[str], str]] = {
         "snapkv": ([], "start=snapkv: expected a trained policy: a checkpoint, the folder of a run"),
         "/no/such/run": ([], "start=/no/such/run: expected a trained policy"),
