@@ -210,3 +210,14 @@ def test_keys_may_be_words_of_another_language(language: str, letters: str) -> N
     assert set(letters) <= seen
     uuids = Ruler(Letters(), 1500, keys=language).sample("niah_multikey_3", 0)
     assert uuids == Ruler(Letters(), 1500).sample("niah_multikey_3", 0)
+
+
+def test_the_depth_is_where_the_first_answer_is() -> None:
+    generator = Ruler(Letters(), 6000)
+    for task in ("niah_single_2", "niah_multikey_1", "niah_multivalue"):
+        for index in range(8):
+            sample = generator.sample(task, index)
+            place = sample.context.index(sample.answers[0]) / len(sample.context)
+            assert sample.depth is not None
+            assert 100 * place == pytest.approx(sample.depth, abs=20)
+    assert generator.sample("vt", 0).depth is None

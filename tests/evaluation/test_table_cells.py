@@ -138,6 +138,7 @@ def test_whoever_writes_a_table_its_answers_are_the_same(loaded: Any, tmp_path: 
             "answers": ["12", "34"],
             "metric": "all",
             "wording": "",
+            "depth": None,
         }
 
 
