@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,6 +53,6 @@ class PartlyExact(Codec):
         mask = self._mask(encoded.entries).to(exact.device)
         decoded = exact.new_empty(len(mask), encoded.head_dim, dtype=torch.float32)
         decoded[mask] = exact.float()
-        others = Encoded(tensors, tuple(self._others(encoded.entries)), encoded.head_dim)
+        others = replace(encoded, tensors=tensors, entries=tuple(self._others(encoded.entries)))
         decoded[~mask] = self.codec._decode(others)
         return decoded

@@ -41,6 +41,7 @@ class Source(NamedTuple):
     """Entries of every row."""
     dtype: torch.dtype
     """Of the entries before they were rotated, in which entries at full precision are stored."""
+    layer_idx: int = 0
     queries: Tensor | None = None
 
 
@@ -53,11 +54,13 @@ class Encoded:
     entries: tuple[int, ...]
     """Of every row."""
     head_dim: int
+    layer_idx: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors.values()}.values())
+        storages = [tensor.untyped_storage() for tensor in self.tensors.values()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Codec(Component, ABC):
@@ -124,13 +127,13 @@ class Codec(Component, ABC):
         if not bool(kept.isfinite().all()):
             raise UserError(f"{self.name}: keys or values hold NaN or infinite numbers, which no code stands for")
         rotated = self._rotated_rows(kept, lengths, rows.layer_idx)
-        encoded = self._encode(Source(rotated, lengths, entries.dtype, rows.queries))
+        encoded = self._encode(Source(rotated, lengths, entries.dtype, rows.layer_idx, rows.queries))
         tensors = {name: _compact(tensor) for name, tensor in encoded.items()}
         if not all(_is_finite(tensor) for tensor in tensors.values()):
             raise UserError(
                 f"{self.name}: numbers up to {float(kept.abs().max()):.3g} exceed what {self.scale_dtype} scales hold"
             )
-        return Encoded(tensors, tuple(lengths), head_dim)
+        return Encoded(tensors, tuple(lengths), head_dim, rows.layer_idx)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         """Entries [N, D] as they are stored, that is rotated, row after row."""
