@@ -7,10 +7,12 @@ from torch import Tensor
 
 from learnkv.codecs.per_token import PerToken
 from learnkv.codecs.turboquant import check_orthogonal
-from learnkv.core.codec import ScaleDtype, Source
+from learnkv.core.codec import ScaleDtype, Source, check_choice
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.formats.files import locate
+
+Part = Literal["keys", "values"]
 
 
 class CovarianceRotation(PerToken):
@@ -34,13 +36,14 @@ class CovarianceRotation(PerToken):
     def __init__(
         self,
         table: str,
-        part: Literal["keys", "values"] = "keys",
+        part: Part = "keys",
         bits: int = 2,
         clip: float | None = None,
         group: int | None = None,
         scale_dtype: ScaleDtype = "float16",
     ) -> None:
         super().__init__(bits, "none", group, scale_dtype=scale_dtype)
+        check_choice("part", part, Part)
         self.clip = {"keys": 0.96, "values": 0.92}[part] if clip is None else clip
         if not 0 <= self.clip <= 1:
             raise UserError(f"clip={clip}: expected a fraction from 0 to 1")

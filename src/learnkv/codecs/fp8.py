@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source
+from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
 
 LARGEST = 448.0  # of e4m3
 
@@ -21,13 +21,14 @@ class FP8(Codec):
 
     def __init__(self, scale_dtype: ScaleDtype = "float16") -> None:
         super().__init__()
+        check_choice("scale_dtype", scale_dtype, ScaleDtype)
         self.scale_dtype = scale_dtype
 
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
-        return sum(entries) * (head_dim + getattr(torch, self.scale_dtype).itemsize)
+        return sum(entries) * (head_dim + torch_dtype(self.scale_dtype).itemsize)
 
     def _encode(self, source: Source) -> dict[str, Tensor]:
-        entries, dtype = source.entries.float(), getattr(torch, self.scale_dtype)
+        entries, dtype = source.entries.float(), torch_dtype(self.scale_dtype)
         limits = torch.finfo(dtype)
         scale = entries.abs().amax(-1) / LARGEST
         # Rounded up: above 448 the type has NaN only.

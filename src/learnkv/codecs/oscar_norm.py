@@ -9,7 +9,7 @@ from torch import Tensor
 from learnkv.codecs.kivi import LatestExact, check_blocks
 from learnkv.codecs.per_channel import PerChannel
 from learnkv.codecs.per_token import PerToken
-from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source
+from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
 from learnkv.errors import UserError
 from learnkv.ops.hadamard import check_hadamard, hadamard
 
@@ -28,6 +28,7 @@ class TokenNorm(Codec):
 
     def __init__(self, codec: Codec, norm: Norm = "l2", heads: int = 1, scale_dtype: ScaleDtype = "float16") -> None:
         super().__init__()
+        check_choice("norm", norm, Norm)
         if heads < 1:
             raise UserError(f"heads={heads}: expected at least 1 that shares a norm")
         self.codec, self.norm, self.heads, self.scale_dtype = codec, norm, heads, scale_dtype
@@ -36,7 +37,7 @@ class TokenNorm(Codec):
         return self.codec.basis(layer_idx, head_dim)
 
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
-        norms = 0 if self.norm == "none" else sum(self._tokens(entries)) * getattr(torch, self.scale_dtype).itemsize
+        norms = 0 if self.norm == "none" else sum(self._tokens(entries)) * torch_dtype(self.scale_dtype).itemsize
         return norms + self.codec.nbytes(entries, head_dim, itemsize)
 
     def _tokens(self, entries: Sequence[int]) -> list[int]:
@@ -72,11 +73,11 @@ class TokenNorm(Codec):
 
     def _norms(self, vectors: Tensor) -> Tensor:
         if self.norm == "l2":
-            return vectors.norm(dim=-1)
+            return torch.linalg.vector_norm(vectors, dim=-1)
         return vectors.abs().amax(-1) if self.norm == "max" else vectors.abs().mean(-1)
 
     def _rounded(self, norms: Tensor) -> Tensor:
-        dtype = getattr(torch, self.scale_dtype)
+        dtype = torch_dtype(self.scale_dtype)
         return norms.clamp(min=max(1e-8, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)).to(dtype)
 
     def _expanded(self, norms: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -113,7 +114,8 @@ class RotatedBlocks(Codec):
 
     def _along_entries(self, entries: Tensor) -> Tensor:
         blocks = entries.unflatten(0, (len(entries) // self.block, self.block))
-        return (hadamard(self.block, entries.device) @ blocks.float()).flatten(0, 1)
+        rotated: Tensor = hadamard(self.block, entries.device) @ blocks.float()
+        return rotated.flatten(0, 1)
 
 
 class OScaRKeys(LatestExact):

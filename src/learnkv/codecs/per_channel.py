@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from learnkv.codecs.per_token import PerToken, Rotation, as_quantized, as_tensors, scale_bytes
-from learnkv.core.codec import Encoded, ScaleDtype, Source
+from learnkv.core.codec import Encoded, ScaleDtype, Source, torch_dtype
 from learnkv.errors import UserError
 from learnkv.ops.hadamard import check_hadamard
 from learnkv.ops.quantize import Grid, dequantize, packed_bytes, quantize
@@ -55,7 +54,7 @@ class PerChannel(PerToken):
     def _encode(self, source: Source) -> dict[str, Tensor]:
         by_group = source.entries.unflatten(0, (self._groups(source.lengths), self.entries_per_group))
         channels = by_group.transpose(1, 2)
-        return as_tensors(quantize(channels, self.bits, None, self.grid, getattr(torch, self.scale_dtype)))
+        return as_tensors(quantize(channels, self.bits, None, self.grid, torch_dtype(self.scale_dtype)))
 
     def _decode(self, encoded: Encoded) -> Tensor:
         channels = dequantize(as_quantized(encoded), self.bits, self.entries_per_group, self.grid)

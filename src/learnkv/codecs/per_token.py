@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source
+from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
 from learnkv.ops.hadamard import check_hadamard, hadamard
 from learnkv.ops.quantize import Grid, Quantized, check_bits, check_groups, dequantize, packed_bytes, quantize
 
@@ -38,6 +37,9 @@ class PerToken(Codec):
     ) -> None:
         super().__init__()
         check_bits(bits)
+        check_choice("rotation", rotation, Rotation)
+        check_choice("grid", grid, Grid)
+        check_choice("scale_dtype", scale_dtype, ScaleDtype)
         self.bits, self.rotation, self.group, self.grid, self.scale_dtype = bits, rotation, group, grid, scale_dtype
 
     def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
@@ -50,7 +52,7 @@ class PerToken(Codec):
         return sum(entries) * (packed_bytes(head_dim, self.bits) + groups * scale_bytes(self.grid, self.scale_dtype))
 
     def _encode(self, source: Source) -> dict[str, Tensor]:
-        scale_dtype = getattr(torch, self.scale_dtype)
+        scale_dtype = torch_dtype(self.scale_dtype)
         return as_tensors(quantize(source.entries, self.bits, self.group, self.grid, scale_dtype))
 
     def _decode(self, encoded: Encoded) -> Tensor:
@@ -59,7 +61,7 @@ class PerToken(Codec):
 
 def scale_bytes(grid: Grid, scale_dtype: ScaleDtype) -> int:
     """Bytes of the scale and the zero of one group."""
-    return (1 if grid == "symmetric" else 2) * getattr(torch, scale_dtype).itemsize
+    return (1 if grid == "symmetric" else 2) * torch_dtype(scale_dtype).itemsize
 
 
 def as_tensors(quantized: Quantized) -> dict[str, Tensor]:

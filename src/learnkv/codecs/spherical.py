@@ -6,11 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source
+from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.ops.quantize import pack, packed_bytes, unpack
 
+Tier = Literal["high", "mid", "low"]
 _LEVELS = 127
 
 
@@ -35,11 +36,13 @@ class Spherical(Codec):
     def __init__(
         self,
         table: str,
-        tier: Literal["high", "mid", "low"] = "high",
+        tier: Tier = "high",
         page: int = 128,
         scale_dtype: ScaleDtype = "float16",
     ) -> None:
         super().__init__()
+        check_choice("tier", tier, Tier)
+        check_choice("scale_dtype", scale_dtype, ScaleDtype)
         self._words = tensors.read(table, {tier: "LHGCD"})[tier]
         words = self._words.shape[3]
         if not 2 <= words <= 256 or words & (words - 1) or page < 0:
@@ -62,14 +65,14 @@ class Spherical(Codec):
         if not self.page:
             return directions + sum(entries) * self.groups * 4
         pages = sum(self._pages(entries))
-        return directions + self.groups * (sum(entries) + pages * getattr(torch, self.scale_dtype).itemsize)
+        return directions + self.groups * (sum(entries) + pages * torch_dtype(self.scale_dtype).itemsize)
 
     def _pages(self, entries: Sequence[int]) -> list[int]:
         return [-(-count // self.page) for count in entries]
 
     def _encode(self, source: Source) -> dict[str, Tensor]:
         vectors = source.entries.float().unflatten(-1, (self.groups, self._words.shape[4]))
-        radii = vectors.norm(dim=-1)
+        radii = torch.linalg.vector_norm(vectors, dim=-1)
         codes = [vectors[:0, :, 0].long()]
         for row, part in enumerate(vectors.split(list(source.lengths))):
             codes.append(torch.einsum("ngd,gcd->ngc", part, self._codebook(source.layer_idx, row, part)).argmax(-1))
@@ -79,7 +82,7 @@ class Spherical(Codec):
         pages = self._page_of(source.lengths).to(radii.device)
         largest = radii.new_zeros(sum(self._pages(source.lengths)), self.groups)
         largest = largest.scatter_reduce(0, pages.unsqueeze(-1).expand_as(radii), radii, "amax")
-        dtype = getattr(torch, self.scale_dtype)
+        dtype = torch_dtype(self.scale_dtype)
         limits = torch.finfo(dtype)
         scale = (largest / _LEVELS).clamp(min=limits.smallest_normal * limits.eps).to(dtype)
         steps = (radii / scale.float()[pages]).round().clamp(max=_LEVELS)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source
+from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.ops.hadamard import check_hadamard, hadamard
@@ -53,6 +53,8 @@ class TurboQuant(Codec):
         super().__init__()
         if bits not in LEVELS:
             raise UserError(f"bits={bits}: expected 1, 2, 3 or 4")
+        check_choice("rotation", rotation, RandomRotation)
+        check_choice("scale_dtype", scale_dtype, ScaleDtype)
         self.bits, self.rotation, self.seed, self.scale_dtype = bits, rotation, seed, scale_dtype
         self._table = None if table is None else _orthogonal(table)
 
@@ -66,16 +68,16 @@ class TurboQuant(Codec):
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
         if self._table is None and self.rotation == "hadamard":
             check_hadamard(head_dim)
-        return sum(entries) * (packed_bytes(head_dim, self.bits) + getattr(torch, self.scale_dtype).itemsize)
+        return sum(entries) * (packed_bytes(head_dim, self.bits) + torch_dtype(self.scale_dtype).itemsize)
 
     def _encode(self, source: Source) -> dict[str, Tensor]:
         entries = source.entries.float()
-        norm = entries.norm(dim=-1)
+        norm = torch.linalg.vector_norm(entries, dim=-1)
         direction = entries / norm.clamp(min=torch.finfo(norm.dtype).tiny).unsqueeze(-1)
         # Ties at a border go to the lower level, as in `bucketize`.
         levels = self._levels(entries)
         codes = torch.bucketize(direction, (levels[1:] + levels[:-1]) / 2)
-        return {"codes": pack(codes, self.bits), "norm": norm.to(getattr(torch, self.scale_dtype))}
+        return {"codes": pack(codes, self.bits), "norm": norm.to(torch_dtype(self.scale_dtype))}
 
     def _decode(self, encoded: Encoded) -> Tensor:
         codes, norm = encoded.tensors["codes"], encoded.tensors["norm"]
@@ -89,20 +91,23 @@ class TurboQuant(Codec):
 
 def lloyd_max(bits: int) -> Tensor:
     """Ascending levels [2^bits], float32, for variance 1."""
-    positive = torch.tensor(LEVELS[bits])
+    positive = torch.tensor(LEVELS[bits], dtype=torch.float32)
     return torch.cat([-positive.flip(0), positive])
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept, and used where gradients are computed
 def random_rotation(dim: int, kind: RandomRotation, seed: int) -> Tensor:
-    """An orthogonal matrix [dim, dim], float32, that is a function of the seed."""
+    """An orthogonal matrix [dim, dim], float32 on the CPU, that is a function of the seed."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "qr":
-        orthogonal, upper = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
-        return orthogonal * upper.diagonal().sign()
-    matrix = torch.eye(dim)
+        normal = torch.randn(dim, dim, generator=generator, dtype=torch.float32, device="cpu")
+        orthogonal, upper = torch.linalg.qr(normal)
+        rotation: Tensor = orthogonal * upper.diagonal().sign()
+        return rotation
+    matrix = torch.eye(dim, dtype=torch.float32, device="cpu")
     for _ in range(3):
-        signs = torch.randint(0, 2, (dim,), generator=generator) * 2 - 1
+        signs = torch.randint(0, 2, (dim,), generator=generator, device="cpu") * 2 - 1
         matrix = hadamard(dim) @ (signs.unsqueeze(-1) * matrix)
     return matrix
 
@@ -115,6 +120,6 @@ def _orthogonal(table: str) -> Tensor:
 
 def check_orthogonal(matrices: Tensor, name: str) -> None:
     """Raise UserError for matrices [..., D, D] that do not keep products of vectors as they are."""
-    error = float((matrices @ matrices.mT - torch.eye(matrices.shape[-1])).abs().max())
+    error = float((matrices @ matrices.mT - torch.eye(matrices.shape[-1], dtype=matrices.dtype)).abs().max())
     if not error < 1e-3:
         raise UserError(f"{name}: expected orthogonal rotations, R R^T differs from the identity by {error:.3g}")

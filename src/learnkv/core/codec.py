@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,18 @@ from learnkv.core.component import Component
 from learnkv.errors import UserError
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
+
+
+def check_choice(name: str, value: object, kind: Any) -> None:
+    """Raise UserError for a value that the Literal `kind` does not have."""
+    if value not in get_args(kind):
+        raise UserError(f"{name}={value!r}: expected {', '.join(get_args(kind))}")
+
+
+def torch_dtype(name: ScaleDtype) -> torch.dtype:
+    """The dtype of scales, zeros and norms."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 class Rows(NamedTuple):

@@ -21,7 +21,7 @@ def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
         UserError: for sizes that are no power of two.
     """
     check_hadamard(dim)
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
     while len(matrix) < dim:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / math.sqrt(dim)

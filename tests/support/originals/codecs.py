@@ -13,6 +13,7 @@ from torch import Tensor
 from learnkv import codecs
 from learnkv.codecs.covariance_rotation import clipped
 from learnkv.codecs.logquant import LogSparse
+from learnkv.codecs.oscar_norm import Norm
 from learnkv.codecs.turboquant import lloyd_max
 from learnkv.core.codec import Codec, Encoded, Rows
 from learnkv.formats import tensors
@@ -86,8 +87,9 @@ def check_oscar_quantizer(case: Case) -> None:
 def check_oscar_norm(case: Case) -> None:
     """Every codec of one norm over all heads divides by it; `rsqrt` is the L2 norm by another way."""
     x = torch.from_numpy(case["x"])
-    norm = {"norm_l2": "l2", "norm_rsqrt": "l2", "norm_max": "max", "norm_L1": "mean_abs"}[case.params["method"]]
-    codec = codecs.TokenNorm(codecs.PerToken(8, "none"), norm, x.shape[1], "float32")  # type: ignore[arg-type]
+    names: dict[str, Norm] = {"norm_l2": "l2", "norm_rsqrt": "l2", "norm_max": "max", "norm_L1": "mean_abs"}
+    norm = names[case.params["method"]]
+    codec = codecs.TokenNorm(codecs.PerToken(8, "none"), norm, x.shape[1], "float32")
     made = encoded(codec, x)
     norms, golden = made.tensors["norm"], case["norm"]
     assert_scores(norms.numpy(), golden.flatten())
@@ -98,7 +100,7 @@ def check_oscar_schedule(case: Case) -> None:
     """All entries at once are what the prompt and one token after the other become."""
     params, (k, v) = case.params, (torch.from_numpy(case[name]) for name in "kv")
     heads, total = k.shape[1], k.shape[2]
-    norm = "l2" if params["k_norm_factoring"] else "none"
+    norm: Norm = "l2" if params["k_norm_factoring"] else "none"
     assert params["k_norm_factoring"] in (False, "norm_l2", "norm_rsqrt")
     residual, blocks = params["residual_length"], params["v_flush_mode"] == "block"
     of_keys = codecs.OScaRKeys(
@@ -167,7 +169,8 @@ def means(levels: Tensor) -> Tensor:
     """Means of a normal variable between the borders halfway to the neighbouring levels."""
     edges = torch.cat([torch.tensor([-torch.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf])]).double()
     density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-    return -density.diff() / torch.special.ndtr(edges).diff()
+    expected: Tensor = -density.diff() / torch.special.ndtr(edges).diff()
+    return expected
 
 
 def check_turboquant(case: Case) -> None:

@@ -12,13 +12,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     stream = (codes.to(torch.uint8).unsqueeze(-1) >> _places(bits, codes) & 1).flatten(-2)
     size = -(-count * bits // 8)
     stream = torch.nn.functional.pad(stream, (0, 8 * size - count * bits)).unflatten(-1, (size, 8))
-    return (stream << _places(8, codes)).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (stream << _places(8, codes)).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """`unpack` in PyTorch."""
     stream = (packed.unsqueeze(-1) >> _places(8, packed) & 1).flatten(-2)[..., : count * bits]
-    return (stream.unflatten(-1, (count, bits)) << _places(bits, packed)).sum(-1, dtype=torch.uint8)
+    codes: Tensor = (stream.unflatten(-1, (count, bits)) << _places(bits, packed)).sum(-1, dtype=torch.uint8)
+    return codes
 
 
 def quantize(vectors: Tensor, bits: int, group: int, grid: Grid, scale_dtype: torch.dtype) -> Quantized:
@@ -41,9 +43,9 @@ def dequantize(quantized: Quantized, bits: int, dim: int, grid: Grid) -> Tensor:
     """`dequantize` in PyTorch."""
     packed, scale, zero = quantized
     scale = scale.float().unsqueeze(-1)
-    codes = unpack(packed, bits, dim).unflatten(-1, (scale.shape[-2], dim // scale.shape[-2])).float()
+    codes: Tensor = unpack(packed, bits, dim).unflatten(-1, (scale.shape[-2], dim // scale.shape[-2])).float()
     if zero is None:
-        vectors = (codes - 2 ** (bits - 1)) * scale
+        vectors: Tensor = (codes - 2 ** (bits - 1)) * scale
     elif grid == "offset":
         vectors = codes * scale + zero.float().unsqueeze(-1)
     else:
@@ -61,7 +63,7 @@ def _with_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 def _scale(low: Tensor, high: Tensor, bits: int, grid: Grid, limits: torch.finfo) -> Tensor:
     """Scales of ranges, at least the smallest number of their dtype: constant groups have a scale, too."""
     largest = torch.maximum(-low, high)
-    scale = largest / (2 ** (bits - 1) - 1) if grid == "symmetric" else (high - low) / (2**bits - 1)
+    scale: Tensor = largest / (2 ** (bits - 1) - 1) if grid == "symmetric" else (high - low) / (2**bits - 1)
     if grid in ("zero_point", "zero_in_range"):
         # A group far from 0 gets steps as wide as the dtype's own, so that the dtype holds its integer zero.
         scale = torch.maximum(scale, torch.maximum(low.abs(), high.abs()) * limits.eps)
@@ -72,7 +74,7 @@ def _codes(exact: Tensor, scale: Tensor, zero: Tensor | None, bits: int, grid: G
     """Codes [..., D / g, g], float; 0 for what is not a number."""
     levels, half = 2**bits - 1, 2 ** (bits - 1)
     if zero is None:
-        codes = (exact / scale).round().clamp(-half, half - 1) + half
+        codes: Tensor = (exact / scale).round().clamp(-half, half - 1) + half
     elif grid == "offset":
         codes = ((exact - zero.to(exact.dtype).unsqueeze(-1)) / scale).clamp(0, levels).round()
     else:
