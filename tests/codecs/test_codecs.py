@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from learnkv import codecs
 from learnkv.codecs import Codec
+from learnkv.codecs.per_token import Rotation
 from learnkv.core.codec import Encoded, Rows
 from learnkv.errors import UserError
 from learnkv.formats import tensors
@@ -141,6 +142,35 @@ def test_products_with_queries_survive_the_rotation(codec: Codec) -> None:
     torch.testing.assert_close(rotated, asked @ keys.mT, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(codec.unrotate(codec.rotate(keys, 1), 1), keys, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(codec.rotate(keys.bfloat16(), 1), codec.rotate(keys, 1).bfloat16(), rtol=0.02, atol=0.02)
+
+
+@given(st.sampled_from([2, 3, 4, 8]), st.sampled_from(["none", "hadamard"]), st.floats(-6, 2), st.integers(0, 1000))
+def test_the_error_of_a_token_is_half_a_step_in_the_stored_basis(
+    bits: int, rotation: Rotation, magnitude: float, seed: int
+) -> None:
+    codec, entries = codecs.PerToken(bits, rotation), pool(6, seed=seed) * 10**magnitude
+    made = encode(codec, entries, [6])
+    stored = codec.rotate(entries.float().unsqueeze(0))[0]
+    low, high = stored.amin(-1), stored.amax(-1)
+    smallest, levels = 2.0**-24, 2**bits - 1
+    lost = levels * ((high - low) / levels * 2**-11 + smallest) + low.abs() * 2**-11 + smallest
+    bound = made.tensors["scale"][:, 0].float() / 2 + lost + 2**-20 * stored.abs().amax(-1)
+    assert ((codec.decode(made) - stored).abs() <= bound.unsqueeze(-1)).all()
+
+
+def test_queries_that_are_no_numbers_are_refused() -> None:
+    asked = queries(1)
+    asked[0, 1, 4, 2] = math.nan
+    with pytest.raises(UserError, match=r"^ThinK: queries hold NaN or infinite numbers$"):
+        codecs.ThinK().encode(pool(4), Rows.of([4], queries=asked))
+
+
+def test_a_rotation_made_without_gradients_serves_where_they_are_computed() -> None:
+    codec, vectors = codecs.TurboQuant(2, seed=77), normal(1, 3, DIM).requires_grad_()
+    with torch.inference_mode():
+        codec.rotate(normal(1, 3, DIM))
+    codec.rotate(vectors).sum().backward()
+    assert vectors.grad is not None
 
 
 LARGEST_ERROR = {"8 bits": 1e-4, "4 bits": 0.02, "FP8": 1e-3, "Spherical": 0.7, "Spherical, float radii": 0.7}

@@ -47,7 +47,9 @@ class CovarianceRotation(PerToken):
         self.clip = {"keys": 0.96, "values": 0.92}[part] if clip is None else clip
         if not 0 <= self.clip <= 1:
             raise UserError(f"clip={clip}: expected a fraction from 0 to 1")
-        self._table = tensors.read(locate(table, "covariance_rotation.safetensors"), {part: "LHDD"})[part]
+        self._table = tensors.read(
+            locate(table, "covariance_rotation.safetensors"), {part: tensors.COVARIANCE_ROTATION[part]}
+        )[part]
         check_orthogonal(self._table, f"table={table}")
 
     def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:

@@ -73,7 +73,8 @@ class TokenNorm(Codec):
 
     def _norms(self, vectors: Tensor) -> Tensor:
         if self.norm == "l2":
-            return torch.linalg.vector_norm(vectors, dim=-1)
+            norms: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+            return norms
         return vectors.abs().amax(-1) if self.norm == "max" else vectors.abs().mean(-1)
 
     def _rounded(self, norms: Tensor) -> Tensor:

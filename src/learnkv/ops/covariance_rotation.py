@@ -21,10 +21,14 @@ def value_covariance(values: Tensor, keys: Tensor, of_queries: Tensor) -> Tensor
 
     Weights are k C k^T with the queries' moments C [H, D, D], and have the mean 1 in every head.
     """
-    keys, values = keys.to(of_queries.dtype), values.to(of_queries.dtype)
-    weights = torch.einsum("nhd,hde,nhe->nh", keys, of_queries, keys)
-    weights = weights / weights.mean(0)
-    return torch.einsum("nh,nhd,nhe->hde", weights, values, values) / len(values)
+    values = values.to(of_queries.dtype)
+    weights = key_weights(keys.to(of_queries.dtype).transpose(0, 1), of_queries).T
+    return torch.einsum("nh,nhd,nhe->hde", weights / weights.mean(0), values, values) / len(values)
+
+
+def key_weights(keys: Tensor, of_queries: Tensor) -> Tensor:
+    """How much queries with second moments C [..., D, D] see of keys k [..., N, D]: k C k^T [..., N]."""
+    return ((keys @ of_queries) * keys).sum(-1)
 
 
 def bit_reversal(dim: int) -> Tensor:

@@ -199,8 +199,8 @@ def check_turboquant(case: Case) -> None:
     assert_decoded(decoded, case["deq"])
 
 
-def padded(ranks: Sequence[int], size: int) -> list[int]:
-    return [*ranks, *[-1] * (size - len(ranks))]
+def padded(entries: Sequence[int], size: int) -> list[int]:
+    return [*entries, *[-1] * (size - len(entries))]
 
 
 def check_logquant(case: Case) -> None:
