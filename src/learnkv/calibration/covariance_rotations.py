@@ -61,4 +61,5 @@ def _read(model: Any, contexts: Sequence[Tensor]) -> Iterator[list[Observation]]
 def _by_head(obs: Observation) -> Tensor:
     """Queries [H, G * S, D] of all query heads of a kv head, float64."""
     heads = obs.keys.shape[1]
-    return obs.queries[0].double().unflatten(0, (heads, -1)).flatten(1, 2)
+    queries: Tensor = obs.queries[0].double().unflatten(0, (heads, -1)).flatten(1, 2)
+    return queries

@@ -23,6 +23,13 @@ from learnkv.ops.quantize import Grid, dequantize, quantize
 from support.originals.comparing import assert_scores
 from support.originals.loading import Case
 
+NORMS: dict[str | bool, Norm] = {
+    False: "none",
+    "norm_l2": "l2",
+    "norm_rsqrt": "l2",  # 1 / rsqrt of the sum of squares
+    "norm_max": "max",
+    "norm_L1": "mean_abs",
+}
 TIES = 2e-3
 """Fraction of codes that may differ by one level, where numbers lie halfway between two."""
 
@@ -87,8 +94,7 @@ def check_oscar_quantizer(case: Case) -> None:
 def check_oscar_norm(case: Case) -> None:
     """Every codec of one norm over all heads divides by it; `rsqrt` is the L2 norm by another way."""
     x = torch.from_numpy(case["x"])
-    names: dict[str, Norm] = {"norm_l2": "l2", "norm_rsqrt": "l2", "norm_max": "max", "norm_L1": "mean_abs"}
-    norm = names[case.params["method"]]
+    norm = NORMS[case.params["method"]]
     codec = codecs.TokenNorm(codecs.PerToken(8, "none"), norm, x.shape[1], "float32")
     made = encoded(codec, x)
     norms, golden = made.tensors["norm"], case["norm"]
@@ -100,8 +106,7 @@ def check_oscar_schedule(case: Case) -> None:
     """All entries at once are what the prompt and one token after the other become."""
     params, (k, v) = case.params, (torch.from_numpy(case[name]) for name in "kv")
     heads, total = k.shape[1], k.shape[2]
-    norm: Norm = "l2" if params["k_norm_factoring"] else "none"
-    assert params["k_norm_factoring"] in (False, "norm_l2", "norm_rsqrt")
+    norm = NORMS[params["k_norm_factoring"]]
     residual, blocks = params["residual_length"], params["v_flush_mode"] == "block"
     of_keys = codecs.OScaRKeys(
         params["k_bits"], params["k_groupsize"], residual, norm, heads, params.get("k_token_rotation", False), "float32"
