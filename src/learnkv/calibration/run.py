@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
+from learnkv.calibration.covariance_rotations import covariance_rotations
 from learnkv.calibration.curve import budget_curve
 from learnkv.calibration.gates import head_gates
 from learnkv.calibration.heads import Kind, head_scores
@@ -30,8 +31,11 @@ Measurement = Literal[
     "head_gates",
     "query_moments",
     "kvzip_gate",
+    "covariance_rotation",
 ]
-EVERYTHING: tuple[Measurement, ...] = tuple(name for name in get_args(Measurement) if name != "copying_heads")
+UNUSED = ("copying_heads", "covariance_rotation")
+"""What no policy here reads; the second needs a head size that is a power of two."""
+EVERYTHING: tuple[Measurement, ...] = tuple(name for name in get_args(Measurement) if name not in UNUSED)
 KINDS: dict[Measurement, Kind] = {
     "head_scores": "reasoning",
     "copying_heads": "copying",
@@ -48,8 +52,9 @@ class CalibrationConfig:
         out: folder to write: `head_scores.json` (HeadKV), `copying_heads.json` (retrieval heads, in the same format),
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `lukv.npy` (LU-KV's budget curve), `duo/`
             (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `kvzip_gate.safetensors`
-            (Fast KVzip).
-        only: measurements to make; by default all but `copying_heads`, which no method here needs.
+            (Fast KVzip), `covariance_rotation.safetensors` (the codec OSCAR).
+        only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
+            needs.
         policy: policy that layer errors and the budget curve are measured for.
         keep: kept fraction of the layer errors.
         lengths: tokens of the contexts.
@@ -138,6 +143,9 @@ def _written(
             out / "kvzip_gate.safetensors",
             kvzip_gate(model, contexts, config.kvzip_steps, seed=config.seed),
             torch.float16,
+        ),
+        "covariance_rotation": lambda: tensors.write(
+            out / "covariance_rotation.safetensors", covariance_rotations(model, contexts)
         ),
     }
     for name, write in measured.items():

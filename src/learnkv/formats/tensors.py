@@ -13,6 +13,8 @@ from learnkv.formats.files import output_file, read_tensors
 
 MOMENTS = {"mean": "LND", "covariance": "LNDD"}
 """Mean and covariance of the queries of N query heads before rotation."""
+COVARIANCE_ROTATION = {"keys": "LHDD", "values": "LHDD"}
+"""OSCAR's rotations of H kv heads, or of all alike with H = 1: stored = vector @ rotation."""
 KVZIP_GATE = {
     "q_proj.weight": "LQE",
     "q_proj.bias": "LQ",
