@@ -81,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results" / "smollm2" / "study.json")
     parser.add_argument("--panels", default="needles,text")
-    parser.add_argument("--policies", default="learned,kvzip,criticalkv,keydiff,snapkv,streaming_llm")
+    parser.add_argument("--policies", default="learned,kvzip,observed_attention,layer_defensivekv,keydiff,snapkv")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "assets" / "result.png")
     given = parser.parse_args()
     picture(read(given.results, given.panels.split(",")), given.policies.split(",")).savefig(given.out)
