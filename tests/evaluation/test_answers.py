@@ -242,4 +242,4 @@ def test_batches_of_unequal_prompts_have_little_padding(loaded: Loaded) -> None:
     ordered = sorted(family.prompts, key=family.effort)
     batches = [[len(prompt.prefill_ids) for prompt in ordered[at : at + 4]] for at in range(0, 64, 4)]
     slots = sum(len(batch) * max(batch) for batch in batches)
-    assert 1 - sum(map(sum, batches)) / slots < 0.12  # 0.44 where they are ordered by their answers
+    assert 1 - sum(map(sum, batches)) / slots < 0.08  # 0.29 where they are ordered by their answers
