@@ -1,13 +1,11 @@
 """`python -m experiments.study config=study [key=value …]`: train, compare, and write what came of it."""
 
-import dataclasses
 import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from matplotlib.figure import Figure
 
 from experiments.method_comparison.tables import head
@@ -17,6 +15,7 @@ from experiments.study.listed.measure import measure_listed
 from experiments.study.listed.write import write_listed
 from experiments.study.measure import MAIN, TEXT, Comparisons
 from experiments.study.page import COMMAND, page
+from experiments.study.report import report_of
 from experiments.study.results import Results, gather, recorded
 from experiments.study.scores import LEARNED, best_of
 from experiments.study.variants import train_missing, trainings
@@ -57,20 +56,12 @@ def write(config: StudyConfig, resolved: str) -> None:
     criteria = list(lines(results))
     drawn = draw(config, results, out)
     write_text(out / "study.md", "\n".join(page(config, results, criteria, commit, drawn)).rstrip() + "\n")
-    report = {
-        "schema": 1,
-        "model": config.model,
-        "command": COMMAND,
-        "commit": commit,
-        "config": yaml.safe_load(resolved),
-        "must_hold": [dataclasses.asdict(line) for line in criteria],
-        "rows": {
-            name: rows_of(_with_full(recorded(config, name)))
-            for name in (MAIN, TEXT, *results.out_of_domain)
-            if (config.folder / name / "samples.jsonl").is_file()
-        },
-        "changed": results.changed,
+    rows = {
+        name: rows_of(_with_full(recorded(config, name)))
+        for name in (MAIN, TEXT, *results.out_of_domain)
+        if (config.folder / name / "samples.jsonl").is_file()
     }
+    report = {**report_of(config, resolved, commit, criteria, rows), "changed": results.changed}
     write_text(out / "study.json", json.dumps(report) + "\n")
     for line in criteria:
         print(f"{line.verdict:12} {line.about}: {line.measured}")

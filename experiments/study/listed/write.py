@@ -1,12 +1,10 @@
 """study.md, study.json and pictures of a study that lists its comparisons."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 
 from experiments.method_comparison.tables import head
@@ -18,7 +16,7 @@ from experiments.study.listed.criteria import MAIN, Measured, lines
 from experiments.study.listed.kl import best_by_kl, kl_scores
 from experiments.study.listed.page import page
 from experiments.study.measure import samples
-from experiments.study.page import COMMAND
+from experiments.study.report import report_of
 from learnkv.errors import UserError
 from learnkv.evaluation import pictures as of_eval
 from learnkv.evaluation.panels import panel_of
@@ -41,15 +39,8 @@ def write_listed(config: StudyConfig, resolved: str) -> None:
     criteria: list[Line] = list(lines(measured))
     drawn = _draw(measured, out)
     write_text(out / "study.md", "\n".join(page(measured, criteria, commit, drawn)).rstrip() + "\n")
-    report = {
-        "schema": 1,
-        "model": config.model,
-        "command": COMMAND,
-        "commit": commit,
-        "config": yaml.safe_load(resolved),
-        "must_hold": [dataclasses.asdict(line) for line in criteria],
-        "rows": {name: rows_of(records) for name, records in measured.records.items() if records},
-    }
+    rows = {name: rows_of(records) for name, records in measured.records.items() if records}
+    report = report_of(config, resolved, commit, criteria, rows)
     write_text(out / "study.json", json.dumps(report) + "\n")
     write_archive(out, measured.records)
     for line in criteria:
