@@ -33,6 +33,44 @@ class Ragged(NamedTuple):
         return list(zip(self.offset.tolist(), self.length.tolist(), strict=True))
 
 
+class Codes(NamedTuple):
+    """Vectors [N, D] as codes per vector, which `ops.quantize` packs: x = code * scale + zero, in float32."""
+
+    codes: Tensor
+    """[N, W] uint8."""
+    scale: Tensor
+    """[N, 1]."""
+    zero: Tensor
+    """[N, 1]."""
+    bits: int
+
+
+class Tier(NamedTuple):
+    """Rows as of `Ragged` whose keys and values are stored in fewer bits, rotated where their channels are."""
+
+    keys: Codes | Tensor
+    """Codes, or [N, D] where another codec has decoded them."""
+    values: Codes | Tensor
+    offset: Tensor
+    """[R] int32."""
+    length: Tensor
+    """[R] int32."""
+    longest: int
+    """Upper bound of `length`, known on the host."""
+    key_basis: Tensor | None = None
+    """Orthogonal [R or 1, D, D] float32: stored key = key @ basis, so queries are rotated alike; None: identity."""
+    value_basis: Tensor | None = None
+    """As of keys; outputs are turned back."""
+    spans: Sequence[tuple[int, int]] | None = None
+    """As of `Ragged`."""
+
+    def host_spans(self) -> Sequence[tuple[int, int]]:
+        """(offset, length) of every row; a host sync where the host does not know them."""
+        if self.spans is not None:
+            return self.spans
+        return list(zip(self.offset.tolist(), self.length.tolist(), strict=True))
+
+
 class Tail(NamedTuple):
     """Keys and values after the segment; the last T slots in use are the new tokens."""
 

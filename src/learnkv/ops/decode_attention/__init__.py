@@ -1,8 +1,10 @@
 """Grouped-query attention of new tokens to ragged segments and a tail."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from learnkv.ops.arguments import Pages, Ragged, Tail
+from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.dispatch import Impl, implementation
 
 
@@ -12,6 +14,7 @@ def decode_attention(
     tail: Tail,
     scaling: float,
     pages: Pages | None = None,
+    tiers: Sequence[Tier] = (),
     *,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -23,13 +26,19 @@ def decode_attention(
         tail: [B, H, M, D].
         scaling: factor on query-key products.
         pages: for T = 1, the pages that are read; None: everything is read.
+        tiers: further kept entries of the same rows, stored in fewer bits; without pages.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
     """
     assert pages is None or query.shape[2] == 1, "pages are chosen for one token"
-    inputs = (query, kept.keys, kept.values, tail.keys, tail.values)
+    assert pages is None or not tiers, "pages are of entries at full precision"
+    inputs = (query, kept.keys, kept.values, tail.keys, tail.values, *_tensors(tiers))
     output, lse = implementation("decode_attention", impl, ("reference", "triton"), *inputs).decode_attention(
-        query, kept, tail, scaling, pages
+        query, kept, tail, scaling, pages, tiers
     )
     return output, lse
+
+
+def _tensors(tiers: Sequence[Tier]) -> list[Tensor]:
+    return [part.codes if isinstance(part, Codes) else part for tier in tiers for part in (tier.keys, tier.values)]

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from learnkv.ops.arguments import Pages, Ragged, Tail
+from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.device import upload
+from learnkv.ops.quantize import Quantized, dequantize
 from learnkv.ops.tail_slots import tail_slots
 
 _WORTH_A_CALL = 8192
@@ -19,7 +20,7 @@ _WORTH_A_CALL = 8192
 
 
 def decode_attention(
-    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None
+    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None, tiers: Sequence[Tier] = ()
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` in PyTorch."""
     if pages is not None:
@@ -30,6 +31,8 @@ def decode_attention(
     exact = torch.promote_types(query.dtype, torch.float32)
     packed = query.reshape(rows, -1, dim)
     past, past_lse = _segment_attention(packed, kept, scaling, exact)
+    for tier in tiers:
+        past, past_lse = _merged(past, past_lse, *_tier_attention(packed, tier, scaling, exact))
     logits = _products(packed, tail.keys.reshape(rows, -1, dim), scaling, exact)
     logits, tail_values = _masked(logits, tail, new)
     lse = torch.logaddexp(past_lse, logits.logsumexp(-1, keepdim=True))
@@ -76,6 +79,35 @@ def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torc
     inverse = [place for _, place in sorted(zip(order, range(len(order)), strict=True))]
     back = upload(inverse, device)
     return output[back], lse[back]
+
+
+def _tier_attention(packed: Tensor, tier: Tier, scaling: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `_segment_attention`, to the entries of a tier, which are decoded for it."""
+    dim = packed.shape[-1]
+    keys, values = (decoded(part, dim).to(packed.dtype) for part in (tier.keys, tier.values))
+    rows = Ragged(keys, values, tier.offset.long(), tier.length.long(), tier.longest, tier.host_spans())
+    output, lse = _segment_attention(rotated(packed, tier.key_basis), rows, scaling, exact)
+    return rotated(output, None if tier.value_basis is None else tier.value_basis.mT), lse
+
+
+def decoded(part: Codes | Tensor, dim: int) -> Tensor:
+    """Vectors [N, dim] of a tier as they are stored, that is rotated."""
+    if isinstance(part, Tensor):
+        return part
+    return dequantize(Quantized(part.codes, part.scale, part.zero), part.bits, dim, impl="reference")
+
+
+def rotated(vectors: Tensor, basis: Tensor | None) -> Tensor:
+    """Vectors [R, T, D] times a basis [R or 1, D, D], rounded once."""
+    return vectors if basis is None else (vectors.to(basis.dtype) @ basis).to(vectors.dtype)
+
+
+def _merged(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to two sets of entries from that to each of them."""
+    both = torch.logaddexp(lse, other_lse)
+    floor = both.masked_fill(both == float("-inf"), 0)
+    mixed = output * (lse - floor).exp() + other * (other_lse - floor).exp()
+    return mixed.to(output.dtype), both
 
 
 def _masked(logits: Tensor, tail: Tail, new: int) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,15 @@ are one tile. Programs compute their share on the device from `length`: no host 
 lengths change.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from learnkv.ops.arguments import Pages, Ragged, Tail
+from learnkv.errors import UserError
+from learnkv.ops.arguments import Pages, Ragged, Tail, Tier
 from learnkv.ops.device import processors
 from learnkv.ops.tail_slots import tail_slots
 
@@ -20,9 +23,11 @@ _PROGRAMS_PER_PROCESSOR = 2  # two of them fit into shared memory, and one wave 
 
 
 def decode_attention(
-    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None
+    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None, tiers: Sequence[Tier] = ()
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` in Triton."""
+    if tiers:
+        raise UserError("impl=triton: entries in fewer bits are read by impl=reference")
     batch, query_heads, new, dim = query.shape
     tail_keys, tail_values, _, used = tail
     slots = tail_keys.shape[2]
