@@ -107,7 +107,7 @@ class CompressedCache(Accounting):
         layers = self.compressed_layers()[first : first + scores.shape[0]]
         if levels is not None:
             self.narrow = True
-            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate):
+            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate, self.no_entries):
                 layers[layer_idx].evict(segment, None, tiers)
             return
         decode_capture = None if self.schedule is None else self.schedule.capture_spec
@@ -127,7 +127,7 @@ class CompressedCache(Accounting):
     def fork(self) -> "CompressedCache":
         """An independent cache that shares storage with this one until either changes."""
         twin = copy.copy(self)
-        twin.decode_loop = None
+        twin.decode_loop, twin.no_entries = None, {}
         compressible = self.compressible
         twin.layers = [layer.fork() if i in compressible else copy.copy(layer) for i, layer in enumerate(self.layers)]
         return twin
@@ -234,7 +234,7 @@ class CompressedCache(Accounting):
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
-        self.token_ids, self.invalid, self.narrow = None, (), False
+        self.token_ids, self.invalid, self.narrow, self.no_entries = None, (), False, {}
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""
