@@ -65,6 +65,8 @@ class Precision(Component, ABC):
 
     label: str
     """In tables, such as 4, K4V3 or learned."""
+    raw_scores: bool = False
+    """Whether utilities are the scores themselves, not made comparable over heads."""
 
     @property
     @abstractmethod

@@ -30,10 +30,11 @@ KINDS: dict[str, Callable[[Policy], bool]] = {
     "online": lambda policy: policy.evict_interval > 0,
     "pages": lambda policy: policy.pages is not None,
     "observation_window": lambda policy: policy.capture_spec.window > 0,
+    "precision": lambda policy: policy.precision is not None,
 }
 """Kinds of methods: trained by gradient descent; reads a table calibrated for one model; reads the prompt again in
 extra passes; evicts while tokens are generated; reads selected pages; scores by the last queries of the prompt, which
-are the question's where it is compressed with the context."""
+are the question's where it is compressed with the context; stores fewer bits, which `all` leaves out."""
 
 
 def kinds_of(policy: Policy) -> frozenset[str]:
@@ -83,7 +84,7 @@ def _named(word: str, typed: str, key: str) -> Iterable[str]:
     if word == ALL:
         return _all()
     if word in KINDS:
-        return [name for name in _all() if word in method(name).kinds]
+        return [name for name in _every() if word in method(name).kinds]
     available = config_names("policies")
     if word not in available and "/" not in word and not word.endswith(".yaml"):
         expected = f"{ALL}, a kind ({', '.join(KINDS)}) or a method of configs/policies"
@@ -92,6 +93,11 @@ def _named(word: str, typed: str, key: str) -> Iterable[str]:
 
 
 def _all() -> list[str]:
+    """Methods that spend entries; a precision makes an axis of its own."""
+    return [name for name in _every() if "precision" not in method(name).kinds]
+
+
+def _every() -> list[str]:
     return [name for name in config_names("policies") if name != FULL]
 
 

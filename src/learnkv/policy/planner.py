@@ -84,7 +84,8 @@ class Planner:
         if spend is not None and spend.precision.shares_bytes:
             per_head = upload(totals, device).to(torch.float64) / (count * scores.shape[2])
             ranking = self.allocator.ranking(scores, stacked, per_head, baseline_of(layers, device))
-            levels = shared_levels(spend, ranking, unit_scale(scores), budgets)
+            own = scores if spend.precision.raw_scores else unit_scale(scores)
+            levels = shared_levels(spend, ranking, own, budgets)
             wanted, budgets = levels.at_least[0], levels.counts.sum(0)
             totals = budgets.sum((0, 2)).tolist()
         ranked = scores

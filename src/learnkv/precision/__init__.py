@@ -2,6 +2,16 @@
 
 from learnkv.core.precision import Level, LevelPlan, Precision
 from learnkv.precision.learned import LearnedPrecision
+from learnkv.precision.rate_distortion import RateDistortion
+from learnkv.precision.shared import SharedPrecision
 from learnkv.precision.uniform import UniformPrecision
 
-__all__ = ["LearnedPrecision", "Level", "LevelPlan", "Precision", "UniformPrecision"]
+__all__ = [
+    "LearnedPrecision",
+    "Level",
+    "LevelPlan",
+    "Precision",
+    "RateDistortion",
+    "SharedPrecision",
+    "UniformPrecision",
+]
