@@ -1,0 +1,48 @@
+"""`precision=`: methods without training at uniform precisions, beside the whole cache at each of them."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from learnkv.errors import UserError
+from learnkv.evaluation.results import FULL
+from learnkv.policy.policy import Policy
+
+BITS = (16, 8, 4, 3, 2)
+AS_IS = 16
+"""Precision at which the whole cache is the full cache, which is always compared."""
+
+
+def parse_precision(value: int | str) -> int | dict[str, int]:
+    """Bits of keys and values alike, or of each.
+
+    Args:
+        value: 16, 8, 4, 3 or 2, or `K4V3`.
+
+    Raises:
+        UserError: anything else.
+    """
+    alike = re.fullmatch(r"\d+", str(value))
+    pair = re.fullmatch(r"[Kk](\d+)[Vv](\d+)", str(value))
+    bits = [int(value)] if alike else [int(number) for number in pair.groups()] if pair else []
+    if not bits or not set(bits) <= set(BITS):
+        raise UserError(
+            f"precision={value}: expected {', '.join(map(str, BITS))} or bits of keys and values as in K4V3"
+        )
+    return bits[0] if alike else {"keys": bits[0], "values": bits[1]}
+
+
+def check_precisions(precisions: Sequence[int | str], key: str = "precision") -> None:
+    """Raise UserError for a precision that there is not, and for one that is given twice."""
+    named = [str(parse_precision(value)) for value in precisions]
+    if len(set(named)) < len(named):
+        raise UserError(f"{key}={','.join(map(str, precisions))}: expected different ones")
+
+
+def at_precisions(policies: Mapping[str, Policy], precisions: Iterable[int | str]) -> dict[str, Policy]:
+    """Every policy at every precision, called `kvzip@4`; the full cache not at 16 bits, where it is compared anyway."""
+    return {
+        f"{name}@{str(precision).upper()}": policy.with_precision(parse_precision(precision))
+        for precision in precisions
+        for name, policy in policies.items()
+        if not (name == FULL and parse_precision(precision) == AS_IS)
+    }
