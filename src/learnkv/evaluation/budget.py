@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from learnkv.errors import UserError
-from learnkv.policy.budget import parse_bytes
+from learnkv.policy.byte_budget import parse_bytes
 
 EXPECTED = "a fraction above 0 and at most 1, a number of bytes, or text such as 64MB"
 _UNITS = ((2**30, "GB"), (2**20, "MB"), (2**10, "KB"))

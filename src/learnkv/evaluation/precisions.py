@@ -39,10 +39,23 @@ def check_precisions(precisions: Sequence[int | str], key: str = "precision") ->
 
 
 def at_precisions(policies: Mapping[str, Policy], precisions: Iterable[int | str]) -> dict[str, Policy]:
-    """Every policy at every precision, called `kvzip@4`; the full cache not at 16 bits, where it is compared anyway."""
-    return {
-        f"{name}@{str(precision).upper()}": policy.with_precision(parse_precision(precision))
-        for precision in precisions
-        for name, policy in policies.items()
-        if not (name == FULL and parse_precision(precision) == AS_IS)
-    }
+    """Every policy at every precision, called `kvzip@4`; the full cache not at 16 bits, where it is compared anyway.
+
+    Raises:
+        UserError: a policy that cannot have one of them, by name.
+    """
+    found = {}
+    for precision in precisions:
+        for name, policy in policies.items():
+            if name == FULL and parse_precision(precision) == AS_IS:
+                continue
+            try:
+                found[f"{name}@{str(precision).upper()}"] = at_precision(policy, precision)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+    return found
+
+
+def at_precision(policy: Policy, precision: int | str) -> Policy:
+    """A policy with a uniform precision in place of its own."""
+    return policy.with_precision(parse_precision(precision))

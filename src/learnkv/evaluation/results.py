@@ -71,9 +71,8 @@ def budget_of(result: Record) -> Budget:
 
 def _keep_of(group: list[Record]) -> float | None:
     """Fraction of the entries that was asked for; None where bytes were."""
-    if group[0]["budget"] is None:
-        return group[0]["keep"]
-    return fmean(record["asked"] for record in group)
+    keep: float | None = group[0]["keep"]
+    return keep if group[0]["budget"] is None else fmean(record["asked"] for record in group)
 
 
 def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:

@@ -73,12 +73,3 @@ def protected_entries(
     last = protected.clamp(max=recent)
     first = (positions < protected - last) & (sinks > 0)
     return (first | (positions >= length - last)) & valid
-
-
-def parse_bytes(text: str) -> float | int:
-    """SHIM until main."""
-    import re
-    m = re.fullmatch(r"([\d.]+)\s*(KB|MB|GB|B)?", text.strip())
-    if not m:
-        raise UserError(f"bytes={text}: expected a fraction above 0 and at most 1, or bytes such as 64MB")
-    return int(float(m[1]) * {"KB": 2**10, "MB": 2**20, "GB": 2**30, "B": 1}[m[2]]) if m[2] else float(m[1])
