@@ -20,6 +20,7 @@ FLOORS = [
     {"ops", "formats"},
     {"core"},
     {"scorers", "allocators", "pages", "codecs"},
+    {"precision"},
     {"cache"},
     {"policy"},
     {"inference"},

@@ -139,29 +139,48 @@ class LearnedAllocator(Allocator):
 
     def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None) -> Tensor:
         layers, _, heads, _ = scores.shape
+        total = torch.round(budget.double() * (layers * heads)).long()
+        ranking = self.ranking(scores, features, budget, baseline)
+        if ranking is not None:
+            return ranked_counts(ranking, total)
+        budgets, correction = self._corrections(scores, features, budget, baseline)
+        rows, logits = (part.transpose(0, 1).flatten(1) for part in (budgets, correction.expand(budgets.shape)))
+        wanted = corrected(rows, logits, total, entries_of(scores), protected_of(scores))
+        return wanted.view(-1, layers, heads).transpose(0, 1)
+
+    def ranking(
+        self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None
+    ) -> Tensor | None:
+        if not self.by_scores:
+            return None
+        budgets, correction = self._corrections(scores, features, budget, baseline)
+        if baseline is None:
+            scores = scaled = _normal(scores)
+        else:
+            scaled = baseline.scaled
+        return margins(scores, scaled, budgets) + correction.unsqueeze(-1)
+
+    def _corrections(
+        self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None
+    ) -> tuple[Tensor, Tensor]:
+        """The heuristic's budgets [L, B, H], and what is learned of them [L, 1 or B, H]."""
+        layers, _, heads, _ = scores.shape
         if self.shape != (layers, heads):
             raise UserError(f"num_layers={self.shape[0]} num_heads={self.shape[1]}: the model has {layers} and {heads}")
         own, of_base = None, features
         if self.conditioned:
             assert features is not None
             own, of_base = features[..., : Conditioner.FEATURES], features[..., Conditioner.FEATURES :]
-        entries, protected = entries_of(scores), protected_of(scores)
         total = torch.round(budget.double() * (layers * heads)).long()
         wanted = self.base(scores if baseline is None else baseline.scores, of_base, budget)
-        budgets = round_to_budget(wanted, entries, total, protected)
+        budgets = round_to_budget(wanted, entries_of(scores), total, protected_of(scores))
         parts = (self.head_importance, self.layer_budget)
-        keep = budget.double() / entries
+        keep = budget.double() / entries_of(scores)
         correction = sum(
-            (part(own, keep, entries) for part in parts if part is not None), scores.new_zeros(layers, 1, heads)
+            (part(own, keep, entries_of(scores)) for part in parts if part is not None),
+            scores.new_zeros(layers, 1, heads),
         )
-        if not self.by_scores:
-            rows, logits = (part.transpose(0, 1).flatten(1) for part in (budgets, correction.expand(budgets.shape)))
-            return corrected(rows, logits, total, entries, protected).view(-1, layers, heads).transpose(0, 1)
-        if baseline is None:
-            scores = scaled = _normal(scores)
-        else:
-            scaled = baseline.scaled
-        return ranked_counts(margins(scores, scaled, budgets) + correction.unsqueeze(-1), total)
+        return budgets, correction
 
 
 def _normal(scores: Tensor) -> Tensor:

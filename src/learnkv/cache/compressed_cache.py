@@ -1,26 +1,29 @@
 """A transformers cache that owns the kept entries of a prompt."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
+from learnkv.cache.accounting import Accounting
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.plain_layers import refuse_others
 from learnkv.cache.schedule import EvictionSchedule
 from learnkv.cache.storage import DecodeBuffer, rows_of
+from learnkv.cache.tiered_eviction import compact_levels
 from learnkv.core.adapter import Adapter
 from learnkv.core.finite import Invalid, refuse_invalid
 from learnkv.core.observation import CaptureSpec, PromptPass
+from learnkv.core.precision import LevelPlan
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
 
 
-class CompressedCache(Cache):
+class CompressedCache(Accounting):
     """A `past_key_values` that holds, per layer and kv head, only the entries of the prompt that a policy keeps.
 
     While the prompt is read nothing is evicted. `seal` ends the prompt, `evict` keeps a part of it; tokens read
@@ -39,12 +42,9 @@ class CompressedCache(Cache):
             layers[index] = CompressedLayer(layer_idx, capture_spec or CaptureSpec())
         super().__init__(layers=layers)
         self.model_name: str = getattr(config, "_name_or_path", "")
-        self.prompt_lengths: list[int] = []
         self.tail_mask: Tensor | None = None
         self.tail_padded = False
         self.pending: tuple[Tensor, Tensor] | None = None  # generated ids that were not read, and which are tokens
-        self.budgets: Tensor | None = None
-        self.covered: list[int] = []  # tokens of each row, merged ones included; empty: none was merged
         self.schedule: EvictionSchedule | None = None  # online eviction; None: the cache grows
         self.extra_pass_tokens: dict[PromptPass, list[int]] = {}  # tokens of each row that were read in extra passes
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
@@ -87,7 +87,13 @@ class CompressedCache(Cache):
             layer.seal()
 
     def evict(
-        self, scores: Tensor, budgets: Tensor, total: int, first: int = 0, rerotate: Rerotate | None = None
+        self,
+        scores: Tensor,
+        budgets: Tensor,
+        total: int,
+        first: int = 0,
+        rerotate: Rerotate | None = None,
+        levels: LevelPlan | None = None,
     ) -> None:
         """Keep the `budgets[l, b, h]` highest-scored entries of every head of the layers from `first` on.
 
@@ -96,8 +102,14 @@ class CompressedCache(Cache):
             budgets, total: [L, B, H] int64, and their sum.
             first: index of the first of these layers among the compressible ones.
             rerotate: consecutive positions for kept entries, from the `start` or up to the `end`; None: their own.
+            levels: how many entries of these layers are stored at each level; None: all as they are.
         """
         layers = self.compressed_layers()[first : first + scores.shape[0]]
+        if levels is not None:
+            self.narrow = True
+            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate):
+                layers[layer_idx].evict(segment, None, tiers)
+            return
         decode_capture = None if self.schedule is None else self.schedule.capture_spec
         for layer_idx, segment in compact(layers, scores, budgets, total, decode_capture, rerotate):
             layers[layer_idx].evict(segment, decode_capture)
@@ -222,7 +234,7 @@ class CompressedCache(Cache):
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
-        self.token_ids, self.invalid = None, ()
+        self.token_ids, self.invalid, self.narrow = None, (), False
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""
@@ -252,47 +264,6 @@ class CompressedCache(Cache):
         """Rows `beam_idx` [B] continue."""
         self._select_rows(beam_idx)
         super().reorder_cache(beam_idx)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """All tensors of the compressible layers."""
-        for layer in self.compressed_layers():
-            yield from layer.tensors()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of unique storage: kept entries, positions, tables and the allocated tails."""
-        storages = (tensor.untyped_storage() for tensor in self.tensors())
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row that budgets refer to: the prompt's and those merged since."""
-        return self.covered or self.prompt_lengths
-
-    @property
-    def full_nbytes(self) -> int:
-        """Bytes of the keys and values of all tokens that budgets refer to, padding not counted."""
-        return sum(layer.token_nbytes for layer in self.compressed_layers()) * sum(self.lengths)
-
-    @property
-    def spent(self) -> list[float]:
-        """Fraction of each row's entries that is kept: of the prompt's and of those merged since."""
-        self.refuse_invalid()
-        if self.budgets is None:
-            return [1.0] * len(self.prompt_lengths)
-        layers, _, heads = self.budgets.shape
-        kept = self.budgets.sum((0, 2)).tolist()
-        return [entries / (n * layers * heads) for entries, n in zip(kept, self.lengths, strict=True)]
-
-    @property
-    def read(self) -> list[float]:
-        """Fraction of each row's prompt entries that a single new token attends to."""
-        layers = [layer for layer in self.compressed_layers() if layer.segment is not None]
-        if all(layer.page_index is None for layer in layers):
-            return self.spent
-        counts = [layer.attended_entries().cpu().view(len(self.lengths), -1) for layer in layers]
-        share = torch.stack(counts).double().mean((0, 2))
-        return (share / torch.tensor(self.lengths)).tolist()
 
     def kept_positions(self, layer_idx: int, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of the kept entries of one head of model layer `layer_idx`."""

@@ -42,7 +42,7 @@ def compact(
         adjacent = len(rows) == rows[-1] - rows[0] + 1  # a view of the budgets then serves as the table of lengths
         index = slice(rows[0], rows[-1] + 1) if adjacent else rows
         size = total if len(pools) == 1 else int(budgets[index].sum())
-        segments = _segments(
+        segments = segments_of(
             [layers[row] for row in rows], scores[index], budgets[index], size, decode_capture, rerotate
         )
         yield from zip(rows, segments, strict=True)
@@ -57,22 +57,24 @@ def _pools(layers: list[CompressedLayer]) -> list[list[int]]:
     return list(pools.values())
 
 
-def _segments(
+def segments_of(
     layers: list[CompressedLayer],
     scores: Tensor,
     budgets: Tensor,
     total: int,
     decode_capture: CaptureSpec | None,
     rerotate: Rerotate | None,
+    index: Tensor | None = None,
 ) -> Iterator[Segment]:
-    """The segments of layers that share a pool."""
+    """The segments of layers that share a pool; `index` [total] names the entries where scores do not."""
     like = layers[0].prompt
     device, dim = like.keys.device, like.keys.shape[-1]
     count, batch, heads, slots = scores.shape
     rows = batch * heads
     length = budgets.to(device).reshape(count, rows)
     offset = (length.flatten().cumsum(0) - length.flatten()).view_as(length)
-    index = select(scores.to(device).reshape(count * rows, slots), length.flatten(), total)
+    if index is None:
+        index = select(scores.to(device).reshape(count * rows, slots), length.flatten(), total)
     pool_keys, pool_values = like.keys.new_empty(total, dim), like.values.new_empty(total, dim)
     del like  # the first layer may be freed of its prompt
     positions = _positions(layers, index, heads, slots).to(torch.int32)

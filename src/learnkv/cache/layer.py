@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from learnkv.cache.attended import check_attended
 from learnkv.cache.capture import Capture
 from learnkv.cache.page_index import PageIndex
-from learnkv.cache.states import Kept, Prompt, Relaxed
+from learnkv.cache.states import Kept, Prompt, Relaxed, StoredPrompt
 from learnkv.cache.storage import DecodeBuffer, Segment
+from learnkv.cache.tiers import StoredTier
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
@@ -86,15 +88,7 @@ class CompressedLayer(CacheLayerMixin):
     def confirm(self, module: str, keys: Tensor, values: Tensor) -> None:
         """Record that attention runs on what `update` returned; UserError for a layer that does anything else."""
         passed, self._passed, self.attended = self._passed, None, True
-        if passed is None:
-            raise UserError(f"{module} attends twice, or to keys of another layer: learnkv does not support it")
-        if passed[0] is not keys or passed[1] is not values:
-            raise UserError(f"{module} attends to keys or values that it makes from cached ones: not supported")
-        if keys.shape[-1] != values.shape[-1]:
-            raise UserError(
-                f"{module} has keys of {keys.shape[-1]} channels and values of {values.shape[-1]}: learnkv expects "
-                "equally many"
-            )
+        check_attended(module, passed, keys, values)
 
     def _append_to_tail(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[0] != self.batch:
@@ -196,14 +190,24 @@ class CompressedLayer(CacheLayerMixin):
 
     def kept_positions(self, row: int, head: int) -> Tensor:
         """Ascending prompt positions [K] of the kept entries of one head."""
-        if self.segment is None:
+        if not isinstance(self.state, Kept | Relaxed):
             raise UserError("the prompt has not been read to its end")
-        return self.segment.row_positions(row * self.heads + head).to(torch.int64)
+        return self.state.row_positions(row * self.heads + head).to(torch.int64)
 
     def attended_entries(self) -> Tensor:
-        """Entries of the segment that a single token attends to, per row and head, while the tail is empty."""
-        assert self.segment is not None
-        return self.segment.length if self.page_index is None else self.page_index.attended(self.segment)
+        """Kept entries that a single token attends to, per row and head, while the tail is empty."""
+        assert isinstance(self.state, Kept | Relaxed)
+        return self.state.attended()
+
+    @property
+    def holds_tiers_only(self) -> bool:
+        """Whether every kept entry is stored in fewer bits; the empty segment's table is then the same in all layers."""
+        return self.segment is not None and self.segment.length is self.segment.offset
+
+    def row_nbytes(self) -> list[int]:
+        """Bytes of the kept entries of each row of the batch, with their tables; the tail not counted (host sync)."""
+        assert isinstance(self.state, Kept)
+        return self.state.row_nbytes(self.heads)
 
     def listen(self, capture_spec: CaptureSpec, when_read: Callable[[], None]) -> None:
         """Capture the next part of the prompt by itself, and call back when it has been read."""
@@ -251,15 +255,26 @@ class CompressedLayer(CacheLayerMixin):
         if self.state is not None and not self.sealed:
             self.state = self.prompt.seal()
 
-    def evict(self, segment: Segment, decode_capture: CaptureSpec | None = None) -> None:
-        """Keep `segment` and nothing else of the prompt; of tokens to come capture `decode_capture`."""
-        self.state = self.prompt.evict(segment, self.page_index)
+    def evict(
+        self, segment: Segment, decode_capture: CaptureSpec | None = None, tiers: tuple[StoredTier, ...] = ()
+    ) -> None:
+        """Keep `segment` and `tiers` and nothing else of the prompt; of tokens to come capture `decode_capture`."""
+        self.state = self.prompt.evict(segment, self.page_index, tiers)
         self.decode_capture = decode_capture
         self.capture.forget(decode_capture)
 
-    def relax(self, segment: Segment, gates: Tensor, decode_capture: CaptureSpec | None = None) -> None:
-        """Train: attend to `segment`; every entry's gate [B, H, S] gets the gradient of its mask. Entries stay."""
-        self.state = self.prompt.relax(segment, gates)
+    def relax(
+        self,
+        segment: Segment,
+        gates: Tensor,
+        decode_capture: CaptureSpec | None = None,
+        stored: tuple[StoredPrompt, ...] = (),
+    ) -> None:
+        """Train: attend to `segment`; every entry's gate [B, H, S] gets the gradient of its mask. Entries stay.
+
+        With levels of precision, `stored` at each, gates are [M, B, H, S]: the mask of the step to each level.
+        """
+        self.state = self.prompt.relax(segment, gates, stored=stored)
         if decode_capture is not None:
             self.decode_capture = decode_capture
             self.capture.forget(decode_capture)

@@ -1,16 +1,30 @@
 """The three states of a compressed layer: a prompt that is complete, kept entries, or kept entries with gates."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from learnkv.cache.page_index import PageIndex
 from learnkv.cache.storage import DecodeBuffer, Segment
+from learnkv.cache.tiers import StoredTier
+from learnkv.core.codec import Codec
 from learnkv.errors import UserError
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.relaxed_attention import relaxed_attention
+
+
+class StoredPrompt(NamedTuple):
+    """Keys and values [B, H, S, D] of a complete prompt as one level of precision stores them."""
+
+    keys: Tensor
+    values: Tensor
+
+    def rows(self, batch: Tensor) -> "StoredPrompt":
+        """Of batch rows `batch` [B']."""
+        return StoredPrompt(*(part[batch.to(part.device)] for part in self))
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,8 @@ class Prompt:
     """[B, H, S] position that each key is rotated to; None: its prompt position."""
     page_index: PageIndex | None = None
     """Of the entries before the tail was merged; it is made anew for those that will be kept."""
+    stored: dict[tuple[str, Codec], Tensor] = field(default_factory=dict, init=False, compare=False)
+    """Training: keys and values as codecs store them, once for all students."""
 
     segment = None
     copies = 1
@@ -70,13 +86,15 @@ class Prompt:
         prompt = replace(self, keys=self.keys.contiguous(), values=self.values.contiguous())
         return Kept(Segment.whole(prompt.keys, prompt.values, self.slot_positions()), prompt)
 
-    def evict(self, segment: Segment, page_index: PageIndex | None) -> "Kept":
-        """Keep `segment` only; where there are pages, they are those of the segment from now on."""
-        return Kept(segment, page_index=None if page_index is None else page_index.rebuilt(segment))
+    def evict(self, segment: Segment, page_index: PageIndex | None, tiers: tuple[StoredTier, ...] = ()) -> "Kept":
+        """Keep `segment` and `tiers` only; where there are pages, they are those of the segment from now on."""
+        return Kept(segment, page_index=None if page_index is None else page_index.rebuilt(segment), tiers=tiers)
 
-    def relax(self, segment: Segment, gates: Tensor, soft: bool = False) -> "Relaxed":
-        """Train: attend to `segment`, or softly to all entries, with gates [B, H, S]; nothing is freed."""
-        return Relaxed(segment, self, gates.to(self.keys.device), soft)
+    def relax(
+        self, segment: Segment, gates: Tensor, soft: bool = False, stored: tuple[StoredPrompt, ...] = ()
+    ) -> "Relaxed":
+        """Train: attend to `segment`, or softly to all entries, with gates; nothing is freed."""
+        return Relaxed(segment, self, gates.to(self.keys.device), soft, stored=stored)
 
     def rows(self, batch: Tensor, heads: int) -> "Prompt":
         """The prompts of batch rows `batch` [B']."""
@@ -112,6 +130,8 @@ class Kept:
     """The complete prompt, of which the segment is a view, until entries are evicted or rows are selected."""
     page_index: PageIndex | None = None
     """Bounds of pages where a single token reads chosen pages only."""
+    tiers: tuple[StoredTier, ...] = ()
+    """Further entries, in fewer bits."""
 
     copies = 1
 
@@ -127,12 +147,29 @@ class Kept:
     def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens; `mask` [B, 1, T, M] of the tail."""
         pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask)
-        return decode_attention(query, self.segment.ragged, tail.arguments(mask), scaling, pages)[0]
+        tiers = [tier.arguments(query.dtype) for tier in self.tiers]
+        return decode_attention(query, self.segment.ragged, tail.arguments(mask), scaling, pages, tiers)[0]
+
+    def row_positions(self, row: int) -> Tensor:
+        """Ascending prompt positions of all entries of one row (host sync)."""
+        positions = [part.row_positions(row) for part in (self.segment, *self.tiers)]
+        return torch.cat(positions).sort().values
+
+    def attended(self) -> Tensor:
+        """Entries [B*H] that a single token attends to, while the tail is empty."""
+        if self.page_index is not None:
+            return self.page_index.attended(self.segment)
+        return sum((tier.length for tier in self.tiers), self.segment.length)
+
+    def row_nbytes(self, heads: int) -> list[int]:
+        """Bytes of each row of the batch (host sync)."""
+        parts = [torch.tensor(part.row_nbytes()).view(-1, heads).sum(-1) for part in (self.segment, *self.tiers)]
+        return torch.stack(parts).sum(0).tolist()
 
     def rows(self, batch: Tensor, heads: int) -> "Kept":
         """The kept entries of batch rows `batch` [B'], sharing the pool."""
         page_index = None if self.page_index is None else self.page_index.rows(batch)
-        return Kept(self.segment.rows(batch, heads), None, page_index)
+        return Kept(self.segment.rows(batch, heads), None, page_index, tuple(tier.rows(batch) for tier in self.tiers))
 
     def fork(self) -> "Kept":
         """A state that shares storage with this one."""
@@ -141,7 +178,7 @@ class Kept:
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
         parts = [*self.segment.tensors()]
-        for part in (self.prompt, self.page_index):
+        for part in (self.prompt, self.page_index, *self.tiers):
             parts += [] if part is None else part.tensors()
         return parts
 
@@ -154,20 +191,34 @@ class Relaxed:
     complete: Prompt
     """Shared by the continuations of each prompt."""
     gates: Tensor
-    """[B, H, S]."""
+    """[B, H, S]; with levels [M, B, H, S]."""
     soft: bool = False
     """Whether gates multiply the softmax weights of all entries; else kept entries count as 1, others as 0."""
     copies: int = 1
     """Continuations per prompt."""
+    stored: tuple[StoredPrompt, ...] = ()
+    """The complete prompt as stored at each level of precision; none: as it is."""
 
     page_index = None
+    tiers = ()
 
     def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B*C, H*G, T, D] of the newest T tokens; `mask` [B*C, 1, T, M] of the tail."""
         prompt, new = (self.complete.keys, self.complete.values, self.gates), tail.arguments(mask)
         if self.soft:
             return gated_attention(query, *prompt, new, scaling)
-        return relaxed_attention(query, *prompt, self.segment.ragged, new, scaling)
+        if not self.stored:
+            return relaxed_attention(query, *prompt, self.segment.ragged, new, scaling)
+        keys, values = zip(*self.stored, strict=True)
+        return relaxed_attention(query, keys, values, self.gates, self.segment.ragged, new, scaling)
+
+    def row_positions(self, row: int) -> Tensor:
+        """Ascending prompt positions of the entries of one row (host sync)."""
+        return self.segment.row_positions(row)
+
+    def attended(self) -> Tensor:
+        """Entries [B*H] that a single token attends to, while the tail is empty."""
+        return self.segment.length
 
     def rows(self, batch: Tensor, heads: int) -> "Relaxed":
         """Rows `batch` [B'] of the continuations, each with a prompt of its own."""
@@ -175,8 +226,9 @@ class Relaxed:
         return Relaxed(
             self.segment.rows(batch, heads),
             self.complete.rows(prompts, heads),
-            self.gates[prompts.to(self.gates.device)],
+            self.gates[..., prompts.to(self.gates.device), :, :],
             self.soft,
+            stored=tuple(prompt.rows(prompts) for prompt in self.stored),
         )
 
     def repeat(self, batch: Tensor, heads: int, repeats: int) -> "Relaxed":
@@ -189,4 +241,5 @@ class Relaxed:
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
-        return [*self.complete.tensors(), self.gates, *self.segment.tensors()]
+        stored = [part for prompt in self.stored for part in prompt]
+        return [*self.complete.tensors(), self.gates, *self.segment.tensors(), *stored]

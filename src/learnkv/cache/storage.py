@@ -45,6 +45,13 @@ class Segment:
         length = (slots - padding).repeat_interleave(heads)
         return cls(keys.view(-1, dim), values.view(-1, dim), of_entry, offset, length, slots)
 
+    @classmethod
+    def empty(cls, like: Tensor, zeros: Tensor) -> "Segment":
+        """Rows without entries, of prompts `like` [B, H, S, D]; `zeros` [B*H] serves as both tables."""
+        pool = like.new_empty(0, like.shape[-1])
+        positions = torch.empty(0, dtype=torch.int32, device=like.device)
+        return cls(pool, pool, positions, zeros, zeros, 0)
+
     @functools.cached_property
     def ragged(self) -> Ragged:
         """The rows as ops take them; on a CPU with the host's copy of both tables, read once."""
@@ -64,6 +71,12 @@ class Segment:
         entry = torch.arange(slots, device=self.offset.device) - (slots - self.length).unsqueeze(-1)
         valid = entry >= 0
         return (self.offset.unsqueeze(-1) + entry).masked_fill(~valid, 0), valid
+
+    def row_nbytes(self) -> list[int]:
+        """Bytes of every row's entries, positions and tables (host sync); a table that all layers share not counted."""
+        entry = 2 * self.keys[:1].nbytes + self.positions.element_size() if len(self.keys) else 0
+        tables = 0 if self.length is self.offset else self.offset.element_size() + self.length.element_size()
+        return [count * entry + tables for count in self.length.tolist()]
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions [length] of one row (host sync)."""

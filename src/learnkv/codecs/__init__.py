@@ -1,6 +1,7 @@
 """Codecs: how keys and values are stored."""
 
 from learnkv.codecs.covariance_rotation import CovarianceRotation
+from learnkv.codecs.float16 import Float16
 from learnkv.codecs.fp8 import FP8
 from learnkv.codecs.kivi import KIVIKeys, KIVIValues, LatestExact
 from learnkv.codecs.logquant import LogQuant
@@ -17,6 +18,7 @@ __all__ = [
     "FP8",
     "Codec",
     "CovarianceRotation",
+    "Float16",
     "KIVIKeys",
     "KIVIValues",
     "LatestExact",

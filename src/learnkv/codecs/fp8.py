@@ -19,6 +19,8 @@ class FP8(Codec):
         scale_dtype: of the scales.
     """
 
+    independent = True
+
     def __init__(self, scale_dtype: ScaleDtype = "float16") -> None:
         super().__init__()
         check_choice("scale_dtype", scale_dtype, ScaleDtype)

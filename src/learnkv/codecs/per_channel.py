@@ -7,6 +7,7 @@ from torch import Tensor
 from learnkv.codecs.per_token import PerToken, Rotation, as_quantized, as_tensors, scale_bytes
 from learnkv.core.codec import Encoded, ScaleDtype, Source, torch_dtype
 from learnkv.errors import UserError
+from learnkv.ops.arguments import Codes
 from learnkv.ops.hadamard import check_hadamard
 from learnkv.ops.quantize import Grid, dequantize, packed_bytes, quantize
 
@@ -26,6 +27,8 @@ class PerChannel(PerToken):
         scale_dtype: of scales and zeros.
     """
 
+    independent = False
+
     def __init__(
         self,
         bits: int = 2,
@@ -44,6 +47,9 @@ class PerChannel(PerToken):
             check_hadamard(head_dim)
         per_channel = packed_bytes(self.entries_per_group, self.bits) + scale_bytes(self.grid, self.scale_dtype)
         return self._groups(entries) * head_dim * per_channel
+
+    def codes(self, encoded: Encoded) -> Codes | None:
+        return None
 
     def _groups(self, entries: Sequence[int]) -> int:
         group = self.entries_per_group

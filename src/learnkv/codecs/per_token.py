@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
+from learnkv.ops.arguments import Codes
 from learnkv.ops.hadamard import check_hadamard, hadamard
 from learnkv.ops.quantize import Grid, Quantized, check_bits, check_groups, dequantize, packed_bytes, quantize
 
@@ -26,6 +27,8 @@ class PerToken(Codec):
         grid: see `ops.quantize`; symmetric codes have no zero.
         scale_dtype: of scales and zeros.
     """
+
+    independent = True
 
     def __init__(
         self,
@@ -54,6 +57,12 @@ class PerToken(Codec):
     def _encode(self, source: Source) -> dict[str, Tensor]:
         scale_dtype = torch_dtype(self.scale_dtype)
         return as_tensors(quantize(source.entries, self.bits, self.group, self.grid, scale_dtype))
+
+    def codes(self, encoded: Encoded) -> Codes | None:
+        codes, scale, zero = as_quantized(encoded)
+        if self.grid != "offset" or zero is None or scale.shape[-1] != 1:
+            return None
+        return Codes(codes, scale, zero, self.bits)
 
     def _decode(self, encoded: Encoded) -> Tensor:
         return dequantize(as_quantized(encoded), self.bits, encoded.head_dim, self.grid)

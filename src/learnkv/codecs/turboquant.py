@@ -41,6 +41,7 @@ class TurboQuant(Codec):
     """
 
     table_argument = "table"
+    independent = True
 
     def __init__(
         self,

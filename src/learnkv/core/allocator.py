@@ -93,6 +93,12 @@ class Allocator(Component, ABC):
         """The result of `forward`, for one that also reads the scores' baseline; None: they are a heuristic's."""
         return self(scores, features, budget)
 
+    def ranking(
+        self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None
+    ) -> Tensor | None:
+        """Scores [L, B, H, S] comparable over layers and heads, where budgets are by these; arguments as of `split`."""
+        return None
+
 
 class SequentialAllocator(Allocator):
     """Decides about one layer after the other, whether all of them have been read or one at a time."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnkv.core.component import Component
 from learnkv.errors import UserError
+from learnkv.ops.arguments import Codes
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 
@@ -89,6 +90,10 @@ class Codec(Component, ABC):
     before_rope: bool = False
     """Whether keys are stored as they are before RoPE; the cache turns them back and rotates what it decodes."""
     needs_queries: bool = False
+    independent: bool = False
+    """Whether entries are stored without regard to others, in equally many bytes each."""
+    unchanged: bool = False
+    """Whether entries of 16 bits are stored as they are."""
     scale_dtype: ScaleDtype = "float16"
 
     @abstractmethod
@@ -150,6 +155,10 @@ class Codec(Component, ABC):
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         """Entries [N, D] as they are stored, that is rotated, row after row."""
         return self._decode(encoded).to(dtype)
+
+    def codes(self, encoded: Encoded) -> Codes | None:
+        """The entries as codes that attention can read; None: they are decoded for it."""
+        return None
 
     def rotate(self, vectors: Tensor, layer_idx: int = 0) -> Tensor:
         """Vectors [R, T, D] (queries of row r = b * H + h, keys) in the basis of what is stored."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from learnkv.core.allocator import Baseline
 from learnkv.core.finite import Invalid
+from learnkv.core.precision import LevelPlan
 from learnkv.core.scorer import Scores
 from learnkv.ops.select import select
 
@@ -30,6 +31,19 @@ class Plan:
     """[L, B, H, S] the scores before `Scorer.refine`, by which budgets may have been shared."""
     invalid: tuple[Invalid, ...] = ()
     """Heads whose values may not be numbers, on a GPU, where nothing has been raised yet."""
+
+    levels: LevelPlan | None = None
+    """How many entries of each head are stored at each level of precision; None: all as they are."""
+
+    @property
+    def chosen(self) -> Tensor:
+        """[L, B, H, S] int8 level of every entry, 1 … M of `levels`; 0: evicted."""
+        assert self.levels is not None
+        order = self.scores.detach().argsort(dim=-1, descending=True, stable=True)
+        slots = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(-1, order, slots)
+        at_least = self.levels.counts.flip(0).cumsum(0)
+        return sum((rank < count.unsqueeze(-1)).to(torch.int8) for count in at_least)  # type: ignore[return-value]
 
     @property
     def kept(self) -> Tensor:

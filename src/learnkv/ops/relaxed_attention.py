@@ -1,5 +1,6 @@
 """Attention to the kept entries of a prompt, with a gradient for the mask of every entry."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from learnkv.ops.mask_gradient import mask_gradient
 
 def relaxed_attention(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Tensor | Sequence[Tensor],
+    values: Tensor | Sequence[Tensor],
     gates: Tensor,
     kept: Ragged,
     tail: Tail,
@@ -27,10 +28,18 @@ def relaxed_attention(
 
     Gates are not read: kept entries count as 1, evicted ones as 0, and a gate gets the gradient of that mask.
 
+    With M levels of precision there is a gate for the step of every entry to each level. Its gradient is the change of
+    the loss from the level below to this one, both to first order in the entry's mask: with w_m = exp(s_m - lse),
+
+        sum over queries of <dL/do, w_m (v_m - o) - w_(m-1) (v_(m-1) - o)>,  w_0 = 0
+
+    Differences of codes are not linearised, as those of two bits are large.
+
     Args:
         query: [B*C, H*G, T, D]: C continuations of each of the B prompts, continuations of one prompt adjacent.
-        keys, values: [B, H, S, D] of the prompts, which get no gradient.
-        gates: [B, H, S].
+        keys, values: [B, H, S, D] of the prompts, which get no gradient; with levels M of them, as each level stores
+            them.
+        gates: [B, H, S]; with levels [M, B, H, S].
         kept: B*C*H rows of kept entries.
         tail: [B*C, H, M, D], all M slots in use.
         scaling: factor on query-key products.
@@ -38,8 +47,9 @@ def relaxed_attention(
     Returns:
         [B*C, H*G, T, D].
     """
+    stored = ((keys,), (values,)) if isinstance(keys, Tensor) else (tuple(keys), tuple(values))
     output: Tensor = _RelaxedAttention.apply(
-        query, gates, tail.keys, tail.values, (keys, values, kept, tail.mask), scaling, resolve(impl)
+        query, gates, tail.keys, tail.values, (*stored, kept, tail.mask), scaling, resolve(impl)
     )
     return output
 
@@ -52,24 +62,28 @@ class _RelaxedAttention(torch.autograd.Function):
         gates: Tensor,
         tail_keys: Tensor,
         tail_values: Tensor,
-        constants: tuple[Tensor, Tensor, Ragged, Tensor | None],
+        constants: tuple[tuple[Tensor, ...], tuple[Tensor, ...], Ragged, Tensor | None],
         scaling: float,
         impl: Impl,
     ) -> Tensor:
         keys, values, kept, mask = constants
         output, lse = decode_attention(query, kept, Tail(tail_keys, tail_values, mask), scaling, impl=impl)
-        ctx.save_for_backward(query, output, lse, keys, values, tail_keys, tail_values, mask, *kept[:4])
+        ctx.save_for_backward(query, output, lse, tail_keys, tail_values, mask, *kept[:4], *keys, *values)
         ctx.longest, ctx.spans = kept.longest, kept.spans
-        ctx.scaling, ctx.impl, ctx.gate_type = scaling, impl, gates.dtype
+        ctx.scaling, ctx.impl, ctx.gate_type, ctx.by_level = scaling, impl, gates.dtype, gates.dim() == 4
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, output, lse, keys, values, tail_keys, tail_values, mask, *pool = ctx.saved_tensors
+        query, output, lse, tail_keys, tail_values, mask, *pool = ctx.saved_tensors
         kept = Ragged(pool[0], pool[1], pool[2], pool[3], ctx.longest, ctx.spans)
-        tail = Tail(tail_keys, tail_values, mask)
-        gates, query_gradient, *tails = mask_gradient(
-            grads[0], query, output, lse, keys, values, kept, tail, ctx.scaling, impl=ctx.impl
-        )
+        tail, levels = Tail(tail_keys, tail_values, mask), (len(pool) - 4) // 2
+        results = [
+            mask_gradient(grads[0], query, output, lse, keys, values, kept, tail, ctx.scaling, impl=ctx.impl)
+            for keys, values in zip(pool[4 : 4 + levels], pool[4 + levels :], strict=True)
+        ]
+        _, query_gradient, *tails = results[0]  # these are the same for all levels
+        gates = torch.stack([masks for masks, *_ in results])
+        gates = gates.diff(dim=0, prepend=torch.zeros_like(gates[:1])) if ctx.by_level else gates[0]
         return query_gradient, gates.to(ctx.gate_type), *tails, None, None, None

@@ -12,19 +12,28 @@ from learnkv.core.finite import Invalid, check_shape, without_nan
 from learnkv.core.observation import Observation
 from learnkv.ops.device import upload
 from learnkv.ops.round_to_budget import round_layer
+from learnkv.policy.byte_budget import ByteCount, uniform_levels
 from learnkv.policy.model_sizes import sizes_of
 from learnkv.policy.planner import with_keep
 from learnkv.policy.policy import Policy
 
 
-def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | None, budget: float | None) -> None:
+def compress_when_read(
+    policy: Policy,
+    cache: CompressedCache,
+    keep: float | None,
+    budget: float | None,
+    byte_count: ByteCount | None = None,
+) -> None:
     """Let every layer evict once it has read the end of the prompt; the kept entries are those of `compress`."""
     assert policy.reads_once
-    planner, layers = policy.planner, cache.compressed_layers()
+    layers = cache.compressed_layers()
     splits: list[_Split] = []
 
     def evict(layer_idx: int) -> None:
-        totals, protected = policy.totals(cache, keep, budget)
+        spend = policy.byte_budget(cache, byte_count)
+        planner = policy.planner.spending(spend)
+        totals, protected = policy.totals(cache, keep, budget, spend)
         obs = with_keep(layers[layer_idx].observation(), cache.lengths, totals, len(layers))
         policy.check_sizes(sizes_of(cache, obs), cache.model_name)
         invalid: list[Invalid] = []
@@ -41,7 +50,10 @@ def compress_when_read(policy: Policy, cache: CompressedCache, keep: float | Non
         scores = planner.without_nan(scores[None], invalid, layer_idx)[0]
         cache.invalid += (*invalid, *splits[0].invalid)
         splits[0].invalid.clear()
-        cache.evict(scores.unsqueeze(0), budgets.unsqueeze(0), total, layer_idx, policy.rerotate)
+        budgets, levels = budgets.unsqueeze(0), None
+        if planner.precision is not None:
+            levels = uniform_levels(planner.precision, budgets, budgets.double())
+        cache.evict(scores.unsqueeze(0), budgets, total, layer_idx, policy.rerotate, levels)
 
     for layer_idx, layer in enumerate(layers):
         layer.when_read = functools.partial(evict, layer_idx)

@@ -10,11 +10,14 @@ from learnkv.core.allocator import Allocator, Baseline
 from learnkv.core.finite import Invalid, check_shape, without_nan
 from learnkv.core.observation import Observation
 from learnkv.core.plan import Plan, baseline_of
+from learnkv.core.precision import Precision
 from learnkv.core.scorer import Scorer, Scores
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
+from learnkv.ops.normal_scores import unit_scale
 from learnkv.ops.round_to_budget import round_in_order, round_to_budget
 from learnkv.policy.budget import protected_entries
+from learnkv.policy.byte_budget import ByteBudget, shared_levels, uniform_levels
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,18 @@ class Planner:
         allocator: how the budget is split over layers and heads.
         sinks: first tokens that are always kept, per head.
         recent: last tokens that are always kept, per head.
+        precision: of what is kept; None: as it is.
     """
 
     scorer: Scorer
     allocator: Allocator
     sinks: int
     recent: int
+    precision: Precision | None = None
+
+    def spending(self, spend: ByteBudget | None) -> "Planner":
+        """The planner of a budget in bytes, at its precision; None: of entries."""
+        return self if spend is None else replace(self, precision=spend.precision)
 
     def plan(
         self,
@@ -41,6 +50,7 @@ class Planner:
         protected: Sequence[int],
         fixed: Tensor | None = None,
         is_fixed: Sequence[bool] = (),
+        spend: ByteBudget | None = None,
     ) -> Plan:
         """The plan for one batch of prompts.
 
@@ -50,6 +60,7 @@ class Planner:
             totals: entries to keep in each row, over all heads.
             protected: entries per head that are kept in any case, for each row.
             fixed: [L, B, H] budgets of the rows that `is_fixed`; the allocator decides for the others.
+            spend: bytes to spend, where budgets are in bytes; totals are those of its reference level.
         """
         device, count = observations[0].keys.device, len(observations)
         observations = [with_keep(obs, lengths, totals, count) for obs in observations]
@@ -62,18 +73,26 @@ class Planner:
         else:
             features = [layer.to(device) for layer in map(self.allocator.features, observations) if layer is not None]
             stacked = torch.stack(features) if features else None
-            wanted, budgets = self._allocate(
-                scores, stacked, lengths, totals, protected, baseline_of(layers, device), invalid
-            )
+            shared = (scores, stacked, lengths, protected, baseline_of(layers, device), invalid)
+            if spend is not None and not spend.precision.reference.independent:
+                totals = spend.fitting(lengths, lambda trial: self._allocate(trial, *shared)[1])
+            wanted, budgets = self._allocate(totals, *shared)
             if fixed is not None:
                 rows = upload(is_fixed, device).view(1, -1, 1)
                 budgets = torch.where(rows, fixed.to(device), budgets)
+        levels = None if self.precision is None else uniform_levels(self.precision, budgets, wanted)
+        if spend is not None and spend.precision.shares_bytes:
+            per_head = upload(totals, device).to(torch.float64) / (count * scores.shape[2])
+            ranking = self.allocator.ranking(scores, stacked, per_head, baseline_of(layers, device))
+            levels = shared_levels(spend, ranking, unit_scale(scores), budgets)
+            wanted, budgets = levels.at_least[0], levels.counts.sum(0)
+            totals = budgets.sum((0, 2)).tolist()
         ranked = scores
         if self.scorer.refines:
             refined = [self.refine(*layer) for layer in zip(observations, scores, budgets, strict=True)]
             ranked = torch.stack([layer.to(device) for layer in refined])
             ranked = self.without_nan(ranked, invalid)
-        return Plan(ranked, wanted, budgets, upload(protected, device), sum(totals), scores, tuple(invalid))
+        return Plan(ranked, wanted, budgets, upload(protected, device), sum(totals), scores, tuple(invalid), levels)
 
     def score(self, obs: Observation, protected: Sequence[int]) -> Scores:
         """Scores [B, H, S] of one layer `with_keep`, with protected entries at +inf and absent ones at -inf."""
@@ -104,10 +123,10 @@ class Planner:
 
     def _allocate(
         self,
+        totals: Sequence[int],
         scores: Tensor,
         features: Tensor | None,
         lengths: Sequence[int],
-        totals: Sequence[int],
         protected: Sequence[int],
         baseline: Baseline | None,
         invalid: list[Invalid],

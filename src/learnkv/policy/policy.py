@@ -1,5 +1,6 @@
 """A policy: what a prompt is compressed by, heuristic or learned, at deployment and in training."""
 
+import copy
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -12,16 +13,22 @@ from learnkv.cache.eviction import Rerotate
 from learnkv.core.adapter import Adapter
 from learnkv.core.allocator import Allocator
 from learnkv.core.component import Component
-from learnkv.core.observation import CaptureSpec, Observation
+from learnkv.core.observation import CaptureSpec
 from learnkv.core.page_selector import PageSelector
 from learnkv.core.plan import Plan
+from learnkv.core.precision import Precision
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
-from learnkv.policy.budget import check_budget, check_read, entries_to_keep, protected_per_head
+from learnkv.policy.base_parts import base_part, base_precision
+from learnkv.policy.budget import check_read, entries_to_keep, protected_per_head
+from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_precision, check_spend
+from learnkv.policy.captured import check_captured, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, check_online
 from learnkv.policy.planner import Planner
 from learnkv.policy.relax import relax_to_plan
+from learnkv.precision.uniform import UniformPrecision, as_precision
+from learnkv.scorers.constant import Constant
 
 TEMPERATURE = 0.5
 
@@ -45,6 +52,7 @@ class Policy(Component):
             of the last token (`end`: distances count retained entries, as in StreamingLLM); None: keys stay.
         pages: lets a decode step read chosen pages of what is retained. Without a scorer the budget is what it reads.
         read: fraction of what is retained that a step reads, for a policy with a scorer and pages.
+        precision: of what is kept: bits (16, 8, 4, 3, 2), `{keys: 4, values: 3}`, or a `Precision`; None: as it is.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Policy(Component):
         rerotate: Rerotate | None = None,
         pages: PageSelector | None = None,
         read: float | None = None,
+        precision: Precision | int | dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         if not all(isinstance(count, Integral) and count >= 0 for count in (sinks, recent)):
@@ -71,6 +80,8 @@ class Policy(Component):
         check_read(scorer is not None, pages, read)
         self.sinks, self.recent = sinks, recent
         self.pages, self.read = pages, read
+        self.precision = as_precision(precision)
+        check_precision(self.precision, self.scorer, self.evict_interval, self.pages, self.rerotate)
         self.adapter: Adapter | None = None  # trained together with the policy
         self.trained_for: Mapping[str, Any] | None = None
         """Description of the model that the policy was trained for, as its manifest has it."""
@@ -78,10 +89,24 @@ class Policy(Component):
         """One line where the policy was loaded for a model of other weights."""
 
     @property
+    def precision_name(self) -> str:
+        """Bits of what is kept, in tables: 16, 4, K4V3, learned."""
+        return "16" if self.precision is None else self.precision.label
+
+    def with_precision(self, precision: Precision | int | dict[str, int] | None) -> "Policy":
+        """A policy of the same parts, with another precision."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        twin.precision = as_precision(precision)
+        twin.__dict__["_arguments"] = {**self.__dict__["_arguments"], "precision": precision}
+        check_precision(twin.precision, self.scorer, self.evict_interval, self.pages, self.rerotate)
+        return twin
+
+    @property
     def planner(self) -> Planner:
         """The planner of a prompt."""
-        assert self.scorer is not None
-        return Planner(self.scorer, self.allocator, self.sinks, self.recent)
+        scorer = Constant() if self.scorer is None else self.scorer
+        return Planner(scorer, self.allocator, self.sinks, self.recent, self.precision)
 
     @property
     def online(self) -> OnlineEviction | None:
@@ -106,88 +131,102 @@ class Policy(Component):
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
         evicts = self.scorer is not None and not self.scorer.extra_passes
+        if self.precision is not None and not (
+            self.precision.reference.independent and len(self.precision.levels) == 1
+        ):
+            return False
         return evicts and self.pages is None and (self.allocator.static or self.allocator.sequential)
 
     def base_policy(self) -> "Policy":
         """The policy that a learned one starts from: its parts without their learned corrections."""
         return Policy(
-            _base(self.scorer),
-            _base(self.allocator),
+            base_part(self.scorer),
+            base_part(self.allocator),
             self.sinks,
             self.recent,
             self.evict_interval,
-            _base(self.decode),
+            base_part(self.decode),
             self.rerotate,
             self.pages,
             self.read,
+            base_precision(self.precision),
         )
 
-    def plan(self, cache: CompressedCache, keep: float | None = None, budget: float | None = None) -> Plan:
+    def plan(
+        self,
+        cache: CompressedCache,
+        keep: float | None = None,
+        budget: float | None = None,
+        bytes: ByteCount | None = None,
+    ) -> Plan:
         """Score every layer, split the budget once over all of them, and make it exact.
 
         Args:
             cache: holds a complete prompt, nothing evicted.
             keep: fraction of each row's prompt entries to keep, 0 < keep <= 1; or
-            budget: tokens per head on average.
+            budget: tokens per head on average; or
+            bytes: a fraction of the 16-bit cache, or bytes of each prompt (`parse_bytes`). It counts codes, scales,
+                positions and tables, not the tail, and is never exceeded. Without a precision entries have 16 bits.
 
         Raises:
             UserError: for a budget below one entry per head, or a cache that has been compressed already.
         """
         cache.seal()
         if any(weight.requires_grad for weight in self.parameters()):
-            _refuse_inference_tensors(cache)
-        totals, protected = self.totals(cache, keep, budget)
+            refuse_inference_tensors(cache)
+        spend = self.byte_budget(cache, bytes)
+        totals, protected = self.totals(cache, keep, budget, spend)
         observations = [layer.observation() for layer in cache.compressed_layers()]
         self.check_sizes(sizes_of(cache, observations[0]), cache.model_name)
-        self._check_captured(observations[0])
-        return self.planner.plan(observations, cache.lengths, totals, protected)
+        check_captured(self.capture_spec, "" if self.scorer is None else self.scorer.name, observations[0])
+        return self.planner.spending(spend).plan(observations, cache.lengths, totals, protected, spend=spend)
 
-    def totals(self, cache: CompressedCache, keep: float | None, budget: float | None) -> tuple[list[int], list[int]]:
-        """Entries to keep in each row, and how many per head are protected."""
+    def byte_budget(self, cache: CompressedCache, byte_count: ByteCount | None) -> ByteBudget | None:
+        """What `byte_count` bytes hold of a cache; None: the budget is in entries."""
+        if byte_count is None:
+            return None
+        return ByteBudget.of(cache, self.precision or UniformPrecision(16, 16), byte_count)
+
+    def totals(
+        self, cache: CompressedCache, keep: float | None, budget: float | None, spend: ByteBudget | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Entries to keep in each row, and how many per head are protected; of bytes those at the reference level."""
         layers, lengths = cache.compressed_layers(), cache.prompt_lengths
         heads = layers[0].heads * len(layers)
-        totals = entries_to_keep(lengths, heads, keep, budget)
+        totals = entries_to_keep(lengths, heads, keep, budget) if spend is None else spend.totals(lengths)
+        if self.scorer is None and min(totals) < heads * min(lengths):
+            raise UserError("a policy without a scorer keeps every entry: expected keep=1, or bytes that hold them all")
         return totals, protected_per_head(self.sinks + self.recent, lengths, totals, heads)
 
     def check_sizes(self, sizes: Mapping[str, int], model: str) -> None:
         """Raise UserError for a model of other sizes than a learned component was made for."""
         check_sizes(self, self.trained_for, sizes, model)
 
-    def _check_captured(self, obs: Observation) -> None:
-        """Raise where the prompt was read without what the policy's scorers read."""
-        captured, slots, spec = obs.queries.shape[2], obs.keys.shape[2], self.capture_spec
-        if captured < min(spec.window, slots):
-            raise UserError(
-                f"window={captured}: the policy reads the last {spec.window} queries of a prompt; "
-                f"prefill it with window={spec.window}"
-            )
-        if spec.hidden and obs.hidden is None:
-            raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
-        if not spec.statistics | spec.extra_passes <= obs.statistics.keys():
-            raise UserError(
-                f"the policy's {self.scorer and self.scorer.name} reads more of a prompt than keys, values and the "
-                "last queries, or its weights have changed since: hand it to prefill, among policies= or as policy="
-            )
-
     def compress(
-        self, cache: CompressedCache, keep: float | None = None, budget: float | None = None
+        self,
+        cache: CompressedCache,
+        keep: float | None = None,
+        budget: float | None = None,
+        bytes: ByteCount | None = None,
     ) -> CompressedCache:
         """Evict in place everything that the plan does not keep, and let decode steps read pages of the rest.
 
         Forks of the cache are not touched.
 
         Args:
-            cache, keep, budget: as for `plan`.
+            cache, keep, budget, bytes: as for `plan`.
         """
-        check_budget(keep, budget)
+        check_spend(keep, budget, bytes, self.precision)
         cache.seal()
-        if keep == 1:
+        if keep == 1 and self.precision is None:
             return cache
-        if self.scorer is not None:
+        if bytes is not None and (self.pages is not None or self.evict_interval):
+            raise UserError(f"bytes={bytes}: expected a policy without pages and evict_interval")
+        if self.scorer is not None or self.precision is not None:
             with torch.no_grad():
-                plan = self.plan(cache, keep, budget)
+                plan = self.plan(cache, keep, budget, bytes)
                 cache.schedule = None if self.online is None else self.online.schedule_eviction(cache, keep, budget)
-                cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
+                cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
             cache.budgets = plan.budgets
             cache.invalid += plan.invalid
         if self.pages is not None:
@@ -210,6 +249,7 @@ class Policy(Component):
         cache: CompressedCache,
         keep: float | None = None,
         budget: float | None = None,
+        bytes: ByteCount | None = None,
         *,
         plan: Plan | None = None,
         temperature: float = TEMPERATURE,
@@ -222,22 +262,22 @@ class Policy(Component):
         tokens are added, whenever `evict_if_due` is called after so many.
 
         Args:
-            cache, keep, budget: as for `compress`.
-            plan: a plan for the same `keep` or `budget`; None: plan now.
+            cache, keep, budget, bytes: as for `compress`.
+            plan: a plan for the same budget; None: plan now.
             temperature: width of the soft top-k in units of normal scores.
             soft: multiply every entry's softmax weight by its soft gate instead, and evict nothing later; this is not
                 what is deployed.
         """
-        check_budget(keep, budget)
+        check_spend(keep, budget, bytes, self.precision)
         if self.rerotate is not None:
             raise UserError(f"rerotate={self.rerotate}: expected none in training, where evicted keys stay in place")
         if self.pages is not None:
             raise UserError("pages: query-aware reading is not trained, expected a policy without pages")
         cache.seal()
-        _refuse_inference_tensors(cache)
-        if self.scorer is None or keep == 1:
+        refuse_inference_tensors(cache)
+        if self.scorer is None or (keep == 1 and self.precision is None):
             return cache.fork()
-        plan = self.plan(cache, keep, budget) if plan is None else plan
+        plan = self.plan(cache, keep, budget, bytes) if plan is None else plan
         student = cache.fork()
         student.invalid += plan.invalid
         student.adapter = self.adapter
@@ -245,17 +285,3 @@ class Policy(Component):
             student.schedule = self.online.schedule_eviction(cache, keep, budget, temperature)
         relax_to_plan(student, plan, temperature, soft)
         return student
-
-
-def _base(part: Any) -> Any:
-    """A component without its learned correction."""
-    return getattr(part, "base", part) if part is not None and any(True for _ in part.parameters()) else part
-
-
-def _refuse_inference_tensors(cache: CompressedCache) -> None:
-    """Raise UserError where gradients are recorded and the prompt was read in `torch.inference_mode`."""
-    if torch.is_grad_enabled() and any(tensor.is_inference() for tensor in cache.tensors()):
-        raise UserError(
-            "the prompt was read within torch.inference_mode, whose tensors cannot be used in training: read it with "
-            "torch.no_grad, as learnkv.prefill does by itself"
-        )

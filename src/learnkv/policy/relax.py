@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import torch
+
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.eviction import compact
+from learnkv.cache.stored_prompt import compact_stored
 from learnkv.core.plan import Plan
 from learnkv.ops.normal_scores import unit_scale
 from learnkv.ops.soft_topk import soft_topk
@@ -17,9 +20,15 @@ def relax_to_plan(student: CompressedCache, plan: Plan, temperature: float, soft
         temperature: width of the soft top-k in units of normal scores.
         soft: multiply every entry's softmax weight by its gate instead.
     """
-    gates = soft_topk(unit_scale(plan.scores), plan.wanted, temperature).unbind()
-    layers, decode_capture = student.compressed_layers(), None
+    layers = student.compressed_layers()
     student.budgets = plan.budgets
+    if plan.levels is not None:
+        student.narrow = True
+    if plan.levels is not None and not soft:
+        _relax_to_levels(student, plan, temperature)
+        return
+    gates = soft_topk(unit_scale(plan.scores), plan.wanted, temperature).unbind()
+    decode_capture = None
     if soft:
         for layer, gate in zip(layers, gates, strict=True):
             layer.gate(gate.to(layer.device))
@@ -30,3 +39,14 @@ def relax_to_plan(student: CompressedCache, plan: Plan, temperature: float, soft
     segments = compact(layers, plan.scores.detach(), plan.budgets, plan.total, decode_capture, None)
     for layer_idx, segment in segments:
         layers[layer_idx].relax(segment, gates[layer_idx], decode_capture)
+
+
+def _relax_to_levels(student: CompressedCache, plan: Plan, temperature: float) -> None:
+    """Attend to kept entries as each one's level stores them; every step to a level has a gate."""
+    assert plan.levels is not None
+    layers, scores = student.compressed_layers(), unit_scale(plan.scores)
+    at_least = torch.cat([plan.wanted.unsqueeze(0), plan.levels.at_least[1:]])
+    gates = torch.stack([soft_topk(scores, wanted, temperature) for wanted in at_least])  # [M, L, B, H, S]
+    segments = compact_stored(layers, plan.scores.detach(), plan.budgets, plan.total, plan.levels.levels, plan.chosen)
+    for layer_idx, segment, stored in segments:
+        layers[layer_idx].relax(segment, gates[:, layer_idx], stored=stored)

@@ -1,0 +1,91 @@
+"""What a compressed cache holds, in entries and in bytes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from learnkv.cache.layer import CompressedLayer
+from learnkv.core.precision import TABLE_BYTES
+
+
+class Accounting(Cache, ABC):
+    """Counts of entries and bytes, over the layers that a policy compresses."""
+
+    def __init__(self, layers: Sequence[CacheLayerMixin]) -> None:
+        super().__init__(layers=list(layers))
+        self.prompt_lengths: list[int] = []
+        self.covered: list[int] = []  # tokens of each row, merged ones included; empty: none was merged
+        self.budgets: Tensor | None = None
+        self.narrow = False  # whether bytes are compared with those of a cache of 16 bits
+
+    @abstractmethod
+    def compressed_layers(self) -> list[CompressedLayer]:
+        """The layers that a policy compresses, in order."""
+
+    @abstractmethod
+    def refuse_invalid(self) -> None:
+        """Raise UserError where a policy's scores or budgets were not numbers."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the compressible layers."""
+        for layer in self.compressed_layers():
+            yield from layer.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of unique storage: kept entries, positions, tables and the allocated tails."""
+        storages = (tensor.untyped_storage() for tensor in self.tensors())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row that budgets refer to: the prompt's and those merged since."""
+        return self.covered or self.prompt_lengths
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of the keys and values of all tokens that budgets refer to, padding not counted.
+
+        Of a cache that was compressed to a budget in bytes, or with a precision, those of 16 bits.
+        """
+        return sum(self.row_full_nbytes())
+
+    def row_full_nbytes(self) -> list[int]:
+        """`full_nbytes` of each row."""
+        layers = self.compressed_layers()
+        token = self.narrow_token_nbytes() if self.narrow else sum(layer.token_nbytes for layer in layers)
+        return [token * n for n in self.lengths]
+
+    def narrow_token_nbytes(self) -> int:
+        """Bytes of one token's keys and values of 16 bits, in all layers."""
+        sizes = [layer.sizes for layer in self.compressed_layers()]
+        return sum(2 * heads * (keys + values) for heads, keys, values in sizes)
+
+    def row_nbytes(self) -> list[int]:
+        """Bytes of what is kept of each row's prompt: entries, positions and tables, the tail not counted."""
+        layers = self.compressed_layers()
+        shared = layers[0].heads * TABLE_BYTES if layers[0].holds_tiers_only else 0
+        return [sum(row) + shared for row in zip(*(layer.row_nbytes() for layer in layers), strict=True)]
+
+    @property
+    def spent(self) -> list[float]:
+        """Fraction of each row's entries that is kept: of the prompt's and of those merged since."""
+        self.refuse_invalid()
+        if self.budgets is None:
+            return [1.0] * len(self.prompt_lengths)
+        layers, _, heads = self.budgets.shape
+        kept = self.budgets.sum((0, 2)).tolist()
+        return [entries / (n * layers * heads) for entries, n in zip(kept, self.lengths, strict=True)]
+
+    @property
+    def read(self) -> list[float]:
+        """Fraction of each row's prompt entries that a single new token attends to."""
+        layers = [layer for layer in self.compressed_layers() if layer.segment is not None]
+        if all(layer.page_index is None for layer in layers):
+            return self.spent
+        counts = [layer.attended_entries().cpu().view(len(self.lengths), -1) for layer in layers]
+        share = torch.stack(counts).double().mean((0, 2))
+        return (share / torch.tensor(self.lengths)).tolist()

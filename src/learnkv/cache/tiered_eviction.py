@@ -1,0 +1,71 @@
+"""Eviction where kept entries are stored at several levels of precision."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from learnkv.cache.eviction import Rerotate, segments_of
+from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.storage import Segment
+from learnkv.cache.tiers import StoredTier
+from learnkv.core.precision import LevelPlan
+from learnkv.ops.select import select
+
+
+def compact_levels(
+    layers: list[CompressedLayer], scores: Tensor, plan: LevelPlan, rerotate: Rerotate | None
+) -> Iterator[tuple[int, Segment, tuple[StoredTier, ...]]]:
+    """Number of each layer, the segment of its entries that stay as they are, and the tiers of the others.
+
+    The best entries of a head get the highest level. Layers are computed one by one, so that a layer's prompt can be
+    freed before the next; the number of entries at each level of each layer is read from the device, once.
+
+    Args:
+        scores: [L, B, H, S] float32, +inf protected, -inf no entry.
+        plan: of these layers.
+        rerotate: as of `compact`.
+    """
+    sizes = plan.counts.sum((2, 3)).tolist()
+    nothing: dict[torch.device, Tensor] = {}
+    for layer_idx, layer in enumerate(layers):
+        device, rows = layer.device, scores[layer_idx].flatten(0, 1).to(layer.device)
+        counts = plan.counts[:, layer_idx].to(device)
+        segment, tiers = None, list[StoredTier]()
+        indices = _level_indices(rows, counts.flatten(1), [of_level[layer_idx] for of_level in sizes])
+        for level, used, count, size, index in zip(plan.levels, plan.used, counts, sizes, indices, strict=True):
+            if not used:
+                continue
+            (part,) = segments_of(
+                [layer], scores[layer_idx : layer_idx + 1], count[None], size[layer_idx], None, rerotate, index
+            )
+            if level.unchanged(layer.prompt.keys.element_size()):
+                segment = part
+            else:
+                tiers.append(StoredTier.store(level, part, layer.layer_idx, layer.heads, _queries(layer)))
+        if segment is None:
+            zeros = nothing.setdefault(device, torch.zeros(len(rows), dtype=torch.int64, device=device))
+            segment = Segment.empty(layer.prompt.keys, zeros)
+        yield layer_idx, segment, tuple(tiers)
+
+
+def _queries(layer: CompressedLayer) -> Tensor:
+    return layer.observation().queries
+
+
+def _level_indices(scores: Tensor, counts: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Flat indices of the entries at every level, rows in order, slots ascending within a row.
+
+    Args:
+        scores: [R, S].
+        counts: [M, R] entries of each level, the best entries at the last.
+        sizes: their sums.
+    """
+    taken = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    so_far, total, indices = torch.zeros_like(counts[0]), 0, list[Tensor]()
+    for count, size in zip(reversed(counts), reversed(sizes), strict=True):
+        so_far, total = so_far + count, total + size
+        best = select(scores, so_far, total)
+        indices.append(best[~taken[best]])
+        taken[best] = True
+    return indices[::-1]
