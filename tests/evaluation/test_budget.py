@@ -69,9 +69,9 @@ def test_a_precision_is_bits_of_both_or_of_each(typed: Any, means: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        ({"precision": (5,)}, "precision=5: expected 16, 8, 4, 3, 2 or bits of keys and values as in K4V3"),
+        ({"precision": (5,)}, "precision=5: expected 16, 8, 4, 3, 2 bits, or K4V3 for keys and values"),
         ({"precision": ("K4V5",)}, "precision=K4V5: expected 16"),
-        ({"precision": ("K4",)}, "precision=K4: expected 16"),
+        ({"precision": ("K4",)}, "precision=K4: expected bits such as 4 or K4V3"),
         ({"precision": (4, "4")}, "precision=4,4: expected different ones"),
         ({"precision": ("K4V3", "k4v3")}, "precision=K4V3,k4v3: expected different ones"),
         ({"precision": (4,), "baselines": ()}, "precision=4: expected baselines= to run at it, got none"),

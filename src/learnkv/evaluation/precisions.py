@@ -1,13 +1,12 @@
 """`precision=`: methods without training at uniform precisions, beside the whole cache at each of them."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from learnkv.errors import UserError
 from learnkv.evaluation.results import FULL
 from learnkv.policy.policy import Policy
+from learnkv.precision.uniform import BITS, pair_of
 
-BITS = (16, 8, 4, 3, 2)
 AS_IS = 16
 """Precision at which the whole cache is the full cache, which is always compared."""
 
@@ -21,14 +20,10 @@ def parse_precision(value: int | str) -> int | dict[str, int]:
     Raises:
         UserError: anything else.
     """
-    alike = re.fullmatch(r"\d+", str(value))
-    pair = re.fullmatch(r"[Kk](\d+)[Vv](\d+)", str(value))
-    bits = [int(value)] if alike else [int(number) for number in pair.groups()] if pair else []
-    if not bits or not set(bits) <= set(BITS):
-        raise UserError(
-            f"precision={value}: expected {', '.join(map(str, BITS))} or bits of keys and values as in K4V3"
-        )
-    return bits[0] if alike else {"keys": bits[0], "values": bits[1]}
+    keys, values = pair_of(str(value).upper())
+    if not {keys, values} <= set(BITS):
+        raise UserError(f"precision={value}: expected {', '.join(map(str, BITS))} bits, or K4V3 for keys and values")
+    return keys if keys == values else {"keys": keys, "values": values}
 
 
 def check_precisions(precisions: Sequence[int | str], key: str = "precision") -> None:
