@@ -67,7 +67,9 @@ class Accounting(Cache, ABC):
     def row_nbytes(self) -> list[int]:
         """Bytes of what is kept of each row's prompt: entries, positions and tables, the tail not counted."""
         layers = self.compressed_layers()
-        shared = layers[0].heads * TABLE_BYTES if layers[0].holds_tiers_only else 0
+        segment = layers[0].segment
+        # Where all kept entries are in tiers, one table of zeros serves the empty segments of all layers.
+        shared = layers[0].heads * TABLE_BYTES if segment is not None and segment.length is segment.offset else 0
         return [sum(row) + shared for row in zip(*(layer.row_nbytes() for layer in layers), strict=True)]
 
     @property

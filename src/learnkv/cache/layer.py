@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from learnkv.cache.attended import check_attended
+from learnkv.cache.attended import check_attended, check_continues, sizes_of
 from learnkv.cache.capture import Capture
 from learnkv.cache.page_index import PageIndex
-from learnkv.cache.states import Kept, Prompt, Relaxed, StoredPrompt
+from learnkv.cache.states import Kept, Prompt, Relaxed, Stored
 from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.cache.tiers import StoredTier
 from learnkv.core.observation import CaptureSpec, Observation
@@ -20,10 +20,6 @@ from learnkv.errors import UserError
 from learnkv.ops.rotary import Layout
 
 NOTHING = CaptureSpec()
-
-
-def _sizes(keys: Tensor, values: Tensor) -> tuple[int, int, int]:
-    return keys.shape[1], keys.shape[3], values.shape[3]
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -63,7 +59,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.heads, self.sizes = key_states.shape[1], _sizes(key_states, value_states)
+        self.heads, self.sizes = key_states.shape[1], sizes_of(key_states, value_states)
         self.token_nbytes = (key_states[0, :, :1].numel() + value_states[0, :, :1].numel()) * key_states.element_size()
         self.is_initialized = True
 
@@ -91,10 +87,7 @@ class CompressedLayer(CacheLayerMixin):
         check_attended(module, passed, keys, values)
 
     def _append_to_tail(self, keys: Tensor, values: Tensor) -> None:
-        if keys.shape[0] != self.batch:
-            raise UserError(f"{keys.shape[0]} rows continue {self.batch} prompts: repeat the cache's rows first")
-        if (sizes := _sizes(keys, values)) != self.sizes:
-            raise UserError(f"{sizes} kv heads and channels continue a prompt of {self.sizes}: not the same model")
+        check_continues(keys, values, self.batch, self.sizes)
         if self.tail is None:
             self.tail = DecodeBuffer.empty_like(keys, values)
         self.tail.append(keys, values)
@@ -199,11 +192,6 @@ class CompressedLayer(CacheLayerMixin):
         assert isinstance(self.state, Kept | Relaxed)
         return self.state.attended()
 
-    @property
-    def holds_tiers_only(self) -> bool:
-        """Whether every kept entry is stored in fewer bits; the empty segment's table is then the same in all layers."""
-        return self.segment is not None and self.segment.length is self.segment.offset
-
     def row_nbytes(self) -> list[int]:
         """Bytes of the kept entries of each row of the batch, with their tables; the tail not counted (host sync)."""
         assert isinstance(self.state, Kept)
@@ -264,15 +252,11 @@ class CompressedLayer(CacheLayerMixin):
         self.capture.forget(decode_capture)
 
     def relax(
-        self,
-        segment: Segment,
-        gates: Tensor,
-        decode_capture: CaptureSpec | None = None,
-        stored: tuple[StoredPrompt, ...] = (),
+        self, segment: Segment, gates: Tensor, decode_capture: CaptureSpec | None = None, stored: Stored = ()
     ) -> None:
         """Train: attend to `segment`; every entry's gate [B, H, S] gets the gradient of its mask. Entries stay.
 
-        With levels of precision, `stored` at each, gates are [M, B, H, S]: the mask of the step to each level.
+        With levels, whose prompts are `stored`, gates are [M, B, H, S]: the mask of the step to each level.
         """
         self.state = self.prompt.relax(segment, gates, stored=stored)
         if decode_capture is not None:

@@ -27,6 +27,9 @@ class StoredPrompt(NamedTuple):
         return StoredPrompt(*(part[batch.to(part.device)] for part in self))
 
 
+Stored = tuple[StoredPrompt, ...]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Keys and values of every slot, as read; or those of kept entries and the tail, merged to evict again."""
@@ -90,9 +93,7 @@ class Prompt:
         """Keep `segment` and `tiers` only; where there are pages, they are those of the segment from now on."""
         return Kept(segment, page_index=None if page_index is None else page_index.rebuilt(segment), tiers=tiers)
 
-    def relax(
-        self, segment: Segment, gates: Tensor, soft: bool = False, stored: tuple[StoredPrompt, ...] = ()
-    ) -> "Relaxed":
+    def relax(self, segment: Segment, gates: Tensor, soft: bool = False, stored: Stored = ()) -> "Relaxed":
         """Train: attend to `segment`, or softly to all entries, with gates; nothing is freed."""
         return Relaxed(segment, self, gates.to(self.keys.device), soft, stored=stored)
 
@@ -152,7 +153,7 @@ class Kept:
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions of all entries of one row (host sync)."""
-        positions = [part.row_positions(row) for part in (self.segment, *self.tiers)]
+        positions = [self.segment.row_positions(row), *(tier.row_positions(row) for tier in self.tiers)]
         return torch.cat(positions).sort().values
 
     def attended(self) -> Tensor:
@@ -163,8 +164,8 @@ class Kept:
 
     def row_nbytes(self, heads: int) -> list[int]:
         """Bytes of each row of the batch (host sync)."""
-        parts = [torch.tensor(part.row_nbytes()).view(-1, heads).sum(-1) for part in (self.segment, *self.tiers)]
-        return torch.stack(parts).sum(0).tolist()
+        of_heads = [self.segment.row_nbytes(), *(tier.row_nbytes() for tier in self.tiers)]
+        return torch.tensor(of_heads).sum(0).view(-1, heads).sum(-1).tolist()
 
     def rows(self, batch: Tensor, heads: int) -> "Kept":
         """The kept entries of batch rows `batch` [B'], sharing the pool."""
@@ -196,7 +197,7 @@ class Relaxed:
     """Whether gates multiply the softmax weights of all entries; else kept entries count as 1, others as 0."""
     copies: int = 1
     """Continuations per prompt."""
-    stored: tuple[StoredPrompt, ...] = ()
+    stored: Stored = ()
     """The complete prompt as stored at each level of precision; none: as it is."""
 
     page_index = None

@@ -41,8 +41,8 @@ class StoredTier:
         entries = Rows(segment.offset, segment.length, layer_idx, by_row)
         keys = level.keys.encode(_narrow(level.keys, segment.keys), entries)
         values = level.values.encode(_narrow(level.values, segment.values), entries)
-        tables = (table.to(torch.int32) for table in (segment.offset, segment.length))
-        return cls(level, keys, values, segment.positions, *tables, max(keys.entries, default=0), heads)
+        offset, length = (table.to(torch.int32) for table in (segment.offset, segment.length))
+        return cls(level, keys, values, segment.positions, offset, length, max(keys.entries, default=0), heads)
 
     def arguments(self, dtype: torch.dtype) -> Tier:
         """The tier as ops take it: codes, or decoded entries of `dtype`."""

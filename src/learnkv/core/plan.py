@@ -43,7 +43,7 @@ class Plan:
         slots = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, slots)
         at_least = self.levels.counts.flip(0).cumsum(0)
-        return sum((rank < count.unsqueeze(-1)).to(torch.int8) for count in at_least)  # type: ignore[return-value]
+        return torch.stack([rank < count.unsqueeze(-1) for count in at_least]).sum(0, dtype=torch.int8)
 
     @property
     def kept(self) -> Tensor:

@@ -22,7 +22,7 @@ from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import GRID
 from learnkv.policy.policy import Policy
 from learnkv.scorers.streaming_llm import StreamingLLM
-from learnkv.training import seeding
+from learnkv.training import levels, seeding
 from learnkv.training.activation_checkpointing import recomputed
 from learnkv.training.continuation import continuation_outputs
 from learnkv.training.data.batches import Batch
@@ -114,6 +114,7 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         cache, batch = self._prefill(batch)
+        levels.measure_first(self.policy, cache, self.trainer.strategy)
         inputs = self._inputs(cache, batch)
         losses, spent = self._student_losses(cache, batch, inputs)
         loss = torch.stack(losses).mean()
@@ -158,11 +159,12 @@ class Distillation(L.LightningModule):
         spent: list[float] = []
         for index, keep in enumerate(keeps if objective.budgets else keeps[:1]):
             with self._recomputing():
-                plan = self._plan(cache, keep, batch.number, noisy=index == self.settings.students // 2)
+                plan = self._plan(cache, keep, batch.number, index)
                 student_inputs = replace(inputs, plan=plan)
                 if objective.reads:
-                    student = self.policy.relax(cache, keep=keep, plan=plan, temperature=self.temperature, soft=soft)
-                    spent.append(sum(student.spent) / len(student.spent) / keep)
+                    how = {"plan": plan, "temperature": self.temperature, "soft": soft}
+                    student = self.policy.relax(cache, **levels.spending(self.policy, keep), **how)
+                    spent.append(levels.spent_over_asked(self.policy, student, plan, keep))
                     student_inputs = replace(student_inputs, student=self._outputs(student, batch))
                 elif plan is not None:
                     refuse_invalid(plan.invalid)
@@ -183,12 +185,14 @@ class Distillation(L.LightningModule):
         """Activation checkpointing of a student, where `checkpointing` is set."""
         return recomputed(self.model, self.policy.scorer) if self.settings.checkpointing else nullcontext()
 
-    def _plan(self, cache: CompressedCache, keep: float, number: int, noisy: bool) -> Plan | None:
+    def _plan(self, cache: CompressedCache, keep: float, number: int, student: int) -> Plan | None:
         """A student's plan; None where everything is kept and the objective needs no plan."""
-        if keep == 1 and not self.step_objective.plans:
+        if keep == 1 and self.policy.precision is None and not self.step_objective.plans:
             return None
-        plan = self.policy.plan(cache, keep=keep)
-        if not noisy or self.settings.gumbel_noise == 0:
+        seed = seeding.generator(self.seed, "levels", number, student).getrandbits(63)
+        with levels.trying_levels(self.policy, self.settings.level_exploration, seed):
+            plan = self.policy.plan(cache, **levels.spending(self.policy, keep))
+        if student != self.settings.students // 2 or self.settings.gumbel_noise == 0:
             return plan
         seed = seeding.generator(self.seed, "exploration", number).getrandbits(63)
         return with_gumbel_noise(plan, self.settings.gumbel_noise * self.temperature, seed)
@@ -241,7 +245,8 @@ class Distillation(L.LightningModule):
         self._marginals.append(torch.stack(marginals))
         lengths = torch.tensor(cache.prompt_lengths, device=teacher.device).view(1, -1, 1)
         shares = [
-            (self.policy.plan(cache, keep=keep).budgets.float() / lengths).mean(1) for keep in GRID
+            (self.policy.plan(cache, **levels.spending(self.policy, keep)).budgets.float() / lengths).mean(1)
+            for keep in GRID
         ]  # [L, H] each
         self._shares.append(torch.stack(shares))
 

@@ -125,6 +125,7 @@ class DistillationSettings:
         temperature: temperature of the soft top-k at the first and at the last step.
         soft_steps: first optimiser steps in which students attend through soft gates and evict nothing (a warm start);
             as many as `trainer.max_steps` for the ablation. Steps of an objective without continuations count.
+        level_exploration: probability that a head of a student chooses among some levels of precision only.
         gumbel_noise: scale of Gumbel noise on the scores of one student per batch, in temperatures; 0: none.
         lr: peak learning rate of networks.
         budget_lr: peak learning rate of budget logits.
@@ -144,6 +145,7 @@ class DistillationSettings:
     students: int = 2
     temperature: tuple[float, float] = (TEMPERATURE, TEMPERATURE)
     soft_steps: int = 0
+    level_exploration: float = 0.3
     gumbel_noise: float = 0.0
     lr: float = 5e-3
     budget_lr: float = 0.1
@@ -158,6 +160,8 @@ class DistillationSettings:
         check_not_negative(vars(self), "soft_steps")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise UserError(f"chunk_size={self.chunk_size}: expected at least 1 token")
+        if not 0 <= self.level_exploration <= 1:
+            raise UserError(f"level_exploration={self.level_exploration:g}: expected a probability")
         if min(self.temperature) <= 0 or self.gumbel_noise < 0:
             first, last = self.temperature
             raise UserError(

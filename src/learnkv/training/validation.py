@@ -9,6 +9,7 @@ from torch import Tensor
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.plan import changed
 from learnkv.policy.policy import Policy
+from learnkv.training.levels import spending
 
 VALIDATION_KEEPS = (0.5, 0.25, 0.1, 0.05)
 
@@ -57,17 +58,17 @@ def measure(
         temperature: of the soft top-k.
         divergence: mean [] over the tokens of the continuations after a student's cache, which it consumes.
     """
-    base = policy.base_policy()
+    base, spend = policy.base_policy(), spending(policy, keep)
     with torch.enable_grad():  # relax takes the scale of learned scores from their gradient
-        plan = policy.plan(cache, keep=keep)
+        plan = policy.plan(cache, **spend)
     with torch.no_grad():
-        base_plan = base.plan(cache, keep=keep)
-        heuristic = divergence(base.relax(cache, keep=keep, plan=base_plan))
-        soft = divergence(policy.relax(cache, keep=keep, plan=plan, temperature=temperature, soft=True))
+        base_plan = base.plan(cache, **spend)
+        heuristic = divergence(base.relax(cache, **spend, plan=base_plan))
+        soft = divergence(policy.relax(cache, **spend, plan=plan, temperature=temperature, soft=True))
     wanted = plan.wanted.detach().requires_grad_(True)
     with torch.enable_grad():
         differentiable = replace(plan, wanted=wanted)
-        learned = divergence(policy.relax(cache, keep=keep, plan=differentiable, temperature=temperature))
+        learned = divergence(policy.relax(cache, **spend, plan=differentiable, temperature=temperature))
         (slope,) = torch.autograd.grad(learned, wanted)
     difference = changed(plan, base_plan).mean()
     return ValidationResult(learned.detach(), heuristic, soft, difference, -slope.sum(1).float())
