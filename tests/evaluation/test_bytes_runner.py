@@ -44,7 +44,11 @@ def test_bytes_of_every_prompt_of_a_batch_are_its_own(loaded: Loaded, tmp_path: 
     sizes = [token * len(prompt.prefill_ids) for prompt in prompts]
     assert len(set(sizes)) == 4
     for one, other in zip(together, alone, strict=True):
-        assert (one["bytes"], one["spent"], one["asked_bytes"]) == (other["bytes"], other["spent"], other["asked_bytes"])
+        assert (one["bytes"], one["spent"], one["asked_bytes"]) == (
+            other["bytes"],
+            other["spent"],
+            other["asked_bytes"],
+        )
         if one["policy"] == "full":
             assert (one["asked_bytes"], one["precision"]) == (None, "32")
             continue

@@ -82,7 +82,10 @@ def test_soft_probabilities_times_costs_sum_to_the_budget() -> None:
 
 def test_gradcheck_of_the_soft_choice() -> None:
     scores = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
-    cost, budget = torch.randint(1, 5, (2, 9)).double(), torch.tensor([6.0, 9.0], dtype=torch.float64, requires_grad=True)
+    cost, budget = (
+        torch.randint(1, 5, (2, 9)).double(),
+        torch.tensor([6.0, 9.0], dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda s, b: soft_topk(s, b, 0.5, cost), (scores, budget), eps=1e-6, atol=1e-5)
 
 

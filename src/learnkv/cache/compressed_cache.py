@@ -107,12 +107,17 @@ class CompressedCache(Accounting):
         layers = self.compressed_layers()[first : first + scores.shape[0]]
         if levels is not None:
             self.narrow = True
-            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate):
+            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate, self._nothing(first)):
                 layers[layer_idx].evict(segment, None, tiers)
             return
         decode_capture = None if self.schedule is None else self.schedule.capture_spec
         for layer_idx, segment in compact(layers, scores, budgets, total, decode_capture, rerotate):
             layers[layer_idx].evict(segment, decode_capture)
+
+    def _nothing(self, first: int) -> dict[torch.device, Tensor]:
+        """Tables of zeros that layers before `first` have where all their entries are in tiers."""
+        segments = [layer.segment for layer in self.compressed_layers()[:first]]
+        return {one.length.device: one.length for one in segments if one is not None and one.length is one.offset}
 
     def evict_if_due(self) -> None:
         """Let the policy evict again once the tail has reached the schedule's `evict_interval`."""

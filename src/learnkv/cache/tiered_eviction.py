@@ -14,7 +14,11 @@ from learnkv.ops.select import select
 
 
 def compact_levels(
-    layers: list[CompressedLayer], scores: Tensor, plan: LevelPlan, rerotate: Rerotate | None
+    layers: list[CompressedLayer],
+    scores: Tensor,
+    plan: LevelPlan,
+    rerotate: Rerotate | None,
+    nothing: dict[torch.device, Tensor],
 ) -> Iterator[tuple[int, Segment, tuple[StoredTier, ...]]]:
     """Number of each layer, the segment of its entries that stay as they are, and the tiers of the others.
 
@@ -25,9 +29,9 @@ def compact_levels(
         scores: [L, B, H, S] float32, +inf protected, -inf no entry.
         plan: of these layers.
         rerotate: as of `compact`.
+        nothing: tables of zeros of earlier layers, by device; those of segments without entries are one.
     """
     sizes = plan.counts.sum((2, 3)).tolist()
-    nothing: dict[torch.device, Tensor] = {}
     for layer_idx, layer in enumerate(layers):
         device, rows = layer.device, scores[layer_idx].flatten(0, 1).to(layer.device)
         counts = plan.counts[:, layer_idx].to(device)

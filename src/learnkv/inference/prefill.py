@@ -16,7 +16,7 @@ from learnkv.inference.attention import attach
 from learnkv.inference.extra_passes import run_extra_pass, scores_of
 from learnkv.inference.models import context_length, describe_model
 from learnkv.inference.token_ids import check_ids, check_mask
-from learnkv.policy.byte_budget import ByteCount, check_spend
+from learnkv.policy.byte_budget import ByteCount
 from learnkv.policy.layerwise import compress_when_read
 from learnkv.policy.policy import Policy
 
@@ -59,7 +59,7 @@ def prefill(
         raise UserError(f"chunk_size={chunk_size}: expected at least 1 token")
     attach(model)
     if policy is not None:
-        check_spend(keep, budget, bytes, policy.precision)
+        policy.check_spend(keep, budget, bytes)
         policies = [*policies, policy]
     policies = _checked_policies(policies)
     described = describe_model(model)
