@@ -10,7 +10,7 @@ from learnkv.ops.share_bytes import share_bytes
 from learnkv.ops.soft_topk import soft_topk
 
 LEVELS, LAYERS, BATCH, HEADS, ENTRIES = 3, 2, 2, 3, 11
-COST = torch.tensor([[52, 40], [8, 9], [48, 30]])
+COST = torch.tensor([[52, 40], [8, 9], [48, 30]]).unsqueeze(-1).expand(-1, -1, HEADS)
 
 
 def values(seed: int) -> Tensor:
@@ -30,7 +30,7 @@ def test_it_spends_the_budget_to_within_one_step_and_never_more(seed: int, budge
     spend = torch.full((LAYERS, BATCH, HEADS), budget // 5) if of_heads else torch.tensor([budget, budget + 7])
     counts = share_bytes(steps, COST, spend)
     assert (counts.diff(dim=0) <= 0).all()
-    bytes_of_heads = (counts * COST[:, :, None, None]).sum(0)
+    bytes_of_heads = (counts * COST[:, :, None]).sum(0)
     spent = bytes_of_heads if of_heads else bytes_of_heads.sum((0, 2))
     assert (spent <= spend).all()
     everything = (steps > -torch.inf).sum(-1)
@@ -51,9 +51,9 @@ def test_it_takes_the_most_valuable_steps_per_byte() -> None:
     )
     want, left = torch.zeros(LEVELS, LAYERS, HEADS), budget
     for _, layer, head, _, m in order:
-        if COST[m, layer] > left:
+        if COST[m, layer, head] > left:
             break
-        left -= int(COST[m, layer])
+        left -= int(COST[m, layer, head])
         want[m, layer, head] += 1
     assert torch.equal(counts, want.double())
 
@@ -64,7 +64,10 @@ def test_its_gradient_is_that_of_a_soft_choice_with_costs() -> None:
     budget = torch.tensor([1500, 1200])
     (share_bytes(steps, COST, budget) * weight).sum().backward()
     free = steps.detach().clone().requires_grad_(True)
-    rows, costs = free.transpose(0, 2).flatten(1), COST.T[None, :, None, None].expand(BATCH, LAYERS, HEADS, ENTRIES, -1)
+    rows, costs = (
+        free.transpose(0, 2).flatten(1),
+        COST.permute(1, 2, 0)[None, :, :, None].expand(BATCH, -1, -1, ENTRIES, -1),
+    )
     costs = costs.permute(0, 1, 4, 2, 3).flatten(1).double()
     soft = soft_topk(rows, budget.double(), 0.5, costs).view(BATCH, LAYERS, LEVELS, HEADS, ENTRIES).sum(-1)
     (soft * weight.permute(2, 1, 0, 3)).sum().backward()
@@ -92,4 +95,4 @@ def test_gradcheck_of_the_soft_choice() -> None:
 @pytest.mark.parametrize("budget", [0, 51])
 def test_a_budget_below_the_protected_entries_buys_what_it_can(budget: int) -> None:
     counts = share_bytes(values(1), COST, torch.tensor([budget, budget]))
-    assert (counts * COST[:, :, None, None]).sum((0, 1, 3)).max() <= budget
+    assert (counts * COST[:, :, None]).sum((0, 1, 3)).max() <= budget

@@ -19,6 +19,7 @@ class Accounting(Cache, ABC):
         self.prompt_lengths: list[int] = []
         self.covered: list[int] = []  # tokens of each row, merged ones included; empty: none was merged
         self.budgets: Tensor | None = None
+        self.no_entries: dict[torch.device, Tensor] = {}  # the table of segments whose entries are all in tiers
         self.narrow = False  # whether bytes are compared with those of a cache of 16 bits
 
     @abstractmethod

@@ -107,17 +107,12 @@ class CompressedCache(Accounting):
         layers = self.compressed_layers()[first : first + scores.shape[0]]
         if levels is not None:
             self.narrow = True
-            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate, self._nothing(first)):
+            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate, self.no_entries):
                 layers[layer_idx].evict(segment, None, tiers)
             return
         decode_capture = None if self.schedule is None else self.schedule.capture_spec
         for layer_idx, segment in compact(layers, scores, budgets, total, decode_capture, rerotate):
             layers[layer_idx].evict(segment, decode_capture)
-
-    def _nothing(self, first: int) -> dict[torch.device, Tensor]:
-        """Tables of zeros that layers before `first` have where all their entries are in tiers."""
-        segments = [layer.segment for layer in self.compressed_layers()[:first]]
-        return {one.length.device: one.length for one in segments if one is not None and one.length is one.offset}
 
     def evict_if_due(self) -> None:
         """Let the policy evict again once the tail has reached the schedule's `evict_interval`."""
@@ -132,7 +127,7 @@ class CompressedCache(Accounting):
     def fork(self) -> "CompressedCache":
         """An independent cache that shares storage with this one until either changes."""
         twin = copy.copy(self)
-        twin.decode_loop = None
+        twin.decode_loop, twin.no_entries = None, {}
         compressible = self.compressible
         twin.layers = [layer.fork() if i in compressible else copy.copy(layer) for i, layer in enumerate(self.layers)]
         return twin
@@ -239,7 +234,7 @@ class CompressedCache(Accounting):
         super().reset()
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
-        self.token_ids, self.invalid, self.narrow = None, (), False
+        self.token_ids, self.invalid, self.narrow, self.no_entries = None, (), False, {}
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""

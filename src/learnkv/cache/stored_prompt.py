@@ -10,7 +10,7 @@ from learnkv.cache.eviction import compact
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.states import Prompt, StoredPrompt
 from learnkv.cache.storage import Segment
-from learnkv.core.codec import Codec, Rows
+from learnkv.core.codec import Codec
 from learnkv.core.precision import Level
 
 
@@ -48,18 +48,10 @@ def stored_prompt(prompt: Prompt, levels: Sequence[Level], layer_idx: int) -> tu
         if codec.unchanged and entries.element_size() <= 2:
             return entries
         if (name, codec) not in prompt.stored:
-            prompt.stored[name, codec] = _round_trip(codec, entries, layer_idx)
+            prompt.stored[name, codec] = codec.round_trip(entries, layer_idx, entries.shape[1])
         return prompt.stored[name, codec]
 
     return tuple(StoredPrompt(part("keys", level.keys), part("values", level.values)) for level in levels)
-
-
-def _round_trip(codec: Codec, entries: Tensor, layer_idx: int) -> Tensor:
-    """Entries [B, H, S, D], encoded, decoded and turned back."""
-    rows, slots, dim = entries.shape[0] * entries.shape[1], entries.shape[2], entries.shape[3]
-    encoded = codec.encode(entries.reshape(-1, dim), Rows.of([slots] * rows, layer_idx))
-    decoded = codec.decode(encoded, entries.dtype).view(rows, slots, dim)
-    return codec.unrotate(decoded, layer_idx).view(entries.shape)
 
 
 def _mixed(prompt: Prompt, stored: Sequence[StoredPrompt], chosen: Tensor) -> Prompt:

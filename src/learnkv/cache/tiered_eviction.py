@@ -29,7 +29,7 @@ def compact_levels(
         scores: [L, B, H, S] float32, +inf protected, -inf no entry.
         plan: of these layers.
         rerotate: as of `compact`.
-        nothing: tables of zeros of earlier layers, by device; those of segments without entries are one.
+        nothing: tables of layers whose entries are all in tiers, for the next layers.
     """
     sizes = plan.counts.sum((2, 3)).tolist()
     for layer_idx, layer in enumerate(layers):

@@ -8,7 +8,16 @@ from torch import Tensor
 from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
 from learnkv.ops.arguments import Codes
 from learnkv.ops.hadamard import check_hadamard, hadamard
-from learnkv.ops.quantize import Grid, Quantized, check_bits, check_groups, dequantize, packed_bytes, quantize
+from learnkv.ops.quantize import (
+    Grid,
+    Quantized,
+    check_bits,
+    check_groups,
+    dequantize,
+    packed_bytes,
+    quantize,
+    round_trip,
+)
 
 Rotation = Literal["none", "hadamard"]
 
@@ -57,6 +66,14 @@ class PerToken(Codec):
     def _encode(self, source: Source) -> dict[str, Tensor]:
         scale_dtype = torch_dtype(self.scale_dtype)
         return as_tensors(quantize(source.entries, self.bits, self.group, self.grid, scale_dtype))
+
+    def round_trip(self, entries: Tensor, layer_idx: int, heads: int) -> Tensor:
+        if type(self) is not PerToken:
+            return super().round_trip(entries, layer_idx, heads)
+        by_row = entries.flatten(0, 1)
+        turned = self.rotate(by_row.float(), layer_idx)
+        stored = round_trip(turned, self.bits, self.group, self.grid, torch_dtype(self.scale_dtype))
+        return self.unrotate(stored.to(entries.dtype), layer_idx).view(entries.shape)
 
     def codes(self, encoded: Encoded) -> Codes | None:
         codes, scale, zero = as_quantized(encoded)

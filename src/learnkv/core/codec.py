@@ -156,6 +156,14 @@ class Codec(Component, ABC):
         """Entries [N, D] as they are stored, that is rotated, row after row."""
         return self._decode(encoded).to(dtype)
 
+    def round_trip(self, entries: Tensor, layer_idx: int, heads: int) -> Tensor:
+        """Entries [B, H, S, D] as attention reads them: encoded, decoded and turned back, in their own dtype."""
+        rows = [entries.shape[2]] * (entries.shape[0] * heads)
+        decoded = self.decode(
+            self.encode(entries.reshape(-1, entries.shape[-1]), Rows.of(rows, layer_idx)), entries.dtype
+        )
+        return self.unrotate(decoded.view(len(rows), *entries.shape[2:]), layer_idx).view(entries.shape)
+
     def codes(self, encoded: Encoded) -> Codes | None:
         """The entries as codes that attention can read; None: they are decoded for it."""
         return None

@@ -12,13 +12,14 @@ def share_bytes(values: Tensor, cost: Tensor, budget: Tensor, temperature: float
     """How many entries of every head get each level or a higher one, [M, L, B, H] float64.
 
     The steps of all entries, from one level to the next, are taken by falling value until the next one exceeds the
-    budget: never more is spent, and less than the bytes of one step is left. The gradient is that of the sums over each
+    budget: never more is spent, and less than the bytes of one step is left. A step without bytes that is worth as much
+    as the one before is taken with it. The gradient is that of the sums over each
     head in one soft selection with the same budget, which reaches the values of all steps.
 
     Args:
         values: [M, L, B, H, S] of the step to each level, falling or equal from level to level; +inf: taken in any
             case, -inf: never.
-        cost: [M, L] bytes of each step, integers.
+        cost: [M, L, H] bytes of each step, integers.
         budget: [B] bytes of each row, or [L, B, H] of each head.
         temperature: width of the soft selection in units of the values.
 
@@ -29,7 +30,8 @@ def share_bytes(values: Tensor, cost: Tensor, budget: Tensor, temperature: float
     # Rows share a budget; the steps of an entry lie side by side, so that equal values are taken in order.
     steps = values.permute(1, 2, 3, 4, 0) if of_heads else values.permute(2, 1, 3, 4, 0)
     shape = steps.shape
-    costs = cost.T.to(values.device, torch.float64)[:, None, None, None] if of_heads else _by_layer(cost, values)
+    by_head = cost.permute(1, 2, 0).to(values.device, torch.float64).unsqueeze(-2)  # [L, H, 1, M]
+    costs = by_head.unsqueeze(1) if of_heads else by_head.unsqueeze(0)
     rows, costs = steps.flatten(3 if of_heads else 1), costs.expand(shape).flatten(3 if of_heads else 1)
     spend = budget.to(values.device, torch.float64)
     taken = _sums(_prefix(rows.detach(), costs, spend), shape, of_heads)
@@ -37,10 +39,6 @@ def share_bytes(values: Tensor, cost: Tensor, budget: Tensor, temperature: float
         return taken
     soft = _sums(soft_topk(rows.double(), spend, temperature, costs), shape, of_heads)
     return taken + (soft - soft.detach())
-
-
-def _by_layer(cost: Tensor, values: Tensor) -> Tensor:
-    return cost.T.to(values.device, torch.float64)[None, :, None, None]
 
 
 def _prefix(values: Tensor, costs: Tensor, budget: Tensor) -> Tensor:

@@ -114,8 +114,8 @@ class LearnedPrecision(Precision):
                 "init=measured: train.py measures distortions before the first step; expected a trained policy"
             )
         steps = self.check_order(head_dims)
-        values = self._values(scores, steps)
-        at_least = share_bytes(values, steps, budget)
+        slopes = self._slopes(steps).to(scores.device)
+        at_least = share_bytes(self._values(scores, slopes), _whole_pieces(slopes.detach(), steps), budget)
         exact = at_least.detach().round().long()
         counts = exact - torch.cat([exact[1:], torch.zeros_like(exact[:1])])
         return LevelPlan(self.levels, counts, at_least, self.used(head_dims))
@@ -133,14 +133,31 @@ class LearnedPrecision(Precision):
             quality = quality.masked_fill(~self.available.to(quality.device), _FAR_BELOW)
         return envelope_slopes(quality, cost)
 
-    def _values(self, scores: Tensor, steps: Tensor) -> Tensor:
+    def _values(self, scores: Tensor, slopes: Tensor) -> Tensor:
         """Log value per byte [M, L, B, H, S] of the step of every entry to each level."""
-        slopes = self._slopes(steps).to(scores.device)
         worth = slopes.clamp_min(torch.finfo(torch.float64).tiny).log().masked_fill(slopes <= 0, -torch.inf)
-        protected = scores == torch.inf
+        protected, absent = scores == torch.inf, scores == -torch.inf
         best = scores.masked_fill(protected, -torch.inf).amax(-1, keepdim=True)
-        utility = torch.where(protected, best.masked_fill(best == -torch.inf, 0), scores)
+        best = best.masked_fill(best == -torch.inf, 0)
+        # Infinite scores would make the gradient of the scales NaN.
+        utility = torch.where(protected, best, scores.masked_fill(absent | protected, 0))
         utility = utility * self.scales()[:, None, :, None].to(scores)
         values = utility.double() + worth.movedim(-1, 0)[:, :, None, :, None]
-        first = torch.where(protected, torch.inf, values[:1])
-        return torch.cat([first, values[1:]]).masked_fill(scores == -torch.inf, -torch.inf)
+        # Protected entries get the lowest level of the head that is in use, in any case.
+        lowest = (slopes == slopes[..., :1]).movedim(-1, 0)[:, :, None, :, None]
+        return values.masked_fill(protected & lowest, torch.inf).masked_fill(absent, -torch.inf)
+
+
+def _whole_pieces(slopes: Tensor, steps: Tensor) -> Tensor:
+    """Bytes of every step [M, L, H], those of a straight piece at its first step: its inner levels are never used.
+
+    Args:
+        slopes: [L, H, M].
+        steps: [M, L] bytes of the step to each level.
+    """
+    same = slopes[..., 1:] == slopes[..., :-1]
+    begins = torch.cat([torch.ones_like(same[..., :1]), ~same], -1)
+    piece = begins.cumsum(-1) - 1
+    cost = steps.T.unsqueeze(1).to(slopes.device).expand(slopes.shape)
+    of_piece = torch.zeros_like(cost).scatter_add_(-1, piece, cost)
+    return of_piece.gather(-1, piece).masked_fill(~begins, 0).movedim(-1, 0)

@@ -99,6 +99,19 @@ def dequantize(quantized: Quantized, bits: int, dim: int, grid: Grid = "offset",
     return vectors
 
 
+def round_trip(
+    vectors: Tensor,
+    bits: int,
+    group: int | None = None,
+    grid: Grid = "offset",
+    scale_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """`dequantize` of `quantize` [..., D] float32, for training, which stores no codes; arguments as of `quantize`."""
+    from learnkv.ops.quantize import reference
+
+    return reference.round_trip(vectors, bits, check_groups(vectors.shape[-1], bits, group), grid, scale_dtype)
+
+
 def check_groups(dim: int, bits: int, group: int | None) -> int:
     """The size of a group, `dim` for None.
 

@@ -9,6 +9,10 @@ from learnkv.ops.quantize import Grid, Quantized
 def pack(codes: Tensor, bits: int) -> Tensor:
     """`pack` in PyTorch."""
     count = codes.shape[-1]
+    if 8 % bits == 0 and count * bits % 8 == 0:  # codes do not cross bytes
+        neighbours = codes.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+        together: Tensor = (neighbours << bits * _places(8 // bits, codes)).sum(-1, dtype=torch.uint8)
+        return together
     stream = (codes.to(torch.uint8).unsqueeze(-1) >> _places(bits, codes) & 1).flatten(-2)
     size = -(-count * bits // 8)
     stream = torch.nn.functional.pad(stream, (0, 8 * size - count * bits)).unflatten(-1, (size, 8))
@@ -18,6 +22,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """`unpack` in PyTorch."""
+    if 8 % bits == 0:
+        apart: Tensor = (packed.unsqueeze(-1) >> bits * _places(8 // bits, packed) & 2**bits - 1).flatten(-2)
+        return apart[..., :count]
     stream = (packed.unsqueeze(-1) >> _places(8, packed) & 1).flatten(-2)[..., : count * bits]
     codes: Tensor = (stream.unflatten(-1, (count, bits)) << _places(bits, packed)).sum(-1, dtype=torch.uint8)
     return codes
@@ -25,6 +32,20 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def quantize(vectors: Tensor, bits: int, group: int, grid: Grid, scale_dtype: torch.dtype) -> Quantized:
     """`quantize` in PyTorch."""
+    codes, scale, zero = codes_of(vectors, bits, group, grid, scale_dtype)
+    return Quantized(pack(codes.flatten(-2), bits), scale, zero)
+
+
+def round_trip(vectors: Tensor, bits: int, group: int, grid: Grid, scale_dtype: torch.dtype) -> Tensor:
+    """`dequantize` of `quantize`, without packing the codes."""
+    codes, scale, zero = codes_of(vectors, bits, group, grid, scale_dtype)
+    return _vectors(codes.float(), scale, zero, bits, grid)
+
+
+def codes_of(
+    vectors: Tensor, bits: int, group: int, grid: Grid, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes [..., D / g, g] as floating point numbers, scales and zeros."""
     exact = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
     exact = exact.unflatten(-1, (exact.shape[-1] // group, group))
     low, high = exact.amin(-1), exact.amax(-1)
@@ -36,14 +57,19 @@ def quantize(vectors: Tensor, bits: int, group: int, grid: Grid, scale_dtype: to
     codes = _codes(exact, scale.unsqueeze(-1), zero, bits, grid)
     valid = stored.isfinite() & low.isfinite() & high.isfinite()
     valid = valid if zero is None else valid & zero.isfinite()
-    return Quantized(pack(codes.flatten(-2), bits), stored.masked_fill(~valid, torch.nan), zero)
+    return codes, stored.masked_fill(~valid, torch.nan), zero
 
 
 def dequantize(quantized: Quantized, bits: int, dim: int, grid: Grid) -> Tensor:
     """`dequantize` in PyTorch."""
     packed, scale, zero = quantized
+    codes = unpack(packed, bits, dim).unflatten(-1, (scale.shape[-1], dim // scale.shape[-1]))
+    return _vectors(codes.float(), scale, zero, bits, grid)
+
+
+def _vectors(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, grid: Grid) -> Tensor:
+    """Vectors [..., D] of codes [..., D / g, g]."""
     scale = scale.float().unsqueeze(-1)
-    codes: Tensor = unpack(packed, bits, dim).unflatten(-1, (scale.shape[-2], dim // scale.shape[-2])).float()
     if zero is None:
         vectors: Tensor = (codes - 2 ** (bits - 1)) * scale
     elif grid == "offset":
