@@ -67,8 +67,7 @@ def by_axis(rows: Iterable[Row]) -> dict[bool, list[Row]]:
         whole = is_whole(row) and row["policy"] not in in_bytes
         groups[bool(in_bytes) and (whole or budget_of(row).bytes is not None)].append(row)
     full = [row for row in listed if row["policy"] == FULL]
-    found = {axis: [*full, *group] for axis, group in groups.items() if group}
-    return found or {False: full}
+    return {axis: [*full, *group] for axis, group in groups.items() if group} or {False: full}
 
 
 def size(count: float) -> str:

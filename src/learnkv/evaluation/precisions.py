@@ -39,16 +39,16 @@ def at_precisions(policies: Mapping[str, Policy], precisions: Iterable[int | str
     Raises:
         UserError: a policy that cannot have one of them, by name.
     """
-    found = {}
+    named = {}
     for precision in precisions:
         for name, policy in policies.items():
             if name == FULL and parse_precision(precision) == AS_IS:
                 continue
             try:
-                found[f"{name}@{str(precision).upper()}"] = at_precision(policy, precision)
+                named[f"{name}@{str(precision).upper()}"] = at_precision(policy, precision)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
-    return found
+    return named
 
 
 def at_precision(policy: Policy, precision: int | str) -> Policy:

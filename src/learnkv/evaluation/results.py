@@ -87,7 +87,7 @@ def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
         "keep": _keep_of(group),
         "budget": first["budget"],
         "bytes_budget": first["bytes_budget"],
-        "asked_bytes": None if first["asked_bytes"] is None else round(fmean(one["asked_bytes"] for one in group)),
+        "asked_bytes": None if first["asked_bytes"] is None else round(fmean(r["asked_bytes"] for r in group)),
         "precision": first["precision"],
         "spent": fmean(record["spent"] for record in group),
         "read": fmean(record.get("read", record["spent"]) for record in group),

@@ -85,8 +85,8 @@ def _at_precisions(config: EvalConfig, loaded: Mapping[str, Policy], whole: Poli
     """The policies as they are, without the baselines that have no training: these, and `whole`, at every precision."""
     alone = set(map(describe_policy_file, config.ckpt))
     baselines = set(map(describe_policy_file, select_methods(config.baselines)))
-    uniform = {name: one for name, one in loaded.items() if name in baselines and "trained" not in kinds_of(one)}
-    others = {name: one for name, one in loaded.items() if name in alone or name not in uniform}
+    uniform = {name: each for name, each in loaded.items() if name in baselines and "trained" not in kinds_of(each)}
+    others = {name: each for name, each in loaded.items() if name in alone or name not in uniform}
     return {**others, **at_precisions({FULL: whole, **uniform}, config.precision)}
 
 

@@ -70,11 +70,9 @@ def prefill(
     cache.set_prompt(lengths)
     cache.token_ids = (input_ids, input_ids[:, :0])
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-    whole = policy is not None and keep == 1 and policy.precision is None
-    one_shot = policy if policy is not None and policy.reads_once and not whole else None
+    one_shot = policy if policy is not None and policy.reads_once and (keep != 1 or policy.precision) else None
     slots = input_ids.shape[1]
-    step = chunk_size or slots
-    for begin in range(0, slots, step):
+    for begin in range(0, slots, step := chunk_size or slots):
         end = min(begin + step, slots)
         if one_shot is not None and end == slots:
             compress_when_read(one_shot, cache, keep, budget, bytes)
