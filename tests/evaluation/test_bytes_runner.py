@@ -163,7 +163,7 @@ def test_bytes_and_precisions_as_they_are_typed(
         (["bytes=64B"], "snapkv: bytes=64: hold"),
         (["bytes=0.5", "baselines=quest"], "quest: bytes=0.5: expected a policy without pages"),
         (["bytes=0.5", "baselines=quest", "precision=4"], "quest: pages="),
-        (["bytes=0.5", "baselines=h2o_decode", "precision=4"], "h2o_decode: evict_interval="),
+        (["bytes=0.5", "baselines=h2o_decode", "precision=4"], "h2o_decode@4: bytes=0.5: H2O holds statistics"),
         (["bytes=0.5", "baselines=knorm", "precision=5"], "precision=5: expected 16, 8, 4, 3, 2 bits"),
         (["budget=8", "baselines=knorm", "precision=4"], "precision=4: expected keep= or bytes=, got budget="),
     ],

@@ -7,8 +7,9 @@ import torch
 from support.models import attached, kept, padded, policy_for, tokens
 
 from learnkv import Policy, continuation, load_policy, prefill
+from learnkv.allocators import LayerByLayer
 from learnkv.errors import UserError
-from learnkv.scorers import SnapKV
+from learnkv.scorers import H2O, SnapKV
 
 LENGTHS = (97, 60, 41)
 
@@ -50,8 +51,7 @@ def test_every_entry_in_fewer_bits() -> None:
         ("snapkv", {"bytes": 0.0001}, "expected at least one"),
         ("pyramidkv", {"bytes": 0.0001}, "expected at least one"),
         ("quest", {"bytes": 0.5}, "expected a policy without pages"),
-        ("h2o_decode", {"bytes": 0.5}, "expected a policy without pages and evict_interval"),
-        ("rkv_decode", {"bytes": 0.5}, "expected a policy without pages and evict_interval"),
+        ("h2o_decode", {"bytes": 0.5}, "bytes=0.5: H2O holds statistics of every entry"),
         ("full", {"bytes": 0.5}, "without a scorer keeps every entry"),
     ],
 )
@@ -60,8 +60,8 @@ def test_what_cannot_be_met_is_refused(name: str, keys: Any, line: str) -> None:
         prefill(attached("llama"), tokens(1, 97), policy=load_policy(name), **keys)
 
 
-def test_a_static_policy_that_evicts_while_generating_is_refused_too() -> None:
-    policy = Policy(SnapKV(), evict_interval=8)
+def test_a_static_policy_that_holds_more_while_generating_is_refused_before_reading() -> None:
+    policy = Policy(H2O(), LayerByLayer(), evict_interval=8)
     assert policy.reads_once
-    with pytest.raises(UserError, match="expected a policy without pages and evict_interval"):
+    with pytest.raises(UserError, match="bytes=0.5: H2O holds statistics of every entry"):
         prefill(attached("llama"), tokens(1, 97), policy=policy, bytes=0.5)

@@ -111,8 +111,8 @@ def test_other_precisions_are_refused(precision: int | dict[str, int], message: 
 
 def test_what_does_not_go_together_is_named() -> None:
     ids = tokens(1, 57)
-    with pytest.raises(UserError, match="evict_interval=8 precision=4: not supported together"):
-        Policy(Knorm(), evict_interval=8, precision=4)
+    with pytest.raises(UserError, match="H2O holds statistics of every entry"):
+        _compress(load_policy("h2o_decode"))
     with pytest.raises(UserError, match="pages=Quest precision=4: not supported together"):
         load_policy("quest").with_precision(4)
     with pytest.raises(UserError, match="stores keys before RoPE"):
@@ -126,6 +126,10 @@ def test_what_does_not_go_together_is_named() -> None:
         policy.compress(cache.fork(), bytes=0.01)
     with pytest.raises(UserError, match="24 channels have no Hadamard matrix"):
         _of_other_size(policy.with_precision(4))
+
+
+def _compress(policy: Policy) -> None:
+    policy.compress(prefill(attached("llama"), tokens(1, 57), policies=[policy]), bytes=0.3)
 
 
 def _before_rope() -> Spherical:

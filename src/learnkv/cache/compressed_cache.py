@@ -105,14 +105,15 @@ class CompressedCache(Accounting):
             levels: how many entries of these layers are stored at each level; None: all as they are.
         """
         layers = self.compressed_layers()[first : first + scores.shape[0]]
-        if levels is not None:
-            self.narrow = True
-            for layer_idx, segment, tiers in compact_levels(layers, scores, levels, rerotate, self.no_entries):
-                layers[layer_idx].evict(segment, None, tiers)
-            return
         decode_capture = None if self.schedule is None else self.schedule.capture_spec
-        for layer_idx, segment in compact(layers, scores, budgets, total, decode_capture, rerotate):
-            layers[layer_idx].evict(segment, decode_capture)
+        if levels is None:
+            for layer_idx, segment in compact(layers, scores, budgets, total, decode_capture, rerotate):
+                layers[layer_idx].evict(segment, decode_capture)
+            return
+        self.narrow = True
+        tiered = compact_levels(layers, scores, levels, decode_capture, rerotate, self.no_entries)
+        for layer_idx, segment, tiers in tiered:
+            layers[layer_idx].evict(segment, decode_capture, tiers)
 
     def evict_if_due(self) -> None:
         """Let the policy evict again once the tail has reached the schedule's `evict_interval`."""

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from learnkv.cache.layer import CompressedLayer
-from learnkv.cache.states import Prompt
+from learnkv.cache.states import Kept, Prompt, Relaxed
+from learnkv.cache.tiers import Carried
 from learnkv.ops.tail_slots import padding_first
 
 
@@ -22,13 +23,17 @@ def merge_tail(layer: CompressedLayer, longest: int, positions: Tensor) -> None:
     segment, tail, state = layer.segment, layer.tail, layer.state
     assert segment is not None
     assert tail is not None
-    assert state is not None
+    assert isinstance(state, Kept | Relaxed)
     shape = (layer.batch, layer.heads, longest)
+    pools, tier = (segment.keys, segment.values), None
+    if state.tiers:  # entries in fewer bits, which are all of them
+        (tier,) = state.tiers
+        segment, pools = tier.entries, tier.decoded(segment.keys.dtype)
     index, valid = segment.padded(longest)
     of_kept = segment.positions[index].masked_fill(~valid, -1).view(shape).long()
     positions_of_all = torch.cat([of_kept, positions.unsqueeze(1).expand(-1, layer.heads, -1)], 2)
-    keys = torch.cat([segment.keys[index].view(*shape, -1), tail.keys.detach()], 2)
-    values = torch.cat([segment.values[index].view(*shape, -1), tail.values.detach()], 2)
+    keys = torch.cat([pools[0][index].view(*shape, -1), tail.keys.detach()], 2)
+    values = torch.cat([pools[1][index].view(*shape, -1), tail.values.detach()], 2)
     capture = layer.capture
     capture.statistics = {name: pool[index].view(*shape, -1) for name, pool in segment.statistics.items()}
     capture.resume(positions, layer.layer_idx, keys, values, positions_of_all)
@@ -38,9 +43,13 @@ def merge_tail(layer: CompressedLayer, longest: int, positions: Tensor) -> None:
     if segment.rotated is not None:
         of_kept = segment.rotated[index].view(shape).long()
         rotated = torch.cat([of_kept, positions_of_all[..., longest:]], 2).gather(2, order)
-    layer.state = Prompt(
-        _moved(keys, order), _moved(values, order), None, positions_of_all.gather(2, order), rotated, state.page_index
-    )
+    carried = None
+    if tier is not None:
+        new = index.new_full((*shape[:2], tail.length), -1)
+        places = torch.cat([index.masked_fill(~valid, -1).view(shape), new], 2)
+        carried = Carried(tier, places.gather(2, order))
+    entries = (_moved(keys, order), _moved(values, order), None, positions_of_all.gather(2, order))
+    layer.state = Prompt(*entries, rotated, state.page_index, carried)
     layer.merged_tokens += tail.length
     tail.crop(0)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learnkv.cache.page_index import PageIndex
 from learnkv.cache.storage import DecodeBuffer, Segment
-from learnkv.cache.tiers import StoredTier
+from learnkv.cache.tiers import Carried, StoredTier
 from learnkv.core.codec import Codec
 from learnkv.errors import UserError
 from learnkv.ops.decode_attention import decode_attention
@@ -46,6 +46,8 @@ class Prompt:
     """[B, H, S] position that each key is rotated to; None: its prompt position."""
     page_index: PageIndex | None = None
     """Of the entries before the tail was merged; it is made anew for those that will be kept."""
+    carried: Carried | None = None
+    """Entries [B, H, S] of a merged prompt that are stored in fewer bits already."""
     stored: dict[tuple[str, Codec], Tensor] = field(default_factory=dict, init=False, compare=False)
     """Training: keys and values as codecs store them, once for all students."""
 
@@ -160,7 +162,7 @@ class Kept:
         """Entries [B*H] that a single token attends to, while the tail is empty."""
         if self.page_index is not None:
             return self.page_index.attended(self.segment)
-        return sum((tier.length for tier in self.tiers), self.segment.length)
+        return sum((tier.entries.length for tier in self.tiers), self.segment.length)
 
     def row_nbytes(self, heads: int) -> list[int]:
         """Bytes of each row of the batch (host sync)."""

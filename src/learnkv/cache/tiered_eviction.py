@@ -9,7 +9,8 @@ from learnkv.cache.eviction import Rerotate, segments_of
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.storage import Segment
 from learnkv.cache.tiers import StoredTier
-from learnkv.core.precision import LevelPlan
+from learnkv.core.observation import CaptureSpec
+from learnkv.core.precision import Level, LevelPlan
 from learnkv.ops.select import select
 
 
@@ -17,6 +18,7 @@ def compact_levels(
     layers: list[CompressedLayer],
     scores: Tensor,
     plan: LevelPlan,
+    decode_capture: CaptureSpec | None,
     rerotate: Rerotate | None,
     nothing: dict[torch.device, Tensor],
 ) -> Iterator[tuple[int, Segment, tuple[StoredTier, ...]]]:
@@ -28,7 +30,7 @@ def compact_levels(
     Args:
         scores: [L, B, H, S] float32, +inf protected, -inf no entry.
         plan: of these layers.
-        rerotate: as of `compact`.
+        decode_capture, rerotate: as of `compact`.
         nothing: tables of layers whose entries are all in tiers, for the next layers.
     """
     sizes = plan.counts.sum((2, 3)).tolist()
@@ -40,21 +42,24 @@ def compact_levels(
         for level, used, count, size, index in zip(plan.levels, plan.used, counts, sizes, indices, strict=True):
             if not used:
                 continue
-            (part,) = segments_of(
-                [layer], scores[layer_idx : layer_idx + 1], count[None], size[layer_idx], None, rerotate, index
-            )
+            own = scores[layer_idx : layer_idx + 1]
+            (part,) = segments_of([layer], own, count[None], size[layer_idx], decode_capture, rerotate, index)
             if level.unchanged(layer.prompt.keys.element_size()):
                 segment = part
             else:
-                tiers.append(StoredTier.store(level, part, layer.layer_idx, layer.heads, _queries(layer)))
+                tiers.append(_stored(level, part, layer, index))
         if segment is None:
             zeros = nothing.setdefault(device, torch.zeros(len(rows), dtype=torch.int64, device=device))
             segment = Segment.empty(layer.prompt.keys, zeros)
         yield layer_idx, segment, tuple(tiers)
 
 
-def _queries(layer: CompressedLayer) -> Tensor:
-    return layer.observation().queries
+def _stored(level: Level, segment: Segment, layer: CompressedLayer, index: Tensor) -> StoredTier:
+    """The entries `index` [N] of a layer's prompt, which are those of the segment, at a level."""
+    carried = layer.prompt.carried
+    if carried is not None:
+        carried = carried._replace(places=carried.places.flatten()[index])
+    return StoredTier.store(level, segment, layer.layer_idx, layer.heads, layer.observation().queries, carried)
 
 
 def _level_indices(scores: Tensor, counts: Tensor, sizes: list[int]) -> list[Tensor]:

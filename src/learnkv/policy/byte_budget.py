@@ -73,13 +73,30 @@ def check_precision(
     """Raise UserError for what a policy cannot have together with entries in fewer bits."""
     if precision is None:
         return
-    for name, value in (("evict_interval", evict_interval), ("pages", pages and pages.name)):
-        if value:
-            raise UserError(f"{name}={value} precision={precision.label}: not supported together")
+    if pages is not None:
+        raise UserError(f"pages={pages.name} precision={precision.label}: not supported together")
+    if evict_interval and not precision.known_bytes:
+        raise UserError(
+            f"evict_interval={evict_interval} precision={precision.label}: expected one level, whose entries do not "
+            "depend on each other"
+        )
     if precision.shares_bytes and rerotate is not None:
         raise UserError(f"rerotate={rerotate}: expected none where entries differ in precision")
     if precision.shares_bytes and scorer is None:
         raise UserError(f"precision={precision.name}: expected a scorer, by which bytes are shared out")
+
+
+def check_countable(byte_count: ByteCount, pages: PageSelector | None, decode: Scorer | None) -> None:
+    """Raise UserError where a budget in bytes would not count everything that is held.
+
+    Args:
+        pages: of the policy.
+        decode: its scorer of decoded tokens, where it evicts again while they are added.
+    """
+    if pages is not None:
+        raise UserError(f"bytes={byte_count}: expected a policy without pages, which frees nothing")
+    if decode is not None and decode.decode_capture:
+        raise UserError(f"bytes={byte_count}: {decode.name} holds statistics of every entry")
 
 
 @dataclass(frozen=True)

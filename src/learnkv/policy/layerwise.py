@@ -41,7 +41,7 @@ def compress_when_read(
         scores = planner.without_nan(scores[None], invalid, layer_idx)[0]
         if layer_idx == 0:
             cache.adapter = policy.adapter
-            cache.schedule = None if policy.online is None else policy.online.schedule_eviction(cache, keep, budget)
+            policy.schedule(cache, keep, budget, spend)
             splits.append(_Split(policy.allocator, len(layers), scores, cache.lengths, totals, protected))
             cache.budgets = splits[0].budgets
         budgets, total = splits[0].layer(layer_idx, obs, scores)

@@ -18,6 +18,7 @@ from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
 from learnkv.policy.budget import entries_to_keep, protected_per_head
+from learnkv.policy.byte_budget import ByteBudget, uniform_levels
 from learnkv.policy.planner import Planner, with_keep
 from learnkv.policy.relax import relax_to_plan
 
@@ -71,17 +72,30 @@ class OnlineEviction:
         scorer, allocator = self.planner.scorer, self.planner.allocator
         return CaptureSpec(max(scorer.window, allocator.window), statistics=scorer.decode_capture)
 
+    def spending(self, spend: ByteBudget | None) -> "OnlineEviction":
+        """The same where the prompt's budget is in bytes; None: in entries."""
+        return replace(self, planner=self.planner.spending(spend))
+
     def schedule_eviction(
-        self, cache: CompressedCache, keep: float | None, budget: float | None, temperature: float | None = None
+        self,
+        cache: CompressedCache,
+        keep: float | None,
+        budget: float | None,
+        temperature: float | None = None,
+        spend: ByteBudget | None = None,
     ) -> EvictionSchedule:
         """The schedule of a cache that is about to be compressed.
 
         Args:
             keep, budget: of the compression; `keep` counts the prompt's tokens only.
             temperature: of a student, which is relaxed instead; None: evict.
+            spend: bytes of the prompt, which later tokens share; None: the budget is in entries.
         """
         heads = _heads(cache)
-        kept = entries_to_keep(cache.prompt_lengths, heads, keep, budget)
+        if spend is not None:
+            kept = spend.totals(cache.prompt_lengths)
+        else:
+            kept = entries_to_keep(cache.prompt_lengths, heads, keep, budget)
         most = kept if budget is None else [round(budget * heads)] * len(kept)
         evict = self.evict if temperature is None else partial(self.relax_again, temperature=temperature)
         deferred = temperature is not None
@@ -103,11 +117,14 @@ class OnlineEviction:
                 scores = self.planner.without_nan(scores[None], invalid, layer_idx)[0]
                 cache.invalid += tuple(invalid)
                 fixed = fixed.unsqueeze(0).to(scores.device)
-                cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate)
+                levels = None
+                if self.planner.precision is not None:
+                    levels = uniform_levels(self.planner.precision, fixed, fixed.double())
+                cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate, levels)
             return
         observations = [self._merged(cache, layer_idx, max(longest), merge) for layer_idx in range(layers)]
         plan = self.planner.plan(observations, cache.lengths, merge.totals, merge.protected, budgets, merge.evicted)
-        cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate)
+        cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
         cache.budgets = plan.budgets
         cache.invalid += plan.invalid
 

@@ -21,7 +21,7 @@ from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.policy.base_parts import base_part, base_precision
 from learnkv.policy.budget import check_read, entries_to_keep, protected_per_head
-from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_precision, check_spend
+from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_countable, check_precision, check_spend
 from learnkv.policy.captured import check_captured, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, check_online
@@ -114,7 +114,7 @@ class Policy(Component):
         scorer = self.decode or self.scorer
         if not self.evict_interval or scorer is None:
             return None
-        planner = Planner(scorer, self.allocator, self.sinks, self.recent)
+        planner = Planner(scorer, self.allocator, self.sinks, self.recent, self.precision)
         return OnlineEviction(planner, self.evict_interval, self.rerotate)
 
     @property
@@ -205,8 +205,8 @@ class Policy(Component):
     def check_spend(self, keep: float | None, budget: float | None, byte_count: ByteCount | None) -> None:
         """Raise UserError unless exactly one kind of budget is given, in range, that the policy can spend."""
         check_spend(keep, budget, byte_count, self.precision)
-        if byte_count is not None and (self.pages is not None or self.evict_interval):
-            raise UserError(f"bytes={byte_count}: expected a policy without pages and evict_interval")
+        if byte_count is not None:
+            check_countable(byte_count, self.pages, None if self.online is None else self.online.planner.scorer)
 
     def compress(
         self,
@@ -229,7 +229,7 @@ class Policy(Component):
         if self.scorer is not None or self.precision is not None or bytes is not None:
             with torch.no_grad():
                 plan = self.plan(cache, keep, budget, bytes)
-                cache.schedule = None if self.online is None else self.online.schedule_eviction(cache, keep, budget)
+                self.schedule(cache, keep, budget, self.byte_budget(cache, bytes))
                 cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
             cache.budgets = plan.budgets
             cache.invalid += plan.invalid
@@ -237,6 +237,13 @@ class Policy(Component):
             self._read_pages(self.pages, cache, keep, budget)
         cache.adapter = self.adapter
         return cache
+
+    def schedule(
+        self, cache: CompressedCache, keep: float | None, budget: float | None, spend: ByteBudget | None
+    ) -> None:
+        """Let a cache that is about to be compressed evict again while tokens are added, where the policy does."""
+        online = None if self.online is None else self.online.spending(spend)
+        cache.schedule = None if online is None else online.schedule_eviction(cache, keep, budget, spend=spend)
 
     def _read_pages(
         self, selector: PageSelector, cache: CompressedCache, keep: float | None, budget: float | None
@@ -279,6 +286,10 @@ class Policy(Component):
             raise UserError("pages: query-aware reading is not trained, expected a policy without pages")
         cache.seal()
         refuse_inference_tensors(cache)
+        if self.online is not None and self.precision is not None:
+            raise UserError(
+                f"evict_interval={self.evict_interval} precision={self.precision.label}: not trained together"
+            )
         if self.scorer is None or (keep == 1 and self.precision is None):
             return cache.fork()
         plan = self.plan(cache, keep, budget, bytes) if plan is None else plan
