@@ -63,5 +63,5 @@ def test_what_cannot_be_met_is_refused(name: str, keys: Any, line: str) -> None:
 def test_a_static_policy_that_holds_more_while_generating_is_refused_before_reading() -> None:
     policy = Policy(H2O(), LayerByLayer(), evict_interval=8)
     assert policy.reads_once
-    with pytest.raises(UserError, match="bytes=0.5: H2O holds statistics of every entry"):
+    with pytest.raises(UserError, match=r"bytes=0\.5: H2O holds statistics of every entry"):
         prefill(attached("llama"), tokens(1, 97), policy=policy, bytes=0.5)
