@@ -65,6 +65,12 @@ def test_the_scorer_of_the_howto_runs_from_its_yaml(tmp_path: Path) -> None:
     assert run(code, tmp_path).splitlines() == expected
 
 
+def test_the_page_on_bytes_runs(tmp_path: Path) -> None:
+    (example,) = blocks("docs/howto/bytes.md", "python")
+    ((held, full),) = re.findall(r"\[(\d+)\] of (\d+)", run(example, tmp_path))
+    assert 0.09 * int(full) < int(held) <= 0.1 * int(full)
+
+
 def test_the_model_page_runs(tmp_path: Path) -> None:
     (example,) = blocks("docs/howto/own_model.md", "python")
     run(example.replace('"PATH"', '"reference"'), tmp_path)

@@ -47,6 +47,9 @@ class Strange(Allocator):
     def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Baseline | None) -> Tensor:
         return self.base.split(scores, features, budget, start)
 
+    def ranking(self, scores: Tensor, features: Tensor | None, budget: Tensor, start: Baseline | None) -> Tensor | None:
+        return self.base.ranking(scores, features, budget, start)
+
 
 def conditioned(policy: Policy) -> bool:
     """Whether a policy's budgets depend on features of the prompt."""
@@ -68,7 +71,7 @@ def shuffled(policy: Policy, features: Tensor) -> Policy:
     """The policy with features [N, L, H, F] of other prompts, in turn."""
     strange = Strange(policy.allocator, len(features))
     strange.others = features
-    twin = Policy(policy.scorer, strange, policy.sinks, policy.recent)
+    twin = Policy(policy.scorer, strange, policy.sinks, policy.recent, precision=policy.precision)
     twin.adapter = policy.adapter
     return twin
 

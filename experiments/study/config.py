@@ -1,19 +1,19 @@
 """What a study consists of: the keys of `python -m experiments.study`."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from learnkv.data.ruler_needles import Template
-from learnkv.data.words import Language
+from experiments.study.comparison import Comparison
 from learnkv.errors import UserError
-from learnkv.evaluation.config import EvalConfig, Metric, Setting
+from learnkv.evaluation.config import EvalConfig, Setting
 from learnkv.persistence.methods import method, select_methods
 from learnkv.persistence.policies import SHIPPED, describe_policy_file
 
 Stage = Literal["train", "measure", "write"]
-Whom = Literal["learned", "unseen", "ablations", "baselines", "best"]
+
+
+NAME = "study"
 
 
 @dataclass(frozen=True)
@@ -36,58 +36,6 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One of the comparisons of a study that lists them; keys are those of eval unless said otherwise.
-
-    Args:
-        policies: learned, unseen and ablations are the study's; baselines are all other methods, best the best of these
-            without training.
-        best: how many these are.
-        chosen_in: the comparison whose KL names the best; its seed is another, so that its prompts are others.
-        score: generated or forced.
-        keep: fractions of the prompt's entries to keep.
-        tasks: RULER's tasks, or text.
-        lengths: prompt lengths in tokens.
-        setting: query_agnostic or query_aware.
-        samples: prompts per task and length.
-        batch_size: prompts read at once.
-        template: wording of needles and questions.
-        keys: language of the needles' keys.
-        haystack: text to hide needles in; `docstrings` for those of the standard library that nothing is trained on.
-        seed: of the prompts.
-    """
-
-    policies: tuple[Whom, ...] = ("learned", "best")
-    best: int = 5
-    chosen_in: str = "choice"
-    score: Metric = "forced"
-    keep: tuple[float, ...] = (0.25, 0.1, 0.05)
-    tasks: tuple[str, ...] = ("niah_single_1",)
-    lengths: tuple[int, ...] = (1024,)
-    setting: tuple[Setting, ...] = ("query_agnostic",)
-    samples: int = 50
-    batch_size: int = 4
-    template: Template = "secret"
-    keys: Language = "english"
-    haystack: str | None = None
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.best < 1 or self.samples < 1 or self.batch_size < 1:
-            raise UserError(
-                f"best={self.best} samples={self.samples} batch_size={self.batch_size}: expected at least 1"
-            )
-
-    def check_choice(self, name: str, others: Mapping[str, "Comparison"]) -> None:
-        """UserError where the best are to be named by a comparison that cannot."""
-        chooses = others.get(self.chosen_in)
-        if "best" in self.policies and (chooses is None or "baselines" not in chooses.policies):
-            raise UserError(
-                f"comparisons.{name}.chosen_in={self.chosen_in}: expected a comparison with the policies baselines"
-            )
-
-
-@dataclass(frozen=True)
 class StudyConfig:
     """Train a policy and its variants, compare them with all other methods, write what came of it.
 
@@ -99,6 +47,8 @@ class StudyConfig:
         ablations: training YAMLs of its parts; the table names them `learned-…`, as their files.
         objectives: training YAMLs of other objectives.
         single: training YAMLs with one kept fraction each.
+        uniform: training YAML of a policy, or the name of one that ships, whose scores comparisons have at uniform
+            precisions.
         unseen: training YAML of a policy that never saw a retrieval task, or the name of one that ships.
         held_out: training YAMLs with `hold_out`; each is scored on the tasks of the families that it never saw.
         shorter: training YAML of a policy trained on shorter prompts, compared at the longer ones.
@@ -128,6 +78,7 @@ class StudyConfig:
         stages: train, measure, write, or some of them.
         output: folder of trainings and samples.
         out: folder for study.md, study.json and pictures; study.md links to a study_findings.md there, written by hand.
+        name: of these files, in place of study.
         commit: that the study was run at; the one checked out here if not given.
         seed: of the prompts.
     """
@@ -136,6 +87,7 @@ class StudyConfig:
     ablations: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ()
     single: tuple[str, ...] = ()
+    uniform: str | None = None
     unseen: str | None = None
     held_out: tuple[str, ...] = ()
     shorter: str | None = None
@@ -163,6 +115,7 @@ class StudyConfig:
     stages: tuple[Stage, ...] = ("train", "measure", "write")
     output: str = "runs/study"
     out: str = "docs/results"
+    name: str = NAME
     commit: str | None = None
     seed: int = 42
 
@@ -184,17 +137,25 @@ class StudyConfig:
                 raise UserError(f"only={name}: expected one of {', '.join(self.comparisons)}")
         for name, one in self.comparisons.items():
             one.check_choice(name, self.comparisons)
+            if "uniform" in one.policies and self.uniform is None:
+                raise UserError(f"comparisons.{name}.policies=uniform: expected uniform= with its scores, got none")
 
     @property
     def variants(self) -> list[str]:
         """Every training YAML, the policy under study first."""
         others = [one for one in (self.unseen, self.shorter) if one is not None]
-        return [self.learned, *self.ablations, *self.objectives, *self.single, *others, *self.held_out]
+        uniform = [self.uniform] if self.uniform not in (None, self.learned) else []
+        return [self.learned, *self.ablations, *self.objectives, *self.single, *uniform, *others, *self.held_out]
 
     @property
     def methods(self) -> list[str]:
         """The other methods: names in configs/policies, or paths."""
         return select_methods(self.baselines)
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether the comparisons have budgets of bytes, and with them the criteria."""
+        return any(one.bytes for one in self.comparisons.values())
 
     @property
     def trained(self) -> list[str]:

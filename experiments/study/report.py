@@ -9,6 +9,7 @@ import yaml
 from experiments.study.config import StudyConfig
 from experiments.study.criteria import Line
 from experiments.study.page import COMMAND
+from learnkv.evaluation.results import SCHEMA
 
 
 def report_of(
@@ -20,7 +21,7 @@ def report_of(
 ) -> dict[str, Any]:
     """Keys, criteria and rows by the name of the comparison."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "model": config.model,
         "command": COMMAND,
         "commit": commit,

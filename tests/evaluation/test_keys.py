@@ -91,9 +91,11 @@ def test_the_files_of_the_package_count(tmp_path: Path, monkeypatch: pytest.Monk
     shutil.copytree(sys.modules["learnkv"].__path__[0], copy, ignore=shutil.ignore_patterns("*.safetensors", "*.npy"))
     monkeypatch.setattr(sys.modules["learnkv"], "__path__", [str(copy)])
     assert sources.rooms_digest.__wrapped__() == before
-    file = copy / "ops" / "select" / "reference.py"
-    file.write_text(file.read_text() + "\nLAST = 1\n")
-    assert sources.rooms_digest.__wrapped__() != before
+    for changed in ("ops/select/reference.py", "codecs/per_token.py"):
+        file = copy / changed
+        file.write_text(file.read_text() + "\nLAST = 1\n")
+        assert sources.rooms_digest.__wrapped__() != before
+        before = sources.rooms_digest.__wrapped__()
 
 
 def test_the_table_of_a_policy_counts_and_its_place_does_not(tmp_path: Path) -> None:

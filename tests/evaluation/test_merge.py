@@ -54,6 +54,20 @@ def test_folders_of_one_model_are_one_table(write: Any, capsys: pytest.CaptureFi
     ]
 
 
+def test_results_of_both_versions_are_one_table(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    added = {"bytes_budget": 0.05, "asked_bytes": 100, "precision": "4", "keep": None}
+    a = write("a", [FULL, row("snapkv", 50.0)])
+    b = write("b", [{**FULL, "bytes_budget": None}, row("snapkv@4", 60.0, bytes=99, **added)], schema=2)
+    assert main(["merge", a, b]) == 0
+    assert capsys.readouterr().out.splitlines()[-5:] == [
+        "| policy | samples | keep 1 | keep 0.5 | bytes 0.05 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| full | 4 | 90.0 ± 1.0 · 2 kB | – | – |",
+        "| snapkv | 4 | – | 50.0 ± 1.0 · 1 kB | – |",
+        "| snapkv@4 | 4 | – | – | 60.0 ± 1.0 · 99 B |",
+    ]
+
+
 def test_markdown_csv_and_latex_are_written(write: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write("a", [FULL, row("snapkv", 50.0)]), write("b", [FULL, row("my_adakv", 60.0)])
     files = [str(tmp_path / f"out/merged{suffix}") for suffix in (".md", ".csv", ".tex")]
@@ -112,11 +126,18 @@ def test_notes_and_different_conditions_go_with_every_table(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model": None}, {"environment": 5}, {"rows": [5]}, {"rows": {"a": 1}}, {"rows": [{"policy": "knorm"}]}],
+    [
+        {"schema": 3},
+        {"model": None},
+        {"environment": 5},
+        {"rows": [5]},
+        {"rows": {"a": 1}},
+        {"rows": [{"policy": "knorm"}]},
+    ],
 )
 def test_broken_results_are_one_line(write: Any, capsys: pytest.CaptureFixture[str], changes: Any) -> None:
     assert main(["merge", write("a", **{"rows": [FULL], **changes})]) == 2
-    assert "expected results.json of learnkv eval (schema 1) with rows" in capsys.readouterr().err
+    assert "expected results.json of learnkv eval (schema 1 or 2) with rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -124,7 +145,7 @@ def test_broken_results_are_one_line(write: Any, capsys: pytest.CaptureFixture[s
     [
         ([], "folders=: expected folders of evaluations, got none"),
         (["missing"], "folders=missing: expected the folder of an evaluation, it has no results.json"),
-        (["{old}"], "expected results.json of learnkv eval (schema 1) with rows"),
+        (["{old}"], "expected results.json of learnkv eval (schema 1 or 2) with rows"),
         (["{old}", "out=x.docx"], "out=x.docx: expected a file ending in .md, .csv, .tex"),
     ],
 )

@@ -143,6 +143,7 @@ def test_what_kvpress_cannot_do_is_refused(press: Any) -> None:
         (Policy(None, pages=Quest()), "pages"),
         (Policy(SnapKV(), evict_interval=8), "evict_interval"),
         (Policy(SnapKV(), rerotate="start"), "rerotate"),
+        (Policy(SnapKV(), precision=4), "precision"),
         (adapted, "an adapter"),
     ):
         with pytest.raises(UserError, match=f"policy: has {word}"):

@@ -10,6 +10,7 @@ from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.errors import UserError
 from learnkv.formats import files
 from learnkv.formats.files import TABLES
+from learnkv.persistence import policies
 from learnkv.persistence.methods import FULL, KINDS, kinds_of, method, select_methods
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.persistence.policies import load_policy
@@ -103,3 +104,9 @@ def test_words_that_leave_nothing_are_refused(words: list[str]) -> None:
     with pytest.raises(UserError, match=f"^baselines={','.join(words)}: leaves no method$"):
         select_methods(words)
     assert select_methods([]) == []
+
+
+def test_trained_policies_of_one_model_that_ship_have_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policies, "SHIPPED", dict.fromkeys(("smollm2", "smollm2-text", "smollm2-bytes"), Path("x")))
+    names = list(map(policies.describe_policy_file, policies.SHIPPED))
+    assert names == ["learned", "learned-text", "learned-bytes"]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.study.config import NAME
 from learnkv.errors import UserError
 from learnkv.evaluation.results import Record
 from learnkv.formats.files import atomic_write
@@ -19,18 +20,22 @@ DIGITS = 4
 """Decimals of budgets and bytes."""
 
 
-def write_archive(out: Path, records: Mapping[str, Sequence[Record]]) -> Path:
+def file_of(name: str) -> str:
+    """The file of a study's samples, by the study's name."""
+    return FILE if name == NAME else f"{name}-{FILE}"
+
+
+def write_archive(path: Path, records: Mapping[str, Sequence[Record]]) -> Path:
     """One line per sample with the name of its comparison, in the order of the comparisons."""
-    path = out / FILE
     lines = [json.dumps({"comparison": name, **_short(one)}) for name, those in records.items() for one in those]
     with atomic_write(path) as part:
         part.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
     return path
 
 
-def read_archive(out: Path) -> dict[str, list[Record]]:
+def read_archive(path: Path) -> dict[str, list[Record]]:
     """Samples by comparison; none where there is no file. UserError for a file of another format."""
-    path, found = out / FILE, dict[str, list[Record]]()
+    found = dict[str, list[Record]]()
     if not path.is_file():
         return found
     try:
@@ -46,4 +51,4 @@ def _short(record: Record) -> dict[str, Any]:
     short = {key: value for key, value in record.items() if key not in LEFT_OUT}
     if "budgets" in short:
         short["budgets"] = [[round(share, DIGITS) for share in layer] for layer in short["budgets"]]
-    return {key: round(value, DIGITS) if key.startswith("bytes") else value for key, value in short.items()}
+    return {key: round(value, DIGITS) if key in ("bytes", "bytes_full") else value for key, value in short.items()}

@@ -39,6 +39,12 @@ class Measured:
         """The policy under study."""
         return name_of(self.config.learned)
 
+    def uniform(self, scores: Scores) -> list[str]:
+        """The learned scores at uniform precisions, in these samples."""
+        if self.config.uniform is None:
+            return []
+        return [name for name in scores.policies if name.startswith(f"{name_of(self.config.uniform)}@")]
+
     def kl(self, name: str) -> Scores | None:
         """KL of a comparison, None where it was not measured."""
         return kl_scores(self.records[name], self.config) if self.records.get(name) else None
@@ -71,8 +77,8 @@ def ratios(measured: Measured, name: str, limits: Mapping[float, float], about: 
         rival = scores.rivals(keep)[0]
         ratio, own = scores.ratio(measured.policy, rival, keep), scores.of(measured.policy, keep)
         difference = scores.minus(measured.policy, rival, keep)
-        text = f"{ratio:.2f} of {rival} ({_pm(own)}, {_pm(difference, '+')} against it, n = {difference.n})"
-        yield Line(head, bar, text, _met(ratio <= limit))
+        text = f"{ratio:.2f} of {rival} ({pm(own)}, {pm(difference, '+')} against it, n = {difference.n})"
+        yield Line(head, bar, text, verdict(ratio <= limit))
 
 
 def beats_when_generating(measured: Measured) -> Iterator[Line]:
@@ -86,10 +92,10 @@ def beats_when_generating(measured: Measured) -> Iterator[Line]:
             continue
         rival = scores.rivals(keep)[0]
         short, ahead = scores.below_full(rival, keep), scores.minus(measured.policy, rival, keep)
-        clearly_short = short.mean > CLEAR * _error(short)
-        met = ahead.mean > CLEAR * _error(ahead) if clearly_short else ahead.mean >= -CLEAR * _error(ahead)
-        text = f"{_pm(ahead, '+', 1)} over {rival}, which is {_pm(short, '', 1)} below full (n = {ahead.n})"
-        yield Line(about, bar, text, _met(met))
+        clearly_short = short.mean > CLEAR * error_of(short)
+        met = ahead.mean > CLEAR * error_of(ahead) if clearly_short else ahead.mean >= -CLEAR * error_of(ahead)
+        text = f"{pm(ahead, '+', 1)} over {rival}, which is {pm(short, '', 1)} below full (n = {ahead.n})"
+        yield Line(about, bar, text, verdict(met))
 
 
 def among_the_best(measured: Measured) -> Iterator[Line]:
@@ -104,7 +110,7 @@ def among_the_best(measured: Measured) -> Iterator[Line]:
         nearest = ((one, one.rivals(keep)[0]) for one in scored)
         text = "; ".join(f"{_difference(one, measured.policy, rival, keep)} against {rival}" for one, rival in nearest)
         met = all(not_worse(one, measured.policy, other, keep) for one in scored for other in one.rivals(keep))
-        yield Line(about, bar, text, _met(met))
+        yield Line(about, bar, text, verdict(met))
 
 
 def saw_no_retrieval(measured: Measured) -> Iterator[Line]:
@@ -124,7 +130,7 @@ def saw_no_retrieval(measured: Measured) -> Iterator[Line]:
                 continue
             text = "; ".join(_difference(one, own, SECOND_READING, keep) for one in scored)
             met = all(not_worse(one, own, SECOND_READING, keep) for one in scored)
-            yield Line(about, bar, text, _met(met))
+            yield Line(about, bar, text, verdict(met))
 
 
 def above_every_method(measured: Measured, name: str) -> Iterator[Line]:
@@ -137,8 +143,8 @@ def above_every_method(measured: Measured, name: str) -> Iterator[Line]:
             yield Line(about, bar, "", "not measured")
             continue
         rival, nearest = scores.nearest(measured.policy, keep)
-        text = f"{_pm(nearest, '+')} against {rival} (n = {nearest.n})"
-        yield Line(about, bar, text, _met(nearest.mean < 0))
+        text = f"{pm(nearest, '+')} against {rival} (n = {nearest.n})"
+        yield Line(about, bar, text, verdict(nearest.mean < 0))
 
 
 def parts_help(measured: Measured) -> Iterator[Line]:
@@ -150,7 +156,7 @@ def parts_help(measured: Measured) -> Iterator[Line]:
             yield Line(about, "reported", "", "not measured")
             continue
         cells = [keep for keep in scores.keeps if {(name, keep), (measured.policy, keep)} <= scores.cells.keys()]
-        text = ", ".join(f"{_pm(scores.minus(name, measured.policy, keep), '+')} at {keep:g}" for keep in cells)
+        text = ", ".join(f"{pm(scores.minus(name, measured.policy, keep), '+')} at {keep:g}" for keep in cells)
         yield Line(about, "reported", text, "reported")
 
 
@@ -158,22 +164,25 @@ def not_worse(scores: Scores, policy: str, other: str, keep: float) -> bool:
     """Whether `policy` is not clearly behind: less KL, or a higher score, is better."""
     difference = scores.minus(policy, other, keep)
     behind = difference.mean if scores.value == "kl" else -difference.mean
-    return behind <= CLEAR * _error(difference)
+    return behind <= CLEAR * error_of(difference)
 
 
 def _difference(scores: Scores, policy: str, other: str, keep: float) -> str:
     """KL or exact answers of a policy minus another's."""
     difference = scores.minus(policy, other, keep)
-    return f"KL {_pm(difference, '+')}" if scores.value == "kl" else f"exact {_pm(difference, '+', 1)}"
+    return f"KL {pm(difference, '+')}" if scores.value == "kl" else f"exact {pm(difference, '+', 1)}"
 
 
-def _error(difference: Estimate) -> float:
+def error_of(difference: Estimate) -> float:
+    """Standard error, unknown for one sample: then nothing is clear."""
     return inf if isnan(difference.stderr) else difference.stderr
 
 
-def _met(yes: bool) -> Verdict:
+def verdict(yes: bool) -> Verdict:
+    """Of a criterion that was measured."""
     return "met" if yes else "missed"
 
 
-def _pm(one: Estimate, sign: str = "", digits: int = 4) -> str:
+def pm(one: Estimate, sign: str = "", digits: int = 4) -> str:
+    """A mean with its standard error."""
     return f"{one.mean:{sign}.{digits}f} ± {one.stderr:.{digits}f}"

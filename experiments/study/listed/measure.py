@@ -6,22 +6,26 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from experiments.study.config import Comparison, StudyConfig, name_of
-from experiments.study.listed.archive import read_archive
+from experiments.study.comparison import Comparison, Whom
+from experiments.study.config import StudyConfig, name_of
+from experiments.study.listed.archive import file_of, read_archive
 from experiments.study.listed.kl import best_by_kl, kl_scores
 from experiments.study.measure import Comparisons, samples
 from learnkv.data.haystack import essay
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.precisions import at_precision, at_precisions
+from learnkv.evaluation.results import FULL
+from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
 
-_OWN = frozenset({"policies", "best", "chosen_in"})
+_OWN = frozenset({"policies", "best", "chosen_in", "precision", "keep"})
 """Keys of a comparison that are not those of eval."""
 DOCSTRINGS = "docstrings"
 
 
 def measure_listed(study: Comparisons) -> None:
     """Every comparison; what earlier runs have measured is kept, those in the study's results too."""
-    earlier = read_archive(Path(study.config.out))
+    earlier = read_archive(Path(study.config.out) / file_of(study.config.name))
     for name, comparison in study.config.comparisons.items():
         if study.config.only and name not in study.config.only:
             continue
@@ -31,17 +35,35 @@ def measure_listed(study: Comparisons) -> None:
 
 def policies_of(study: Comparisons, comparison: Comparison) -> Mapping[str, Policy]:
     """The policies of a comparison by name, each once."""
-    config, names = study.config, dict[str, None]()
-    groups = {
-        "learned": (name_of(config.learned),),
-        "unseen": () if config.unseen is None else (name_of(config.unseen),),
-        "ablations": tuple(map(name_of, config.ablations)),
-        "baselines": tuple(study.baselines),
-    }
+    found = {FULL: load_policy(FULL).to(study.model.device)} if comparison.precision else {}
+    found = at_precisions(found, comparison.precision)
     for whom in comparison.policies:
-        names.update(dict.fromkeys(best(config, comparison) if whom == "best" else groups[whom]))
-    every = {**study.learned, **study.baselines}
-    return {name: every[name] for name in names}
+        found |= _group(study, comparison, whom)
+    return found
+
+
+def _group(study: Comparisons, comparison: Comparison, whom: Whom) -> Mapping[str, Policy]:
+    """The policies that one word of a comparison names."""
+    config = study.config
+    if whom == "best":
+        return {name: _named(study, name) for name in best(config, comparison)}
+    if whom == "uniform":
+        assert config.uniform is not None
+        return at_precisions({name_of(config.uniform): study.learned[name_of(config.uniform)]}, comparison.precision)
+    if whom == "baselines":
+        untrained = {name: policy for name, policy in study.baselines.items() if name not in config.trained}
+        if not comparison.precision:
+            return study.baselines
+        others = {name: policy for name, policy in study.baselines.items() if name not in untrained}
+        return {**at_precisions(untrained, comparison.precision), **others}
+    chosen = {"learned": (config.learned,), "unseen": (config.unseen,), "ablations": config.ablations}[whom]
+    return {name_of(one): study.learned[name_of(one)] for one in chosen if one is not None}
+
+
+def _named(study: Comparisons, name: str) -> Policy:
+    """One of the other methods, at a precision as in `kvzip@4`."""
+    method, _, precision = name.partition("@")
+    return at_precision(study.baselines[method], precision) if precision else study.baselines[method]
 
 
 def best(config: StudyConfig, comparison: Comparison) -> list[str]:
@@ -55,6 +77,7 @@ def keys_of(study: Comparisons, comparison: Comparison) -> EvalConfig:
     keys: dict[str, Any] = {
         field.name: getattr(comparison, field.name) for field in fields(comparison) if field.name not in _OWN
     }
+    keys["keep"] = comparison.keeps
     keys["samples"] = ceil(comparison.samples * study.config.portion)
     if "text" in comparison.tasks:
         keys["text"] = study.config.text or str(study.held_out("text.jsonl"))

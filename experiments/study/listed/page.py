@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from experiments.study.config import Comparison, name_of
+from experiments.study.comparison import Comparison
+from experiments.study.config import NAME, StudyConfig, name_of
 from experiments.study.criteria import Line
 from experiments.study.listed.criteria import Measured
 from experiments.study.listed.kl import exact_scores, kl_scores
-from experiments.study.page import COMMAND, FINDINGS
+from experiments.study.page import COMMAND
 from experiments.study.scores import LEARNED, Scores
 from learnkv.evaluation.panels import plus_minus, size, table
 from learnkv.evaluation.results import FULL, Record
@@ -20,7 +21,8 @@ def page(measured: Measured, criteria: Sequence[Line], commit: str, pictures: Se
     config = measured.config
     yield f"# The study on {config.model}"
     yield ""
-    yield f"Written by `{COMMAND} config={config.model}` at commit {commit}; all keys are in study.json."
+    named = config.model if config.name == NAME else f"{config.model}-{config.name}"
+    yield f"Written by `{COMMAND} config={named}` at commit {commit}; all keys are in {config.name}.json."
     yield f"`{measured.policy}` is the policy that ships as `--ckpt {config.learned}`."
     if config.unseen is not None:
         yield f"`{name_of(config.unseen)}` ships as `--ckpt {config.unseen}` and never saw a retrieval episode."
@@ -31,11 +33,14 @@ def page(measured: Measured, criteria: Sequence[Line], commit: str, pictures: Se
     yield "query-aware results are never in one table. ± is one standard error, of paired differences where policies"
     yield "are compared."
     yield ""
+    if config.in_bytes:
+        yield from _about_bytes(config)
     yield "Disjoint from every training: the evaluation's wording, its words, numbers and codes (one split of"
     yield "`learnkv.data.words`), its haystacks, its books, and its prompts, drawn with seeds that no training uses."
     yield ""
-    if (Path(config.out) / FINDINGS).is_file():
-        yield f"What was learned from it: [{FINDINGS}]({FINDINGS})."
+    findings = f"{config.name}_findings.md"
+    if (Path(config.out) / findings).is_file():
+        yield f"What was learned from it: [{findings}]({findings})."
         yield ""
     yield "## What must hold"
     yield ""
@@ -50,6 +55,15 @@ def page(measured: Measured, criteria: Sequence[Line], commit: str, pictures: Se
         yield "## Pictures"
         yield ""
         yield from (f"![{name}]({name})" for name in pictures)
+
+
+def _about_bytes(config: StudyConfig) -> Iterator[str]:
+    yield "A budget is a part of the bytes of a prompt's keys and values at 16 bits. Codes, scales, zeros, positions"
+    yield "and tables count, as they are held right after compression. `kvzip@4` ranks entries as kvzip does and has"
+    yield "them in 4 bits, `full@4` keeps every entry."
+    if config.uniform is not None:
+        yield f"`{name_of(config.uniform)}@4` has learned scores and budgets at a uniform precision."
+    yield ""
 
 
 def _comparison(measured: Measured, name: str, comparison: Comparison) -> Iterator[str]:
@@ -97,7 +111,7 @@ def _different(comparison: Comparison) -> str:
 def _table(scores: Scores, exact: Scores | None) -> Iterator[str]:
     """A row per policy, the best first: value (exact %) and the bytes that a prompt's entries take."""
     unit = "score" if scores.value == "score" else "KL" if exact is None else "KL (exact %)"
-    head = [unit, "prompts", *(f"keep {keep:g}" for keep in scores.keeps)]
+    head = [unit, "prompts", *(f"{scores.unit} {keep:g}" for keep in scores.keeps)]
     yield from table(
         head,
         (
@@ -105,6 +119,11 @@ def _table(scores: Scores, exact: Scores | None) -> Iterator[str]:
             for name in _ordered(scores)
         ),
     )
+    for name, records in scores.whole.items():
+        part = fmean(one["bytes"] / one["bytes_full"] for one in records)
+        value = plus_minus(scores.of_whole(name), "", 1 if scores.value == "score" else 4)
+        yield f"{name} keeps every entry, in {100 * part:.1f} % of the bytes: {unit.split(' ')[0]} {value}."
+        yield ""
 
 
 def _prompts(scores: Scores, name: str) -> str:

@@ -8,7 +8,7 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from learnkv.evaluation.results import FULL, Record
+from learnkv.evaluation.results import FULL, Record, budget_of
 
 DEPTHS = 5
 """Bins of a needle's place in the haystack."""
@@ -17,7 +17,7 @@ LEAST_KL = 1e-4
 
 
 def needle_heatmap(records: Sequence[Record], policies: Sequence[str]) -> Figure | None:
-    """KL by depth of the needle and length of the prompt, a panel per policy and kept fraction.
+    """KL by depth of the needle and length of the prompt, a panel per policy and budget.
 
     Returns:
         None without samples that know the depth of their needle.
@@ -26,15 +26,15 @@ def needle_heatmap(records: Sequence[Record], policies: Sequence[str]) -> Figure
     names = [name for name in policies if any(one["policy"] == name for one in known)]
     if not names:
         return None
-    keeps = sorted({one["keep"] for one in known}, reverse=True)
+    budgets = sorted(set(map(budget_of, known)), key=lambda budget: budget.order)
     lengths = sorted({one["length"] for one in known})
-    figure = Figure(figsize=(1.6 + 2.3 * len(keeps), 0.9 + 1.7 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), len(keeps), squeeze=False, sharex=True, sharey=True)
+    figure = Figure(figsize=(1.6 + 2.3 * len(budgets), 0.9 + 1.7 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), len(budgets), squeeze=False, sharex=True, sharey=True)
     for row, name in zip(axes, names, strict=True):
-        for axis, keep in zip(row, keeps, strict=True):
-            own = [one for one in known if one["policy"] == name and one["keep"] == keep]
+        for axis, budget in zip(row, budgets, strict=True):
+            own = [one for one in known if one["policy"] == name and budget_of(one) == budget]
             image = axis.imshow(_by_depth(own, lengths), vmin=-3, vmax=0.5, cmap="viridis_r", aspect="auto")
-            axis.set_title(f"{name}, keep {keep:g}", fontsize=9)
+            axis.set_title(f"{name}, {budget}", fontsize=9)
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
             axis.set_yticks(range(DEPTHS), _depth_labels(), fontsize=8)
         row[0].set_ylabel("depth of the needle")

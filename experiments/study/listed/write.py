@@ -1,4 +1,4 @@
-"""study.md, study.json and pictures of a study that lists its comparisons."""
+"""NAME.md, NAME.json and pictures of a study that lists its comparisons."""
 
 import json
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from experiments.method_comparison.tables import head
 from experiments.study.config import StudyConfig, name_of
 from experiments.study.criteria import Line
-from experiments.study.listed import pictures
-from experiments.study.listed.archive import FILE, write_archive
+from experiments.study.listed import byte_criteria, pictures
+from experiments.study.listed.archive import file_of, write_archive
 from experiments.study.listed.criteria import MAIN, Measured, lines
 from experiments.study.listed.kl import best_by_kl, kl_scores
 from experiments.study.listed.page import page
@@ -20,7 +20,7 @@ from experiments.study.report import report_of
 from learnkv.errors import UserError
 from learnkv.evaluation import pictures as of_eval
 from learnkv.evaluation.panels import panel_of
-from learnkv.evaluation.results import FULL, Record, prompt_key, rows_of
+from learnkv.evaluation.results import FULL, Record, budget_of, prompt_key, rows_of
 from learnkv.formats import duo, headkv
 from learnkv.formats.files import MODELS_WITH_TABLES, write_text
 from learnkv.persistence.policies import describe_policy_file
@@ -36,39 +36,40 @@ def write_listed(config: StudyConfig, resolved: str) -> None:
         raise UserError(f"output={config.output}: nothing has been measured yet, expected stages=measure first")
     out, commit = Path(config.out), config.commit or head()
     out.mkdir(parents=True, exist_ok=True)
-    criteria: list[Line] = list(lines(measured))
+    criteria: list[Line] = list(byte_criteria.lines(measured) if config.in_bytes else lines(measured))
     drawn = _draw(measured, out)
-    write_text(out / "study.md", "\n".join(page(measured, criteria, commit, drawn)).rstrip() + "\n")
+    write_text(out / f"{config.name}.md", "\n".join(page(measured, criteria, commit, drawn)).rstrip() + "\n")
     rows = {name: rows_of(records) for name, records in measured.records.items() if records}
     report = report_of(config, resolved, commit, criteria, rows)
-    write_text(out / "study.json", json.dumps(report) + "\n")
-    write_archive(out, measured.records)
+    write_text(out / f"{config.name}.json", json.dumps(report) + "\n")
+    archive = write_archive(out / file_of(config.name), measured.records)
     for line in criteria:
         print(f"{line.verdict:12} {line.about}: {line.measured}")
-    print("\n".join(str(out / name) for name in ("study.md", "study.json", FILE, *drawn)))
+    print("\n".join(str(out / file) for file in (f"{config.name}.md", f"{config.name}.json", archive.name, *drawn)))
 
 
 def _recorded(config: StudyConfig, name: str) -> list[Record]:
     """Samples of a comparison of policies in the study, on prompts that the full cache has finished."""
     known = {FULL, *map(describe_policy_file, config.methods), *map(name_of, config.variants)}
-    records = [one for one in samples(config.folder / name) if one["policy"] in known]
+    records = [one for one in samples(config.folder / name) if one["policy"].partition("@")[0] in known]
     prompts = {prompt_key(one) for one in records if one["policy"] == FULL}
     return [one for one in records if prompt_key(one) in prompts]
 
 
 def _draw(measured: Measured, out: Path) -> list[str]:
     """Gives the names of the files."""
-    figures: dict[str, Figure | None] = {"study-pareto.png": _main_result(measured)}
-    main = measured.records.get(MAIN, [])
-    figures["study-budgets.png"] = of_eval.heatmap(main, measured.policy)
-    heat = measured.records.get("heat-map", [])
-    figures["study-needles.png"] = pictures.needle_heatmap(heat, list(dict.fromkeys(one["policy"] for one in heat)))
-    figures["study-heads.png"] = _agreement(measured, main)
+    main, heat = (measured.records.get(name, []) for name in (MAIN, "heat-map"))
+    figures: dict[str, Figure | None] = {
+        "pareto": _main_result(measured),
+        "budgets": of_eval.heatmap(main, measured.policy),
+        "needles": pictures.needle_heatmap(heat, list(dict.fromkeys(one["policy"] for one in heat))),
+        "heads": _agreement(measured, main),
+    }
     names = []
-    for name, figure in figures.items():
+    for about, figure in figures.items():
         if figure is not None:
-            of_eval.save(figure, out / name)
-            names.append(name)
+            names.append(f"{measured.config.name}-{about}.png")
+            of_eval.save(figure, out / names[-1])
     return names
 
 
@@ -77,9 +78,12 @@ def _main_result(measured: Measured) -> Figure | None:
     shown: list[Record] = []
     for name in (MAIN, "generated", "text"):
         records = measured.records.get(name, [])
-        best = best_by_kl(kl_scores(records, measured.config), SHOWN) if name != "generated" else []
-        names = {FULL, measured.policy, *best} if best else {one["policy"] for one in records}
-        shown += [one for one in records if one["policy"] in names]
+        if not records:
+            continue
+        scores = kl_scores(records, measured.config)
+        best = best_by_kl(scores, SHOWN) if name != "generated" else []
+        names = {FULL, measured.policy, *scores.whole, *best, *measured.uniform(scores)}
+        shown += [one for one in records if not best or one["policy"] in names]
     lengths = {panel_of(one) for one in shown}
     return of_eval.pareto(rows_of(shown)) if lengths else None
 
@@ -89,8 +93,8 @@ def _agreement(measured: Measured, main: Sequence[Record]) -> Figure | None:
     own = [one for one in main if one["policy"] == measured.policy and "budgets" in one]
     if not own:
         return None
-    smallest = min(one["keep"] for one in own)
-    budgets = np.mean([one["budgets"] for one in own if one["keep"] == smallest], axis=0)
+    smallest = max(map(budget_of, own), key=lambda budget: budget.order)
+    budgets = np.mean([one["budgets"] for one in own if budget_of(one) == smallest], axis=0)
     return pictures.agreement(budgets, _head_scores(measured.config.model, budgets.shape))
 
 

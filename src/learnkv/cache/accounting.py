@@ -62,8 +62,12 @@ class Accounting(Cache, ABC):
 
     def narrow_token_nbytes(self) -> int:
         """Bytes of one token's keys and values of 16 bits, in all layers."""
-        sizes = [layer.sizes for layer in self.compressed_layers()]
-        return sum(2 * heads * (keys + values) for heads, keys, values in sizes)
+        return sum(2 * heads * (keys + values) for heads, keys, values in self.layer_sizes())
+
+    def layer_sizes(self) -> list[tuple[int, int, int]]:
+        """Kv heads, channels of keys and of values of every layer; of one that has read nothing yet the first's."""
+        layers = self.compressed_layers()
+        return [layer.sizes if layer.is_initialized else layers[0].sizes for layer in layers]
 
     def row_nbytes(self) -> list[int]:
         """Bytes of what is kept of each row's prompt: entries, positions and tables, the tail not counted."""

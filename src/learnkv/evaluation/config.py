@@ -6,24 +6,11 @@ from typing import Literal
 from learnkv.data.ruler_needles import Template
 from learnkv.data.words import Language
 from learnkv.errors import UserError
+from learnkv.evaluation.budget import Budget, bytes_budget
+from learnkv.evaluation.precisions import check_precisions
 
 Setting = Literal["query_agnostic", "query_aware"]
 Metric = Literal["generated", "forced"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """A fraction of the prompt's entries to keep, or entries per head on average."""
-
-    keep: float | None = None
-    tokens: int | None = None
-
-    def __str__(self) -> str:
-        return f"keep {self.keep:g}" if self.keep is not None else f"budget {self.tokens}"
-
-    def fraction(self, entries: int) -> float:
-        """The budget as a fraction of a prompt of `entries` tokens."""
-        return self.keep if self.keep is not None else min(1.0, (self.tokens or 0) / entries)
 
 
 @dataclass(frozen=True)
@@ -42,6 +29,10 @@ class EvalConfig:
         attn: transformers' attention implementation.
         keep: fractions of the prompt's entries to keep (default 0.5,0.25,0.1,0.05 where no budget is given).
         budget: entries to keep per head on average, in tokens.
+        bytes: what the cache of a prompt may take: fractions of its entries' bytes at 16 bits, as in 0.05, or numbers
+            of bytes, as in 64MB (1 MB = 1,024² bytes). Codes, scales, positions and tables count.
+        precision: bits (16, 8, 4, 3, 2, or K4V3 for keys and values) at which the baselines without training are run,
+            each at every one; with keep= or bytes=. Beside them the whole cache at fewer than 16.
         tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, or tables: a hub id or a jsonl, csv
             or parquet file with the columns context, question, answer_prefix, answer, task, max_new_tokens.
         lengths: prompt lengths in tokens, the answer included.
@@ -70,6 +61,8 @@ class EvalConfig:
     attn: str = "sdpa"
     keep: tuple[float, ...] = ()
     budget: tuple[int, ...] = ()
+    bytes: tuple[float | str, ...] = ()
+    precision: tuple[int | str, ...] = ()
     tasks: tuple[str, ...] = ("ruler",)
     lengths: tuple[int, ...] = (1024,)
     setting: tuple[Setting, ...] = ("query_agnostic",)
@@ -100,10 +93,21 @@ class EvalConfig:
         for key in ("tasks", "lengths", "setting"):
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected at least one, got none")
+        self._check_precision()
+        assert self.budgets  # a malformed one raises
+
+    def _check_precision(self) -> None:
+        """UserError for a precision that there is not, or with nothing that could be run at it."""
+        check_precisions(self.precision)
+        typed = f"precision={','.join(map(str, self.precision))}"
+        if self.precision and not self.baselines:
+            raise UserError(f"{typed}: expected baselines= to run at it, got none")
+        if self.precision and (self.budget or not (self.keep or self.bytes)):
+            raise UserError(f"{typed}: expected keep= or bytes=, got {'budget=' if self.budget else 'neither'}")
 
     @property
     def budgets(self) -> list[Budget]:
-        """The budgets of every policy, largest first."""
-        keeps = self.keep or (() if self.budget else (0.5, 0.25, 0.1, 0.05))
-        fractions = [Budget(keep=keep) for keep in sorted(set(keeps), reverse=True)]
-        return fractions + [Budget(tokens=tokens) for tokens in sorted(set(self.budget), reverse=True)]
+        """The budgets of every policy, by kind, the largest first."""
+        keeps = self.keep or (() if self.budget or self.bytes else (0.5, 0.25, 0.1, 0.05))
+        entries = [*(Budget(keep=keep) for keep in keeps), *(Budget(tokens=tokens) for tokens in self.budget)]
+        return sorted({*entries, *map(bytes_budget, self.bytes)}, key=lambda budget: budget.order)

@@ -21,7 +21,7 @@ from learnkv.evaluation.panels import (
     table,
 )
 from learnkv.evaluation.report import MISSING
-from learnkv.evaluation.results import FULL, Kind
+from learnkv.evaluation.results import FULL, SCHEMA, Kind, upgraded
 from learnkv.formats.files import read_json, write_text
 
 FORMATS = (".md", ".csv", ".tex")
@@ -93,15 +93,16 @@ def read(folder: str) -> Evaluation:
         raise UserError(f"folders={folder}: expected the folder of an evaluation, it has no {RESULTS}")
     results = read_json(path)
     if not _is_evaluation(results):
-        raise UserError(f"folders={folder}: expected {RESULTS} of learnkv eval (schema 1) with rows")
-    model, environment, rows = (results[key] for key in ("model", "environment", "rows"))
+        raise UserError(f"folders={folder}: expected {RESULTS} of learnkv eval (schema 1 or {SCHEMA}) with rows")
+    model, environment = results["model"], results["environment"]
+    rows = list(map(upgraded, results["rows"]))
     return Evaluation(folder, model, environment, rows, results.get("notes", []))
 
 
 def _is_evaluation(results: Any) -> bool:
     """Whether parsed JSON is what an evaluation writes."""
     kinds = {"model": str, "environment": dict, "rows": list}
-    if not isinstance(results, dict) or results.get("schema") != 1:
+    if not isinstance(results, dict) or results.get("schema") not in range(1, SCHEMA + 1):
         return False
     if not all(results.get(key) and isinstance(results[key], kind) for key, kind in kinds.items()):
         return False

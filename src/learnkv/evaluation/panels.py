@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-from learnkv.evaluation.results import Estimate, Kind, kind_of, mean_of_tasks
+from learnkv.evaluation.budget import WHOLE
+from learnkv.evaluation.results import FULL, Estimate, Kind, budget_of, kind_of, mean_of_tasks
 
 Row = Mapping[str, Any]
 TITLES = {
@@ -44,7 +45,29 @@ def panel_of(result: Mapping[str, Any]) -> Panel:
 
 def budget_label(row: Row) -> str:
     """The budget of a row or record as the heading of a column."""
-    return f"keep {row['keep']:g}" if row["budget"] is None else f"budget {row['budget']}"
+    return str(budget_of(row))
+
+
+def is_whole(row: Row) -> bool:
+    """Whether a row is about a cache that was asked to keep every entry, at whatever precision."""
+    return budget_of(row) == WHOLE
+
+
+def by_axis(rows: Iterable[Row]) -> dict[bool, list[Row]]:
+    """Rows of budgets of entries (False) and of bytes (True), each with the full cache's.
+
+    Where there are budgets of bytes, policies that keep every entry and have none are beside them.
+    """
+    listed = list(rows)
+    in_bytes = {row["policy"] for row in listed if budget_of(row).bytes is not None}
+    groups: dict[bool, list[Row]] = {False: [], True: []}
+    for row in listed:
+        if row["policy"] == FULL:
+            continue
+        whole = is_whole(row) and row["policy"] not in in_bytes
+        groups[bool(in_bytes) and (whole or budget_of(row).bytes is not None)].append(row)
+    full = [row for row in listed if row["policy"] == FULL]
+    return {axis: [*full, *group] for axis, group in groups.items() if group} or {False: full}
 
 
 def size(count: float) -> str:
@@ -79,8 +102,8 @@ def budget_labels(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(budget_label(row) for row in sorted(rows, key=_by_budget)))
 
 
-def _by_budget(row: Row) -> tuple[bool, float]:
-    return row["budget"] is not None, -(row["keep"] if row["budget"] is None else row["budget"])
+def _by_budget(row: Row) -> tuple[int, float]:
+    return budget_of(row).order
 
 
 def _number(stderr: float | None) -> float:

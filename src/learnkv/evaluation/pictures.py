@@ -1,5 +1,6 @@
 """Figures of a comparison: quality against bytes, and a learned policy's budgets by layer and head."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from learnkv.evaluation.panels import Row, budget_label, grouped, mean, panels, score_of, size
+from learnkv.evaluation.panels import Row, budget_label, by_axis, grouped, is_whole, mean, panels, score_of, size
 from learnkv.evaluation.report import LEARNED
 from learnkv.evaluation.results import FULL, Kind, Record
 from learnkv.formats.files import atomic_write
@@ -16,6 +17,7 @@ MARKERS = "osD^vP*X<>hd"
 LINES = ("-", "--", ":")
 """One round of colours per line style."""
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf", "#e377c2", "#7f7f7f", "#bcbd22")
+HELD = "bytes held per prompt (log)"
 NAMES_PER_COLUMN = 20
 """Names of the legend that fit beside a panel."""
 MOST_LABELLED = 128
@@ -23,8 +25,11 @@ MOST_LABELLED = 128
 
 
 def pareto(rows: Sequence[Row]) -> Figure:
-    """Score or KL against bytes per prompt, a panel per kind, setting and length, a line per policy."""
-    groups = panels(rows)
+    """Score or KL against bytes per prompt, a panel per kind, setting and length, a line per policy.
+
+    Budgets of bytes have panels of their own, with the part of the full cache's bytes at 16 bits across.
+    """
+    groups = [(panel, *axis) for panel, chosen in panels(rows).items() for axis in by_axis(chosen).items()]
     across = min(len(groups), 3)
     down = -(-len(groups) // across)
     columns = 1 + len({row["policy"] for row in rows}) // NAMES_PER_COLUMN
@@ -34,8 +39,8 @@ def pareto(rows: Sequence[Row]) -> Figure:
     for unused in grid[len(groups) :]:
         unused.remove()
     order = sorted({row["policy"] for row in rows} - {FULL}, key=lambda name: (not name.startswith(LEARNED), name))
-    for axis, (panel, group) in zip(axes, groups.items(), strict=True):
-        _panel(axis, group, order, panel.kind)
+    for axis, (panel, in_bytes, group) in zip(axes, groups, strict=True):
+        _panel(axis, group, order, panel.kind, in_bytes)
         title = panel.title.replace(": ", "\n").replace("; ", "\n")
         axis.set_title(f"{title} ({panel.length:,} tokens)", fontsize=10)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -43,30 +48,41 @@ def pareto(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind) -> None:
+def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind, in_bytes: bool) -> None:
     by_policy = grouped(rows)
     (full,) = by_policy.pop(FULL).values()
     if kind == "generated":
         _full_cache_line(axis, full)
+    elif in_bytes:
+        axis.axvline(1, color="black", linestyle="--", linewidth=1, label="full cache")  # its KL is 0
     ticks: dict[str, list[float]] = {}
     for index, name in enumerate(order):
-        cells = by_policy.get(name, {})
-        _policy_line(axis, index, name, list(cells.values()), kind)
+        if not (cells := by_policy.get(name, {})):
+            continue
+        if in_bytes and all(map(is_whole, itertools.chain(*cells.values()))):
+            _whole_cache_lines(axis, index, name, list(cells.values()), kind)
+            continue
+        _policy_line(axis, index, name, list(cells.values()), kind, in_bytes)
         for column, cell in cells.items():
-            ticks.setdefault(column, []).append(mean(cell, "bytes"))
+            ticks.setdefault(column, []).append(_held(cell, in_bytes))
     axis.set_xscale("log")
     medians = {column: float(np.median(sizes)) for column, sizes in ticks.items()}  # some methods keep the whole cache
-    axis.set_xticks(
-        list(medians.values()), [f"{column}\n{size(median)}" for column, median in medians.items()], fontsize=8
-    )
+    shown = (f"{100 * median:.3g} %" if in_bytes else size(median) for median in medians.values())
+    labels = [f"{column}\n{value}" for column, value in zip(medians, shown, strict=True)]
+    axis.set_xticks(list(medians.values()), labels, fontsize=8)
     axis.set_xticks([], minor=True)
-    axis.set_xlabel("bytes held per prompt (log)")
+    axis.set_xlabel("bytes held per prompt, part of the full cache's at 16 bits (log)" if in_bytes else HELD)
     axis.set_ylabel("KL to the full cache, nats per token (log)" if kind != "generated" else "score, mean over tasks")
     if kind != "generated":
         axis.set_yscale("log")
     else:
         axis.set_ylim(-2, 104)
     axis.grid(True, linewidth=0.4, alpha=0.5)
+
+
+def _held(rows: Sequence[Row], in_bytes: bool) -> float:
+    """Bytes per prompt, or the part of the full cache's at 16 bits."""
+    return mean(rows, "bytes") / (mean(rows, "bytes_full") if in_bytes else 1)
 
 
 def _full_cache_line(axis: Axes, rows: Sequence[Row]) -> None:
@@ -76,10 +92,19 @@ def _full_cache_line(axis: Axes, rows: Sequence[Row]) -> None:
     axis.text(0.01, best - 1, label, transform=axis.get_yaxis_transform(), va="top", fontsize=8)
 
 
-def _policy_line(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row]], kind: Kind) -> None:
+def _whole_cache_lines(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row]], kind: Kind) -> None:
+    """What a cache of all entries in fewer bits is worth, and its part of the full cache's bytes."""
+    for rows in cells:
+        value = score_of(rows).mean if kind == "generated" else mean(rows, "kl")
+        axis.axhline(value, color=COLOURS[index % len(COLOURS)], linestyle="-.", linewidth=1, label=name)
+        label = f"{name}: {value:.3g} with {100 * _held(rows, True):.3g} %"
+        axis.text(0.99, value, label, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+
+
+def _policy_line(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row]], kind: Kind, in_bytes: bool) -> None:
     learned = name.startswith(LEARNED)
     axis.errorbar(
-        [mean(cell, "bytes") for cell in cells],
+        [_held(cell, in_bytes) for cell in cells],
         [score_of(cell).mean if kind == "generated" else mean(cell, "kl") for cell in cells],
         yerr=None if kind != "generated" else np.nan_to_num([score_of(cell).stderr for cell in cells]),
         label=name,

@@ -1,12 +1,12 @@
 """`results.md`: tables of a comparison."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.panels import (
     TITLES,
     Row,
-    budget_label,
     budget_labels,
     grouped,
     mean,
@@ -17,7 +17,16 @@ from learnkv.evaluation.panels import (
     size,
     table,
 )
-from learnkv.evaluation.results import FULL, Record, estimate, kind_of, mean_of_tasks, paired_difference, prompt_key
+from learnkv.evaluation.results import (
+    FULL,
+    Record,
+    budget_of,
+    estimate,
+    kind_of,
+    mean_of_tasks,
+    paired_difference,
+    prompt_key,
+)
 
 LEARNED = "learned"
 EVERY_TASK = "## Every task"
@@ -141,14 +150,13 @@ def _differences(
     records: Sequence[Record], baselines: Mapping[str, str], title: str, value: str = "score"
 ) -> Iterator[str]:
     """Learned policies minus heuristics at the same budgets."""
-    by_policy: dict[str, dict[tuple[Any, Any], list[Record]]] = {}
+    by_policy: dict[str, dict[Budget, list[Record]]] = {}
     for record in records:
         if record["policy"] != FULL:
-            by_budget = by_policy.setdefault(record["policy"], {})
-            by_budget.setdefault((record["keep"], record["budget"]), []).append(record)
-    heuristics = [name for name in by_policy if not name.startswith(LEARNED)]
+            by_policy.setdefault(record["policy"], {}).setdefault(budget_of(record), []).append(record)
     for name in by_policy:
-        if name in heuristics or not heuristics:
+        heuristics = _heuristics(by_policy, by_policy[name])
+        if not name.startswith(LEARNED) or not heuristics:
             continue
         yield f"### {title}: {name} minus heuristic, paired by prompt"
         yield ""
@@ -159,8 +167,13 @@ def _differences(
             rows.append([label, *(_pair(by_policy[name][c], by_policy[other].get(c, ()), value) for c in columns)])
         winners = [_best({other: by_policy[other].get(c, []) for other in heuristics}, value) for c in columns]
         rows.append(["best heuristic", *winners])
-        headings = [budget_label(by_policy[name][c][0]) for c in columns]
-        yield from table(["minus", *headings], rows)
+        yield from table(["minus", *map(str, columns)], rows)
+
+
+def _heuristics(by_policy: Mapping[str, Mapping[Budget, Any]], budgets: Collection[Budget]) -> list[str]:
+    """Policies without training; those that keep every entry where one of `budgets` does."""
+    heuristics = [name for name in by_policy if not name.startswith(LEARNED)]
+    return [name for name in heuristics if by_policy[name].keys() != {WHOLE} or WHOLE in budgets]
 
 
 def _pair(records: Sequence[Record], others: Sequence[Record], value: str) -> str:

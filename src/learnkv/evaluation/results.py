@@ -6,12 +6,18 @@ from math import exp, nan, sqrt
 from statistics import fmean, variance
 from typing import Any, Literal, NamedTuple
 
+from learnkv.evaluation.budget import Budget
+
 Record = Mapping[str, Any]
 FULL = "full"
 Kind = Literal["generated", "forced", "text"]
 
 
-GROUP = ("policy", "metric", "task", "length", "setting", "keep", "budget")
+SCHEMA = 2
+"""Of `results.json`."""
+ADDED: Mapping[str, Any] = {"metric": "generated", "bytes_budget": None, "asked_bytes": None, "precision": None}
+"""Keys that samples and rows of earlier versions lack, and what holds for these."""
+GROUP = ("policy", "metric", "task", "length", "setting", "keep", "budget", "bytes_budget")
 """Keys that the samples of a row have in common."""
 
 
@@ -43,11 +49,30 @@ def rows_of(records: Iterable[Record]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     full: dict[tuple[Any, ...], Record] = {}
-    for record in records:
+    for record in map(upgraded, records):
         groups[tuple(record[key] for key in GROUP)].append(record)
         if record["policy"] == FULL:
             full[prompt_key(record)] = record
     return [_row(group, [full[prompt_key(record)] for record in group]) for group in groups.values()]
+
+
+def upgraded(result: Record) -> dict[str, Any]:
+    """A sample or a row, also of an earlier version, with the keys of this one."""
+    return {**ADDED, **result}
+
+
+def budget_of(result: Record) -> Budget:
+    """The budget of a sample or a row."""
+    result = upgraded(result)
+    if result["bytes_budget"] is not None:
+        return Budget(bytes=result["bytes_budget"])
+    return Budget(keep=result["keep"]) if result["budget"] is None else Budget(tokens=result["budget"])
+
+
+def _keep_of(group: list[Record]) -> float | None:
+    """Fraction of the entries that was asked for; None where bytes were."""
+    keep: float | None = group[0]["keep"]
+    return keep if group[0]["budget"] is None else fmean(record["asked"] for record in group)
 
 
 def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
@@ -59,8 +84,11 @@ def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
         "task": first["task"],
         "length": first["length"],
         "setting": first["setting"],
-        "keep": first["keep"] if first["keep"] is not None else fmean(record["asked"] for record in group),
+        "keep": _keep_of(group),
         "budget": first["budget"],
+        "bytes_budget": first["bytes_budget"],
+        "asked_bytes": None if first["asked_bytes"] is None else round(fmean(r["asked_bytes"] for r in group)),
+        "precision": first["precision"],
         "spent": fmean(record["spent"] for record in group),
         "read": fmean(record.get("read", record["spent"]) for record in group),
         "prefills": fmean(record.get("prefills", 1.0) for record in group),

@@ -14,7 +14,8 @@ from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.folder import check_folder, evaluation_folder
-from learnkv.evaluation.results import FULL, Record, rows_of
+from learnkv.evaluation.precisions import at_precisions
+from learnkv.evaluation.results import FULL, SCHEMA, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tabled import tabled
@@ -22,7 +23,7 @@ from learnkv.formats.files import write_text
 from learnkv.inference.attention import attach
 from learnkv.inference.fingerprint import describe_with_weights
 from learnkv.inference.models import context_length, describe_model, load_model
-from learnkv.persistence.methods import select_methods
+from learnkv.persistence.methods import kinds_of, select_methods
 from learnkv.persistence.policies import describe_policy_file, load_policy
 from learnkv.policy.policy import Policy
 
@@ -63,18 +64,30 @@ def policy_paths(config: EvalConfig) -> list[str]:
 
 
 def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
-    """The policies of `ckpt` and `baselines` by their names in tables, without the full cache, which is always run."""
-    policies: dict[str, Policy] = {}
+    """The policies of `ckpt` and `baselines` by their names in tables, without the full cache, which is always run.
+
+    Baselines without training are at the precisions of `precision`, where there are some, and with them the full cache.
+    """
     described = describe_with_weights(model)
+    loaded: dict[str, Policy] = {}
     for path in policy_paths(config):
         policy = load_policy(path, config.allow, described).to(model.device)
         name = describe_policy_file(path)
         if name == FULL:
             continue
-        if name in policies:
+        if name in loaded:
             raise UserError(f"ckpt={path}: a second policy that is called {name}, expected files of different names")
-        policies[name] = policy
-    return policies
+        loaded[name] = policy
+    return _at_precisions(config, loaded, load_policy(FULL).to(model.device)) if config.precision else loaded
+
+
+def _at_precisions(config: EvalConfig, loaded: Mapping[str, Policy], whole: Policy) -> dict[str, Policy]:
+    """The policies as they are, without the baselines that have no training: these, and `whole`, at every precision."""
+    alone = set(map(describe_policy_file, config.ckpt))
+    baselines = set(map(describe_policy_file, select_methods(config.baselines)))
+    uniform = {name: each for name, each in loaded.items() if name in baselines and "trained" not in kinds_of(each)}
+    others = {name: each for name, each in loaded.items() if name in alone or name not in uniform}
+    return {**others, **at_precisions({FULL: whole, **uniform}, config.precision)}
 
 
 def write_report(output: Path, model: Any, policies: Mapping[str, Policy], records: Sequence[Record]) -> None:
@@ -82,7 +95,7 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
     rows = rows_of(records)
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
-    result = {"schema": 1, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
+    result = {"schema": SCHEMA, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
     write_text(output / "results.json", json.dumps(result, indent=1) + "\n")
     text = report.markdown(name, rows, records, runner.baselines_of(policies))
     write_text(output / "results.md", "\n\n".join([text.rstrip("\n"), *notes]) + "\n" if notes else text)

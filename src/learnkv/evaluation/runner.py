@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
-from learnkv.evaluation.config import Budget
+from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.cost import Cost, measured, now
 from learnkv.evaluation.keys import policy_digest
 from learnkv.evaluation.results import FULL, Record
@@ -42,16 +42,18 @@ class Job:
     def slot(self, prompt: Prompt) -> dict[str, Any]:
         """The keys `SLOT` of a record of this job on a prompt."""
         about = (self.name, prompt.metric, prompt.task, prompt.length, prompt.setting, prompt.index)
-        return dict(zip(SLOT, (*about, self.budget.keep, self.budget.tokens), strict=True))
+        budget = (self.budget.keep, self.budget.tokens, self.budget.bytes)
+        return dict(zip(SLOT, (*about, *budget), strict=True))
 
 
 def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget]) -> list[Job]:
-    """The full cache, then every policy at every budget."""
+    """The full cache, then every policy at every budget; one that evicts nothing is measured once, at keep=1."""
     conditions = hashlib.sha256(f"{model_digest(model)}{rooms_digest()}".encode()).hexdigest()[:20]
-    jobs = [Job(FULL, None, Budget(keep=1.0), f"{conditions}{FULL}", conditions)]
+    jobs = [Job(FULL, None, WHOLE, f"{conditions}{FULL}", conditions)]
     for name, policy in policies.items():
         digest = policy_digest(policy)
-        jobs += [Job(name, policy, budget, f"{conditions}{digest}{budget}", conditions) for budget in budgets]
+        own = [WHOLE] if policy.scorer is None and policy.pages is None else budgets
+        jobs += [Job(name, policy, budget, f"{conditions}{digest}{budget!r}", conditions) for budget in own]
     return jobs
 
 
@@ -131,7 +133,7 @@ def _measured(
                     fork = _compressed(policy, cache, job)
                 seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
                 _release_captured(fork)
-                sizes = _sizes(fork, policy)
+                sizes = _sizes(fork, policy, job.budget)
                 with measured(model.device) as decode:
                     scores, _ = family.measure(model, prompts, fork, full)
             cost = _cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
@@ -141,7 +143,7 @@ def _measured(
 def _compressed(policy: Policy, cache: CompressedCache, job: Job) -> CompressedCache:
     """A compressed fork of a cache; an error names the policy, one of many."""
     try:
-        return policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens)
+        return policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens, bytes=job.budget.bytes)
     except UserError as error:
         raise UserError(f"{job.name}: {error}") from None
 
@@ -181,7 +183,11 @@ def _full_sizes(cache: CompressedCache) -> list[dict[str, Any]]:
     """Sizes of each row in the full cache, without padding."""
     tokens = sum(cache.prompt_lengths)
     sizes = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
-    return [{"spent": 1.0, "read": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size} for size in sizes]
+    bits = str(8 * cache.compressed_layers()[0].dtype.itemsize)
+    return [
+        {"spent": 1.0, "read": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size, "precision": bits}
+        for size in sizes
+    ]
 
 
 def _release_captured(cache: CompressedCache) -> None:
@@ -191,26 +197,31 @@ def _release_captured(cache: CompressedCache) -> None:
             layer.capture.forget()
 
 
-def _sizes(cache: CompressedCache, policy: Policy) -> list[dict[str, Any]]:
+def _sizes(cache: CompressedCache, policy: Policy, budget: Budget) -> list[dict[str, Any]]:
     """Sizes of each row in a compressed cache, and the passes it took.
 
-    The bytes of a batch are split over its rows in proportion to the entries they kept.
+    Bytes are those of each row where entries are stored in fewer bits or bytes were asked for; else those of the batch
+    are split over its rows in proportion to the entries they kept.
     """
     with_budgets = any(True for _ in policy.parameters())
     sizes, kept = _full_sizes(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
+    own = cache.row_nbytes() if budget.bytes is not None or policy.precision is not None else None
     for row, size in enumerate(sizes):
         extra_tokens = sum(cache.extra_pass_tokens[extra][row] for extra in policy.capture_spec.extra_passes)
         size["spent"], size["read"] = cache.spent[row], cache.read[row]
         size["prefills"] = 1 + extra_tokens / cache.prompt_lengths[row]
-        size["bytes"] = cache.nbytes * kept[row] / sum(kept)
+        size["bytes"] = cache.nbytes * kept[row] / sum(kept) if own is None else own[row]
+        if own is not None:
+            size["precision"] = policy.precision_name
         if with_budgets and cache.budgets is not None:
             size["budgets"] = (cache.budgets[:, row] / cache.prompt_lengths[row]).tolist()
     return sizes
 
 
 def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
-    fraction = job.budget.fraction(len(prompt.prefill_ids))
-    record = {**job.slot(prompt), "asked": fraction, **sizes, "haystack": prompt.haystack}
+    full, budget = sizes["bytes_full"], job.budget
+    asked = {"asked": budget.fraction(len(prompt.prefill_ids), full), "asked_bytes": budget.asked_bytes(full)}
+    record = {**job.slot(prompt), **asked, **sizes, "haystack": prompt.haystack}
     expected, depth = (None, None) if prompt.sample is None else (prompt.sample.answers, prompt.sample.depth)
     digests = {"prompt_digest": prompt.digest[:20], "conditions_digest": job.conditions}
     return {

@@ -87,3 +87,8 @@ class _Features(Allocator):
 
     def split(self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None) -> Tensor:
         return self.base.split(scores, features, budget, baseline)
+
+    def ranking(
+        self, scores: Tensor, features: Tensor | None, budget: Tensor, baseline: Baseline | None
+    ) -> Tensor | None:
+        return self.base.ranking(scores, features, budget, baseline)

@@ -14,7 +14,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 PACKAGE = "learnkv"
-ROOMS = ("cache", "core", "inference", "ops", "policy")
+ROOMS = ("cache", "codecs", "core", "inference", "ops", "policy", "precision")
 """Rooms whose files every sample depends on."""
 METHODS = ("allocators", "formats", "pages", "scorers")
 """Rooms of which a sample depends on the files that its policy imports."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from learnkv.formats.files import write_text
 
-SLOT = ("policy", "metric", "task", "length", "setting", "index", "keep", "budget")
+SLOT = ("policy", "metric", "task", "length", "setting", "index", "keep", "budget", "bytes_budget")
 """Keys that identify a sample; its `fingerprint` is a hash of the conditions under which it was measured."""
 
 

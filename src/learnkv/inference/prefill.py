@@ -16,7 +16,7 @@ from learnkv.inference.attention import attach
 from learnkv.inference.extra_passes import run_extra_pass, scores_of
 from learnkv.inference.models import context_length, describe_model
 from learnkv.inference.token_ids import check_ids, check_mask
-from learnkv.policy.budget import check_budget
+from learnkv.policy.byte_budget import ByteCount
 from learnkv.policy.layerwise import compress_when_read
 from learnkv.policy.policy import Policy
 
@@ -33,6 +33,7 @@ def prefill(
     policy: Policy | None = None,
     keep: float | None = None,
     budget: float | None = None,
+    bytes: ByteCount | None = None,
     sample: HiddenSample | None = None,
 ) -> CompressedCache:
     """Read prompts with full attention and return a cache of all entries, or of those that `policy` keeps.
@@ -45,8 +46,9 @@ def prefill(
         window: last queries to capture for scorers, at least.
         policies: policies that will compress forks of the cache. What they need beside keys and values is captured, and
             their extra passes over the prompt are run.
-        policy: compress to `keep` or `budget`. With a static or sequential allocator every layer is evicted as soon as
-            it has read the end of the prompt; without chunks, only one layer at a time holds all of its entries.
+        policy: compress to `keep`, `budget` or `bytes`, as of `Policy.compress`. With a static or sequential allocator
+            every layer is evicted as soon as it has read the end of the prompt; without chunks, only one layer at a
+            time holds all of its entries.
         sample: tokens whose hidden states trained scorers get gradients from; None: the default of `HiddenSample`.
 
     Raises:
@@ -57,7 +59,7 @@ def prefill(
         raise UserError(f"chunk_size={chunk_size}: expected at least 1 token")
     attach(model)
     if policy is not None:
-        check_budget(keep, budget)
+        policy.check_spend(keep, budget, bytes)
         policies = [*policies, policy]
     policies = _checked_policies(policies)
     described = describe_model(model)
@@ -68,19 +70,18 @@ def prefill(
     cache.set_prompt(lengths)
     cache.token_ids = (input_ids, input_ids[:, :0])
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-    one_shot = policy if policy is not None and policy.reads_once and keep != 1 else None
+    one_shot = policy if policy is not None and policy.reads_once and (keep != 1 or policy.precision) else None
     slots = input_ids.shape[1]
-    step = chunk_size or slots
-    for begin in range(0, slots, step):
+    for begin in range(0, slots, step := chunk_size or slots):
         end = min(begin + step, slots)
         if one_shot is not None and end == slots:
-            compress_when_read(one_shot, cache, keep, budget)
+            compress_when_read(one_shot, cache, keep, budget, bytes)
         _read_chunk(model, cache, input_ids, mask, slice(begin, end))
     read = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     for prompt_pass in capture_spec.extra_passes:
         run_extra_pass(model, cache, prompt_pass, input_ids, read)
     cache.seal()
-    return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget)
+    return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget, bytes)
 
 
 def _checked_policies(policies: Iterable[Policy]) -> list[Policy]:

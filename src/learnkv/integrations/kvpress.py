@@ -72,6 +72,7 @@ class LearnKVPress(BasePress):
             "pages": policy.pages,
             "evict_interval": policy.evict_interval,
             "rerotate": policy.rerotate,
+            "precision": policy.precision,
             "an adapter": policy.adapter,
         }
         if unsupported := [name for name, value in options.items() if value]:

@@ -218,7 +218,7 @@ def describe_policy_file(path: str | Path) -> str:
     """Name of a policy in tables: the file name of a heuristic, `learned` or `learned-RUN` for a trained one."""
     file = Path(path).expanduser()
     if str(path) in SHIPPED and not file.exists():
-        return "learned-text" if str(path).endswith("-text") else "learned"
+        return f"learned{''.join(str(path).partition('-')[1:])}"
     if hub.is_repository(str(path)):
         name = str(path).partition("@")[0].rpartition("/")[2]
     elif file.suffix != ".ckpt" and not file.is_dir():

@@ -127,7 +127,7 @@ class ByteBudget:
         layers, parsed = cache.compressed_layers(), parse_bytes(byte_count)
         whole = [cache.narrow_token_nbytes() * n for n in cache.prompt_lengths]
         asked = [math.floor(parsed * row) if isinstance(parsed, float) else parsed for row in whole]
-        dims = [layer.sizes[1] for layer in layers]
+        dims = [channels for _, channels, _ in cache.layer_sizes()]
         return cls(precision, asked, layers[0].heads, dims, layers[0].dtype.itemsize)
 
     @property

@@ -202,6 +202,12 @@ class Policy(Component):
         """Raise UserError for a model of other sizes than a learned component was made for."""
         check_sizes(self, self.trained_for, sizes, model)
 
+    def check_spend(self, keep: float | None, budget: float | None, byte_count: ByteCount | None) -> None:
+        """Raise UserError unless exactly one kind of budget is given, in range, that the policy can spend."""
+        check_spend(keep, budget, byte_count, self.precision)
+        if byte_count is not None:
+            check_countable(byte_count, self.pages, None if self.online is None else self.online.planner.scorer)
+
     def compress(
         self,
         cache: CompressedCache,
@@ -216,13 +222,11 @@ class Policy(Component):
         Args:
             cache, keep, budget, bytes: as for `plan`.
         """
-        check_spend(keep, budget, bytes, self.precision)
+        self.check_spend(keep, budget, bytes)
         cache.seal()
         if keep == 1 and self.precision is None:
             return cache
-        if bytes is not None:
-            check_countable(bytes, self.pages, None if self.online is None else self.online.planner.scorer)
-        if self.scorer is not None or self.precision is not None:
+        if self.scorer is not None or self.precision is not None or bytes is not None:
             with torch.no_grad():
                 plan = self.plan(cache, keep, budget, bytes)
                 self.schedule(cache, keep, budget, self.byte_budget(cache, bytes))
@@ -275,7 +279,7 @@ class Policy(Component):
             soft: multiply every entry's softmax weight by its soft gate instead, and evict nothing later; this is not
                 what is deployed.
         """
-        check_spend(keep, budget, bytes, self.precision)
+        self.check_spend(keep, budget, bytes)
         if self.rerotate is not None:
             raise UserError(f"rerotate={self.rerotate}: expected none in training, where evicted keys stay in place")
         if self.pages is not None:
