@@ -19,7 +19,10 @@ from learnkv.scorers import ExpectedAttention, SnapKV
 
 
 def test_all_is_every_yaml_but_the_full_cache() -> None:
-    assert {*select_methods(), FULL} == {path.stem for path in (CONFIGS / "policies").glob("*.yaml")}
+    of_bytes = select_methods(["precision"])
+    assert of_bytes == ["kivi", "quantized_4bit", "rdkv", "turboquant"]
+    assert {*select_methods(), *of_bytes, FULL} == {path.stem for path in (CONFIGS / "policies").glob("*.yaml")}
+    assert not {*select_methods()} & {*of_bytes}
     assert select_methods(["all"]) == sorted(select_methods())
 
 

@@ -43,8 +43,8 @@ class StoredTier:
             queries: [B, H*G, W, D] last queries of the prompt, for codecs that need them.
             carried: which of the N entries are stored already.
         """
-        rows = len(segment.offset)
-        by_row = queries.reshape(rows, -1, *queries.shape[2:]) if queries.shape[2] else None
+        count = len(segment.offset)
+        by_row = queries.reshape(count, -1, *queries.shape[2:]) if queries.shape[2] else None
         entries = Rows(segment.offset, segment.length, layer_idx, by_row)
         keys = level.keys.encode(_narrow(level.keys, segment.keys), entries)
         values = level.values.encode(_narrow(level.values, segment.values), entries)
@@ -53,8 +53,8 @@ class StoredTier:
             _move(carried.tier.values, values, carried.places)
         offset, length = (table.to(torch.int32) for table in (segment.offset, segment.length))
         nothing, longest = segment.keys.new_empty(0, segment.keys.shape[-1]), max(keys.entries, default=0)
-        held = replace(segment, keys=nothing, values=nothing, offset=offset, length=length, longest=longest)
-        return cls(level, keys, values, held, heads)
+        rows = replace(segment, keys=nothing, values=nothing, offset=offset, length=length, longest=longest)
+        return cls(level, keys, values, rows, heads)
 
     def arguments(self, dtype: torch.dtype) -> Tier:
         """The tier as ops take it: codes, or decoded entries of `dtype`."""
@@ -62,8 +62,8 @@ class StoredTier:
             codec.codes(part) or codec.decode(part, dtype)
             for codec, part in ((self.level.keys, self.keys), (self.level.values, self.values))
         )
-        held = self.entries
-        return Tier(keys, values, held.offset, held.length, held.longest, *self._bases, self._spans)
+        rows = self.entries
+        return Tier(keys, values, rows.offset, rows.length, rows.longest, *self._bases, self._spans)
 
     def decoded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [N, D] in the model's own basis; of codecs that rotate all heads alike."""

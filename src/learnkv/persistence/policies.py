@@ -40,7 +40,11 @@ from learnkv.policy.policy import Policy
 GRID = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6)
 """Kept fractions at which an export tabulates budgets."""
 _REFERENCE = Path(__file__).resolve().parents[1] / "reference"
-SHIPPED = {"reference": _REFERENCE / "policy", "smollm2": _REFERENCE / "smollm2" / "policy"}
+SHIPPED = {
+    "reference": _REFERENCE / "policy",
+    "smollm2": _REFERENCE / "smollm2" / "policy",
+    "smollm2-text": _REFERENCE / "smollm2-text" / "policy",
+}
 """Folders of the trained policies in this package, by the name that `ckpt=` takes."""
 _NOMINAL_ENTRIES = 4096
 
@@ -111,7 +115,7 @@ def load_policy(
 
     Args:
         path: file or folder; a bare name finds `configs/policies/NAME.yaml`, with the tables of `model` where it reads
-            any and this package has them; `reference` and `smollm2` are the trained policies in this package;
+            any and this package has them; names of `SHIPPED` are trained policies in this package;
             `owner/name` or `owner/name@revision`, where there is no such path, a policy on the Hugging Face hub.
         allow: module prefixes besides `learnkv` whose classes the file may name.
         model: the model to use it with, or its description (`describe_model`, `describe_with_weights`); a policy that

@@ -180,8 +180,8 @@ class ByteBudget:
     def row_nbytes(self, plan: LevelPlan) -> list[int]:
         """Bytes of each row with a plan of independent levels."""
         entry = torch.tensor([[level.entry_bytes(dim) for dim in self.head_dims] for level in plan.levels])
-        held = (plan.counts.cpu() * entry[:, :, None, None]).sum((0, 1, 3))
-        return (held + self.tables).tolist()
+        of_rows = (plan.counts.cpu() * entry[:, :, None, None]).sum((0, 1, 3))
+        return (of_rows + self.tables).tolist()
 
     def _check_fits(self, budgets: Tensor) -> None:
         for size, asked in zip(self.sizes(budgets), self.asked, strict=True):

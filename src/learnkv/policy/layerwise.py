@@ -32,7 +32,7 @@ def compress_when_read(
 
     def evict(layer_idx: int) -> None:
         spend = policy.byte_budget(cache, byte_count)
-        planner = policy.planner.spending(spend)
+        planner = policy.planner.with_bytes(spend)
         totals, protected = policy.totals(cache, keep, budget, spend)
         obs = with_keep(layers[layer_idx].observation(), cache.lengths, totals, len(layers))
         policy.check_sizes(sizes_of(cache, obs), cache.model_name)

@@ -72,9 +72,9 @@ class OnlineEviction:
         scorer, allocator = self.planner.scorer, self.planner.allocator
         return CaptureSpec(max(scorer.window, allocator.window), statistics=scorer.decode_capture)
 
-    def spending(self, spend: ByteBudget | None) -> "OnlineEviction":
+    def with_bytes(self, spend: ByteBudget | None) -> "OnlineEviction":
         """The same where the prompt's budget is in bytes; None: in entries."""
-        return replace(self, planner=self.planner.spending(spend))
+        return replace(self, planner=self.planner.with_bytes(spend))
 
     def schedule_eviction(
         self,

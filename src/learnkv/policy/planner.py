@@ -38,7 +38,7 @@ class Planner:
     recent: int
     precision: Precision | None = None
 
-    def spending(self, spend: ByteBudget | None) -> "Planner":
+    def with_bytes(self, spend: ByteBudget | None) -> "Planner":
         """The planner of a budget in bytes, at its precision; None: of entries."""
         return self if spend is None else replace(self, precision=spend.precision)
 

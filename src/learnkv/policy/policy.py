@@ -131,9 +131,7 @@ class Policy(Component):
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
         evicts = self.scorer is not None and not self.scorer.extra_passes
-        if self.precision is not None and not (
-            self.precision.reference.independent and len(self.precision.levels) == 1
-        ):
+        if self.precision is not None and not self.precision.known_bytes:
             return False
         return evicts and self.pages is None and (self.allocator.static or self.allocator.sequential)
 
@@ -179,7 +177,7 @@ class Policy(Component):
         observations = [layer.observation() for layer in cache.compressed_layers()]
         self.check_sizes(sizes_of(cache, observations[0]), cache.model_name)
         check_captured(self.capture_spec, "" if self.scorer is None else self.scorer.name, observations[0])
-        return self.planner.spending(spend).plan(observations, cache.lengths, totals, protected, spend=spend)
+        return self.planner.with_bytes(spend).plan(observations, cache.lengths, totals, protected, spend=spend)
 
     def byte_budget(self, cache: CompressedCache, byte_count: ByteCount | None) -> ByteBudget | None:
         """What `byte_count` bytes hold of a cache; None: the budget is in entries."""
@@ -242,7 +240,7 @@ class Policy(Component):
         self, cache: CompressedCache, keep: float | None, budget: float | None, spend: ByteBudget | None
     ) -> None:
         """Let a cache that is about to be compressed evict again while tokens are added, where the policy does."""
-        online = None if self.online is None else self.online.spending(spend)
+        online = None if self.online is None else self.online.with_bytes(spend)
         cache.schedule = None if online is None else online.schedule_eviction(cache, keep, budget, spend=spend)
 
     def _read_pages(

@@ -18,14 +18,14 @@ from learnkv.policy.policy import Policy
 from learnkv.precision.learned import LearnedPrecision
 
 
-class Spending(TypedDict, total=False):
+class BudgetArguments(TypedDict, total=False):
     """A budget as arguments of a policy's methods."""
 
     keep: float
     bytes: float
 
 
-def spending(policy: Policy, fraction: float) -> Spending:
+def budget_arguments(policy: Policy, fraction: float) -> BudgetArguments:
     """A fraction of the entries; of a policy with a precision, one of the 16-bit cache's bytes."""
     return {"keep": fraction} if policy.precision is None else {"bytes": fraction}
 
@@ -36,7 +36,7 @@ def spent_over_asked(policy: Policy, student: CompressedCache, plan: Plan | None
     if spend is None or plan is None or plan.levels is None:
         return sum(student.spent) / len(student.spent) / fraction
     asked = zip(spend.row_nbytes(plan.levels), spend.asked, strict=True)
-    return sum(held / most for held, most in asked) / len(spend.asked)
+    return sum(size / most for size, most in asked) / len(spend.asked)
 
 
 @contextmanager

@@ -163,7 +163,7 @@ class Distillation(L.LightningModule):
                 student_inputs = replace(inputs, plan=plan)
                 if objective.reads:
                     how = {"plan": plan, "temperature": self.temperature, "soft": soft}
-                    student = self.policy.relax(cache, **levels.spending(self.policy, keep), **how)
+                    student = self.policy.relax(cache, **levels.budget_arguments(self.policy, keep), **how)
                     spent.append(levels.spent_over_asked(self.policy, student, plan, keep))
                     student_inputs = replace(student_inputs, student=self._outputs(student, batch))
                 elif plan is not None:
@@ -191,7 +191,7 @@ class Distillation(L.LightningModule):
             return None
         seed = seeding.generator(self.seed, "levels", number, student).getrandbits(63)
         with levels.trying_levels(self.policy, self.settings.level_exploration, seed):
-            plan = self.policy.plan(cache, **levels.spending(self.policy, keep))
+            plan = self.policy.plan(cache, **levels.budget_arguments(self.policy, keep))
         if student != self.settings.students // 2 or self.settings.gumbel_noise == 0:
             return plan
         seed = seeding.generator(self.seed, "exploration", number).getrandbits(63)
@@ -245,7 +245,7 @@ class Distillation(L.LightningModule):
         self._marginals.append(torch.stack(marginals))
         lengths = torch.tensor(cache.prompt_lengths, device=teacher.device).view(1, -1, 1)
         shares = [
-            (self.policy.plan(cache, **levels.spending(self.policy, keep)).budgets.float() / lengths).mean(1)
+            (self.policy.plan(cache, **levels.budget_arguments(self.policy, keep)).budgets.float() / lengths).mean(1)
             for keep in GRID
         ]  # [L, H] each
         self._shares.append(torch.stack(shares))

@@ -9,7 +9,7 @@ from torch import Tensor
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.plan import changed
 from learnkv.policy.policy import Policy
-from learnkv.training.levels import spending
+from learnkv.training.levels import budget_arguments
 
 VALIDATION_KEEPS = (0.5, 0.25, 0.1, 0.05)
 
@@ -58,7 +58,7 @@ def measure(
         temperature: of the soft top-k.
         divergence: mean [] over the tokens of the continuations after a student's cache, which it consumes.
     """
-    base, spend = policy.base_policy(), spending(policy, keep)
+    base, spend = policy.base_policy(), budget_arguments(policy, keep)
     with torch.enable_grad():  # relax takes the scale of learned scores from their gradient
         plan = policy.plan(cache, **spend)
     with torch.no_grad():

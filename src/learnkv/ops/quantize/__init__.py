@@ -107,9 +107,10 @@ def round_trip(
     scale_dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """`dequantize` of `quantize` [..., D] float32, for training, which stores no codes; arguments as of `quantize`."""
-    from learnkv.ops.quantize import reference
-
-    return reference.round_trip(vectors, bits, check_groups(vectors.shape[-1], bits, group), grid, scale_dtype)
+    group = check_groups(vectors.shape[-1], bits, group)
+    reference = implementation("quantize", "reference", _IMPLEMENTATIONS, vectors)
+    stored: Tensor = reference.round_trip(vectors, bits, group, grid, scale_dtype)
+    return stored
 
 
 def check_groups(dim: int, bits: int, group: int | None) -> int:
