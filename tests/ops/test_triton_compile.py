@@ -36,6 +36,7 @@ def rows(kernel: str, case: str = "") -> list[Row]:
 
 def test_every_kernel_compiles_and_none_spills() -> None:
     kernels = {"_attend", "_merge", "_count_digits", "_count_kept", "_write", "_gather"}
+    kernels |= {"_quantize", "_dequantize"}
     kernels |= {"_split_normalisers", "_join_normalisers", "_reduce_weights", "_pool"}
     kernels |= {"_enclose", "_score", "_list_slots"}
     kernels |= {"_attend_gated", "_query_gradient", "_entry_gradient", "_slot_gradient"}
@@ -53,6 +54,7 @@ def test_sm_80() -> None:
         "decode d128 g7",
         "by query head",
         "pages",
+        "quantize d128",
         "select",
         "rotated",
         "window d128",
@@ -77,6 +79,10 @@ def test_keys_and_values_are_read_sixteen_bytes_at_a_time() -> None:
         assert int(row["wide_copies"]) >= 8, row
     for row in rows("_gather"):
         assert int(row["wide_loads"]) >= 8, row
+    for row in rows("_quantize"):
+        assert int(row["wide_loads"]) + int(row["wide_copies"]) >= 3, row
+    for case in ("b3", "b4", "b8"):
+        assert all(row["wide_loads"] for row in rows("_dequantize", f"d128 {case}"))
     for kernel in ("_enclose", "_score"):
         assert all(int(row["wide_loads"]) + int(row["wide_copies"]) for row in rows(kernel))
     for kernel in ("_split_normalisers", "_attend_gated", "_query_gradient", "_entry_gradient", "_slot_gradient"):

@@ -25,6 +25,7 @@ from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.mask_gradient import mask_gradient
 from learnkv.ops.page_bounds import page_bounds, page_scores
+from learnkv.ops.quantize import dequantize, quantize, quantize_entries
 from learnkv.ops.rotary import Layout
 from learnkv.ops.select import select, select_slots
 from learnkv.ops.window_scores import window_scores
@@ -138,6 +139,14 @@ def gated(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF) -> Non
     gated_attention(query, keys, keys, gates, Tail(tail, tail, mask), dim**-0.5, impl="triton")
 
 
+def quantized(dim: int, bits: int, dtype: torch.dtype = HALF, rotation: str = "hadamard") -> None:
+    source, index = meta(8, 32768, dim, dtype=dtype), meta(100_000, dtype=torch.int64)
+    made = quantize_entries(source, index, bits, 16, rotation, impl="triton")  # type: ignore[arg-type]
+    dequantize(made, bits, dim, impl="triton")
+    if rotation == "none":
+        quantize(source, bits, impl="triton")
+
+
 CASES: dict[str, Callable[[], None]] = {
     "decode d64 g7": lambda: decode(64, 7),
     "decode d96 g1": lambda: decode(96, 1),
@@ -160,6 +169,12 @@ CASES: dict[str, Callable[[], None]] = {
     "gradient d128 g4 fp32": lambda: gradient(128, 4, dtype=torch.float32),
     "gather d128": lambda: gathered(128),
     "gather d128 rotated": lambda: gathered(128, rotated=True),
+    "quantize d64 b2": lambda: quantized(64, 2),
+    "quantize d128 b3": lambda: quantized(128, 3),
+    "quantize d128 b4": lambda: quantized(128, 4),
+    "quantize d128 b8 fp32": lambda: quantized(128, 8, torch.float32),
+    "quantize d256 b4 fp32": lambda: quantized(256, 4, torch.float32),
+    "quantize d80 b3 none": lambda: quantized(80, 3, rotation="none"),
     "select": chosen,
     "window d128 g4": lambda: window(128, 4),
     "window d128 g4 apart": lambda: window(128, 4, 16, group_reduce="none"),
