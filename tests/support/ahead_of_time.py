@@ -19,13 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from learnkv.ops.arguments import Pages, Ragged, Tail
+from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.mask_gradient import mask_gradient
 from learnkv.ops.page_bounds import page_bounds, page_scores
-from learnkv.ops.quantize import dequantize, quantize, quantize_entries
+from learnkv.ops.quantize import dequantize, empty, quantize, quantize_entries
 from learnkv.ops.rotary import Layout
 from learnkv.ops.select import select, select_slots
 from learnkv.ops.window_scores import window_scores
@@ -54,7 +54,13 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def decode(
-    dim: int, group: int, new: int = 1, dtype: torch.dtype = HALF, graphed: bool = False, lists: int = 0
+    dim: int,
+    group: int,
+    new: int = 1,
+    dtype: torch.dtype = HALF,
+    graphed: bool = False,
+    lists: int = 0,
+    levels: tuple[tuple[int, int], ...] = (),
 ) -> None:
     batch, heads = 8, 8
     table = meta(batch * heads, dtype=torch.int64)
@@ -67,8 +73,21 @@ def decode(
         Tail(tail, tail, mask, used),
         dim**-0.5,
         Pages(meta(lists, 128, dtype=torch.int32), 16) if lists else None,
+        [tier(batch * heads, dim, keys, values) for keys, values in levels],
         impl="triton",
     )
+
+
+def tier(rows: int, dim: int, keys: int, values: int) -> Tier:
+    table, basis = meta(rows, dtype=torch.int32), meta(1, dim, dim, dtype=torch.float32)
+    stored = [meta(100_000, dim) if bits == 16 else coded(100_000, dim, bits) for bits in (keys, values)]
+    return Tier(*stored, table, table, 2000, basis, basis)
+
+
+def coded(count: int, dim: int, bits: int) -> Codes:
+    made = empty(count, dim, bits, torch.float16, torch.device("meta"))
+    assert made.zero is not None
+    return Codes(made.codes, made.scale, made.zero, bits)
 
 
 def paged(dim: int, group: int) -> None:
@@ -158,6 +177,16 @@ CASES: dict[str, Callable[[], None]] = {
     "decode d128 g4 fp32": lambda: decode(128, 4, dtype=torch.float32),
     "decode d128 g4 paged": lambda: decode(128, 4, lists=64),
     "decode d128 g4 paged by query head": lambda: decode(128, 4, graphed=True, lists=256),
+    "decode d64 g7 tiers": lambda: decode(64, 7, levels=((8, 3), (4, 2))),
+    "decode d128 g4 tiers 88": lambda: decode(128, 4, levels=((8, 8),)),
+    "decode d128 g4 tiers 44": lambda: decode(128, 4, levels=((4, 4),)),
+    "decode d128 g4 tiers 33": lambda: decode(128, 4, levels=((3, 3),)),
+    "decode d128 g4 tiers 22": lambda: decode(128, 4, levels=((2, 2),)),
+    "decode d128 g7 graphed tiers": lambda: decode(128, 7, graphed=True, levels=((16, 16), (8, 4), (4, 3), (3, 2), (2, 2))),
+    "decode d128 g4 t64 tiers": lambda: decode(128, 4, 64, levels=((4, 3), (8, 2))),
+    "decode d256 g8 t64 tiers": lambda: decode(256, 8, 64, levels=((4, 3),)),
+    "decode d128 g4 fp32 tiers": lambda: decode(128, 4, dtype=torch.float32, levels=((4, 3),)),
+    "decode d80 g4 tiers": lambda: decode(80, 4, levels=((4, 3),)),
     "pages d128 g4": lambda: paged(128, 4),
     "gated d128 g4": lambda: gated(128, 4),
     "gated d256 g2": lambda: gated(256, 2),

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from learnkv.ops.quantize import Grid, Quantized, Rotation, empty
 
+MAGIC = 0x4B000000
+"""2^23 in float32, whose lowest bits count ones."""
 _TILE = 4096  # numbers that a program turns at once
 _SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149}
 
@@ -47,6 +49,7 @@ def dequantize(quantized: Quantized, bits: int, dim: int, grid: Grid) -> Tensor:
         zero.contiguous(),
         vectors,
         count,
+        MAGIC,
         DIM=dim,
         WORDS=words.shape[-1],
         WORD=word,
@@ -95,51 +98,88 @@ def _launch(
 
 
 @triton.jit
-def unpacked(words, BITS: tl.constexpr, WORD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Codes [BLOCK_N, BLOCK_D] of packed words [BLOCK_N, `padded_words`] of WORD bits."""
-    if BITS == 3:  # WORD codes are three words
-        groups: tl.constexpr = BLOCK_D // WORD
-        place = tl.zeros([BLOCK_N, 1], tl.int32) + 3 * tl.arange(0, groups)[None, :]
-        first = tl.gather(words, place, 1)[:, :, None]
-        second = tl.gather(words, place + 1, 1)[:, :, None]
-        third = tl.gather(words, place + 2, 1)[:, :, None]
-        bit = (3 * tl.arange(0, WORD))[None, None, :]
-        low = tl.where(bit < WORD, first, tl.where(bit < 2 * WORD, second, third))
-        high = tl.where(bit < WORD, second, third)
-        shift = (bit % WORD).to(tl.uint32)
-        codes = ((low >> shift) | (high << 1 << (WORD - 1 - shift))) & 7
-    else:
-        shift = (BITS * tl.arange(0, WORD // BITS)).to(tl.uint32)
-        codes = (words[:, :, None] >> shift[None, None, :]) & (2**BITS - 1)
-    return tl.reshape(codes, [BLOCK_N, BLOCK_D])
+def _words(source, valid, w, WORDS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Words `w` of every vector, [BLOCK_N, W] uint32; 0 beyond its WORDS words."""
+    present = valid[:, None] & (w < WORDS)[None, :]
+    place = source + tl.arange(0, BLOCK_N)[:, None] * WORDS + w[None, :]
+    return tl.load(place, present, 0, eviction_policy="evict_first").to(tl.uint32)
+
+
+@triton.jit
+def _halves(words, WIDTH: tl.constexpr):
+    """Words [N, W] as [N, 2 * W]: after every word what lies WIDTH bits higher in it, in the same thread."""
+    return tl.reshape(tl.join(words, words >> WIDTH), [words.shape[0], 2 * words.shape[1]])
+
+
+@triton.jit
+def _one(words, magic, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """The code SHIFT bits up in every word, float32: as low bits of 2^23 it needs no shift and no conversion."""
+    magnified = (words & ((2**BITS - 1) << SHIFT)) | magic
+    return (magnified.to(tl.float32, bitcast=True) - magic.to(tl.float32, bitcast=True)) * 2.0**-SHIFT
+
+
+@triton.jit
+def _two(words, magic, SHIFT: tl.constexpr, APART: tl.constexpr, BITS: tl.constexpr):
+    return tl.join(_one(words, magic, SHIFT, BITS), _one(words, magic, SHIFT + APART, BITS))
+
+
+@triton.jit
+def _four(words, magic, SHIFT: tl.constexpr, APART: tl.constexpr, BITS: tl.constexpr):
+    return tl.join(_two(words, magic, SHIFT, 2 * APART, BITS), _two(words, magic, SHIFT + APART, 2 * APART, BITS))
 
 
 @triton.jit
 def load_codes(
-    words,
+    source,
     valid,
+    magic,
     WORDS: tl.constexpr,
     BITS: tl.constexpr,
     WORD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Codes [BLOCK_N, BLOCK_D] uint32 of vectors that follow each other; 0 for channels and vectors beyond."""
-    # A vector of 3 bits is read as if it had 4: groups of three words have a power of two of them.
-    padded: tl.constexpr = BLOCK_D * (4 if BITS == 3 else BITS) // WORD
-    n, w = tl.arange(0, BLOCK_N), tl.arange(0, padded)
-    present = valid[:, None] & (w < WORDS)[None, :]
-    loaded = tl.load(words + n[:, None] * WORDS + w[None, :], present, 0, eviction_policy="evict_first")
-    return unpacked(loaded.to(tl.uint32), BITS, WORD, BLOCK_N, BLOCK_D)
+    """Codes [BLOCK_N, BLOCK_D] as float32 of vectors that follow each other; 0 for channels and vectors beyond.
+
+    `magic` is `MAGIC`, handed over so that the compiler keeps it in a register.
+    """
+    magic = magic.to(tl.uint32)
+    if BITS == 3:  # three words are WORD codes, in units of 24 bits
+        w = 3 * tl.arange(0, BLOCK_D // WORD)
+        first = _words(source, valid, w, WORDS, BLOCK_N)
+        second = _words(source, valid, w + 1, WORDS, BLOCK_N)
+        third = _words(source, valid, w + 2, WORDS, BLOCK_N)
+        if WORD == 32:
+            even = tl.join(first, (second >> 16) | (third << 16))
+            odd = tl.join((first >> 24) | (second << 8), third >> 8)
+            units = tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_D // 8])
+        else:
+            units = first | (second << 8) | (third << 16)
+        codes = _four(_halves(units, 12), magic, 0, 3, 3)
+    else:
+        units = _words(source, valid, tl.arange(0, BLOCK_D * BITS // WORD), WORDS, BLOCK_N)
+        if WORD == 32:
+            units = _halves(units, 16)
+        together: tl.constexpr = min(WORD, 16) // BITS
+        if together == 8:
+            codes = tl.join(_four(units, magic, 0, 2 * BITS, BITS), _four(units, magic, BITS, 2 * BITS, BITS))
+        elif together == 4:
+            codes = _four(units, magic, 0, BITS, BITS)
+        elif together == 2:
+            codes = _two(units, magic, 0, BITS, BITS)
+        else:
+            codes = _one(units, magic, 0, BITS)
+    return tl.reshape(codes, [BLOCK_N, BLOCK_D])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _dequantize(
     words,
     scale,
     zero,
     vectors,
     count,
+    magic,
     DIM: tl.constexpr,
     WORDS: tl.constexpr,
     WORD: tl.constexpr,
@@ -150,10 +190,10 @@ def _dequantize(
     first = tl.program_id(0).to(tl.int64) * BLOCK_N
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     valid = first + n < count
-    codes = load_codes(words + first * WORDS, valid, WORDS, BITS, WORD, BLOCK_N, BLOCK_D)
+    codes = load_codes(words + first * WORDS, valid, magic, WORDS, BITS, WORD, BLOCK_N, BLOCK_D)
     step = tl.load(scale + first + n, valid, other=0).to(tl.float32)
     low = tl.load(zero + first + n, valid, other=0).to(tl.float32)
-    decoded = codes.to(tl.float32) * step[:, None] + low[:, None]
+    decoded = codes * step[:, None] + low[:, None]
     target = vectors + first * DIM + n[:, None] * DIM + d[None, :]
     tl.store(target, decoded, valid[:, None] & (d < DIM)[None, :])
 
