@@ -14,6 +14,9 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024}
 
 REGISTERS = 65536
 
+TIERS = ("d64 g7 tiers", "d128 g4 tiers 88", "d128 g4 tiers 44", "d128 g4 tiers 33", "d128 g7 graphed tiers")
+"""Decode steps of one token that read entries in fewer bits."""
+
 Row = dict[str, int | str]
 
 
@@ -65,7 +68,7 @@ def test_sm_80() -> None:
     assert [row for row in compiled(80, *words) if spills(row) or int(row["shared"]) > SHARED[80]] == []
 
 
-@pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed", "d128 g4 paged"])
+@pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed", "d128 g4 paged", *TIERS])
 def test_two_programs_of_a_decode_step_share_a_processor(case: str) -> None:
     """The grid has two programs per processor, which must run at the same time."""
     for row in rows("_attend", f"decode {case}"):
@@ -77,6 +80,10 @@ def test_two_programs_of_a_decode_step_share_a_processor(case: str) -> None:
 def test_keys_and_values_are_read_sixteen_bytes_at_a_time() -> None:
     for row in rows("_attend"):
         assert int(row["wide_copies"]) >= 8, row
+    (plain,) = (row for row in rows("_attend", "decode d128 g4") if row["case"] == "decode d128 g4")
+    for case in ("88", "44", "22"):  # three words of 3 bits are read one by one
+        (row,) = rows("_attend", f"d128 g4 tiers {case}")
+        assert int(row["wide_copies"]) > int(plain["wide_copies"])
     for row in rows("_gather"):
         assert int(row["wide_loads"]) >= 8, row
     for row in rows("_quantize"):

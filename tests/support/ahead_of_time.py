@@ -166,6 +166,9 @@ def quantized(dim: int, bits: int, dtype: torch.dtype = HALF, rotation: str = "h
         quantize(source, bits, impl="triton")
 
 
+FIVE = ((16, 16), (8, 4), (4, 3), (3, 2), (2, 2))
+"""Bits of keys and values of as many tiers as a cache has."""
+
 CASES: dict[str, Callable[[], None]] = {
     "decode d64 g7": lambda: decode(64, 7),
     "decode d96 g1": lambda: decode(96, 1),
@@ -182,9 +185,11 @@ CASES: dict[str, Callable[[], None]] = {
     "decode d128 g4 tiers 44": lambda: decode(128, 4, levels=((4, 4),)),
     "decode d128 g4 tiers 33": lambda: decode(128, 4, levels=((3, 3),)),
     "decode d128 g4 tiers 22": lambda: decode(128, 4, levels=((2, 2),)),
-    "decode d128 g7 graphed tiers": lambda: decode(128, 7, graphed=True, levels=((16, 16), (8, 4), (4, 3), (3, 2), (2, 2))),
-    "decode d128 g4 t64 tiers": lambda: decode(128, 4, 64, levels=((4, 3), (8, 2))),
-    "decode d256 g8 t64 tiers": lambda: decode(256, 8, 64, levels=((4, 3),)),
+    "decode d128 g7 graphed tiers": lambda: decode(
+        128, 7, graphed=True, levels=((16, 16), (8, 4), (4, 3), (3, 2), (2, 2))
+    ),
+    "decode d128 g4 tiers q64": lambda: decode(128, 4, 64, levels=((4, 3), (8, 2))),
+    "decode d256 g8 tiers q64": lambda: decode(256, 8, 64, levels=((4, 3),)),
     "decode d128 g4 fp32 tiers": lambda: decode(128, 4, dtype=torch.float32, levels=((4, 3),)),
     "decode d80 g4 tiers": lambda: decode(80, 4, levels=((4, 3),)),
     "pages d128 g4": lambda: paged(128, 4),

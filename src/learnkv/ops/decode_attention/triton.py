@@ -160,14 +160,17 @@ def _vectors(part: Codes | Tensor) -> tuple[tuple[int, int], tuple[Tensor, Tenso
 def _tiles(packed: int, dim: int, element_size: int, levels: tuple[int, ...]) -> dict[str, int]:
     """Tile sizes and launch options: what stays in registers and leaves room for two programs per processor."""
     block_d = max(triton.next_power_of_2(dim), 16)
-    # Tiers need a second accumulator, and registers for what is decoded.
-    block_m = min(max(triton.next_power_of_2(packed), 16), 32 if levels and block_d > 128 else 64)
-    narrow = block_d * element_size > 256 or bool(levels) and (block_m * block_d >= 8192 or 8 in levels[1::2])
+    most, large = 64, 8192
+    if levels:  # a second accumulator, and what is decoded: fewer queries at once, and more threads to hold them
+        most, large = (32 if block_d <= 128 else 16), 4096
+    block_m = min(max(triton.next_power_of_2(packed), 16), most)
+    bytewise = 8 in levels[1::2]  # words of a byte, of which threads hold few codes
+    narrow = block_d * element_size > 256 or (bool(levels) and (block_m > 16 or bytewise))
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": 32 if narrow else 64,
         "BLOCK_D": block_d,
-        "num_warps": 8 if block_m * block_d >= 8192 or levels and element_size == 4 else 4,
+        "num_warps": 8 if block_m * block_d >= large or (bool(levels) and element_size == 4) else 4,
         "num_stages": 3,
     }
 
@@ -231,7 +234,7 @@ def _load_steps(scale, zero, first, valid, BITS: tl.constexpr, BLOCK_N: tl.const
         step, low = tl.full([BLOCK_N], 1, tl.float32), tl.zeros([BLOCK_N], tl.float32)
     else:
         n = tl.arange(0, BLOCK_N)
-        step = tl.load(scale + first + n, valid, other=1).to(tl.float32)
+        step = tl.where(valid, tl.load(scale + first + n, valid, other=0).to(tl.float32), 1)
         low = tl.load(zero + first + n, valid, other=0).to(tl.float32)
     return step, low
 
@@ -258,7 +261,7 @@ def _attend_tier(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attention to the blocks `begin` ... `end` - 1 of one row of a tier; the output is `acc` and, for all d, `shift`."""
+    """Attention to the blocks `begin` ... `end` - 1 of a row of a tier; the output is `acc` and, for all d, `shift`."""
     # bfloat16 has the exponents of float32: weight times scale stays a number, whatever the scale.
     narrow: tl.constexpr = q.dtype == tl.float16 and VALUE_BITS != 16
     into: tl.constexpr = tl.bfloat16 if narrow else q.dtype
