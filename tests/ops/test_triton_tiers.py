@@ -238,8 +238,8 @@ def test_a_step_reads_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy
     from triton.runtime.interpreter import interpreter_builder
 
-    levels = {(8, 8): [300, 20], (4, 3): [600, 500], (3, 2): [0, 700], (2, 4): [500, 90]}
-    given = Case([60, 30], levels, group=4, dim=128, tail=1, dtype=torch.bfloat16).inputs()
+    levels = {(8, 8): [500, 64], (4, 3): [900, 700], (3, 2): [0, 1000], (2, 4): [700, 120]}
+    given = Case([60, 30], levels, group=2, dim=128, tail=1, dtype=torch.bfloat16).inputs()
     kept = 2 * 2 * 128 * (60 + 30 + 2)
     for keys, values in levels:
         kept += sum(levels[keys, values]) * ((keys + values) * 128 // 8 + 2 * 2 * 2)
