@@ -132,16 +132,9 @@ def check(case: Case) -> None:
     weighed, _ = decode_attention(**sizes, impl="reference")
 
     unit = ROUNDING[torch.float32]
-    reach = [
-        torch.cat(
-            [
-                part[name].nan_to_num().norm(dim=-1).flatten()
-                for part in ({"k": kept.keys}, {"k": tail.keys})
-                for name in part
-            ]
-        )
-    ]
-    of_keys = torch.cat([*reach, *(vectors(one.keys, case.dim)[1] for one in given["tiers"])]).max()
+    reach = [one.nan_to_num().norm(dim=-1).flatten() for one in (kept.keys, tail.keys)]
+    reach += [vectors(one.keys, case.dim)[1].flatten() for one in given["tiers"]]
+    of_keys = torch.cat(reach).max()
     of_values = torch.cat([weighed.new_zeros(1), *(vectors(one.values, case.dim)[1] for one in given["tiers"])]).max()
     largest = float(exact["scaling"] * exact["query"].norm(dim=-1).max() * of_keys)
     rounded = STORED[case.dtype] if case.dtype != torch.float32 else 0.0

@@ -26,7 +26,8 @@ def decode_attention(
         tail: [B, H, M, D].
         scaling: factor on query-key products.
         pages: for T = 1, the pages that are read; None: everything is read.
-        tiers: further kept entries of the same rows, stored in fewer bits; without pages.
+        tiers: further kept entries of the same rows, stored in fewer bits; without pages. The kernel reads tiers that
+            share one tensor `key_basis` and one `value_basis`; others are read by the reference.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
