@@ -287,6 +287,6 @@ def _quantize(
     b = tl.arange(0, BLOCK_D // together)
     size: tl.constexpr = 3 if BITS == 3 else 1
     for k in tl.static_range(size):
-        at = size * b + k
-        target = codes + n[:, None] * BYTES + at[None, :]
-        tl.store(target, (packed >> (8 * k)).to(tl.uint8), valid[:, None] & (at < BYTES)[None, :])
+        byte = size * b + k
+        target = codes + n[:, None] * BYTES + byte[None, :]
+        tl.store(target, (packed >> (8 * k)).to(tl.uint8), valid[:, None] & (byte < BYTES)[None, :])
