@@ -4,7 +4,7 @@ import importlib
 
 from benchmarks.results import Clock, Part, arguments, device
 
-SWEEPS = ("decode", "eviction", "pages", "training")
+SWEEPS = ("decode", "bits", "eviction", "pages", "training")
 
 
 def main(argv: list[str] | None = None) -> Part:

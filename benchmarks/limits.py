@@ -51,6 +51,24 @@ def decode_attention(entries: int, rows: int, group: int, dim: int) -> Work:
     return Work(moved, 4 * entries * group * dim, launches=2)
 
 
+def decode_tiers(entries: int, rows: int, tail: int, group: int, dim: int, key_bits: int, value_bits: int) -> Work:
+    """As `decode_attention`, of `entries` in fewer bits over all rows and `tail` slots of 16 bits in each.
+
+    A vector of codes has a scale and a zero of 16 bits; its queries and outputs are turned once.
+    """
+    plain = decode_attention(rows * tail, rows, group, dim)
+    moved = entries * sum(dim * bits / 8 + (0 if bits == 16 else 2 * HALF) for bits in (key_bits, value_bits))
+    turned = (key_bits < 16) + (value_bits < 16)
+    flops = 4 * entries * group * dim + turned * 2 * rows * group * dim**2
+    return Work(plain.bytes + moved, plain.flops + flops, launches=plain.launches + 3 * turned)
+
+
+def quantize_entries(entries: int, dim: int, bits: int) -> Work:
+    """Entries read, rotated with signs, and written as codes with a scale and a zero."""
+    written = dim * bits / 8 + 2 * HALF
+    return Work(entries * (dim * HALF + INDEX + written), 2 * entries * dim**2, launches=1, traffic="copy")
+
+
 def window_scores(batch: int, heads: int, group: int, window: int, slots: int, dim: int, passes: int) -> Work:
     """Scores [B, H, S]; every pass reads the keys once and multiplies them with all queries of the window."""
     moved = passes * batch * heads * slots * dim * HALF + batch * heads * slots * SINGLE

@@ -80,10 +80,11 @@ tests() {
 
 script ceilings 60
 tests gpu 70 tests/gpu
-if [ -z "$DRY_RUN" ]; then # on the CPU they run wherever tests run: those that take the device from tests/kernels.py
-    tests kernels 70 $(grep -l "^from kernels import" tests/ops/test_*.py tests/*.py)
+if [ -z "$DRY_RUN" ]; then # on the CPU they run wherever tests run: those that take the device from support/kernels.py
+    tests kernels 70 $(grep -l "^from support.kernels import" tests/ops/test_*.py)
 fi
 script kernels 75 --only decode
+script kernels 40 --only bits
 script decode 130
 script kernels 40 --only eviction
 script kernels 25 --only pages

@@ -45,6 +45,18 @@ def _skew_cost(rows: list[Row]) -> float | None:
     return max(ratios, default=None)
 
 
+def _fewer_bits(rows: list[Row], case: str) -> float | None:
+    """The largest ratio of times, entries in fewer bits to the same entries in 16, where those are 128 MB."""
+    whole = where(rows, kernel="decode_tiers", case="k16v16", bytes=lambda moved: moved >= 128 * MB)
+    even = {(row["model"], row["B"], row["budget"]): row for row in whole if "t_us" in row}
+    ratios = [
+        row["t_us"] / even[at]["t_us"]
+        for row in where(rows, kernel="decode_tiers", case=case)
+        if "t_us" in row and (at := (row["model"], row["B"], row["budget"])) in even
+    ]
+    return max(ratios, default=None)
+
+
 def _against(rows: list[Row], peer: str, /, **wanted: Any) -> float | None:
     """The largest ratio of our time to that of a peer."""
     ratios = [1 / row["peer"][peer] for row in _decode(rows, **wanted) if peer in row.get("peer", {})]
@@ -122,6 +134,12 @@ TARGETS = [
            lambda rows: _against(rows, "flash varlen", skew="uniform")),
     Target("decode attention", "against varlen flash attention, unequal heads, >= 212 rows", "x its time", 0.8, 0.5,
            False, lambda rows: _against(rows, "flash varlen", skew="adakv", rows=lambda n: n >= 212)),
+    Target("decode attention", "entries in 4 bits, of >= 128 MB in 16", "x the time of 16 bits", 0.45, 0.33, False,
+           lambda rows: _fewer_bits(rows, "k4v4")),
+    Target("decode attention", "entries in 3 bits, of >= 128 MB in 16", "x the time of 16 bits", 0.40, 0.27, False,
+           lambda rows: _fewer_bits(rows, "k3v3")),
+    Target("quantise", "gathered, rotated, packed, 4 bits, >= 32 MB read and written", "of the limit", 0.6, 0.8, True,
+           _share("quantize_entries", case="4 bits", bytes=lambda moved: moved >= 32 * MB)),
     Target("window scores", "128k, two readings", "of the limit", 0.45, 0.6, True,
            _share("window_scores", case="two readings", T=131072, B=1)),
     Target("window scores", "128k, normalisers given", "of the limit", 0.45, 0.6, True,

@@ -133,7 +133,7 @@ def faults(file: str, found: tuple[Import, ...]) -> Iterator[str]:
         for private, owner in PRIVATE.items():
             if f"{module}.".startswith(f"learnkv.{private}.") and here != owner:
                 yield f"{file}:{line}: {private} is private to {owner}"
-        if fnmatch(module, "learnkv.ops.*.triton*") and not lazy:
+        if fnmatch(module, "learnkv.ops.*.triton*") and not lazy and not fnmatch(file, "ops/*/triton.py"):
             yield f"{file}:{line}: a kernel is imported when it is called, inside the function"
         if fnmatch(file, "ops/*/triton.py") and "reference" in module.split("."):
             yield f"{file}:{line}: a kernel never imports the reference it is judged by"
@@ -189,6 +189,7 @@ def test_each_rule_finds_its_breach(file: str, source: str, word: str) -> None:
         ("cache/layer.py", "from learnkv.cache.storage import Segment"),
         ("ops/select/__init__.py", "def f():\n    from .triton import select"),
         ("ops/select/triton.py", "import triton.language as tl\nfrom ...errors import ConfigError"),
+        ("ops/select/triton.py", "from learnkv.ops.quantize.triton import load_codes"),
         ("evaluation/report.py", "import wandb"),
         (
             "__init__.py",

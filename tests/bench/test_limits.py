@@ -1,5 +1,6 @@
 """Bytes, operations and limits against numbers worked out by hand."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,29 @@ def test_a_decode_call() -> None:
     assert work.flops == 2 * 2 * 8 * 32 * 512 * 128
     assert H200.floor_us(work) == pytest.approx(3.93, abs=0.02)
     assert H200.limit_us(work) == pytest.approx(3.93 + 2.4, abs=0.02)
+
+
+def test_entries_in_fewer_bits() -> None:
+    """1,000 entries of 128 channels over 8 rows, in 4 and 3 bits: 68 and 52 bytes; 16 slots of the tail and queries."""
+    work = limits.decode_tiers(1000, 8, 16, 4, 128, 4, 3)
+    around = 8 * 16 * 512 + 2 * 8 * 4 * 128 * 2 + 8 * 4 * 4
+    assert work.bytes == 1000 * (64 + 4 + 48 + 4) + around
+    whole = limits.decode_tiers(1000, 8, 16, 4, 128, 16, 16)
+    assert whole == limits.decode_attention(1000 + 8 * 16, 8, 4, 128)
+    assert limits.quantize_entries(1000, 128, 3).bytes == 1000 * (256 + 8 + 52)
+
+
+def test_the_page_says_what_an_entry_takes() -> None:
+    """The table of docs/performance.md, worked out again."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if re.match(r"\| \d+ / \d+ \|", line)]
+    assert len(lines) == 7
+    for line in lines:
+        levels, *sizes, share = [cell.strip() for cell in line.split("|")[1:-1]]
+        keys, values = map(int, levels.split(" / "))
+        found = [limits.decode_tiers(1, 0, 0, 1, dim, keys, values).bytes for dim in (64, 128)]
+        assert found == [int(size) for size in sizes]
+        assert float(share) == pytest.approx(found[1] / 512, abs=6e-4)
 
 
 def test_what_eviction_adds() -> None:

@@ -23,10 +23,11 @@ pytestmark = [
 ]
 
 PAGED = ("page_bounds", "page_scores", "paged step", "unpaged step")
+FEWER_BITS = ("decode_tiers", "quantize_entries")
 TRAINED = ("gated forward", "gated backward")
 SCRIPTS = {
     "ceilings": (ceilings, {"bw_copy", "bw_read", "flops", "t_node_us", "host_op_us"}),
-    "kernels": (kernels, {"decode_attention", "window_scores", "select", "gather_kv", *PAGED, *TRAINED}),
+    "kernels": (kernels, {"decode_attention", *FEWER_BITS, "window_scores", "select", "gather_kv", *PAGED, *TRAINED}),
     "decode": (decode, {"decode step", "capacity"}),
     "prefill": (prefill, {"prefill"}),
     "step_memory": (step_memory, {"train: memory of a step"}),
@@ -62,6 +63,8 @@ def test_all_contenders_are_there(parts: Path) -> None:
     rows = json.loads((parts / "kernels.json").read_text())["rows"]
     for kernel, peers in {
         "decode_attention": {"learnkv", "flash varlen", "sdpa flash", "sdpa cudnn"},
+        "decode_tiers": {"learnkv"},
+        "quantize_entries": {"learnkv", "torch"},
         "window_scores": {"learnkv", "torch"},
         "select": {"learnkv", "torch.topk, sort"},
         "gather_kv": {"learnkv", "torch.index_select"},
@@ -71,6 +74,8 @@ def test_all_contenders_are_there(parts: Path) -> None:
         "page_scores": {"learnkv", "torch"},
     }.items():
         assert {row["impl"] for row in rows if row["kernel"] == kernel} == peers
+    widths = {row["case"] for row in rows if row["kernel"] == "decode_tiers"}
+    assert {"k16v16", "k8v8", "k4v4", "k3v3", "k2v2"} <= widths
     steps = json.loads((parts / "decode.json").read_text())["rows"]
     assert {row["impl"] for row in steps} == set(decode.CONTENDERS)
 

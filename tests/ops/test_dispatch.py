@@ -1,5 +1,7 @@
 """Which implementation runs, and what is refused."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -49,3 +51,15 @@ def test_kernels_refuse_what_needs_a_gradient(monkeypatch: pytest.MonkeyPatch) -
     assert name("auto", requires_grad=True) == "reference"
     with torch.no_grad():
         assert name("triton", requires_grad=True) == "triton"
+
+
+def test_what_a_kernel_lacks_is_refused_or_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    on_a_gpu = mock.Mock(requires_grad=False, is_cuda=True)
+    assert implementation("select", "auto", BOTH, on_a_gpu).__name__.endswith("triton")
+    assert implementation("select", "auto", BOTH, on_a_gpu, lacks="odd rows").__name__.endswith("reference")
+    refused = r"^impl='triton': select has no kernel for odd rows, expected impl='reference'$"
+    with pytest.raises(UserError, match=refused):
+        implementation("select", "triton", BOTH, on_a_gpu, lacks="odd rows")
+    with using("triton"), pytest.raises(UserError, match=refused):
+        implementation("select", "auto", BOTH, on_a_gpu, lacks="odd rows")

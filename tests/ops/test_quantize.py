@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learnkv.errors import UserError
-from learnkv.ops.quantize import BITS, Grid, dequantize, pack, packed_bytes, quantize, unpack
+from learnkv.ops.hadamard import hadamard
+from learnkv.ops.quantize import BITS, Grid, dequantize, pack, packed_bytes, quantize, quantize_entries, unpack
 
 INTEGER_GRIDS: list[Grid] = ["zero_point", "zero_in_range", "symmetric"]
 
@@ -114,12 +115,34 @@ def test_constant_groups_are_exact() -> None:
         ({"bits": 4, "group": 3}, r"^group=3: expected a divisor of the 8 numbers that share codes$"),
         ({"bits": 4, "group": 0}, r"^group=0: "),
         ({"bits": 4, "grid": "log"}, r"^grid='log': expected one of offset, "),
-        ({"bits": 4, "impl": "triton"}, r"^impl='triton': quantize has reference$"),
+        ({"bits": 4, "grid": "symmetric", "impl": "triton"}, r"^impl='triton': quantize has no kernel for grid='symm"),
+        (
+            {"bits": 4, "group": 4, "impl": "triton"},
+            r"^impl='triton': quantize has no kernel for 2 groups per vector, ",
+        ),
     ],
 )
 def test_what_codes_do_not_have_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         quantize(torch.zeros(1, 8), **arguments)
+
+
+def test_entries_without_a_rotation_are_refused() -> None:
+    source, index = torch.zeros(1, 3, 80), torch.tensor([1])
+    with pytest.raises(UserError, match=r"^rotation=hadamard: 80 channels have no Hadamard matrix here, "):
+        quantize_entries(source, index, 4, rotation="hadamard")
+    with pytest.raises(UserError, match=r"^rotation='random': expected one of none, hadamard$"):
+        quantize_entries(source, index, 4, rotation="random")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^bits=5: "):
+        quantize_entries(source, index, 5)
+
+
+def test_entries_are_gathered_and_rotated_before_they_are_rounded() -> None:
+    source, index = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([38, 36, 53])
+    made = quantize_entries(source, index, 3, first_row=4, rotation="hadamard")
+    wanted = quantize(source.view(18, 16)[index - 36] @ hadamard(16), 3)
+    for one, other in zip(made, wanted, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_codes_of_more_than_a_byte_are_refused() -> None:

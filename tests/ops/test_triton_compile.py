@@ -14,6 +14,9 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024}
 
 REGISTERS = 65536
 
+TIERS = ("d64 g7 tiers", "d128 g4 tiers 88", "d128 g4 tiers 44", "d128 g4 tiers 33", "d128 g7 graphed tiers")
+"""Decode steps of one token that read entries in fewer bits."""
+
 Row = dict[str, int | str]
 
 
@@ -36,6 +39,7 @@ def rows(kernel: str, case: str = "") -> list[Row]:
 
 def test_every_kernel_compiles_and_none_spills() -> None:
     kernels = {"_attend", "_merge", "_count_digits", "_count_kept", "_write", "_gather"}
+    kernels |= {"_quantize", "_dequantize"}
     kernels |= {"_split_normalisers", "_join_normalisers", "_reduce_weights", "_pool"}
     kernels |= {"_enclose", "_score", "_list_slots"}
     kernels |= {"_attend_gated", "_query_gradient", "_entry_gradient", "_slot_gradient"}
@@ -53,6 +57,7 @@ def test_sm_80() -> None:
         "decode d128 g7",
         "by query head",
         "pages",
+        "quantize d128",
         "select",
         "rotated",
         "window d128",
@@ -63,7 +68,7 @@ def test_sm_80() -> None:
     assert [row for row in compiled(80, *words) if spills(row) or int(row["shared"]) > SHARED[80]] == []
 
 
-@pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed", "d128 g4 paged"])
+@pytest.mark.parametrize("case", ["d64 g7", "d96 g1", "d128 g4", "d128 g7 graphed", "d128 g4 paged", *TIERS])
 def test_two_programs_of_a_decode_step_share_a_processor(case: str) -> None:
     """The grid has two programs per processor, which must run at the same time."""
     for row in rows("_attend", f"decode {case}"):
@@ -75,8 +80,16 @@ def test_two_programs_of_a_decode_step_share_a_processor(case: str) -> None:
 def test_keys_and_values_are_read_sixteen_bytes_at_a_time() -> None:
     for row in rows("_attend"):
         assert int(row["wide_copies"]) >= 8, row
+    (plain,) = (row for row in rows("_attend", "decode d128 g4") if row["case"] == "decode d128 g4")
+    for case in ("88", "44", "22"):  # three words of 3 bits are read one by one
+        (row,) = rows("_attend", f"d128 g4 tiers {case}")
+        assert int(row["wide_copies"]) > int(plain["wide_copies"])
     for row in rows("_gather"):
         assert int(row["wide_loads"]) >= 8, row
+    for row in rows("_quantize"):
+        assert int(row["wide_loads"]) + int(row["wide_copies"]) >= 3, row
+    for case in ("b3", "b4", "b8"):
+        assert all(row["wide_loads"] for row in rows("_dequantize", f"d128 {case}"))
     for kernel in ("_enclose", "_score"):
         assert all(int(row["wide_loads"]) + int(row["wide_copies"]) for row in rows(kernel))
     for kernel in ("_split_normalisers", "_attend_gated", "_query_gradient", "_entry_gradient", "_slot_gradient"):

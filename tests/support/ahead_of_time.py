@@ -19,12 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from learnkv.ops.arguments import Pages, Ragged, Tail
+from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.gather_kv import Rerotation, gather_kv
 from learnkv.ops.mask_gradient import mask_gradient
 from learnkv.ops.page_bounds import page_bounds, page_scores
+from learnkv.ops.quantize import dequantize, empty, quantize, quantize_entries
 from learnkv.ops.rotary import Layout
 from learnkv.ops.select import select, select_slots
 from learnkv.ops.window_scores import window_scores
@@ -53,7 +54,13 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def decode(
-    dim: int, group: int, new: int = 1, dtype: torch.dtype = HALF, graphed: bool = False, lists: int = 0
+    dim: int,
+    group: int,
+    new: int = 1,
+    dtype: torch.dtype = HALF,
+    graphed: bool = False,
+    lists: int = 0,
+    levels: tuple[tuple[int, int], ...] = (),
 ) -> None:
     batch, heads = 8, 8
     table = meta(batch * heads, dtype=torch.int64)
@@ -66,8 +73,21 @@ def decode(
         Tail(tail, tail, mask, used),
         dim**-0.5,
         Pages(meta(lists, 128, dtype=torch.int32), 16) if lists else None,
+        [tier(batch * heads, dim, keys, values) for keys, values in levels],
         impl="triton",
     )
+
+
+def tier(rows: int, dim: int, keys: int, values: int) -> Tier:
+    table, basis = meta(rows, dtype=torch.int32), meta(1, dim, dim, dtype=torch.float32)
+    stored = [meta(100_000, dim) if bits == 16 else coded(100_000, dim, bits) for bits in (keys, values)]
+    return Tier(*stored, table, table, 2000, basis, basis)
+
+
+def coded(count: int, dim: int, bits: int) -> Codes:
+    made = empty(count, dim, bits, torch.float16, torch.device("meta"))
+    assert made.zero is not None
+    return Codes(made.codes, made.scale, made.zero, bits)
 
 
 def paged(dim: int, group: int) -> None:
@@ -138,6 +158,17 @@ def gated(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF) -> Non
     gated_attention(query, keys, keys, gates, Tail(tail, tail, mask), dim**-0.5, impl="triton")
 
 
+def quantized(dim: int, bits: int, dtype: torch.dtype = HALF, rotation: str = "hadamard") -> None:
+    source, index = meta(8, 32768, dim, dtype=dtype), meta(100_000, dtype=torch.int64)
+    made = quantize_entries(source, index, bits, 16, rotation, impl="triton")  # type: ignore[arg-type]
+    dequantize(made, bits, dim, impl="triton")
+    if rotation == "none":
+        quantize(source, bits, impl="triton")
+
+
+FIVE = ((16, 16), (8, 4), (4, 3), (3, 2), (2, 2))
+"""Bits of keys and values of as many tiers as a cache has."""
+
 CASES: dict[str, Callable[[], None]] = {
     "decode d64 g7": lambda: decode(64, 7),
     "decode d96 g1": lambda: decode(96, 1),
@@ -149,6 +180,18 @@ CASES: dict[str, Callable[[], None]] = {
     "decode d128 g4 fp32": lambda: decode(128, 4, dtype=torch.float32),
     "decode d128 g4 paged": lambda: decode(128, 4, lists=64),
     "decode d128 g4 paged by query head": lambda: decode(128, 4, graphed=True, lists=256),
+    "decode d64 g7 tiers": lambda: decode(64, 7, levels=((8, 3), (4, 2))),
+    "decode d128 g4 tiers 88": lambda: decode(128, 4, levels=((8, 8),)),
+    "decode d128 g4 tiers 44": lambda: decode(128, 4, levels=((4, 4),)),
+    "decode d128 g4 tiers 33": lambda: decode(128, 4, levels=((3, 3),)),
+    "decode d128 g4 tiers 22": lambda: decode(128, 4, levels=((2, 2),)),
+    "decode d128 g7 graphed tiers": lambda: decode(
+        128, 7, graphed=True, levels=((16, 16), (8, 4), (4, 3), (3, 2), (2, 2))
+    ),
+    "decode d128 g4 tiers q64": lambda: decode(128, 4, 64, levels=((4, 3), (8, 2))),
+    "decode d256 g8 tiers q64": lambda: decode(256, 8, 64, levels=((4, 3),)),
+    "decode d128 g4 fp32 tiers": lambda: decode(128, 4, dtype=torch.float32, levels=((4, 3),)),
+    "decode d80 g4 tiers": lambda: decode(80, 4, levels=((4, 3),)),
     "pages d128 g4": lambda: paged(128, 4),
     "gated d128 g4": lambda: gated(128, 4),
     "gated d256 g2": lambda: gated(256, 2),
@@ -160,6 +203,12 @@ CASES: dict[str, Callable[[], None]] = {
     "gradient d128 g4 fp32": lambda: gradient(128, 4, dtype=torch.float32),
     "gather d128": lambda: gathered(128),
     "gather d128 rotated": lambda: gathered(128, rotated=True),
+    "quantize d64 b2": lambda: quantized(64, 2),
+    "quantize d128 b3": lambda: quantized(128, 3),
+    "quantize d128 b4": lambda: quantized(128, 4),
+    "quantize d128 b8 fp32": lambda: quantized(128, 8, torch.float32),
+    "quantize d256 b4 fp32": lambda: quantized(256, 4, torch.float32),
+    "quantize d80 b3 none": lambda: quantized(80, 3, rotation="none"),
     "select": chosen,
     "window d128 g4": lambda: window(128, 4),
     "window d128 g4 apart": lambda: window(128, 4, 16, group_reduce="none"),

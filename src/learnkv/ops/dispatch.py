@@ -38,10 +38,19 @@ def resolve(impl: Impl) -> Impl:
     return _auto.get() if impl == "auto" else impl
 
 
-def implementation(op: str, impl: Impl, available: tuple[str, ...], *tensors: Tensor) -> ModuleType:
+def implementation(
+    op: str, impl: Impl, available: tuple[str, ...], *tensors: Tensor, lacks: str | None = None
+) -> ModuleType:
     """The module that computes `op` on `tensors`.
 
     "auto" is Triton where the tensors are on a CUDA device and need no gradient, which only references compute.
+
+    Args:
+        op: the folder of its implementations.
+        impl: the choice.
+        available: implementations of the op.
+        tensors: inputs.
+        lacks: what the arguments ask for that the Triton kernel does not have; None: it has all.
 
     Raises:
         UserError: for an explicit choice that is not available; there is no fallback.
@@ -50,11 +59,13 @@ def implementation(op: str, impl: Impl, available: tuple[str, ...], *tensors: Te
     if resolve(impl) in available:
         impl = resolve(impl)
     if impl == "auto":
-        prefer_triton = "triton" in available and tensors[0].is_cuda and not differentiable
+        prefer_triton = "triton" in available and tensors[0].is_cuda and not differentiable and lacks is None
         impl = "triton" if prefer_triton else "reference"
     elif impl not in available:
         raise UserError(f"impl={impl!r}: {op} has {', '.join(available)}")
     elif impl == "triton":
+        if lacks is not None:
+            raise UserError(f"impl='triton': {op} has no kernel for {lacks}, expected impl='reference'")
         if differentiable:
             raise UserError(f"impl='triton': {op} computes no gradients, expected torch.no_grad() or impl='reference'")
         if tensors[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

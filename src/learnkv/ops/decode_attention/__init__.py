@@ -26,7 +26,8 @@ def decode_attention(
         tail: [B, H, M, D].
         scaling: factor on query-key products.
         pages: for T = 1, the pages that are read; None: everything is read.
-        tiers: further kept entries of the same rows, stored in fewer bits; without pages.
+        tiers: further kept entries of the same rows, stored in fewer bits; without pages. The kernel reads tiers that
+            share one tensor `key_basis` and one `value_basis`; others are read by the reference.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
@@ -34,11 +35,19 @@ def decode_attention(
     assert pages is None or query.shape[2] == 1, "pages are chosen for one token"
     assert pages is None or not tiers, "pages are of entries at full precision"
     inputs = (query, kept.keys, kept.values, tail.keys, tail.values, *_tensors(tiers))
-    output, lse = implementation("decode_attention", impl, ("reference", "triton"), *inputs).decode_attention(
-        query, kept, tail, scaling, pages, tiers
-    )
+    chosen = implementation("decode_attention", impl, ("reference", "triton"), *inputs, lacks=_lacks(tiers))
+    output, lse = chosen.decode_attention(query, kept, tail, scaling, pages, tiers)
     return output, lse
 
 
 def _tensors(tiers: Sequence[Tier]) -> list[Tensor]:
     return [part.codes if isinstance(part, Codes) else part for tier in tiers for part in (tier.keys, tier.values)]
+
+
+def _lacks(tiers: Sequence[Tier]) -> str | None:
+    """What the kernel does not have: it turns queries and outputs once for all tiers."""
+    for name in ("key_basis", "value_basis"):
+        bases = [getattr(tier, name) for tier in tiers]
+        if len({None if basis is None else (basis.data_ptr(), basis.shape) for basis in bases}) > 1:
+            return f"tiers with more than one {name}"
+    return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
+from learnkv.ops.basis import rotated
 from learnkv.ops.device import upload
 from learnkv.ops.quantize import Quantized, dequantize
 from learnkv.ops.tail_slots import tail_slots
@@ -95,11 +96,6 @@ def decoded(part: Codes | Tensor, dim: int) -> Tensor:
     if isinstance(part, Tensor):
         return part
     return dequantize(Quantized(part.codes, part.scale, part.zero), part.bits, dim, impl="reference")
-
-
-def rotated(vectors: Tensor, basis: Tensor | None) -> Tensor:
-    """Vectors [R, T, D] times a basis [R or 1, D, D], rounded once."""
-    return vectors if basis is None else (vectors.to(basis.dtype) @ basis).to(vectors.dtype)
 
 
 def _merged(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

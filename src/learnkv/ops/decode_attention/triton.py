@@ -4,6 +4,10 @@ Every program takes a contiguous stretch of the blocks of all rows, segments and
 does not decide the run time; where pages are read, a row's blocks are those of its list. All query heads of a kv head
 are one tile. Programs compute their share on the device from `length`: no host sync, and a CUDA graph stays valid while
 lengths change.
+
+Tiers of fewer bits are further blocks of their rows. A block's codes c are integers on the tensor cores: a key is
+scale * c + zero, so a score is scale * (q . c) + zero * sum(q), and a value's scale multiplies its weight. Queries in
+the basis of the tiers are made once before the launch; what tiers add to the output is summed apart and turned back.
 """
 
 from collections.abc import Sequence
@@ -13,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from learnkv.errors import UserError
-from learnkv.ops.arguments import Pages, Ragged, Tail, Tier
+from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
+from learnkv.ops.basis import rotated
 from learnkv.ops.device import processors
+from learnkv.ops.quantize.triton import MAGIC, load_codes, packed_words
 from learnkv.ops.tail_slots import tail_slots
 
 _LOG2E = 1.4426950408889634
@@ -26,8 +31,6 @@ def decode_attention(
     query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None, tiers: Sequence[Tier] = ()
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` in Triton."""
-    if tiers:
-        raise UserError("impl=triton: entries in fewer bits are read by impl=reference")
     batch, query_heads, new, dim = query.shape
     tail_keys, tail_values, _, used = tail
     slots = tail_keys.shape[2]
@@ -46,13 +49,20 @@ def decode_attention(
         if mask is not None:
             (order, count), mask = tail_slots(mask[:, 0, 0], used), None
 
-    shape = _tiles(packed, dim, query.element_size())
+    key_basis, value_basis = (tiers[0].key_basis, tiers[0].value_basis) if tiers else (None, None)
+    # [R, G*T, D] in the order of the output, as batches of heads.
+    turned = query if key_basis is None else rotated(query.reshape(rows, packed, dim), key_basis).view(query.shape)
+    bases = 1 if value_basis is None else 2  # of the output: the turned part beside the other
+    levels, contents = _contents(tiers)
+
+    shape = _tiles(packed, dim, query.element_size(), levels)
     tiles = triton.cdiv(packed, shape["BLOCK_M"])
     programs = max(_PROGRAMS_PER_PROCESSOR * processors(query.device) // tiles, 1)
-    output = torch.empty(batch, query_heads, new, dim, dtype=query.dtype, device=query.device)
+    stored = query.dtype if bases == 1 else torch.float32
+    output = torch.empty(batch, query_heads, new, bases * dim, dtype=stored, device=query.device)
     lse = torch.empty(batch, query_heads, new, dtype=torch.float32, device=query.device)
     # Of a program's rows only the first and the last can be shared with others.
-    partial = torch.empty(programs * 2, packed, dim, dtype=torch.float32, device=query.device)
+    partial = torch.empty(programs * 2, packed, bases * dim, dtype=torch.float32, device=query.device)
     partial_lse = torch.empty(programs * 2, packed, dtype=torch.float32, device=query.device)
     table = {
         "ROWS": triton.next_power_of_2(rows),
@@ -60,8 +70,10 @@ def decode_attention(
         "PAGE": 0 if pages is None else pages.size,
     }
     listed = 0 if pages is None else pages.numbers.shape[1]
+    lengths = tuple(tier.length for tier in tiers)
     _attend[(programs, tiles)](
         query,
+        turned,
         *kept[:4],
         tail_keys,
         tail_values,
@@ -70,17 +82,21 @@ def decode_attention(
         None if pages is None else pages.numbers,
         order,
         count,
+        lengths,
+        contents,
         output,
         lse,
         partial,
         partial_lse,
         scaling * _LOG2E,
+        MAGIC,
         rows,
         slots,
         listed,
         new,
         packed,
         query.stride(),
+        turned.stride(),
         tail_keys.stride(),
         None if mask is None else mask.stride(),
         HEADS=heads,
@@ -88,42 +104,73 @@ def decode_attention(
         DIM=dim,
         HAS_SLOTS=order is not None,
         HAS_MASK=mask is not None,
+        LEVELS=levels,
+        BASES=bases,
         UPCAST=query.device.type == "cpu",
         **table,
         **shape,
     )
-    if programs == 1:
+    if programs > 1:
+        _merge[(rows, packed)](
+            kept.length,
+            used,
+            lengths,
+            output,
+            lse,
+            partial,
+            partial_lse,
+            programs,
+            rows,
+            slots,
+            listed,
+            packed,
+            DIM=bases * dim,
+            BLOCK_N=shape["BLOCK_N"],
+            BLOCK_D=max(triton.next_power_of_2(bases * dim), 16),
+            **table,
+        )
+    if value_basis is None:
         return output, lse
-    _merge[(rows, packed)](
-        kept.length,
-        used,
-        output,
-        lse,
-        partial,
-        partial_lse,
-        programs,
-        rows,
-        slots,
-        listed,
-        packed,
-        DIM=dim,
-        BLOCK_N=shape["BLOCK_N"],
-        BLOCK_D=shape["BLOCK_D"],
-        **table,
-    )
-    return output, lse
+    plain, turned = output.view(rows, packed, 2, dim).unbind(2)
+    output = torch.baddbmm(plain, turned, value_basis.mT.expand(rows, dim, dim))
+    return output.to(query.dtype).view(query.shape), lse
 
 
-def _tiles(packed: int, dim: int, element_size: int) -> dict[str, int]:
+def _contents(tiers: Sequence[Tier]) -> tuple[tuple[int, ...], tuple[tuple[Tensor | None, ...], ...]]:
+    """Of every tier: bits of a key, of its words, of a value and of its words; and all tensors."""
+    levels: list[int] = []
+    contents = []
+    for tier in tiers:
+        keys, values = _vectors(tier.keys), _vectors(tier.values)
+        levels += [*keys[0], *values[0]]
+        contents.append((tier.offset, *keys[1], *values[1]))
+    return tuple(levels), tuple(contents)
+
+
+def _vectors(part: Codes | Tensor) -> tuple[tuple[int, int], tuple[Tensor, Tensor | None, Tensor | None]]:
+    """Bits of a number and of a word, and words, scale and zero; vectors that are no codes have 16 bits."""
+    if isinstance(part, Tensor):
+        assert part.is_contiguous()
+        return (16, 16), (part, None, None)
+    assert all(tensor.is_contiguous() for tensor in part[:3])
+    words, word = packed_words(part.codes)
+    return (part.bits, word), (words, part.scale, part.zero)
+
+
+def _tiles(packed: int, dim: int, element_size: int, levels: tuple[int, ...]) -> dict[str, int]:
     """Tile sizes and launch options: what stays in registers and leaves room for two programs per processor."""
     block_d = max(triton.next_power_of_2(dim), 16)
-    block_m = min(max(triton.next_power_of_2(packed), 16), 64)
-    wide = block_d * element_size > 256
+    most, large = 64, 8192
+    if levels:  # a second accumulator, and what is decoded: fewer queries at once, and more threads to hold them
+        most, large = (32 if block_d <= 128 else 16), 4096
+    block_m = min(max(triton.next_power_of_2(packed), 16), most)
+    bytewise = 8 in levels[1::2]  # words of a byte, of which threads hold few codes
+    narrow = block_d * element_size > 256 or (bool(levels) and (block_m > 16 or bytewise))
     return {
         "BLOCK_M": block_m,
-        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_N": 32 if narrow else 64,
         "BLOCK_D": block_d,
-        "num_warps": 8 if block_m * block_d >= 8192 else 4,
+        "num_warps": 8 if block_m * block_d >= large or (bool(levels) and element_size == 4) else 4,
         "num_stages": 3,
     }
 
@@ -132,6 +179,7 @@ def _tiles(packed: int, dim: int, element_size: int) -> dict[str, int]:
 def _blocks(
     length,
     tail_length,
+    lengths,
     rows,
     tail,
     listed,
@@ -150,12 +198,113 @@ def _blocks(
     else:
         kept = tl.load(length + row, mask=row < rows, other=0).to(tl.int32)
         blocks = tl.where(row < rows, tl.cdiv(kept, BLOCK_N) + tl.cdiv(used, BLOCK_N), 0)
+    for tier in tl.static_range(len(lengths)):
+        blocks += tl.cdiv(tl.load(lengths[tier] + row, mask=row < rows, other=0).to(tl.int32), BLOCK_N)
     return blocks, used
+
+
+@triton.jit
+def _load_vectors(
+    words,
+    first,
+    valid,
+    magic,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    WORD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Codes [BLOCK_N, BLOCK_D] of the vectors from `first` on, or the vectors themselves."""
+    if BITS == 16:
+        n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        present = valid[:, None] & (d < DIM)[None, :]
+        source = words + first * DIM + n[:, None] * DIM + d[None, :]
+        vectors = tl.load(source, present, 0, eviction_policy="evict_first")
+    else:
+        width: tl.constexpr = (DIM * BITS + WORD - 1) // WORD
+        vectors = load_codes(words + first * width, valid, magic, width, BITS, WORD, BLOCK_N, BLOCK_D)
+    return vectors
+
+
+@triton.jit
+def _load_steps(scale, zero, first, valid, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scales and zeros [BLOCK_N] of the vectors from `first` on; 1 and 0 for what is no code."""
+    if BITS == 16:
+        step, low = tl.full([BLOCK_N], 1, tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    else:
+        n = tl.arange(0, BLOCK_N)
+        step = tl.where(valid, tl.load(scale + first + n, valid, other=0).to(tl.float32), 1)
+        low = tl.load(zero + first + n, valid, other=0).to(tl.float32)
+    return step, low
+
+
+@triton.jit
+def _attend_tier(
+    q,
+    tier,
+    row,
+    entries,
+    begin,
+    end,
+    scale,
+    magic,
+    top,
+    mass,
+    acc,
+    shift,
+    KEY_BITS: tl.constexpr,
+    KEY_WORD: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    VALUE_WORD: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attention to the blocks `begin` ... `end` - 1 of a row of a tier; the output is `acc` and, for all d, `shift`."""
+    # bfloat16 has the exponents of float32: weight times scale stays a number, whatever the scale.
+    narrow: tl.constexpr = q.dtype == tl.float16 and VALUE_BITS != 16
+    into: tl.constexpr = tl.bfloat16 if narrow else q.dtype
+    segment = tl.load(tier[0] + row).to(tl.int64)
+    query_sum = tl.sum(q.to(tl.float32), 1)
+    n = tl.arange(0, BLOCK_N)
+    ahead = begin * BLOCK_N
+    # Two bytes a vector are too narrow for a pipeline of copies: they are read one block ahead.
+    k_step, k_low = _load_steps(tier[2], tier[3], segment + ahead, ahead + n < entries, KEY_BITS, BLOCK_N)
+    v_step, v_low = _load_steps(tier[5], tier[6], segment + ahead, ahead + n < entries, VALUE_BITS, BLOCK_N)
+    for block in range(begin, end):
+        first = segment + block * BLOCK_N
+        valid = block * BLOCK_N + n < entries
+        k = _load_vectors(tier[1], first, valid, magic, DIM, KEY_BITS, KEY_WORD, BLOCK_N, BLOCK_D).to(q.dtype)
+        v = _load_vectors(tier[4], first, valid, magic, DIM, VALUE_BITS, VALUE_WORD, BLOCK_N, BLOCK_D).to(into)
+        ahead += BLOCK_N
+        next_k = _load_steps(tier[2], tier[3], segment + ahead, ahead + n < entries, KEY_BITS, BLOCK_N)
+        next_v = _load_steps(tier[5], tier[6], segment + ahead, ahead + n < entries, VALUE_BITS, BLOCK_N)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (k_step * scale)[None, :]
+        scores += query_sum[:, None] * (k_low * scale)[None, :]
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        mass = mass * shrink + tl.sum(weight, 1)
+        # A step that float32 cannot tell from 0 beside its zero: the weight must not vanish with it.
+        least = tl.abs(v_low) * 2.0**-40
+        v_step = tl.where(v_step < least, least, v_step)
+        scaled = (weight * v_step[None, :]).to(into)
+        # Of the same rounded weights: an error of a weight is then one of the entry's share.
+        shift = shift * shrink + tl.sum(scaled.to(tl.float32) * (v_low / v_step)[None, :], 1)
+        acc = tl.dot(scaled, v, acc * shrink[:, None], input_precision="ieee")
+        top = higher
+        k_step, k_low = next_k
+        v_step, v_low = next_v
+    return top, mass, acc, shift
 
 
 @triton.jit(do_not_specialize=["tail", "listed"])
 def _attend(
     query,
+    turned,
     keys,
     values,
     offset,
@@ -167,17 +316,21 @@ def _attend(
     pages,
     order,
     valid_count,
+    lengths,
+    contents,
     output,
     lse,
     partial,
     partial_lse,
     scale,
+    magic,
     rows,
     tail,
     listed,
     new,
     packed,
     query_stride,
+    turned_stride,
     tail_stride,
     mask_stride,
     HEADS: tl.constexpr,
@@ -185,6 +338,8 @@ def _attend(
     DIM: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BASES: tl.constexpr,
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
@@ -193,7 +348,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    blocks, used = _blocks(length, tail_length, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
+    blocks, used = _blocks(length, tail_length, lengths, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
     total = tl.sum(blocks)
     share = tl.cdiv(total, tl.num_programs(0))
     program = tl.program_id(0)
@@ -227,11 +382,14 @@ def _attend(
         q = tl.load(query_row + source, inside, other=0)
         if UPCAST:
             q = q.to(tl.float32)
+        plain = count
+        for tier in tl.static_range(len(lengths)):
+            count += tl.cdiv(tl.load(lengths[tier] + pool_row).to(tl.int32), BLOCK_N)
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         mass = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for block in range(current - first, tl.minimum(stop - first, count)):
+        for block in range(current - first, tl.minimum(stop - first, plain)):
             if PAGE:
                 item = block * BLOCK_N + n
                 page = tl.load(pages + row.to(tl.int64) * listed + item // PAGE, item < listed * PAGE, other=-1)
@@ -279,16 +437,68 @@ def _attend(
             acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             top = higher
 
+        if len(lengths) > 0:
+            turned_row = turned + batch.to(tl.int64) * turned_stride[0] + head * (packed // new) * turned_stride[1]
+            source = (m // new * turned_stride[1] + token * turned_stride[2])[:, None] + d[None, :]
+            q = tl.load(turned_row + source, inside, other=0)
+            if UPCAST:
+                q = q.to(tl.float32)
+            tiers_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            tiers_mass, shift = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+            tiers_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            before = plain
+            for tier in tl.static_range(len(lengths)):
+                entries = tl.load(lengths[tier] + pool_row).to(tl.int32)
+                own = tl.cdiv(entries, BLOCK_N)
+                tiers_top, tiers_mass, tiers_acc, shift = _attend_tier(
+                    q,
+                    contents[tier],
+                    pool_row,
+                    entries,
+                    tl.maximum(current - first - before, 0),
+                    tl.minimum(stop - first - before, own),
+                    scale,
+                    magic,
+                    tiers_top,
+                    tiers_mass,
+                    tiers_acc,
+                    shift,
+                    LEVELS[4 * tier],
+                    LEVELS[4 * tier + 1],
+                    LEVELS[4 * tier + 2],
+                    LEVELS[4 * tier + 3],
+                    DIM,
+                    BLOCK_N,
+                    BLOCK_D,
+                )
+                before += own
+            higher = tl.maximum(top, tiers_top)
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            shrink, tiers_shrink = tl.exp2(top - base), tl.exp2(tiers_top - base)
+            mass = mass * shrink + tiers_mass * tiers_shrink
+            acc = acc * shrink[:, None]
+            tiers_acc = (tiers_acc + shift[:, None]) * tiers_shrink[:, None]
+            top = higher
+            if BASES == 1:
+                acc += tiers_acc
+            tiers_acc = tiers_acc / tl.where(mass == 0, 1.0, mass)[:, None]
+
         acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
         log_mass = tl.where(mass == 0, float("-inf"), top + tl.log2(tl.where(mass == 0, 1.0, mass)))
-        where = m[:, None] * DIM + d[None, :]
+        where = m[:, None] * (BASES * DIM) + d[None, :]
         if first // share == (first + count - 1) // share:
             target = row.to(tl.int64) * packed
-            tl.store(output + target * DIM + where, acc.to(output.dtype.element_ty), inside)
+            place = output + target * (BASES * DIM) + where
+            tl.store(place, acc.to(output.dtype.element_ty), inside)
+            if BASES == 2:
+                tl.store(place + DIM, tiers_acc.to(output.dtype.element_ty), inside)
             tl.store(lse + target + m, log_mass / 1.4426950408889634, m < packed)
         else:  # a row that began before this program is its first, any other its last
             target = (program * 2 + (first >= program * share).to(tl.int32)).to(tl.int64) * packed
-            tl.store(partial + target * DIM + where, acc, inside)
+            place = partial + target * (BASES * DIM) + where
+            tl.store(place, acc, inside)
+            if BASES == 2:
+                tl.store(place + DIM, tiers_acc, inside)
             tl.store(partial_lse + target + m, log_mass, m < packed)
         first += count
         current = first
@@ -299,6 +509,7 @@ def _attend(
 def _merge(
     length,
     tail_length,
+    lengths,
     output,
     lse,
     partial,
@@ -318,7 +529,7 @@ def _merge(
 ):
     """Merge the partial results of one row and query, in the order of the row's blocks."""
     row, m = tl.program_id(0), tl.program_id(1)
-    blocks, _ = _blocks(length, tail_length, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
+    blocks, _ = _blocks(length, tail_length, lengths, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
     share = tl.cdiv(tl.sum(blocks), programs)
     index = tl.arange(0, ROWS)
     first = tl.sum(tl.where(index < row, blocks, 0))

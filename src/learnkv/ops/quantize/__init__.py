@@ -18,10 +18,13 @@ from torch import Tensor
 
 from learnkv.errors import UserError
 from learnkv.ops.dispatch import Impl, implementation
+from learnkv.ops.hadamard import check_hadamard
 
 Grid = Literal["offset", "zero_point", "zero_in_range", "symmetric"]
+Rotation = Literal["none", "hadamard"]
 BITS = (2, 3, 4, 8)
-_IMPLEMENTATIONS = ("reference",)
+_PACKING = ("reference",)
+_IMPLEMENTATIONS = ("reference", "triton")
 
 
 class Quantized(NamedTuple):
@@ -50,14 +53,14 @@ def pack(codes: Tensor, bits: int, *, impl: Impl = "auto") -> Tensor:
         UserError: for bits outside of 1 ... 8.
     """
     _check_width(bits)
-    packed: Tensor = implementation("quantize", impl, _IMPLEMENTATIONS, codes).pack(codes, bits)
+    packed: Tensor = implementation("quantize", impl, _PACKING, codes).pack(codes, bits)
     return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int, *, impl: Impl = "auto") -> Tensor:
     """Codes [..., count] uint8 of `pack`."""
     _check_width(bits)
-    codes: Tensor = implementation("quantize", impl, _IMPLEMENTATIONS, packed).unpack(packed, bits, count)
+    codes: Tensor = implementation("quantize", impl, _PACKING, packed).unpack(packed, bits, count)
     return codes
 
 
@@ -85,15 +88,65 @@ def quantize(
     group = check_groups(vectors.shape[-1], bits, group)
     if grid not in get_args(Grid):
         raise UserError(f"grid={grid!r}: expected one of {', '.join(get_args(Grid))}")
-    quantized: Quantized = implementation("quantize", impl, _IMPLEMENTATIONS, vectors).quantize(
+    lacks = _lacks(grid, vectors.shape[-1] // group, vectors.dtype)
+    quantized: Quantized = implementation("quantize", impl, _IMPLEMENTATIONS, vectors, lacks=lacks).quantize(
         vectors, bits, group, grid, scale_dtype
     )
     return quantized
 
 
+def quantize_entries(
+    source: Tensor,
+    index: Tensor,
+    bits: int,
+    first_row: int = 0,
+    rotation: Rotation = "none",
+    scale_dtype: torch.dtype = torch.float16,
+    out: Quantized | None = None,
+    *,
+    impl: Impl = "auto",
+) -> Quantized:
+    """Codes of entries that an eviction keeps, on the grid `offset` with one scale and zero per entry.
+
+    The kernel gathers, rotates, quantises and packs in one pass.
+
+    Args:
+        source: [R, S, D] keys or values of a layer; they do not change.
+        index: [N] int64 entries of this layer (`row * S + slot`), as `select` gives them.
+        bits: of a code, one of `BITS`.
+        first_row: number of this layer's first row in `index`.
+        rotation: of the channels before they are rounded.
+        scale_dtype: of scales and zeros; that of `out` where it is given.
+        out: contiguous memory that is written, such as a slice of a pool; None: new tensors.
+
+    Raises:
+        UserError: for bits that codes do not have, or a rotation of a D that has none.
+    """
+    check_bits(bits)
+    if rotation not in get_args(Rotation):
+        raise UserError(f"rotation={rotation!r}: expected one of {', '.join(get_args(Rotation))}")
+    if rotation == "hadamard":
+        check_hadamard(source.shape[-1])
+    out = empty(len(index), source.shape[-1], bits, scale_dtype, source.device) if out is None else out
+    assert out.codes.shape == (len(index), packed_bytes(source.shape[-1], bits))
+    lacks = _lacks("offset", 1, source.dtype)
+    implementation("quantize", impl, _IMPLEMENTATIONS, source, lacks=lacks).quantize_entries(
+        source, index, bits, first_row, rotation, out
+    )
+    return out
+
+
+def empty(count: int, dim: int, bits: int, scale_dtype: torch.dtype, device: torch.device) -> Quantized:
+    """Memory for codes of vectors [count, dim] with one scale and zero each."""
+    codes = torch.empty(count, packed_bytes(dim, bits), dtype=torch.uint8, device=device)
+    scale, zero = (torch.empty(count, 1, dtype=scale_dtype, device=device) for _ in range(2))
+    return Quantized(codes, scale, zero)
+
+
 def dequantize(quantized: Quantized, bits: int, dim: int, grid: Grid = "offset", *, impl: Impl = "auto") -> Tensor:
     """Vectors [..., dim] float32 of codes that `quantize` made with the same bits and grid."""
-    vectors: Tensor = implementation("quantize", impl, _IMPLEMENTATIONS, quantized.codes).dequantize(
+    lacks = _lacks(grid, quantized.scale.shape[-1])
+    vectors: Tensor = implementation("quantize", impl, _IMPLEMENTATIONS, quantized.codes, lacks=lacks).dequantize(
         quantized, bits, dim, grid
     )
     return vectors
@@ -111,6 +164,15 @@ def round_trip(
     reference = implementation("quantize", "reference", _IMPLEMENTATIONS, vectors)
     stored: Tensor = reference.round_trip(vectors, bits, group, grid, scale_dtype)
     return stored
+
+
+def _lacks(grid: Grid, groups: int, dtype: torch.dtype = torch.float32) -> str | None:
+    """What the kernels do not have: they compute in float32, on one grid, with one group per vector."""
+    if grid != "offset":
+        return f"grid={grid!r}"
+    if groups != 1:
+        return f"{groups} groups per vector"
+    return f"{dtype}" if dtype == torch.float64 else None
 
 
 def check_groups(dim: int, bits: int, group: int | None) -> int:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from learnkv.ops.quantize import Grid, Quantized
+from learnkv.ops.hadamard import hadamard
+from learnkv.ops.quantize import Grid, Quantized, Rotation
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -58,6 +59,20 @@ def codes_of(
     valid = stored.isfinite() & low.isfinite() & high.isfinite()
     valid = valid if zero is None else valid & zero.isfinite()
     return codes, stored.masked_fill(~valid, torch.nan), zero
+
+
+def quantize_entries(
+    source: Tensor, index: Tensor, bits: int, first_row: int, rotation: Rotation, out: Quantized
+) -> None:
+    """`quantize_entries` in PyTorch."""
+    rows, slots, dim = source.shape
+    vectors = source.detach().reshape(rows * slots, dim).index_select(0, index - first_row * slots)
+    if rotation == "hadamard":
+        exact = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        vectors = exact @ hadamard(dim, exact.device).to(exact.dtype)
+    for target, made in zip(out, quantize(vectors, bits, dim, "offset", out.scale.dtype), strict=True):
+        assert target is not None
+        target.copy_(made)
 
 
 def dequantize(quantized: Quantized, bits: int, dim: int, grid: Grid) -> Tensor:
