@@ -20,7 +20,8 @@ from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer
 from learnkv.data.text import text_windows
 from learnkv.evaluation import runner
-from learnkv.evaluation.config import Budget, EvalConfig
+from learnkv.evaluation.budget import Budget
+from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import Record, estimate, mean_of_tasks, paired_difference
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks import Answers, ruler

@@ -20,7 +20,8 @@ from learnkv import attach, load_policy
 from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer, Scores
 from learnkv.evaluation import runner, tasks
-from learnkv.evaluation.config import Budget, EvalConfig
+from learnkv.evaluation.budget import Budget
+from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import FULL, Estimate, Record, estimate
 from learnkv.evaluation.store import Store
 from learnkv.inference.models import load_model

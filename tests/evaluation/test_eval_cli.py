@@ -38,7 +38,7 @@ def test_policies_of_every_kind_in_one_run(
     mine.write_text("scorer: {class_path: learnkv.scorers.Knorm}\nsinks: 2\n")
     assert eval([*words, "--ckpt", "snapkv", "--ckpt", "full", str(mine)]) == 0
     found = results(tmp_path)
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert set(found["environment"]) >= {"python", "torch", "transformers", "dtype", "device"}
     rows = found["rows"]
     assert {row["policy"] for row in rows} == {"full", "snapkv", "mine"}
