@@ -118,7 +118,8 @@ class Inputs:
         used = torch.tensor([TAIL], device=device, dtype=torch.int32)
         query = numbers(case.batch, shape.heads, 1, shape.dim)
         if levels == (16, 16):
-            return cls(case, query, Ragged(keys, values, offset, length, case.kept), Tail(tail[0], tail[1], used=used), [])
+            kept = Ragged(keys, values, offset, length, case.kept)
+            return cls(case, query, kept, Tail(tail[0], tail[1], used=used), [])
         basis = hadamard(shape.dim, device).unsqueeze(0)
         stored = _codes(keys, levels[0]), _codes(values, levels[1])
         tier = Tier(*stored, offset.int(), length.int(), case.kept, basis, basis)

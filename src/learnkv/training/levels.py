@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TypedDict
 
 import torch
-from lightning.pytorch.strategies import Strategy
+from lightning import LightningModule
 from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
@@ -74,11 +74,12 @@ def measure_distortion(cache: CompressedCache, precision: LearnedPrecision) -> t
     return levels, evicted
 
 
-def measure_first(policy: Policy, cache: CompressedCache, strategy: Strategy) -> None:
-    """Before the first step, where a precision begins with measured distortions: the mean over all processes."""
-    precision = policy.precision
+def measure_first(module: LightningModule, cache: CompressedCache) -> None:
+    """Before the first step, where the policy's precision begins with measured distortions: mean over all processes."""
+    precision = module.policy.precision
     if isinstance(precision, LearnedPrecision) and not precision.measured:
-        levels, evicted = (strategy.reduce(part, reduce_op="mean") for part in measure_distortion(cache, precision))
+        reduce = module.trainer.strategy.reduce
+        levels, evicted = (reduce(part, reduce_op="mean") for part in measure_distortion(cache, precision))
         precision.set_distortions(levels / evicted.clamp_min(torch.finfo(evicted.dtype).tiny))
 
 

@@ -114,7 +114,7 @@ class Distillation(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         cache, batch = self._prefill(batch)
-        levels.measure_first(self.policy, cache, self.trainer.strategy)
+        levels.measure_first(self, cache)
         inputs = self._inputs(cache, batch)
         losses, spent = self._student_losses(cache, batch, inputs)
         loss = torch.stack(losses).mean()
