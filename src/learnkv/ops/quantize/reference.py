@@ -51,6 +51,7 @@ def quantize_entries(
         vectors = exact @ hadamard(dim, exact.device).to(exact.dtype)
     for target, made in zip(out, quantize(vectors, bits, dim, "offset", out.scale.dtype), strict=True):
         assert target is not None
+        assert made is not None
         target.copy_(made)
 
 
