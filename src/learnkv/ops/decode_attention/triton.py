@@ -498,10 +498,10 @@ def _attend(
             tl.store(lse + target + m, log_mass / 1.4426950408889634, m < packed)
         else:  # a row that began before this program is its first, any other its last
             target = (program * 2 + (first >= program * share).to(tl.int32)).to(tl.int64) * packed
-            place = partial + target * (BASES * DIM) + where
-            tl.store(place, acc, inside)
+            unjoined = partial + target * (BASES * DIM) + where
+            tl.store(unjoined, acc, inside)
             if BASES == 2:
-                tl.store(place + DIM, tiers_acc, inside)
+                tl.store(unjoined + DIM, tiers_acc, inside)
             tl.store(partial_lse + target + m, log_mass, m < packed)
         first += count
         current = first
