@@ -491,10 +491,10 @@ def _attend(
         where = m[:, None] * (BASES * DIM) + d[None, :]
         if first // share == (first + count - 1) // share:
             target = row.to(tl.int64) * packed
-            place = output + target * (BASES * DIM) + where
-            tl.store(place, acc.to(output.dtype.element_ty), inside)
+            joined = output + target * (BASES * DIM) + where
+            tl.store(joined, acc.to(output.dtype.element_ty), inside)
             if BASES == 2:
-                tl.store(place + DIM, tiers_acc.to(output.dtype.element_ty), inside)
+                tl.store(joined + DIM, tiers_acc.to(output.dtype.element_ty), inside)
             tl.store(lse + target + m, log_mass / 1.4426950408889634, m < packed)
         else:  # a row that began before this program is its first, any other its last
             target = (program * 2 + (first >= program * share).to(tl.int32)).to(tl.int64) * packed
