@@ -114,16 +114,16 @@ class Inputs:
         length = torch.full((case.rows,), case.kept, device=device)
         offset, none = length.cumsum(0) - length, torch.zeros_like(length)
         keys, values = numbers(entries, shape.dim), numbers(entries, shape.dim)
-        tail = numbers(2, case.batch, shape.kv_heads, CAPACITY, shape.dim)
+        slots = (case.batch, shape.kv_heads, CAPACITY, shape.dim)
         used = torch.tensor([TAIL], device=device, dtype=torch.int32)
+        tail = Tail(numbers(*slots), numbers(*slots), used=used)
         query = numbers(case.batch, shape.heads, 1, shape.dim)
         if levels == (16, 16):
-            kept = Ragged(keys, values, offset, length, case.kept)
-            return cls(case, query, kept, Tail(tail[0], tail[1], used=used), [])
-        basis = hadamard(shape.dim, device).unsqueeze(0)
+            return cls(case, query, Ragged(keys, values, offset, length, case.kept), tail, [])
         stored = _codes(keys, levels[0]), _codes(values, levels[1])
+        basis = hadamard(shape.dim, device).unsqueeze(0)
         tier = Tier(*stored, offset.int(), length.int(), case.kept, basis, basis)
-        return cls(case, query, Ragged(keys[:0], values[:0], none, none, 0), Tail(tail[0], tail[1], used=used), [tier])
+        return cls(case, query, Ragged(keys[:0], values[:0], none, none, 0), tail, [tier])
 
     @property
     def scaling(self) -> float:

@@ -68,9 +68,10 @@ def decode_attention(
         "ROWS": triton.next_power_of_2(rows),
         "HAS_LENGTH": used is not None,
         "PAGE": 0 if pages is None else pages.size,
+        "TIERS": len(tiers),
     }
     listed = 0 if pages is None else pages.numbers.shape[1]
-    lengths = tuple(tier.length for tier in tiers)
+    lengths = tuple(tier.length for tier in tiers) or None
     _attend[(programs, tiles)](
         query,
         turned,
@@ -83,7 +84,7 @@ def decode_attention(
         order,
         count,
         lengths,
-        contents,
+        contents or None,
         output,
         lse,
         partial,
@@ -186,6 +187,7 @@ def _blocks(
     ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
     PAGE: tl.constexpr,
+    TIERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Blocks of every row [ROWS], and the slots of the tail in use."""
@@ -198,7 +200,7 @@ def _blocks(
     else:
         kept = tl.load(length + row, mask=row < rows, other=0).to(tl.int32)
         blocks = tl.where(row < rows, tl.cdiv(kept, BLOCK_N) + tl.cdiv(used, BLOCK_N), 0)
-    for tier in tl.static_range(len(lengths)):
+    for tier in tl.static_range(TIERS):
         blocks += tl.cdiv(tl.load(lengths[tier] + row, mask=row < rows, other=0).to(tl.int32), BLOCK_N)
     return blocks, used
 
@@ -344,11 +346,12 @@ def _attend(
     ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
     PAGE: tl.constexpr,
+    TIERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    blocks, used = _blocks(length, tail_length, lengths, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
+    blocks, used = _blocks(length, tail_length, lengths, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, TIERS, BLOCK_N)
     total = tl.sum(blocks)
     share = tl.cdiv(total, tl.num_programs(0))
     program = tl.program_id(0)
@@ -383,7 +386,7 @@ def _attend(
         if UPCAST:
             q = q.to(tl.float32)
         plain = count
-        for tier in tl.static_range(len(lengths)):
+        for tier in tl.static_range(TIERS):
             count += tl.cdiv(tl.load(lengths[tier] + pool_row).to(tl.int32), BLOCK_N)
 
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -437,7 +440,7 @@ def _attend(
             acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             top = higher
 
-        if len(lengths) > 0:
+        if TIERS > 0:
             turned_row = turned + batch.to(tl.int64) * turned_stride[0] + head * (packed // new) * turned_stride[1]
             source = (m // new * turned_stride[1] + token * turned_stride[2])[:, None] + d[None, :]
             q = tl.load(turned_row + source, inside, other=0)
@@ -447,7 +450,7 @@ def _attend(
             tiers_mass, shift = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
             tiers_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             before = plain
-            for tier in tl.static_range(len(lengths)):
+            for tier in tl.static_range(TIERS):
                 entries = tl.load(lengths[tier] + pool_row).to(tl.int32)
                 own = tl.cdiv(entries, BLOCK_N)
                 tiers_top, tiers_mass, tiers_acc, shift = _attend_tier(
@@ -488,17 +491,17 @@ def _attend(
         where = m[:, None] * (BASES * DIM) + d[None, :]
         if first // share == (first + count - 1) // share:
             target = row.to(tl.int64) * packed
-            place = output + target * (BASES * DIM) + where
-            tl.store(place, acc.to(output.dtype.element_ty), inside)
+            joined = output + target * (BASES * DIM) + where
+            tl.store(joined, acc.to(output.dtype.element_ty), inside)
             if BASES == 2:
-                tl.store(place + DIM, tiers_acc.to(output.dtype.element_ty), inside)
+                tl.store(joined + DIM, tiers_acc.to(output.dtype.element_ty), inside)
             tl.store(lse + target + m, log_mass / 1.4426950408889634, m < packed)
         else:  # a row that began before this program is its first, any other its last
             target = (program * 2 + (first >= program * share).to(tl.int32)).to(tl.int64) * packed
-            place = partial + target * (BASES * DIM) + where
-            tl.store(place, acc, inside)
+            unjoined = partial + target * (BASES * DIM) + where
+            tl.store(unjoined, acc, inside)
             if BASES == 2:
-                tl.store(place + DIM, tiers_acc, inside)
+                tl.store(unjoined + DIM, tiers_acc, inside)
             tl.store(partial_lse + target + m, log_mass, m < packed)
         first += count
         current = first
@@ -523,13 +526,14 @@ def _merge(
     ROWS: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
     PAGE: tl.constexpr,
+    TIERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr = 16,
 ):
     """Merge the partial results of one row and query, in the order of the row's blocks."""
     row, m = tl.program_id(0), tl.program_id(1)
-    blocks, _ = _blocks(length, tail_length, lengths, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, BLOCK_N)
+    blocks, _ = _blocks(length, tail_length, lengths, rows, tail, listed, ROWS, HAS_LENGTH, PAGE, TIERS, BLOCK_N)
     share = tl.cdiv(tl.sum(blocks), programs)
     index = tl.arange(0, ROWS)
     first = tl.sum(tl.where(index < row, blocks, 0))
