@@ -1,11 +1,12 @@
 """The keys of `learnkv eval`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from learnkv.data.ruler_needles import Template
 from learnkv.data.words import Language
 from learnkv.errors import UserError
+from learnkv.evaluation.suite_keys import SuiteKeys
 
 Setting = Literal["query_agnostic", "query_aware"]
 Metric = Literal["generated", "forced"]
@@ -42,8 +43,9 @@ class EvalConfig:
         attn: transformers' attention implementation.
         keep: fractions of the prompt's entries to keep (default 0.5,0.25,0.1,0.05 where no budget is given).
         budget: entries to keep per head on average, in tokens.
-        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, or tables: a hub id or a jsonl, csv
-            or parquet file with the columns context, question, answer_prefix, answer, task, max_new_tokens.
+        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, suites or their tasks (longbench,
+            longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns context, question,
+            answer_prefix, answer, task, max_new_tokens.
         lengths: prompt lengths in tokens, the answer included.
         setting: query_agnostic reads the question after compression, query_aware before it.
         score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
@@ -55,6 +57,7 @@ class EvalConfig:
         template: wording of needles and questions: secret, or memo, which no training uses.
         keys: language of the needles' keys, where they are words: english, german or greek.
         qa: files for qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout).
+        suite: rows and prompts of the other suites.
         output: folder for results; the same command continues an interrupted run, another one adds to the table.
         show: prompts to print with what was expected and what came of every policy.
         seed: random seed.
@@ -81,6 +84,7 @@ class EvalConfig:
     template: Template = "secret"
     keys: Language = "english"
     qa: tuple[str, ...] = ()
+    suite: SuiteKeys = field(default_factory=SuiteKeys)
     output: str = "runs/eval"
     show: int = 0
     seed: int = 42

@@ -18,6 +18,7 @@ from learnkv.evaluation.results import FULL, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tabled import tabled
+from learnkv.evaluation.tasks.suite import cut_notes
 from learnkv.formats.files import write_text
 from learnkv.inference.attention import attach
 from learnkv.inference.fingerprint import describe_with_weights
@@ -82,6 +83,7 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
     rows = rows_of(records)
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
+    notes += cut_notes(record for record in records if record["policy"] == FULL)
     result = {"schema": 1, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
     write_text(output / "results.json", json.dumps(result, indent=1) + "\n")
     text = report.markdown(name, rows, records, runner.baselines_of(policies))

@@ -8,7 +8,7 @@ from learnkv.data.ruler import NEEDLES, QA_LAYOUT, TASKS, Ruler
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.answers import tokenised
 from learnkv.evaluation.tasks.base import Prompt
-from learnkv.inference.models import format_prompt
+from learnkv.inference.prompt_format import format_prompt
 
 GROUPS = {"niah": tuple(NEEDLES), "ruler": TASKS}
 
