@@ -134,14 +134,16 @@ def test_templates_of_a_benchmark_replace_ours(loaded: Loaded, longbench: Callab
     file.write_text(
         json.dumps({"qasper": "Read {this}.\n\n{context}\n\nAsk: {input}\n\nReply:".replace("{this}", "it")})
     )
-    prompt = load(loaded, "longbench_qasper", SuiteKeys(folder, str(file), 8))[0]
+    prompt = load(loaded, "longbench_qasper", SuiteKeys(folder, templates=str(file), max_new_tokens=8))[0]
     text = f"Read it.\n\n{ROW['context']}\n\nAsk: {ROW['input']}\n\nReply:"
     assert loaded[1].decode(prompt.prefill_ids + prompt.suffix_ids).removeprefix("<s>") == text
     assert prompt.sample is not None
     assert (prompt.sample.question, prompt.sample.answer_prefix) == (f"\n\nAsk: {ROW['input']}\n\n", "Reply:")
     parts = {"context": "{context}", "question": "{input}", "answer_prefix": " So"}
     (tmp_path / "parts.yaml").write_text(json.dumps({"longbench_qasper": parts}))
-    prompt = load(loaded, "longbench_qasper", SuiteKeys(folder, str(tmp_path / "parts.yaml"), 8))[0]
+    prompt = load(
+        loaded, "longbench_qasper", SuiteKeys(folder, templates=str(tmp_path / "parts.yaml"), max_new_tokens=8)
+    )[0]
     assert loaded[1].decode(prompt.suffix_ids) == "Where is the key? So"
 
 
@@ -160,7 +162,9 @@ def test_templates_that_cannot_be_filled(
 ) -> None:
     (tmp_path / "t.json").write_text(json.dumps({"qasper": template}))
     with pytest.raises(UserError, match=line):
-        load(loaded, "longbench_qasper", SuiteKeys(longbench(ROW), str(tmp_path / "t.json"), 8))
+        load(
+            loaded, "longbench_qasper", SuiteKeys(longbench(ROW), templates=str(tmp_path / "t.json"), max_new_tokens=8)
+        )
 
 
 def test_stored_samples_of_another_metric_do_not_count(loaded: Loaded, longbench: Callable[..., str]) -> None:

@@ -10,6 +10,8 @@ from learnkv.evaluation.suite_keys import SuiteKeys
 
 Setting = Literal["query_agnostic", "query_aware"]
 Metric = Literal["generated", "forced"]
+Measured = Literal["generated", "forced", "choices"]
+"""What an output is: generated, the correct answer that was read, or the most likely of the choices that were read."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from learnkv.evaluation.panels import Row, budget_label, grouped, mean, panels, score_of, size
 from learnkv.evaluation.report import LEARNED
-from learnkv.evaluation.results import FULL, Kind, Record
+from learnkv.evaluation.results import FULL, SCORED, Kind, Record
 from learnkv.formats.files import atomic_write
 
 MARKERS = "osD^vP*X<>hd"
@@ -46,7 +46,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
 def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind) -> None:
     by_policy = grouped(rows)
     (full,) = by_policy.pop(FULL).values()
-    if kind == "generated":
+    if kind in SCORED:
         _full_cache_line(axis, full)
     ticks: dict[str, list[float]] = {}
     for index, name in enumerate(order):
@@ -61,8 +61,8 @@ def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind) ->
     )
     axis.set_xticks([], minor=True)
     axis.set_xlabel("bytes held per prompt (log)")
-    axis.set_ylabel("KL to the full cache, nats per token (log)" if kind != "generated" else "score, mean over tasks")
-    if kind != "generated":
+    axis.set_ylabel("KL to the full cache, nats per token (log)" if kind not in SCORED else "score, mean over tasks")
+    if kind not in SCORED:
         axis.set_yscale("log")
     else:
         axis.set_ylim(-2, 104)
@@ -80,8 +80,8 @@ def _policy_line(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row
     learned = name.startswith(LEARNED)
     axis.errorbar(
         [mean(cell, "bytes") for cell in cells],
-        [score_of(cell).mean if kind == "generated" else mean(cell, "kl") for cell in cells],
-        yerr=None if kind != "generated" else np.nan_to_num([score_of(cell).stderr for cell in cells]),
+        [score_of(cell).mean if kind in SCORED else mean(cell, "kl") for cell in cells],
+        yerr=None if kind not in SCORED else np.nan_to_num([score_of(cell).stderr for cell in cells]),
         label=name,
         color=COLOURS[index % len(COLOURS)],
         marker=MARKERS[index % len(MARKERS)],

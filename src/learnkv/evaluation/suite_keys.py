@@ -11,12 +11,14 @@ class SuiteKeys:
 
     Args:
         longbench: LongBench's rows: a folder with a file per task, such as qasper.jsonl, or a hub id.
+        longbench_v2: LongBench v2's rows: a file, or a hub id.
         templates: JSON or YAML file of prompt templates by task, as LongBench's dataset2prompt.json; default: wording
             of our own.
         max_new_tokens: most tokens of an answer, where a task would allow more.
     """
 
     longbench: str | None = None
+    longbench_v2: str | None = None
     templates: str | None = None
     max_new_tokens: int | None = None
 

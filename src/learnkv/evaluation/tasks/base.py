@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.sample import Sample
-from learnkv.evaluation.config import Metric, Setting
+from learnkv.evaluation.config import Measured, Setting
 from learnkv.evaluation.sources import source_digest
 from learnkv.inference.digest import tokenizer_digest
 
@@ -25,9 +25,9 @@ BEGINNING, END = 100, 300
 class Prompt:
     """One prompt: `prefill_ids` are read and compressed, `suffix_ids` are read afterwards.
 
-    `sample` has the answers of a question; None for text. `metric`: the output is generated, or given
-    tokens are read. `measurement` is the digest of the task family that measures it, `text` the whole prompt for
-    readers. `cut_tokens` of its middle were left out.
+    `sample` has the answers of a question; None for text. `metric`: the output is generated, or given tokens or choices
+    are read. `measurement` is the digest of the task family that measures it, `text` the whole prompt for readers.
+    `cut_tokens` of its middle were left out.
     """
 
     task: str
@@ -38,7 +38,7 @@ class Prompt:
     suffix_ids: list[int]
     sample: Sample | None = None
     haystack: str | None = None
-    metric: Metric = "generated"
+    metric: Measured = "generated"
     measurement: str = ""
     text: str = ""
     cut_tokens: int = 0

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.longbench import LongBench
+from learnkv.evaluation.tasks.longbench_v2 import LongBenchV2
 from learnkv.evaluation.tasks.suite import Suite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (LongBench(),)}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (LongBench(), LongBenchV2())}
 """By their names."""
 
 

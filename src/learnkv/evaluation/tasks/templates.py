@@ -60,13 +60,14 @@ def _templates(file: str) -> Mapping[str, Any]:
 def _parsed(value: Any, where: str) -> Template:
     """A template from a mapping of parts, or from one text.
 
-    The context part of a text ends with `{context}`; the answer prefix is its last line, where that has no slot.
+    The context part of a text ends with `{context}`; the answer prefix is its last line, where that has no slot and
+    ends with a colon.
     """
     if isinstance(value, str):
         for older, slot in _OLDER_SLOTS.items():
             value = value.replace(older, slot)
         context, slot, rest = value.rpartition("{context}")
-        cue = re.search(r"[^\n]+\n*\Z", rest)
+        cue = re.search(r"[^\n]+[:\uff1a]\s*\Z", rest)
         begin = len(rest) if cue is None or _SLOT.search(cue[0]) else cue.start()
         return Template(context + slot, rest[:begin], rest[begin:])
     if not isinstance(value, dict) or not {"context"} <= value.keys() <= {*Template._fields}:
