@@ -59,7 +59,7 @@ COMMANDS = {
 
 
 OPTIONAL = frozenset(
-    {"datasets", "gguf", "jieba", "lightning", "matplotlib", "peft", "platformdirs", "pyarrow"}
+    {"datasets", "gguf", "jieba", "lightning", "math_verify", "matplotlib", "peft", "platformdirs", "pyarrow"}
     | {"rapidfuzz", "rouge", "tqdm", "wandb", "wonderwords"}
 )
 """What the extras `train`, `eval` and `gguf` install."""

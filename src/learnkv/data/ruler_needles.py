@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice
 from typing import Literal
 
 from learnkv.data.haystack import NOISE, essay, sentences
@@ -32,6 +32,8 @@ class Needles:
     values: int = 1
     queries: int = 1
     template: Template = "secret"
+    depths: tuple[float, ...] | None = None
+    """Where the needles are, in percent of the haystack; None: sampled."""
 
     def __call__(self, rng: random.Random, split: Split, essay_file: str | None) -> Callable[[int], Draft]:
         taken: set[str] = set()
@@ -43,14 +45,14 @@ class Needles:
         needles = [wording.needle(key, noted_value) for key, values in noted.items() for noted_value in values]
         asked = wording.needle(queried[0], answers[0])
         rng.shuffle(needles)
-        depths = sorted(rng.sample(DEPTHS, len(needles)))
+        depths = sorted(rng.sample(DEPTHS, len(needles)) if self.depths is None else self.depths)
         hay = self._haystack(random.Random(rng.getrandbits(64)), wording, split, taken, essay_file)
 
         def draft(units: int) -> Draft:
             parts = hay(units)
-            size = len(parts)
-            for depth, needle in zip(reversed(depths), reversed(needles), strict=True):
-                parts.insert(round(size * depth / 100), needle)
+            places = [self._place(parts, depth) for depth in depths]
+            for place, needle in zip(reversed(places), reversed(needles), strict=True):
+                parts.insert(place, needle)
             return Draft(
                 wording.intro + " ".join(parts),
                 wording.question(queried),
@@ -61,6 +63,13 @@ class Needles:
             )
 
         return draft
+
+    def _place(self, parts: list[str], depth: float) -> int:
+        """Index before which a needle goes: by sentences, or where depths are given by words."""
+        if self.depths is None:
+            return round(len(parts) * depth / 100)
+        ends = list(accumulate((len(part.split(" ")) for part in parts), initial=0))
+        return min(range(len(ends)), key=lambda place: abs(ends[place] - ends[-1] * depth / 100))
 
     def _haystack(
         self, rng: random.Random, wording: NeedleWording, split: Split, taken: set[str], essay_file: str | None

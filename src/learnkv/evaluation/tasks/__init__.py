@@ -65,7 +65,8 @@ def _check(config: EvalConfig, context: int | None) -> None:
 def _check_haystack(config: EvalConfig) -> None:
     """UserError for a haystack that none of the tasks reads: scores would be taken for scores on it."""
     reading = [task for task, needles in NEEDLES.items() if needles.haystack == "essay"]
-    if config.haystack and not {*reading} & {*ruler.tasks_named(config.tasks, config.qa)}:
+    reading += [name for chosen in SUITES.values() if chosen.essays for name in (chosen.name, *chosen.tasks)]
+    if config.haystack and not {*reading} & {*config.tasks, *ruler.tasks_named(config.tasks, config.qa)}:
         given = ",".join(config.tasks)
         raise UserError(f"haystack={config.haystack}: read by {', '.join(reading)}, got tasks={given}")
 

@@ -11,6 +11,7 @@ from learnkv.data.sample import Sample
 from learnkv.errors import UserError
 from learnkv.evaluation.config import Setting
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
+from learnkv.evaluation.tasks.held_bytes import HeldBytes
 from learnkv.inference.generate import generate
 from learnkv.inference.prompt_format import format_prompt
 
@@ -52,9 +53,11 @@ class Answers(Family):
         ids, padded = pad([prompt.suffix_ids for prompt in prompts], "right", model.device)
         mask: Tensor | None = padded
         rows, earlier = list(range(len(prompts))), 0  # prompts that are still in the batch, and their new tokens
+        held = HeldBytes(cache)
         while True:
             new = generate(model, ids, cache, mask, max_new_tokens=ROUND, earlier=earlier, **GREEDY).tolist()
             earlier += ROUND
+            held.update(cache, rows)
             for row, tokens in zip(rows, new, strict=True):
                 generated[row] = ends.cut(generated[row] + tokens, sample_of(prompts[row]))
             unfinished = [index for index, row in enumerate(rows) if not ends(generated[row], sample_of(prompts[row]))]
@@ -68,8 +71,8 @@ class Answers(Family):
             ids, mask = torch.tensor([generated[row][-1:] for row in rows], device=model.device), None
         texts = [ends.text(tokens) for tokens in generated]
         return [
-            {"score": 100 * sample_of(prompt).score(text), "answer": text, "tokens": len(tokens)}
-            for prompt, text, tokens in zip(prompts, texts, generated, strict=True)
+            {"score": 100 * sample_of(prompt).score(text), "answer": text, "tokens": len(tokens), "held_bytes": most}
+            for prompt, text, tokens, most in zip(prompts, texts, generated, held.most, strict=True)
         ], None
 
 

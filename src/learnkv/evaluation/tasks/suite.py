@@ -45,6 +45,10 @@ class Suite(ABC):
     tasks: ClassVar[tuple[str, ...]]
     families: ClassVar[Mapping[Score, type[Answers]]] = {"generated": Answers, "forced": Forced}
     """What measures the prompts, by `score=`."""
+    essays: ClassVar[bool] = False
+    """Whether its prompts are made of the essays of `haystack=`."""
+    cut: ClassVar[bool] = True
+    """Whether prompts that are too long are cut; those that are made to measure never are."""
 
     def default_tasks(self, config: EvalConfig) -> Sequence[str]:
         """The tasks that the suite's name stands for."""
@@ -71,7 +75,7 @@ def prompts(config: EvalConfig, suite: Suite, tasks: Iterable[str], length: int,
     for task in tasks:
         numbered = suite.samples(config, task, length, tokenizer)
         for setting in config.setting:
-            made += tokenised(numbered, setting, length, tokenizer, haystack, cut_to=length)
+            made += tokenised(numbered, setting, length, tokenizer, haystack, length if suite.cut else None)
     return made
 
 

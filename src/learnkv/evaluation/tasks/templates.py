@@ -60,16 +60,18 @@ def _templates(file: str) -> Mapping[str, Any]:
 def _parsed(value: Any, where: str) -> Template:
     """A template from a mapping of parts, or from one text.
 
-    The context part of a text ends with `{context}`; the answer prefix is its last line, where that has no slot and
-    ends with a colon.
+    The context part of a text ends with `{context}`, or with the last slot where there is no such one; the answer prefix
+    is its last line, where that has no slot and ends with a colon.
     """
     if isinstance(value, str):
         for older, slot in _OLDER_SLOTS.items():
             value = value.replace(older, slot)
-        context, slot, rest = value.rpartition("{context}")
+        slots = list(_SLOT.finditer(value))
+        ends = [slot.end() for slot in slots if slot[1] == "context"] or [slot.end() for slot in slots] or [0]
+        context, rest = value[: ends[-1]], value[ends[-1] :]
         cue = re.search(r"[^\n]+[:\uff1a]\s*\Z", rest)
         begin = len(rest) if cue is None or _SLOT.search(cue[0]) else cue.start()
-        return Template(context + slot, rest[:begin], rest[begin:])
+        return Template(context, rest[:begin], rest[begin:])
     if not isinstance(value, dict) or not {"context"} <= value.keys() <= {*Template._fields}:
         raise UserError(f"{where}: expected text, or {', '.join(Template._fields)}, got {str(value)[:60]}")
     if not all(isinstance(part, str) for part in value.values()):
