@@ -32,11 +32,12 @@ def essays(tmp_path: Path) -> str:
 
 
 def places(prompt: Prompt) -> list[float]:
-    """Where the answers are, in percent of the words of the context."""
+    """Where the needles begin, in percent of the other words of the context."""
     assert prompt.sample is not None
     words = prompt.sample.context.split("\n", 1)[1].split()
     found = [next(i for i, word in enumerate(words) if answer in word) for answer in prompt.sample.answers]
-    return [100 * place / len(words) for place in found]
+    needle = 7  # its words, the answer is the last
+    return [100 * (place - needle + 1) / (len(words) - needle * len(found)) for place in found]
 
 
 def hay(prompt: Prompt) -> tuple[str, ...]:

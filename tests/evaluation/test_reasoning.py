@@ -134,7 +134,7 @@ def test_bytes_of_long_answers_are_those_held(model_folder: Path, tmp_path: Path
         assert record["bytes"] <= record["bytes_full"] * (1.0 if record["policy"] == "full" else 0.9)
     text = (tmp_path / "run" / "results.md").read_text()
     assert "| policy | budget | accuracy | bytes held | of a full cache | tokens generated |" in text
-    assert list(written_answers(records))[0] == "## gsm8k, query-agnostic, 384 tokens"
+    assert next(written_answers(records)) == "## gsm8k, query-agnostic, 384 tokens"
 
 
 def test_what_measures_long_answers(loaded: Loaded, tmp_path: Path) -> None:

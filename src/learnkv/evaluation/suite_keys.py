@@ -12,6 +12,7 @@ class SuiteKeys:
     Args:
         longbench: LongBench's rows: a folder with a file per task, such as qasper.jsonl, or a hub id.
         longbench_v2: LongBench v2's rows: a file, or a hub id.
+        babilong: BABILong's rows: a folder with a file per length, such as 4k.jsonl, or a hub id.
         gsm8k: GSM8K's rows: a file, or a hub id.
         math500: MATH-500's rows: a file, or a hub id.
         aime: rows of AIME with problem and answer: a file, or a hub id.
@@ -24,6 +25,7 @@ class SuiteKeys:
 
     longbench: str | None = None
     longbench_v2: str | None = None
+    babilong: str | None = None
     gsm8k: str | None = None
     math500: str | None = None
     aime: str | None = None

@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.tasks.babilong import Babilong
 from learnkv.evaluation.tasks.longbench import LongBench
 from learnkv.evaluation.tasks.longbench_v2 import LongBenchV2
 from learnkv.evaluation.tasks.needle_grid import NeedleGrid
 from learnkv.evaluation.tasks.reasoning import Reasoning
 from learnkv.evaluation.tasks.suite import Suite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (LongBench(), LongBenchV2(), NeedleGrid(), Reasoning())}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (LongBench(), LongBenchV2(), Babilong(), NeedleGrid(), Reasoning())
+}
 """By their names."""
 
 

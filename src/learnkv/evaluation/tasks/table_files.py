@@ -49,7 +49,7 @@ def is_file(name: str) -> bool:
 
 
 def hub_rows(source: str, argument: str, **options: Any) -> list[Row]:
-    """Rows of the test split of a hub data set.
+    """Rows of a hub data set, of the test split if no other is given.
 
     Args:
         argument: the key and its value as typed, for errors.
@@ -57,7 +57,7 @@ def hub_rows(source: str, argument: str, **options: Any) -> list[Row]:
     """
     try:
         check_hub(argument)
-        rows = datasets.load_dataset(source, split="test", **options)
+        rows = datasets.load_dataset(source, **{"split": "test", **options})
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise UserError(f"{argument}: loading it from the hub failed: {str(error).splitlines()[0]}") from None
     return [Row(f"{argument}: row {number}", row) for number, row in enumerate(rows, 1)]

@@ -60,8 +60,8 @@ def _templates(file: str) -> Mapping[str, Any]:
 def _parsed(value: Any, where: str) -> Template:
     """A template from a mapping of parts, or from one text.
 
-    The context part of a text ends with `{context}`, or with the last slot where there is no such one; the answer prefix
-    is its last line, where that has no slot and ends with a colon.
+    The context part of a text ends with `{context}`, or with the last slot where there is no such one. The answer
+    prefix is its last line, where that has no slot and ends with a colon.
     """
     if isinstance(value, str):
         for older, slot in _OLDER_SLOTS.items():
