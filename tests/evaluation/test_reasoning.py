@@ -144,4 +144,4 @@ def test_what_measures_long_answers(loaded: Loaded, tmp_path: Path) -> None:
         config = EvalConfig(tasks=("gsm8k",), suite=suite, lengths=(384,), score=score)
         assert [type(made) for made in tasks.load(config, loaded[1], 512)] == [family]
     with pytest.raises(UserError, match=r"tasks=reasoning: expected one or more of suite\.gsm8k=PATH"):
-        tasks.load(EvalConfig(tasks=("reasoning",)), loaded[1], 512)
+        tasks.load(EvalConfig(tasks=("reasoning",), lengths=(384,)), loaded[1], 512)

@@ -1,7 +1,7 @@
 """RULER's needles in a haystack: keys and values among noise, essays or other needles."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
 from typing import Literal
@@ -51,10 +51,8 @@ class Needles:
         def draft(units: int) -> Draft:
             parts = hay(units)
             places = [self._place(parts, depth) for depth in depths]
-            for place, needle in zip(reversed(places), reversed(needles), strict=True):
-                parts.insert(place, needle)
             return Draft(
-                wording.intro + " ".join(parts),
+                wording.intro + " ".join(hide(parts, needles, places)),
                 wording.question(queried),
                 wording.answer_prefix(queried),
                 answers,
@@ -68,8 +66,7 @@ class Needles:
         """Index before which a needle goes: by sentences, or where depths are given by words."""
         if self.depths is None:
             return round(len(parts) * depth / 100)
-        ends = list(accumulate((len(part.split(" ")) for part in parts), initial=0))
-        return min(range(len(ends)), key=lambda place: abs(ends[place] - ends[-1] * depth / 100))
+        return place_of(parts, depth)
 
     def _haystack(
         self, rng: random.Random, wording: NeedleWording, split: Split, taken: set[str], essay_file: str | None
@@ -77,9 +74,7 @@ class Needles:
         if self.haystack == "noise":
             return noise
         if self.haystack == "essay":
-            text = essay(essay_file)
-            start = rng.randrange(len(text))
-            return lambda units: _first_words(islice(cycle(text), start, None), units)
+            return essay_words(rng, essay_file)
         others: list[str] = []
 
         def distractors(units: int) -> list[str]:
@@ -94,6 +89,26 @@ class Needles:
 def noise(units: int) -> list[str]:
     """The first `units` sentences of endless noise."""
     return list(islice(cycle(sentences(NOISE)), units))
+
+
+def essay_words(rng: random.Random, file: str | None) -> Callable[[int], list[str]]:
+    """Sentences of the essays from a sampled one on, up to a number of words in total, the last one truncated."""
+    text = essay(file)
+    begin = rng.randrange(len(text))
+    return lambda units: _first_words(islice(cycle(text), begin, None), units)
+
+
+def hide(parts: list[str], needles: Sequence[str], places: Sequence[int]) -> list[str]:
+    """The parts with every needle before the part at its place; places ascend."""
+    for place, needle in zip(reversed(places), reversed(needles), strict=True):
+        parts.insert(place, needle)
+    return parts
+
+
+def place_of(parts: Sequence[str], depth: float) -> int:
+    """The place between sentences that is nearest to `depth` percent of their words."""
+    ends = list(accumulate((len(part.split(" ")) for part in parts), initial=0))
+    return min(range(len(ends)), key=lambda place: abs(ends[place] - ends[-1] * depth / 100))
 
 
 def _first_words(text: Iterator[str], count: int) -> list[str]:

@@ -28,8 +28,8 @@ def written_answers(records: Iterable[Record]) -> Iterator[str]:
 
 
 def _cells(records: list[Record]) -> Iterator[str]:
-    held, full = (fmean(record[key] for record in records) for key in ("bytes", "bytes_full"))
+    nbytes, nbytes_full = (fmean(record[key] for record in records) for key in ("bytes", "bytes_full"))
     yield plus_minus(estimate([record["score"] for record in records]))
-    yield size(held)
-    yield f"{100 * held / full:.0f} %"
+    yield size(nbytes)
+    yield f"{100 * nbytes / nbytes_full:.0f} %"
     yield plus_minus(estimate([record["tokens"] for record in records]))

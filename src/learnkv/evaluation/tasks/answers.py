@@ -53,11 +53,11 @@ class Answers(Family):
         ids, padded = pad([prompt.suffix_ids for prompt in prompts], "right", model.device)
         mask: Tensor | None = padded
         rows, earlier = list(range(len(prompts))), 0  # prompts that are still in the batch, and their new tokens
-        held = HeldBytes(cache)
+        memory = HeldBytes(cache)
         while True:
             new = generate(model, ids, cache, mask, max_new_tokens=ROUND, earlier=earlier, **GREEDY).tolist()
             earlier += ROUND
-            held.update(cache, rows)
+            memory.update(cache, rows)
             for row, tokens in zip(rows, new, strict=True):
                 generated[row] = ends.cut(generated[row] + tokens, sample_of(prompts[row]))
             unfinished = [index for index, row in enumerate(rows) if not ends(generated[row], sample_of(prompts[row]))]
@@ -72,7 +72,7 @@ class Answers(Family):
         texts = [ends.text(tokens) for tokens in generated]
         return [
             {"score": 100 * sample_of(prompt).score(text), "answer": text, "tokens": len(tokens), "held_bytes": most}
-            for prompt, text, tokens, most in zip(prompts, texts, generated, held.most, strict=True)
+            for prompt, text, tokens, most in zip(prompts, texts, generated, memory.most, strict=True)
         ], None
 
 

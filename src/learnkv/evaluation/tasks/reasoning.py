@@ -20,6 +20,8 @@ from learnkv.evaluation.tasks.table import drawn
 from learnkv.evaluation.tasks.table_files import Row
 from learnkv.evaluation.tasks.templates import Template, template_of
 
+PATIENCE = 120
+"""Seconds for one result: math-verify's own five are over on a busy machine, and a right result would score 0."""
 NEW_TOKENS = {"gsm8k": 512, "math500": 1024, "aime": 2048}
 TEMPLATE = Template(
     "Problem: {problem}\n\n",
@@ -40,8 +42,8 @@ class MathSample(SuiteSample):
         """Whether the result is the right one, as math-verify compares them."""
         answer = _after_thought(prediction)
         end = _boxed_end(answer)
-        target = parse(answer if end is None else answer[:end])
-        return float(verify(parse(f"\\boxed{{{self.answers[0]}}}"), target))
+        target = _parsed(answer if end is None else answer[:end])
+        return float(verify(_parsed(_boxed(self.answers[0])), target, timeout_seconds=PATIENCE))
 
     def complete(self, prediction: str) -> bool:
         return _boxed_end(_after_thought(prediction)) is not None
@@ -96,14 +98,14 @@ def _sample(config: EvalConfig, row: Row, task: str, template: Template) -> Math
     answer = text_of(str(cell) if isinstance(cell, int) else cell, row.column(given), blank=False)
     solution, result = _worked(answer, row.column(given)) if task == "gsm8k" else ("", answer.strip())
     solution = solution or text_of(row.cells.get("solution"), row.column("solution")).strip()
-    if not parse(f"\\boxed{{{result}}}"):
+    if not _parsed(_boxed(result)):
         raise UserError(f"{row.column(given)}: expected a result in LaTeX, got {result[:60]}")
     return MathSample(
         *template.fill(problem=problem),
         answers=[result],
         task=task,
         max_new_tokens=limit(config, NEW_TOKENS[task]),
-        wording=solution or f"\\boxed{{{result}}}",
+        wording=solution or _boxed(result),
     )
 
 
@@ -114,7 +116,16 @@ def _worked(answer: str, where: str) -> tuple[str, str]:
         raise UserError(f"{where}: expected #### and the result at the end, got {answer[-60:]!r}")
     result = result.strip().replace(",", "")
     solution = re.sub(r"<<.*?>>", "", steps).strip()  # for a calculator
-    return f"{solution}\n\\boxed{{{result}}}", result
+    return f"{solution}\n{_boxed(result)}", result
+
+
+def _boxed(result: str) -> str:
+    return f"\\boxed{{{result}}}"
+
+
+def _parsed(text: str) -> Any:
+    """What math-verify reads; nothing where it cannot."""
+    return parse(text, parsing_timeout=PATIENCE)
 
 
 def _after_thought(text: str) -> str:

@@ -4,14 +4,27 @@ from collections.abc import Sequence
 
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.babilong import Babilong
+from learnkv.evaluation.tasks.coreference import Coreference
+from learnkv.evaluation.tasks.instructions import Instructions
 from learnkv.evaluation.tasks.longbench import LongBench
 from learnkv.evaluation.tasks.longbench_v2 import LongBenchV2
 from learnkv.evaluation.tasks.needle_grid import NeedleGrid
+from learnkv.evaluation.tasks.paraphrase import Paraphrase
 from learnkv.evaluation.tasks.reasoning import Reasoning
 from learnkv.evaluation.tasks.suite import Suite
 
 SUITES: dict[str, Suite] = {
-    suite.name: suite for suite in (LongBench(), LongBenchV2(), Babilong(), NeedleGrid(), Reasoning())
+    suite.name: suite
+    for suite in (
+        LongBench(),
+        LongBenchV2(),
+        Babilong(),
+        NeedleGrid(),
+        Paraphrase(),
+        Coreference(),
+        Instructions(),
+        Reasoning(),
+    )
 }
 """By their names."""
 
