@@ -15,12 +15,12 @@ from learnkv.evaluation.tasks.coreference import ReplySample
 from learnkv.evaluation.tasks.instructions import CASES, QUOTES, RULES, SHAPES, RuleSample, obedient, sampled_rules
 from learnkv.evaluation.tasks.paraphrase import FACTS, NAMES, NameSample
 
-LENGTH = 500
+LENGTH = 900
 
 
 def load(loaded: Loaded, names: str, **keys: Any) -> list[Prompt]:
     config = EvalConfig(tasks=tuple(names.split(",")), **{"lengths": (LENGTH,), "samples": 3, **keys})
-    return [prompt for family in tasks.load(config, loaded[1], 512) for prompt in family.prompts]
+    return [prompt for family in tasks.load(config, loaded[1], None) for prompt in family.prompts]
 
 
 def words(text: str) -> set[str]:
@@ -54,7 +54,7 @@ def test_the_first_name_of_an_output_counts() -> None:
 
 def test_forced_paraphrases_read_the_names(loaded: Loaded) -> None:
     config = EvalConfig(tasks=("paraphrase",), lengths=(LENGTH,), samples=1, score="forced")
-    (family,) = tasks.load(config, loaded[1], 512)
+    (family,) = tasks.load(config, loaded[1], None)
     assert isinstance(family, Choices)
     assert {prompt.metric for prompt in family.prompts} == {"choices"}
 
