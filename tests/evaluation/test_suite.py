@@ -14,6 +14,7 @@ from learnkv.errors import UserError
 from learnkv.evaluation import tasks
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.suite_keys import SuiteKeys
+from learnkv.evaluation.tasks import table_files
 from learnkv.evaluation.tasks.answers import EndOfAnswer, without_middle
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.longbench_metrics import LongBenchSample
@@ -196,3 +197,50 @@ def test_forced_answers_are_those_of_the_rows(loaded: Loaded, longbench: Callabl
     first, second = sorted(family.prompts, key=lambda prompt: prompt.index)
     assert loaded[1].decode(family.answer_ids(first)) == " red box"
     assert len(family.answer_ids(second)) == 8
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "options", "row"),
+    [
+        ("longbench_qasper", "longbench", {"name": "qasper", "split": "test"}, ROW),
+        ("gsm8k", "gsm8k", {"name": "main", "split": "test"}, {"question": "1 + 1?", "answer": "#### 2"}),
+        ("aime", "aime", {"split": "test"}, {"problem": "1 + 1?", "answer": 2}),
+        (
+            "babilong_qa1",
+            "babilong",
+            {"name": "0k", "split": "qa1"},
+            {"input": "Mary is there.", "question": "Where is Mary?", "target": "office"},
+        ),
+        (
+            "longbench_v2",
+            "longbench_v2",
+            {"split": "train"},
+            {
+                **{f"choice_{letter}": letter for letter in "ABCD"},
+                **{"question": "Which?", "answer": "A", "context": "a", "difficulty": "easy", "length": "short"},
+            },
+        ),
+    ],
+)
+def test_rows_of_the_hub(
+    loaded: Loaded,
+    monkeypatch: pytest.MonkeyPatch,
+    names: str,
+    key: str,
+    options: dict[str, str],
+    row: dict[str, Any],
+) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(source: str, **given: Any) -> list[dict[str, Any]]:
+        asked.append((source, given))
+        return [row]
+
+    monkeypatch.setattr(table_files, "check_hub", lambda argument: None)
+    monkeypatch.setattr(table_files.datasets, "load_dataset", load_dataset)
+    (prompt,) = load(loaded, names, SuiteKeys(**{key: "owner/name", "max_new_tokens": 8}), setting=("query_aware",))
+    assert asked == [("owner/name", options)]
+    assert prompt.task == names
+    monkeypatch.setattr(table_files.datasets, "load_dataset", lambda *given, **more: [{"other": 1}])
+    with pytest.raises(UserError, match=f"suite.{key}=owner/name: row 1: expected the columns"):
+        load(loaded, names, SuiteKeys(**{key: "owner/name"}))

@@ -63,7 +63,7 @@ class LongBenchV2(Suite):
         return (self.name,)
 
     def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        rows = rows_of(source_of(config, "longbench_v2", "LongBench v2's rows"), "longbench_v2")
+        rows = rows_of(source_of(config, "longbench_v2", "LongBench v2's rows"), "longbench_v2", split="train")
         slots = {"context", "question", *(f"choice_{letter}" for letter in LETTERS)}
         template = template_of(config.suite.templates, (self.name, "0shot"), TEMPLATE, slots)
         samples = [(index, row, _sample(config, row, task, template)) for index, row in enumerate(rows)]

@@ -80,7 +80,8 @@ class Reasoning(Suite):
         return tasks
 
     def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        rows = rows_of(source_of(config, task, "its rows"), task)
+        hub = {"name": "main"} if task == "gsm8k" else {}
+        rows = rows_of(source_of(config, task, "its rows"), task, **hub)
         template = template_of(config.suite.templates, (task, self.name), TEMPLATE, {"problem"})
         samples: list[tuple[int, Sample]] = [
             (index, _sample(config, row, task, template)) for index, row in enumerate(rows)
