@@ -20,8 +20,9 @@ from learnkv.evaluation.panels import size, table
 from learnkv.evaluation.run import evaluate
 from learnkv.inference.generate import generate
 from learnkv.inference.known_models import KNOWN_MODELS, fetch, fetched_folder
-from learnkv.inference.models import describe_model, format_prompt, load_model
+from learnkv.inference.models import describe_model, load_model
 from learnkv.inference.prefill import prefill
+from learnkv.inference.prompt_format import format_prompt
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
 

@@ -139,6 +139,8 @@ def test_whoever_writes_a_table_its_answers_are_the_same(loaded: Any, tmp_path: 
             "metric": "all",
             "wording": "",
             "depth": None,
+            "system": "",
+            "chat": True,
         }
 
 
@@ -166,6 +168,11 @@ def test_a_blank_question_is_nothing_and_a_blank_answer_is_refused(loaded: Any, 
         ("t.json", b'[{"answer": "a", "answer": "b"}]', "expected JSON: .*key 'answer' twice"),
         ("t.csv", b'context\n"a', "line 1: unexpected end of data"),
         ("t.json", b'[{"context": ', "expected JSON"),
+        (
+            "t.jsonl",
+            b'{}\n{"context": "' + b"a" * 50_000_000 + b'"}\n',
+            "line 2 has 50,000,015 bytes, expected at most",
+        ),
         ("t.parquet", b"PAR1", "cannot be read: "),
         ("t.parquet", b"", "cannot be read: "),
         ("t.jsonl.gz", b"{}", "cannot be read: "),
@@ -181,7 +188,7 @@ def test_defects_of_a_file_are_one_line(loaded: Any, tmp_path: Path, name: Any, 
 @pytest.mark.parametrize("column", ["context", "task", "max_new_tokens", "answer"])
 def test_the_column_of_a_wrong_cell_is_named(loaded: Any, tmp_path: Path, column: Any) -> None:
     (tmp_path / "t.jsonl").write_text(f"{json.dumps(ROW)}\n{json.dumps({**ROW, column: None})}\n")
-    with pytest.raises(UserError, match=f"row 2, column {column}: expected"):
+    with pytest.raises(UserError, match=f"line 2, column {column}: expected"):
         samples(loaded, tmp_path / "t.jsonl")
 
 

@@ -17,11 +17,11 @@ from learnkv.inference.digest import model_digest
 from learnkv.inference.models import (
     config_hash,
     describe_model,
-    format_prompt,
     load_model,
     torch_device,
     torch_dtype,
 )
+from learnkv.inference.prompt_format import format_prompt
 
 WORDS = ["<s>", "</s>", "<unk>", "red", "blue", "which", "it", "is", ":", "user", "reply", "\n"]
 TEMPLATE = (
@@ -209,3 +209,29 @@ def test_without_a_template_the_context_begins_as_the_tokenizer_would_begin_it(b
 def test_a_chat_template_goes_around_both_and_stays_separable() -> None:
     parts = format_prompt(tokenizer_of(template=TEMPLATE), " red", "\nwhich", " it is")
     assert parts == ("<s>user: red", "\nwhich\nreply: ", " it is")
+
+
+SYSTEM_TEMPLATE = "<s>{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}reply: "
+IGNORES_SYSTEM = TEMPLATE.replace("in messages", "in messages if m['role'] == 'user'")
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "head"),
+    [
+        (SYSTEM_TEMPLATE, "<s>system:be brief\nuser:red"),
+        (IGNORES_SYSTEM, "<s>user: be brief\n\nred"),
+        (NO_SYSTEM, "<s>user: be brief\n\nred"),
+        (None, "<s>be brief\n\nred"),
+    ],
+)
+def test_a_system_message_comes_first_whatever_the_template_knows(template: str | None, head: str) -> None:
+    tokenizer = tokenizer_of(template=template)
+    context, question, prefix = format_prompt(tokenizer, "red", " which", " it is", system="be brief")
+    assert context == head
+    assert (question.startswith(" which"), prefix) == (True, " it is")
+
+
+def test_a_chat_template_can_be_left_unused() -> None:
+    tokenizer = tokenizer_of(template=TEMPLATE)
+    assert format_prompt(tokenizer, "red", " which", " it is", chat=False) == ("<s>red", " which", " it is")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from learnkv.data.retrieval import Retrieval
 from learnkv.errors import UserError
-from learnkv.inference.models import format_prompt
+from learnkv.inference.prompt_format import format_prompt
 
 CONTINUATIONS = 2
 

@@ -59,8 +59,8 @@ COMMANDS = {
 
 
 OPTIONAL = frozenset(
-    {"datasets", "gguf", "lightning", "matplotlib", "peft", "platformdirs", "pyarrow", "tqdm", "wandb"}
-    | {"wonderwords"}
+    {"datasets", "gguf", "jieba", "lightning", "math_verify", "matplotlib", "peft", "platformdirs", "pyarrow"}
+    | {"rapidfuzz", "rouge", "tqdm", "wandb", "wonderwords"}
 )
 """What the extras `train`, `eval` and `gguf` install."""
 

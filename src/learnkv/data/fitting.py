@@ -1,6 +1,37 @@
 """Search for the number of units that fill a prompt to a length."""
 
 from collections.abc import Callable
+from typing import Any
+
+from learnkv.data.sample import Draft
+from learnkv.errors import UserError
+
+
+def filled(
+    task: str, draft: Callable[[int], Draft], tokenizer: Any, length: int, new_tokens: int, most: int | None = None
+) -> Draft:
+    """The draft with as many units as fit into `length` tokens with room for `new_tokens`.
+
+    Args:
+        task: for the error.
+        draft: a prompt with so many units of filling.
+        tokenizer: any Hugging Face tokenizer; it only counts.
+        most: units that there are; None: any number.
+
+    Raises:
+        UserError: not even the prompt without filling fits.
+    """
+    units = largest_fitting(lambda n: prompt_tokens(tokenizer, draft(n)), length - new_tokens, most)
+    if units is None:
+        least = prompt_tokens(tokenizer, draft(0)) + new_tokens
+        raise UserError(f"{task}: this prompt needs {least} tokens of this tokenizer, length is {length}")
+    return draft(units)
+
+
+def prompt_tokens(tokenizer: Any, draft: Draft) -> int:
+    """Tokens of a prompt: context with the tokenizer's special tokens, the rest without."""
+    after = tokenizer(draft.question + draft.answer_prefix, add_special_tokens=False)
+    return len(tokenizer(draft.context)["input_ids"]) + len(after["input_ids"])
 
 
 def largest_fitting(size: Callable[[int], int], limit: int, most: int | None = None) -> int | None:

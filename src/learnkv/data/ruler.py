@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from learnkv.data.fitting import largest_fitting
+from learnkv.data.fitting import filled, prompt_tokens
 from learnkv.data.ruler_lists import chain, coded_words, common_words
 from learnkv.data.ruler_needles import Needles, Template
 from learnkv.data.ruler_qa import Documents, Question, documents, read_documents
@@ -74,18 +74,12 @@ class Ruler:
             raise UserError(f"task {task!r}: expected one of {', '.join(TASKS)}")
         rng = random.Random(f"{self.seed}:{self.split}:{task}:{index}")
         draft, most = self._drafts(task, index, rng)
-        limit = self.length - NEW_TOKENS[task]
-        units = largest_fitting(lambda n: self.tokens(draft(n)), limit, most)
-        if units is None:
-            least = self.tokens(draft(0)) + NEW_TOKENS[task]
-            raise UserError(f"{task}: this prompt needs {least} tokens of this tokenizer, length is {self.length}")
+        chosen = filled(task, draft, self.tokenizer, self.length, NEW_TOKENS[task], most)
         metric: Metric = "part" if task in QA_LAYOUT else "all"
-        return Sample(**vars(draft(units)), task=task, max_new_tokens=NEW_TOKENS[task], metric=metric)
+        return Sample(**vars(chosen), task=task, max_new_tokens=NEW_TOKENS[task], metric=metric)
 
-    def tokens(self, draft: Draft) -> int:
-        """Tokens of a prompt: context with the tokenizer's special tokens, the rest without."""
-        after = self.tokenizer(draft.question + draft.answer_prefix, add_special_tokens=False)
-        return len(self.tokenizer(draft.context)["input_ids"]) + len(after["input_ids"])
+    def _tokens(self, draft: Draft) -> int:
+        return prompt_tokens(self.tokenizer, draft)
 
     def _drafts(self, task: str, index: int, rng: random.Random) -> tuple[Callable[[int], Draft], int | None]:
         if task in NEEDLES:
@@ -118,7 +112,7 @@ class Ruler:
             random.Random(f"{self.seed}:{task}").shuffle(order)
             limit = self.length - NEW_TOKENS[task]
             rng = random.Random(0)
-            self._fitting[task] = [], (q for q in order if self.tokens(documents(rng, data, q)[0](0)) <= limit)
+            self._fitting[task] = [], (q for q in order if self._tokens(documents(rng, data, q)[0](0)) <= limit)
         fitting, rest = self._fitting[task]
         while len(fitting) <= index:
             question = next(rest, None)

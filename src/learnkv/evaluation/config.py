@@ -1,6 +1,6 @@
 """The keys of `learnkv eval`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from learnkv.data.ruler_needles import Template
@@ -8,9 +8,12 @@ from learnkv.data.words import Language
 from learnkv.errors import UserError
 from learnkv.evaluation.budget import Budget, bytes_budget
 from learnkv.evaluation.precisions import check_precisions
+from learnkv.evaluation.suite_keys import SuiteKeys
 
 Setting = Literal["query_agnostic", "query_aware"]
 Metric = Literal["generated", "forced"]
+Measured = Literal["generated", "forced", "choices"]
+"""What an output is: generated, the correct answer that was read, or the most likely of the choices that were read."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class EvalConfig:
             of bytes, as in 64MB (1 MB = 1,024² bytes). Codes, scales, positions and tables count.
         precision: bits (16, 8, 4, 3, 2, or K4V3 for keys and values) at which the baselines without training are run,
             each at every one; with keep= or bytes=. Beside them the whole cache at fewer than 16.
-        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, or tables: a hub id or a jsonl, csv
-            or parquet file with the columns context, question, answer_prefix, answer, task, max_new_tokens.
+        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, suites or their tasks (longbench,
+            longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns context, question,
+            answer_prefix, answer, task, max_new_tokens.
         lengths: prompt lengths in tokens, the answer included.
         setting: query_agnostic reads the question after compression, query_aware before it.
         score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
@@ -46,6 +50,7 @@ class EvalConfig:
         template: wording of needles and questions: secret, or memo, which no training uses.
         keys: language of the needles' keys, where they are words: english, german or greek.
         qa: files for qa_1 (SQuAD's layout) and qa_2 (HotpotQA's layout).
+        suite: rows and prompts of the other suites.
         output: folder for results; the same command continues an interrupted run, another one adds to the table.
         show: prompts to print with what was expected and what came of every policy.
         seed: random seed.
@@ -74,6 +79,7 @@ class EvalConfig:
     template: Template = "secret"
     keys: Language = "english"
     qa: tuple[str, ...] = ()
+    suite: SuiteKeys = field(default_factory=SuiteKeys)
     output: str = "runs/eval"
     show: int = 0
     seed: int = 42

@@ -33,6 +33,7 @@ _LATEX = {"±": r"$\pm$", "·": r"$\cdot$", "–": "--", "\\": r"\textbackslash{
 
 CELLS: Mapping[Kind, str] = {
     "generated": "score ± standard error",
+    "choices": "% of prompts whose right choice is the most likely ± standard error · KL of that choice",
     "forced": "% of answers ranked first ± standard error · KL of the answer",
     "text": "KL",
 }

@@ -11,7 +11,7 @@ TITLES = {
     "query_agnostic": "Query-agnostic: the question is read after compression",
     "query_aware": "Query-aware: the question is compressed with the context",
 }
-READ = "the correct answer is read, not generated"
+READ = {"forced": "the correct answer is read, not generated", "choices": "the choices are read, not generated"}
 
 
 class Panel(NamedTuple):
@@ -26,7 +26,7 @@ class Panel(NamedTuple):
         """A heading without the length."""
         if self.kind == "text":
             return "Text"
-        return TITLES[self.setting] + (f"; {READ}" if self.kind == "forced" else "")
+        return TITLES[self.setting] + (f"; {READ[self.kind]}" if self.kind in READ else "")
 
 
 def panels(rows: Iterable[Row]) -> dict[Panel, list[Row]]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from learnkv.evaluation.panels import Row, budget_label, by_axis, grouped, is_whole, mean, panels, score_of, size
 from learnkv.evaluation.report import LEARNED
-from learnkv.evaluation.results import FULL, Kind, Record
+from learnkv.evaluation.results import FULL, SCORED, Kind, Record
 from learnkv.formats.files import atomic_write
 
 MARKERS = "osD^vP*X<>hd"
@@ -51,7 +51,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
 def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind, in_bytes: bool) -> None:
     by_policy = grouped(rows)
     (full,) = by_policy.pop(FULL).values()
-    if kind == "generated":
+    if kind in SCORED:
         _full_cache_line(axis, full)
     elif in_bytes:
         axis.axvline(1, color="black", linestyle="--", linewidth=1, label="full cache")  # its KL is 0
@@ -72,8 +72,8 @@ def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind, in
     axis.set_xticks(list(medians.values()), labels, fontsize=8)
     axis.set_xticks([], minor=True)
     axis.set_xlabel("bytes held per prompt, part of the full cache's at 16 bits (log)" if in_bytes else HELD)
-    axis.set_ylabel("KL to the full cache, nats per token (log)" if kind != "generated" else "score, mean over tasks")
-    if kind != "generated":
+    axis.set_ylabel("KL to the full cache, nats per token (log)" if kind not in SCORED else "score, mean over tasks")
+    if kind not in SCORED:
         axis.set_yscale("log")
     else:
         axis.set_ylim(-2, 104)
@@ -95,7 +95,7 @@ def _full_cache_line(axis: Axes, rows: Sequence[Row]) -> None:
 def _whole_cache_lines(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row]], kind: Kind) -> None:
     """What a cache of all entries in fewer bits is worth, and its part of the full cache's bytes."""
     for rows in cells:
-        value = score_of(rows).mean if kind == "generated" else mean(rows, "kl")
+        value = score_of(rows).mean if kind in SCORED else mean(rows, "kl")
         axis.axhline(value, color=COLOURS[index % len(COLOURS)], linestyle="-.", linewidth=1, label=name)
         label = f"{name}: {value:.3g} with {100 * _held(rows, True):.3g} %"
         axis.text(0.99, value, label, transform=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
@@ -105,8 +105,8 @@ def _policy_line(axis: Axes, index: int, name: str, cells: Sequence[Sequence[Row
     learned = name.startswith(LEARNED)
     axis.errorbar(
         [_held(cell, in_bytes) for cell in cells],
-        [score_of(cell).mean if kind == "generated" else mean(cell, "kl") for cell in cells],
-        yerr=None if kind != "generated" else np.nan_to_num([score_of(cell).stderr for cell in cells]),
+        [score_of(cell).mean if kind in SCORED else mean(cell, "kl") for cell in cells],
+        yerr=None if kind not in SCORED else np.nan_to_num([score_of(cell).stderr for cell in cells]),
         label=name,
         color=COLOURS[index % len(COLOURS)],
         marker=MARKERS[index % len(MARKERS)],

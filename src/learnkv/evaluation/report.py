@@ -32,6 +32,11 @@ LEARNED = "learned"
 EVERY_TASK = "## Every task"
 MISSING = "–"
 COSTS = "## Time and memory"
+READ_CELLS = {
+    "forced": "% of answers ranked first ± standard error · KL of the answer",
+    "choices": "% of prompts whose right choice is the most likely ± standard error · KL of that choice",
+}
+READ_SCORES = {"forced": ", answers ranked first", "choices": ", right choice the most likely"}
 NEAR_ZERO = 5.0
 """Score of the full cache below which a task cannot compare policies."""
 
@@ -59,10 +64,10 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselin
             continue
         short = TITLES[panel.setting].split(":")[0]
         lines += [f"## {heading}", ""]
-        if panel.kind == "forced":
-            lines += _comparison(chosen, _forced_cell, "% of answers ranked first ± standard error · KL of the answer")
+        if panel.kind in READ_CELLS:
+            lines += _comparison(chosen, _forced_cell, READ_CELLS[panel.kind])
             lines += _differences(samples, baselines, f"{short}, KL of the answer", "kl")
-            short += ", answers ranked first"
+            short += READ_SCORES[panel.kind]
         else:
             lines += _comparison(chosen, _score_cell, "score ± standard error")
         lines += _differences(samples, baselines, short)

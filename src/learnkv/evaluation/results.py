@@ -10,7 +10,9 @@ from learnkv.evaluation.budget import Budget
 
 Record = Mapping[str, Any]
 FULL = "full"
-Kind = Literal["generated", "forced", "text"]
+Kind = Literal["generated", "choices", "forced", "text"]
+SCORED: tuple[Kind, ...] = ("generated", "choices")
+"""Kinds that are compared by their score; the others by the KL."""
 
 
 SCHEMA = 2
@@ -141,7 +143,8 @@ def prompt_key(record: Record) -> tuple[Any, ...]:
 
 
 def kind_of(result: Mapping[str, Any]) -> Kind:
-    """What a record or a row is about: generated answers, answers that were read, or text."""
+    """What a record or a row is about: generated answers, choices or answers that were read, or text."""
     if result.get("loss", result.get("perplexity")) is not None:
         return "text"
-    return "forced" if result.get("metric") == "forced" else "generated"
+    metric = result.get("metric")
+    return metric if metric in ("forced", "choices") else "generated"

@@ -14,11 +14,14 @@ from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.folder import check_folder, evaluation_folder
+from learnkv.evaluation.needle_pictures import needle_maps
 from learnkv.evaluation.precisions import at_precisions
 from learnkv.evaluation.results import FULL, SCHEMA, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tabled import tabled
+from learnkv.evaluation.tasks.suite import cut_notes
+from learnkv.evaluation.written_answers import written_answers
 from learnkv.formats.files import write_text
 from learnkv.inference.attention import attach
 from learnkv.inference.fingerprint import describe_with_weights
@@ -95,14 +98,17 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
     rows = rows_of(records)
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
+    notes += cut_notes(record for record in records if record["policy"] == FULL)
     result = {"schema": SCHEMA, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
     write_text(output / "results.json", json.dumps(result, indent=1) + "\n")
     text = report.markdown(name, rows, records, runner.baselines_of(policies))
+    text = "\n".join([text, *written_answers(records)]).rstrip("\n") + "\n"
     write_text(output / "results.md", "\n\n".join([text.rstrip("\n"), *notes]) + "\n" if notes else text)
     figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
     names = dict.fromkeys(record["policy"] for record in records)
     heatmaps = {name: pictures.heatmap(records, name) for name in names}
     figures |= {f"heatmap-{name}.png": figure for name, figure in heatmaps.items() if figure is not None}
+    figures |= needle_maps(records)
     for file, figure in figures.items():
         pictures.save(figure, output / file)
     tables = (output / "results.md").read_text(encoding="utf-8")

@@ -228,6 +228,7 @@ def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, A
         **record,
         **scores,
         "prompt": prompt.shown,
+        "cut_tokens": prompt.cut_tokens,
         "depth": depth,
         "expected": expected,
         **digests,

@@ -1,4 +1,4 @@
-"""Loading a language model with its tokenizer, descriptions of a model, and the format of its prompts."""
+"""Loading a language model with its tokenizer, and descriptions of a model."""
 
 import hashlib
 import json
@@ -30,7 +30,6 @@ SHAPE_KEYS = (
 _CORRUPT = (SafetensorError, pickle.UnpicklingError, EOFError, IndexError)
 _UNREADABLE = (*_CORRUPT, OSError, ValueError, RuntimeError, KeyError, ImportError)
 """What transformers raises for a model that it cannot load."""
-_CUT = "\ue000\ue001"  # private use characters: no text has them
 
 
 def load_model(
@@ -266,25 +265,3 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
             "groups": config.num_attention_heads // heads,
         },
     }
-
-
-def format_prompt(
-    tokenizer: PreTrainedTokenizerBase, context: str, question: str, answer_prefix: str = ""
-) -> tuple[str, str, str]:
-    """The three parts of a prompt as text to be tokenised part by part, without adding special tokens.
-
-    With a chat template, context and question are one user message, cut where the question begins: the template's head
-    goes before the context, its tail after the question, and the answer prefix begins the model's reply. Without one,
-    the context gets the BOS token that the tokenizer would give it.
-    """
-    if tokenizer.chat_template is not None:
-        chat = tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{context}{_CUT}{question}"}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
-        head, _, tail = chat.partition(_CUT)
-        return head, tail, answer_prefix
-    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    return f"{tokenizer.bos_token if begins else ''}{context}", question, answer_prefix

@@ -1,5 +1,6 @@
 """Task families, one file each, selected by `tasks=`."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from datasets.exceptions import DatasetsError
@@ -7,10 +8,12 @@ from datasets.exceptions import DatasetsError
 from learnkv.data.ruler import NEEDLES, TASKS
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
-from learnkv.evaluation.tasks import ruler, table, text
+from learnkv.evaluation.tasks import ruler, suite, table, text
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.base import Family, Prompt
 from learnkv.evaluation.tasks.forced import Forced
+from learnkv.evaluation.tasks.suites import SUITES, suite_names, suites_named
+from learnkv.evaluation.tasks.table_files import is_file
 from learnkv.evaluation.tasks.text import Text
 from learnkv.persistence.named_configs import nearest
 
@@ -46,13 +49,13 @@ def load(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Family
 
 def _check(config: EvalConfig, context: int | None) -> None:
     """UserError for a task or a length that cannot be measured."""
-    available = [*TASKS, *ruler.GROUPS, "text"]
+    available = [*TASKS, *ruler.GROUPS, "text", *suite_names()]
     for name in config.tasks:
         if name not in available and not table.is_table(name):
-            expected = f"a table or one of: {', '.join(available)}"
+            expected = f"a table or one of: {', '.join([*TASKS, *ruler.GROUPS, 'text', *SUITES])}"
             raise UserError(f"tasks={name}: expected {expected}{nearest(name, available)}")
     _check_haystack(config)
-    if any(map(table.is_file, config.tasks)) and len(config.lengths) > 1:
+    if any(map(is_file, config.tasks)) and len(config.lengths) > 1:
         raise UserError(f"lengths={','.join(map(str, config.lengths))}: a table has one length, expected one")
     for length in config.lengths:
         if context is not None and length > context:
@@ -62,21 +65,32 @@ def _check(config: EvalConfig, context: int | None) -> None:
 def _check_haystack(config: EvalConfig) -> None:
     """UserError for a haystack that none of the tasks reads: scores would be taken for scores on it."""
     reading = [task for task, needles in NEEDLES.items() if needles.haystack == "essay"]
-    if config.haystack and not {*reading} & {*ruler.tasks_named(config.tasks, config.qa)}:
+    reading += [name for chosen in SUITES.values() if chosen.essays for name in (chosen.name, *chosen.tasks)]
+    if config.haystack and not {*reading} & {*config.tasks, *ruler.tasks_named(config.tasks, config.qa)}:
         given = ",".join(config.tasks)
         raise UserError(f"haystack={config.haystack}: read by {', '.join(reading)}, got tasks={given}")
 
 
 def _families(config: EvalConfig, length: int, tokenizer: Any) -> list[Family]:
-    """The families of one length: questions by setting, then text."""
-    tables = [name for name in config.tasks if table.is_table(name)]
-    generated = [name for name in config.tasks if name not in (*tables, "text")]
-    prompts = ruler.prompts(config, ruler.tasks_named(generated, config.qa), length, tokenizer)
-    for source in tables:
-        prompts += table.prompts(config, source, length, tokenizer)
-    by_setting = ([prompt for prompt in prompts if prompt.setting == setting] for setting in config.setting)
-    answers = {"generated": Answers, "forced": Forced}[config.score]
-    families: list[Family] = [answers(group, tokenizer) for group in by_setting if group]
+    """The families of one length: questions by setting and by what measures them, then text."""
+    measured: dict[tuple[str, type[Answers]], list[Prompt]] = {}
+    for kind, prompts in _questions(config, length, tokenizer):
+        for prompt in prompts:
+            measured.setdefault((prompt.setting, kind), []).append(prompt)
+    groups = sorted(measured.items(), key=lambda group: config.setting.index(group[0][0]))
+    families: list[Family] = [kind(prompts, tokenizer) for (_, kind), prompts in groups]
     if "text" in config.tasks:
         families.append(Text(text.prompts(config, length, tokenizer), tokenizer))
     return families
+
+
+def _questions(config: EvalConfig, length: int, tokenizer: Any) -> Iterator[tuple[type[Answers], list[Prompt]]]:
+    """Prompts with a question, and what measures them."""
+    plain = suite.Suite.families[config.score]
+    tables = [name for name in config.tasks if table.is_table(name)]
+    generated = [name for name in config.tasks if name not in (*tables, "text", *suite_names())]
+    yield plain, ruler.prompts(config, ruler.tasks_named(generated, config.qa), length, tokenizer)
+    for source in tables:
+        yield plain, table.prompts(config, source, length, tokenizer)
+    for chosen, names in suites_named(config.tasks, config).items():
+        yield chosen.families[config.score], suite.prompts(config, chosen, names, length, tokenizer)

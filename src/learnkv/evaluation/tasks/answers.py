@@ -8,10 +8,12 @@ from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.sample import Sample
+from learnkv.errors import UserError
 from learnkv.evaluation.config import Setting
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
+from learnkv.evaluation.tasks.held_bytes import HeldBytes
 from learnkv.inference.generate import generate
-from learnkv.inference.models import format_prompt
+from learnkv.inference.prompt_format import format_prompt
 
 ROUND = 8
 GREEDY: Mapping[str, Any] = {
@@ -51,9 +53,11 @@ class Answers(Family):
         ids, padded = pad([prompt.suffix_ids for prompt in prompts], "right", model.device)
         mask: Tensor | None = padded
         rows, earlier = list(range(len(prompts))), 0  # prompts that are still in the batch, and their new tokens
+        memory = HeldBytes(cache)
         while True:
             new = generate(model, ids, cache, mask, max_new_tokens=ROUND, earlier=earlier, **GREEDY).tolist()
             earlier += ROUND
+            memory.update(cache, rows)
             for row, tokens in zip(rows, new, strict=True):
                 generated[row] = ends.cut(generated[row] + tokens, sample_of(prompts[row]))
             unfinished = [index for index, row in enumerate(rows) if not ends(generated[row], sample_of(prompts[row]))]
@@ -67,17 +71,18 @@ class Answers(Family):
             ids, mask = torch.tensor([generated[row][-1:] for row in rows], device=model.device), None
         texts = [ends.text(tokens) for tokens in generated]
         return [
-            {"score": 100 * sample_of(prompt).score(text), "answer": text, "tokens": len(tokens)}
-            for prompt, text, tokens in zip(prompts, texts, generated, strict=True)
+            {"score": 100 * sample_of(prompt).score(text), "answer": text, "tokens": len(tokens), "held_bytes": most}
+            for prompt, text, tokens, most in zip(prompts, texts, generated, memory.most, strict=True)
         ], None
 
 
 class EndOfAnswer:
     """Whether generated tokens are a complete answer.
 
-    An answer ends at an EOS token, at its sample's token limit, where it contains all expected answers (no further
-    token can change the score), and where greedy decoding repeats itself: the same tokens three times and `LOOP`
-    tokens in all. The end of a sentence or a line does not count, as it may lie in the middle of an answer.
+    An answer ends at an EOS token, at its sample's token limit, where no further token can change the score, such as
+    where it contains all expected answers, and where greedy decoding repeats itself: the same tokens three times and
+    `LOOP` tokens in all, unless the metric counts repetitions. The end of a sentence or a line does not count, as it
+    may lie in the middle of an answer.
     """
 
     def __init__(self, tokenizer: Any, eos: set[int]) -> None:
@@ -85,7 +90,7 @@ class EndOfAnswer:
 
     def __call__(self, tokens: list[int], sample: Sample) -> bool:
         limit = len(tokens) >= sample.max_new_tokens or tokens[-1] in self.eos
-        return limit or loops(tokens) or sample.score(self.text(tokens)) == 1
+        return limit or (sample.loops_decide and loops(tokens)) or sample.complete(self.text(tokens))
 
     def cut(self, tokens: list[int], sample: Sample) -> list[int]:
         """Tokens up to the first EOS token and the sample's limit."""
@@ -113,17 +118,59 @@ def eos_tokens(model: Any) -> set[int]:
 
 
 def tokenised(
-    samples: Iterable[tuple[int, Sample]], setting: Setting, length: int, tokenizer: Any, haystack: str | None = None
+    samples: Iterable[tuple[int, Sample]],
+    setting: Setting,
+    length: int,
+    tokenizer: Any,
+    haystack: str | None = None,
+    cut_to: int | None = None,
 ) -> Iterator[Prompt]:
-    """Prompts of numbered samples in one setting, tokenised part by part: both settings have the same tokens."""
+    """Prompts of numbered samples in one setting, tokenised part by part: both settings have the same tokens.
+
+    Args:
+        cut_to: tokens of a prompt with room for its answer above which its middle is left out; None: none is cut.
+    """
     for index, sample in samples:
-        parts = format_prompt(tokenizer, sample.context, sample.question, sample.answer_prefix)
-        context, question, prefix = (tokenizer(part, add_special_tokens=False).input_ids for part in parts)
+        texts = format_prompt(
+            tokenizer, sample.context, sample.question, sample.answer_prefix, sample.system, sample.chat
+        )
+        parts = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+        excess = 0
+        if cut_to is not None:
+            if sample.max_new_tokens > cut_to // 2:
+                least = 2 * sample.max_new_tokens
+                raise UserError(f"lengths={length}: {sample.task} has answers of {least // 2} tokens, expected {least}")
+            parts, excess = without_middle(parts, cut_to - sample.max_new_tokens)
+        context, question, prefix = parts
         whole = context + question + prefix
         cut = len(context) if setting == "query_agnostic" else len(context) + len(question)
-        cut = min(cut, len(whole) - 1)
-        ids = whole[:cut], whole[cut:]
-        yield Prompt(sample.task, length, setting, index, *ids, sample, haystack, text="".join(parts))
+        cut = max(1, min(cut, len(whole) - 1))
+        text = "".join(texts)
+        yield Prompt(
+            sample.task,
+            length,
+            setting,
+            index,
+            whole[:cut],
+            whole[cut:],
+            sample,
+            haystack,
+            text=text,
+            cut_tokens=excess,
+        )
+
+
+def without_middle(parts: Sequence[list[int]], room: int) -> tuple[list[list[int]], int]:
+    """Tokens of a prompt's parts without the middle of the whole, and how many were left out.
+
+    As in LongBench the first and the last half of `room` tokens stay, whatever parts they belong to.
+    """
+    excess = max(0, sum(map(len, parts)) - room)
+    left_out, begin, kept = range(room // 2, room // 2 + excess), 0, []
+    for part in parts:
+        kept.append([token for place, token in enumerate(part, begin) if place not in left_out])
+        begin += len(part)
+    return kept, excess
 
 
 def sample_of(prompt: Prompt) -> Sample:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.data.sample import Sample
-from learnkv.evaluation.config import Metric, Setting
+from learnkv.evaluation.config import Measured, Setting
 from learnkv.evaluation.sources import source_digest
 from learnkv.inference.digest import tokenizer_digest
 
@@ -24,9 +25,9 @@ BEGINNING, END = 100, 300
 class Prompt:
     """One prompt: `prefill_ids` are read and compressed, `suffix_ids` are read afterwards.
 
-    `sample` has the answers of a question; None for text. `metric`: the output is generated, or given
-    tokens are read. `measurement` is the digest of the task family that measures it, `text` the whole prompt for
-    readers.
+    `sample` has the answers of a question; None for text. `metric`: the output is generated, or given tokens or choices
+    are read. `measurement` is the digest of the task family that measures it, `text` the whole prompt for readers.
+    `cut_tokens` of its middle were left out.
     """
 
     task: str
@@ -37,9 +38,10 @@ class Prompt:
     suffix_ids: list[int]
     sample: Sample | None = None
     haystack: str | None = None
-    metric: Metric = "generated"
+    metric: Measured = "generated"
     measurement: str = ""
     text: str = ""
+    cut_tokens: int = 0
 
     @property
     def room(self) -> int:
@@ -49,7 +51,7 @@ class Prompt:
     @cached_property
     def digest(self) -> str:
         """Hash of the tokens and of the answers, metric and task family that score the output."""
-        scoring = (self.sample.answers, self.sample.max_new_tokens, self.sample.metric) if self.sample else None
+        scoring = self.sample.scoring if self.sample else None
         about = (self.prefill_ids, self.suffix_ids, scoring, self.measurement)
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
@@ -76,8 +78,15 @@ class Family(ABC):
     def __init__(self, prompts: Sequence[Prompt], tokenizer: Any = None) -> None:
         self.tokenizer = tokenizer
         rules = "" if tokenizer is None else tokenizer_digest(tokenizer)
-        measurement = f"{self.version} {source_digest(type(self), Sample)} {rules}"
-        self.prompts = [replace(prompt, measurement=measurement) for prompt in prompts]
+        kinds = {type(prompt.sample or prompt): None for prompt in prompts}
+        measured = {kind: f"{self.version} {self._sources(kind)} {rules}" for kind in kinds}
+        self.prompts = [replace(p, measurement=measured[type(p.sample or p)]) for p in prompts]
+
+    def _sources(self, kind: type) -> str:
+        """Digest of the code that measures prompts whose sample is of this class, and of packages that it scores by."""
+        own = [kind] if issubclass(kind, Sample) and kind is not Sample else []
+        packages = [f"{name} {version(name)}" for name in getattr(kind, "packages", ())]
+        return " ".join([source_digest(type(self), Sample, *own), *packages])
 
     needs_full: bool = False
     """Whether a policy is measured against the output of the full cache on the same batch."""

@@ -27,11 +27,11 @@ class Forced(Answers):
         super().__init__([replace(prompt, metric="forced") for prompt in prompts], tokenizer)
 
     def answer_ids(self, prompt: Prompt) -> list[int]:
-        """Tokens of the correct answer."""
+        """Tokens of the correct answer, as many as may be generated."""
         sample = sample_of(prompt)
         space = "" if sample.answer_prefix[-1:].isspace() or not sample.answer_prefix else " "
         ids: list[int] = self.tokenizer(space + sample.gold, add_special_tokens=False).input_ids
-        return ids
+        return ids[: sample.max_new_tokens]
 
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None

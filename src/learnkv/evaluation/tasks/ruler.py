@@ -8,7 +8,7 @@ from learnkv.data.ruler import NEEDLES, QA_LAYOUT, TASKS, Ruler
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.answers import tokenised
 from learnkv.evaluation.tasks.base import Prompt
-from learnkv.inference.models import format_prompt
+from learnkv.inference.prompt_format import format_prompt
 
 GROUPS = {"niah": tuple(NEEDLES), "ruler": TASKS}
 
@@ -26,11 +26,9 @@ def tasks_named(names: Sequence[str], qa: Sequence[str]) -> list[str]:
 
 def prompts(config: EvalConfig, tasks: Sequence[str], length: int, tokenizer: Any) -> list[Prompt]:
     """`config.samples` prompts of every task in every setting, at most `length` tokens with room for the answer."""
-    head, tail, _ = format_prompt(tokenizer, "", "") if tokenizer.chat_template is not None else ("", "", "")
-    template = len(tokenizer(head + tail, add_special_tokens=False).input_ids)
     generator = Ruler(
         tokenizer,
-        length - template,
+        length - template_tokens(tokenizer),
         seed=config.seed,
         haystack=config.haystack,
         qa=list(config.qa),
@@ -45,9 +43,20 @@ def prompts(config: EvalConfig, tasks: Sequence[str], length: int, tokenizer: An
     return made
 
 
+def template_tokens(tokenizer: Any) -> int:
+    """Tokens of the chat template around a prompt."""
+    head, tail, _ = format_prompt(tokenizer, "", "") if tokenizer.chat_template is not None else ("", "", "")
+    return len(tokenizer(head + tail, add_special_tokens=False).input_ids)
+
+
 def haystack(task: str, file: str | None) -> str | None:
     """The haystack's name in results; None for a task without one."""
     if task not in NEEDLES:
         return "noise" if task == "vt" else None
     kind = NEEDLES[task].haystack
-    return f"essay:{Path(file).name if file else 'pydoc_data.topics'}" if kind == "essay" else kind
+    return essay_name(file) if kind == "essay" else kind
+
+
+def essay_name(file: str | None) -> str:
+    """Name of a haystack of essays in results."""
+    return f"essay:{Path(file).name if file else 'pydoc_data.topics'}"

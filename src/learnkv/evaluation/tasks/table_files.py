@@ -1,23 +1,41 @@
-"""Rows of a table file: JSON lines, csv or parquet; errors name the file and the line."""
+"""Rows of a table: JSON lines, csv or parquet files, or a hub data set; errors name the file and the line."""
 
 import csv
 import glob
 import gzip
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 
 from learnkv.errors import UserError
 from learnkv.formats.files import parse_json
+from learnkv.formats.hub_network import check_hub
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 MISSING = ("nan", "NaN", "None", "null", "<NA>")
 """What programs write into a csv file for no value; as an answer it is typed ["None"]."""
-Rows = Sequence[dict[str, Any]]
+LONGEST_LINE = 1 << 25
+"""Bytes of a line of JSON: the longest documents of long-context benchmarks have half of it."""
+
+
+class Row(NamedTuple):
+    """A row of a table, and where it lies: the key and the file as typed, and the line."""
+
+    where: str
+    cells: Mapping[str, Any]
+
+    def column(self, name: str) -> str:
+        """Where the cell of a column lies, for errors."""
+        return f"{self.where}, column {name}"
+
+    def require(self, *columns: str) -> None:
+        """Raise UserError where the row lacks one of these columns."""
+        if missing := [column for column in columns if column not in self.cells]:
+            raise UserError(f"{self.where}: expected the columns {', '.join(columns)}; {', '.join(missing)} missing")
 
 
 def suffix_of(name: str) -> str:
@@ -25,80 +43,124 @@ def suffix_of(name: str) -> str:
     return Path(name.removesuffix(".gz")).suffix
 
 
-def read_rows(path: str) -> Rows:
-    """The rows of a table, each a mapping from column to cell.
+def is_file(name: str) -> bool:
+    """Whether a table is a local file."""
+    return suffix_of(name) in FORMATS
+
+
+def hub_rows(source: str, argument: str, **options: Any) -> list[Row]:
+    """Rows of a hub data set, of the test split if no other is given.
+
+    Args:
+        argument: the key and its value as typed, for errors.
+        options: of `datasets.load_dataset`.
+    """
+    try:
+        check_hub(argument)
+        rows = datasets.load_dataset(source, **{"split": "test", **options})
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"{argument}: loading it from the hub failed: {str(error).splitlines()[0]}") from None
+    return [Row(f"{argument}: row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def read_rows(path: str, key: str = "tasks", empty_lines: bool = False) -> list[Row]:
+    """The rows of a table file, each a mapping from column to cell.
+
+    Args:
+        key: of the command that the file was given with, for errors.
+        empty_lines: skip empty lines between JSON lines; otherwise they are an error, as a row may be lost.
 
     Raises:
-        UserError: a file that cannot be read, with the line where there is one.
+        UserError: a file that cannot be read or has no rows, with the line where there is one.
     """
-    kind = suffix_of(path)
+    argument, kind = f"{key}={path}", suffix_of(path)
     if kind == ".parquet":
-        return _parquet(path)
-    text = _text(path)
-    rows = _csv(path, text) if kind == ".csv" else _json(path, text)
+        return list(_parquet(path, argument))
+    content = _content(path, argument)
+    if kind == ".csv":
+        rows = list(_csv(_text(content, argument), argument))
+    elif kind == ".json" and content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        rows = list(_json(_text(content, argument), argument))
+    else:
+        rows = list(_json_lines(content, argument, empty_lines))
     if not rows:
-        raise UserError(f"tasks={path}: expected rows, the file has none")
+        raise UserError(f"{argument}: expected rows, the file has none")
     return rows
 
 
-def _text(path: str) -> str:
+def _content(path: str, argument: str) -> bytes:
     try:
-        content = Path(path).read_bytes()
-        content = gzip.decompress(content) if path.endswith(".gz") else content
+        content = Path(path).expanduser().read_bytes()
+        return gzip.decompress(content) if path.endswith(".gz") else content
     except (OSError, EOFError) as error:
-        raise UserError(f"tasks={path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{argument}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _text(content: bytes, argument: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"tasks={path}: line {line} is not UTF-8") from None
+        raise UserError(f"{argument}: line {line} is not UTF-8") from None
 
 
-def _json(path: str, text: str) -> Rows:
-    """JSON lines, or one list."""
-    if suffix_of(path) == ".json" and text.lstrip().startswith("["):
-        try:
-            lines = [(number, row) for number, row in enumerate(parse_json(text), 1)]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"tasks={path}: expected JSON: {error}") from None
-    else:
-        lines = [
-            (number, _json_line(path, number, line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()
-        ]
-    for number, row in lines:
-        if not isinstance(row, dict):
-            raise UserError(f"tasks={path}: line {number}: expected an object with the columns, got {str(row)[:60]}")
-    return [row for _, row in lines]
-
-
-def _json_line(path: str, number: int, line: str) -> Any:
+def _json(text: str, argument: str) -> Iterator[Row]:
+    """One list of objects."""
     try:
-        return parse_json(line)
+        rows = parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"tasks={path}: line {number}: expected JSON: {error}") from None
+        raise UserError(f"{argument}: expected JSON: {error}") from None
+    for number, row in enumerate(rows, 1):
+        yield _object(row, f"{argument}: entry {number}")
 
 
-def _csv(path: str, text: str) -> Rows:
+def _json_lines(content: bytes, argument: str, empty_lines: bool) -> Iterator[Row]:
+    for number, line in enumerate(content.rstrip().split(b"\n") if content.strip() else [], 1):
+        where = f"{argument}: line {number}"
+        if len(line) > LONGEST_LINE:
+            raise UserError(f"{where} has {len(line):,} bytes, expected at most {LONGEST_LINE:,}")
+        if not line.strip():
+            if empty_lines:
+                continue
+            raise UserError(f"{where} is empty")
+        try:
+            row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{where} is not UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: expected JSON: {error}") from None
+        yield _object(row, where)
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with the columns, got {str(row)[:60]}")
+    return Row(where, row)
+
+
+def _csv(text: str, argument: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # contexts are long
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         rows = list(reader)
     except csv.Error as error:
-        raise UserError(f"tasks={path}: line {reader.line_num}: {error}") from None
+        raise UserError(f"{argument}: line {reader.line_num}: {error}") from None
     header = reader.fieldnames or []
     if len(set(header)) < len(header):
-        raise UserError(f"tasks={path}: the header has a column twice: {', '.join(header)}")
+        raise UserError(f"{argument}: the header has a column twice: {', '.join(header)}")
     for number, row in enumerate(rows, 1):
+        where = f"{argument}: row {number}"
         if None in row or None in row.values():
             than = "more" if None in row else "fewer"
-            raise UserError(f"tasks={path}: row {number}: expected {len(header)} cells as in the header, got {than}")
-    return [{column: None if cell in MISSING else cell for column, cell in row.items()} for row in rows]
+            raise UserError(f"{where}: expected {len(header)} cells as in the header, got {than}")
+        yield Row(where, {column: None if cell in MISSING else cell for column, cell in row.items()})
 
 
-def _parquet(path: str) -> Rows:
+def _parquet(path: str, argument: str) -> Iterator[Row]:
     try:
         table = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = error.__cause__ or error
-        raise UserError(f"tasks={path}: cannot be read: {(str(reason) or 'no content').splitlines()[0]}") from None
-    return list(table)
+        raise UserError(f"{argument}: cannot be read: {(str(reason) or 'no content').splitlines()[0]}") from None
+    for number, row in enumerate(table, 1):
+        yield Row(f"{argument}: row {number}", row)

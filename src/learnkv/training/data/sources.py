@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from learnkv.data.retrieval import Retrieval
 from learnkv.errors import UserError
-from learnkv.inference.models import format_prompt
+from learnkv.inference.prompt_format import format_prompt
 from learnkv.training.data.text_windows import Text
 
 

@@ -1,0 +1,70 @@
+"""Heat maps of needles: score by the needle's depth and the prompt's length, one figure per task."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+from learnkv.evaluation.panels import budget_label
+from learnkv.evaluation.results import FULL, SCORED, Record, kind_of
+
+GRID = "needle_grid"
+"""How the names of the tasks begin whose records lie on a grid."""
+Cells = dict[tuple[str, str], list[Record]]
+
+
+def needle_maps(records: Iterable[Record]) -> Mapping[str, Figure]:
+    """Figures by their file names; a row of maps per policy, the full cache first, and a column per budget."""
+    figures: dict[str, Cells] = {}
+    for record in records:
+        if str(record["task"]).startswith(GRID):
+            kind = kind_of(record)
+            name = "-".join(["needles", record["task"], record["setting"], *([] if kind in SCORED else [kind])])
+            label = "all" if record["policy"] == FULL else budget_label(record)
+            figures.setdefault(f"{name}.png", {}).setdefault((record["policy"], label), []).append(record)
+    return {file: _figure(file, cells) for file, cells in figures.items()}
+
+
+def _figure(file: str, cells: Cells) -> Figure:
+    policies = list(dict.fromkeys(policy for policy, _ in cells))
+    budgets = [label for label in dict.fromkeys(label for _, label in cells) if label != "all"] or ["all"]
+    records = [record for group in cells.values() for record in group]
+    lengths, depths = (sorted({record[key] for record in records}) for key in ("length", "depth"))
+    width, height = max(2.2, 0.62 * len(lengths)), max(1.8, 0.34 * len(depths))
+    size = (1.6 + (width + 0.3) * len(budgets), 1.0 + (height + 0.5) * len(policies))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(policies), len(budgets), squeeze=False, sharex=True, sharey=True)
+    for row, policy in enumerate(policies):
+        for column, budget in enumerate(budgets):
+            axis, label = axes[row][column], "all" if policy == FULL else budget
+            if (policy, label) not in cells or (policy == FULL and column):
+                axis.set_axis_off()
+                continue
+            image = _map(axis, cells[policy, label], lengths, depths)
+            axis.set_title(f"{policy}, {'everything kept' if label == 'all' else label}", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens of the prompt")
+    for line in axes:
+        line[0].set_ylabel("depth, %")
+    figure.colorbar(image, ax=axes, label="score", shrink=0.8)
+    title = file.removesuffix(".png").removeprefix("needles-").replace("_", " ").replace("-", ", ")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _map(axis: Axes, records: Sequence[Record], lengths: Sequence[int], depths: Sequence[float]) -> AxesImage:
+    """Mean scores, 0 to 100 from red to green, with their numbers; empty where nothing was measured."""
+    means = np.full((len(depths), len(lengths)), np.nan)
+    for row, depth in enumerate(depths):
+        for column, length in enumerate(lengths):
+            scores = [r["score"] for r in records if r["depth"] == depth and r["length"] == length]
+            if scores:
+                means[row, column] = np.mean(scores)
+                mean = means[row, column]
+                colour = "black" if 15 < mean < 85 else "white"
+                axis.text(column, row, f"{mean:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
+    axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
+    return axis.imshow(means, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")

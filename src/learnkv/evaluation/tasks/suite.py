@@ -1,0 +1,137 @@
+"""Base of the suites: tasks of one benchmark with prompts in parts and a metric of their own."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from learnkv.data.sample import Metric, Sample
+from learnkv.errors import UserError
+from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.config import Metric as Score
+from learnkv.evaluation.tasks.answers import Answers, tokenised
+from learnkv.evaluation.tasks.base import Prompt
+from learnkv.evaluation.tasks.forced import Forced
+from learnkv.evaluation.tasks.table_files import FORMATS, Row, hub_rows, is_file, read_rows
+
+
+@dataclass(frozen=True)
+class SuiteSample(Sample, ABC):
+    """A sample whose output is scored by the metric of its benchmark; each of its answers is a complete one."""
+
+    metric: Metric = "part"
+
+    loops_decide: ClassVar[bool] = False
+
+    @property
+    def scoring(self) -> tuple[Any, ...]:
+        own = {field.name for field in fields(self)} - {field.name for field in fields(Sample)}
+        return *super().scoring, *(getattr(self, name) for name in sorted(own))
+
+    @abstractmethod
+    def score(self, prediction: str) -> float:
+        """Score of an output, 0 to 1."""
+
+    def complete(self, prediction: str) -> bool:
+        return False
+
+
+class Suite(ABC):
+    """The tasks of a benchmark: `tasks=` takes the suite's name for all of them, or names of single ones."""
+
+    name: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]]
+    families: ClassVar[Mapping[Score, type[Answers]]] = {"generated": Answers, "forced": Forced}
+    """What measures the prompts, by `score=`."""
+    essays: ClassVar[bool] = False
+    """Whether its prompts are made of the essays of `haystack=`."""
+    cut: ClassVar[bool] = True
+    """Whether prompts that are too long are cut; those that are made to measure never are."""
+
+    def default_tasks(self, config: EvalConfig) -> Sequence[str]:
+        """The tasks that the suite's name stands for."""
+        return self.tasks
+
+    def haystack(self, config: EvalConfig) -> str | None:
+        """Name of the text that surrounds what is asked for; None where there is none."""
+        return None
+
+    @abstractmethod
+    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
+        """Up to `config.samples` numbered samples of a task.
+
+        Args:
+            length: tokens of a complete prompt with room for the answer, where the task's prompts are made to measure;
+                others are cut to it afterwards.
+        """
+
+
+def prompts(config: EvalConfig, suite: Suite, tasks: Iterable[str], length: int, tokenizer: Any) -> list[Prompt]:
+    """Prompts of a suite's tasks in every setting; the middle of those above `length` tokens is left out."""
+    haystack = suite.haystack(config)
+    made: list[Prompt] = []
+    for task in tasks:
+        numbered = suite.samples(config, task, length, tokenizer)
+        for setting in config.setting:
+            made += tokenised(numbered, setting, length, tokenizer, haystack, length if suite.cut else None)
+    return made
+
+
+def cut_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each length about the prompts whose middle was left out, from the records of one policy."""
+    cut: dict[int, Counter[str]] = {}
+    tasks: Counter[tuple[int, str]] = Counter()
+    for record in records:
+        tasks[record["length"], record["task"]] += 1
+        cut.setdefault(record["length"], Counter())[record["task"]] += record.get("cut_tokens", 0) > 0
+    counted = {length: {task: n for task, n in counts.items() if n} for length, counts in cut.items()}
+    return [
+        f"Prompts above {length:,} tokens, whose middle was left out: "
+        + ", ".join(f"{task} {n} of {tasks[length, task]}" for task, n in counts.items())
+        for length, counts in counted.items()
+        if counts
+    ]
+
+
+def limit(config: EvalConfig, most: int) -> int:
+    """Most new tokens of an answer of a task that allows `most`."""
+    return min(most, config.suite.max_new_tokens or most)
+
+
+def source_of(config: EvalConfig, key: str, expected: str) -> str:
+    """The value of `suite.KEY=`. Raises UserError where it is not given."""
+    source: str | None = getattr(config.suite, key)
+    if source is None:
+        raise UserError(f"tasks={','.join(config.tasks)}: expected suite.{key}=PATH with {expected}, got none")
+    return source
+
+
+def rows_of(source: str, key: str, stem: str | None = None, **hub: Any) -> list[Row]:
+    """Rows of a file, of the file `stem` with any known ending in a folder, or of a hub data set.
+
+    Args:
+        key: the key that gives the source, without `suite.`.
+        stem: name of the file in a folder; None: a folder is refused.
+        hub: options of `datasets.load_dataset`.
+    """
+    argument = f"suite.{key}={source}"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        file = stem and file_in(path, stem)
+        if not file:
+            expected = f"{stem}.jsonl or another table in this folder" if stem else "a file or a hub id"
+            raise UserError(f"{argument}: expected {expected}, found none")
+        return read_rows(str(file), f"suite.{key}")
+    if is_file(source) and path.is_file():
+        return read_rows(source, f"suite.{key}")
+    if is_file(source) or source.count("/") != 1:
+        raise UserError(f"{argument}: expected a folder, a hub id or a file ending in {', '.join(FORMATS)}")
+    return hub_rows(source, argument, **hub)
+
+
+def file_in(folder: Path, stem: str) -> Path | None:
+    """The table `stem` in a folder, with any ending that can be read; None where there is none."""
+    files = (folder / f"{stem}{ending}{packed}" for ending in FORMATS for packed in ("", ".gz"))
+    return next((file for file in files if file.is_file()), None)
