@@ -110,7 +110,8 @@ def test_distortions_are_changes_of_outputs_one_entry_at_a_time() -> None:
         want_level += (other[..., entry, None] * (stored[1][entry] - outputs) - pull).square().sum().item()
     assert levels[1, 1, 1].item() == pytest.approx(want_level, rel=1e-3)
     assert evicted[1, 1, 0].item() == pytest.approx(want_evicted, rel=1e-3)
-    measure_first(made, cache, SimpleNamespace(reduce=lambda part, reduce_op: part))
+    alone = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda part, reduce_op: part))
+    measure_first(SimpleNamespace(policy=made, trainer=alone), cache)
     assert precision.measured
     torch.testing.assert_close(precision.distortions(), levels / evicted, rtol=1e-4, atol=1e-6)
     assert (precision.distortions()[..., 1] < precision.distortions()[..., 0]).all()  # K8V4 loses less than K4V3
