@@ -30,7 +30,7 @@ def find_config(kind: str, name: str, key: str = "config") -> Path:
     names = config_names(kind)
     if name in names:
         return CONFIGS / kind / f"{name}.yaml"
-    shipped = "reference, smollm2, smollm2-text or smollm2-bytes (the trained policies of this package)"
+    shipped = "reference, smollm2 or smollm2-text (the trained policies of this package)"
     trained = f"a checkpoint, an exported folder, {shipped}, " if key == "ckpt" else ""
     raise UserError(
         f"{key}={name}: expected {trained}a YAML file or one of: {', '.join(names)}{nearest(path.stem, names)}"

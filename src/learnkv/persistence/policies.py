@@ -44,7 +44,6 @@ SHIPPED = {
     "reference": _REFERENCE / "policy",
     "smollm2": _REFERENCE / "smollm2" / "policy",
     "smollm2-text": _REFERENCE / "smollm2-text" / "policy",
-    "smollm2-bytes": _REFERENCE / "smollm2-bytes" / "policy",
 }
 """Folders of the trained policies in this package, by the name that `ckpt=` takes."""
 _NOMINAL_ENTRIES = 4096
