@@ -1,5 +1,6 @@
 """Caches whose single tokens read chosen pages: what they read, what they hold, and that all else is as before."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from learnkv import continuation, generate, load_policy, prefill
 from learnkv.allocators import AdaKV
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
-from learnkv.ops.arguments import Pages, Ragged, Tail
+from learnkv.ops.arguments import Pages, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.pages import Quest
 from learnkv.policy.policy import Policy
@@ -30,7 +31,7 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     recorded: list[dict[str, Any]] = []
 
     def record(
-        query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None = None
+        query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None = None, tiers: Sequence[Tier] = ()
     ) -> tuple[Tensor, Tensor]:
         if pages is not None:
             step = {"keys": kept.keys, "offset": kept.offset, "length": kept.length, "tail": tail.keys}
@@ -38,7 +39,7 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             recorded.append(
                 {name: None if value is None else value.clone() for name, value in step.items()} | {"query": query}
             )
-        return decode_attention(query, kept, tail, scaling, pages)
+        return decode_attention(query, kept, tail, scaling, pages, tiers)
 
     monkeypatch.setattr("learnkv.cache.states.decode_attention", record)
     return recorded

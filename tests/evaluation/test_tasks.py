@@ -182,5 +182,5 @@ def test_budgets_are_asked_largest_first() -> None:
     assert [str(b) for b in EvalConfig(keep=(0.5,), budget=(64,)).budgets] == ["keep 0.5", "budget 64"]
     assert [b.keep for b in EvalConfig().budgets] == [0.5, 0.25, 0.1, 0.05]
     asked = EvalConfig(keep=(0.5,), budget=(64,)).budgets
-    assert [b.fraction(256) for b in asked] == [0.5, 0.25]
-    assert asked[1].fraction(32) == 1
+    assert [b.fraction(256, full=1) for b in asked] == [0.5, 0.25]
+    assert asked[1].fraction(32, full=1) == 1

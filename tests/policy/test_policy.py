@@ -215,8 +215,8 @@ def test_a_scorer_is_not_handed_fewer_queries_than_it_asks_for() -> None:
 @pytest.mark.parametrize(
     ("spend", "line"),
     [
-        ({}, "keep=None budget=None: expected exactly one of them"),
-        ({"keep": 0.5, "budget": 3}, "keep=0.5 budget=3: expected exactly one of them"),
+        ({}, "keep=None budget=None bytes=None: expected exactly one of them"),
+        ({"keep": 0.5, "budget": 3}, "keep=0.5 budget=3 bytes=None: expected exactly one of them"),
         ({"keep": 0.0}, "keep=0: expected a fraction .* 0 < keep <= 1"),
         ({"keep": 1.5}, "keep=1.5: expected a fraction"),
         ({"keep": -0.1}, "keep=-0.1: expected a fraction"),

@@ -83,6 +83,9 @@ class Precision(Component, ABC):
         """Whether entries may differ in precision."""
         return len(self.levels) > 1
 
+    def check(self, layers: int, heads: int) -> None:
+        """Raise UserError for a model of L layers and H kv heads that the precision was not made for."""
+
     def used(self, head_dims: Sequence[int]) -> list[bool]:
         """Whether some head may store entries at a level, for every level; `head_dims` D of each layer."""
         return [True] * len(self.levels)

@@ -122,9 +122,10 @@ class ByteBudget:
         """The budget of a cache whose prompt is complete, or being read.
 
         Raises:
-            UserError: for a head size that a codec does not have.
+            UserError: for a head size that a codec does not have, or a model that the precision was not made for.
         """
         layers, parsed = cache.compressed_layers(), parse_bytes(byte_count)
+        precision.check(len(layers), layers[0].heads)
         whole = [cache.narrow_token_nbytes() * n for n in cache.prompt_lengths]
         asked = [math.floor(parsed * row) if isinstance(parsed, float) else parsed for row in whole]
         dims = [channels for _, channels, _ in cache.layer_sizes()]

@@ -49,9 +49,6 @@ class SharedPrecision(Precision):
     def utility(self, scores: Tensor) -> Tensor:
         """Logarithms [L, B, H, S] of utilities, from finite scores."""
 
-    def check(self, layers: int, heads: int) -> None:
-        """Raise UserError for a model that the precision was not made for."""
-
     def shares(self, scores: Tensor, budget: Tensor, head_dims: Sequence[int]) -> LevelPlan:
         layers, _, heads, _ = scores.shape
         self.check(layers, heads)
