@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from learnkv import Policy, prefill
 from learnkv.allocators import AdaKV, LearnedAllocator, Uniform
+from learnkv.cli.main import main
 from learnkv.inference.models import load_model
 from learnkv.precision import LearnedPrecision, UniformPrecision
 from learnkv.scorers import LearnedScorer, SnapKV
@@ -115,3 +116,8 @@ def test_distortions_are_changes_of_outputs_one_entry_at_a_time() -> None:
     assert precision.measured
     torch.testing.assert_close(precision.distortions(), levels / evicted, rtol=1e-4, atol=1e-6)
     assert (precision.distortions()[..., 1] < precision.distortions()[..., 0]).all()  # K8V4 loses less than K4V3
+
+
+def test_memory_of_training_with_levels_is_not_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "config=smollm2-bytes", "model=reference", "start=null"]) == 2
+    assert "policy.precision: memory and time of training with it are not predicted" in capsys.readouterr().err

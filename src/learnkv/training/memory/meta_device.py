@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from learnkv.ops.arguments import Pages, Ragged, Tail
+from learnkv.ops.arguments import Pages, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import reference as attention
 from learnkv.ops.gather_kv import reference as gather
 from learnkv.ops.mask_gradient import reference as mask
@@ -51,9 +51,16 @@ class _Ops:
         self.score: Callable[..., Tensor] = window.window_scores
 
     def decode_attention(
-        self, query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None
+        self,
+        query: Tensor,
+        kept: Ragged,
+        tail: Tail,
+        scaling: float,
+        pages: Pages | None,
+        tiers: Sequence[Tier] = (),
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
+        assert not tiers, "students read the entries of all levels as one segment"
         if self.kernels:
             return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
         spans = self._equal_segments(len(kept.offset), tail.keys.shape[1], kept.keys, kept.longest)

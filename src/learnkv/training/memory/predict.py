@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from learnkv.errors import UserError
 from learnkv.inference.extra_passes import check_pass
 from learnkv.inference.models import describe_model, empty_model
 from learnkv.persistence.policies import build_policy, fill_sizes, modules_of
@@ -194,7 +195,12 @@ def step_of(config: TrainConfig, model: torch.nn.Module, policy: Policy, step: i
 
     Args:
         step: the step whose objective it has; None: the last one.
+
+    Raises:
+        UserError: for a policy with a precision, whose plans depend on values.
     """
+    if policy.precision is not None:
+        raise UserError("policy.precision: memory and time of training with it are not predicted; expected none")
     settings = config.distillation
     low, high = settings.keep_bounds
     last = config.trainer["max_steps"] if step is None else step
