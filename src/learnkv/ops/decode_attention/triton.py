@@ -166,7 +166,8 @@ def _tiles(packed: int, dim: int, element_size: int, levels: tuple[int, ...]) ->
         most, large = (32 if block_d <= 128 else 16), 4096
     block_m = min(max(triton.next_power_of_2(packed), 16), most)
     bytewise = 8 in levels[1::2]  # words of a byte, of which threads hold few codes
-    narrow = block_d * element_size > 256 or (bool(levels) and (block_m > 16 or bytewise))
+    many = len(levels) > 16  # five tiers: with wide blocks their addresses spill on sm_80
+    narrow = block_d * element_size > 256 or (bool(levels) and (block_m > 16 or bytewise or many))
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": 32 if narrow else 64,
