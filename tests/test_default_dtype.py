@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from learnkv import attach, continuation, generate, load_policy, prefill
+from learnkv import Policy, attach, continuation, generate, load_policy, prefill
 from learnkv.inference.models import load_model
 from learnkv.persistence.named_configs import CONFIGS
 
@@ -48,12 +48,20 @@ def bfloat16() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+def budget_of(policy: Policy) -> dict[str, float]:
+    """A budget that the policy can spend."""
+    if policy.precision is None:
+        return {"keep": 0.4}
+    return {"keep": 1} if policy.scorer is None else {"bytes": 0.4}
+
+
 def results(name: str) -> list[Tensor]:
     """What a policy keeps, scores and lets the model generate; of one with weights, the gradients of a step too."""
     policy, question = load_policy(name).requires_grad_(), tokens(2, 5)
     cache = prefill(model(), tokens(2, 60), policies=[policy])
-    plan = [] if policy.scorer is None else [policy.plan(cache.fork(), keep=0.4)]
-    small = policy.compress(cache.fork(), keep=0.4)
+    budget = budget_of(policy)
+    plan = [] if policy.scorer is None else [policy.plan(cache.fork(), **budget)]
+    small = policy.compress(cache.fork(), **budget)
     found = [part for one in plan for part in (one.scores.detach(), one.wanted.detach(), one.budgets)]
     found += [generate(model(), question, small, max_new_tokens=20), torch.tensor(small.spent, dtype=torch.float64)]
     if weights := list(policy.parameters()):
