@@ -13,6 +13,7 @@ from learnkv.allocators import AdaKV, LearnedAllocator
 from learnkv.cache.stored_prompt import stored_prompt
 from learnkv.codecs import FP8, KIVIKeys, KIVIValues, ThinK, TurboQuant
 from learnkv.errors import UserError
+from learnkv.ops.arguments import Codes
 from learnkv.precision import LearnedPrecision, Precision, UniformPrecision
 from learnkv.scorers import SnapKV
 
@@ -246,3 +247,22 @@ def test_online_eviction_needs_one_level_of_independent_entries() -> None:
     cache = prefill(attached("llama"), tokens(1, 57), policies=[made])
     with pytest.raises(UserError, match="evict_interval=6 precision=4: not trained together"):
         made.relax(cache, keep=0.4)
+
+
+def test_all_tiers_of_codes_have_the_same_bases() -> None:
+    """One tensor each for keys and values, which the kernel turns queries and outputs by, in beams and forks, too."""
+    made, cache = read("learned")
+    compressed = made.compress(cache, bytes=BUDGET)
+    compressed.batch_repeat_interleave(2)
+    tiers = [tier.arguments(torch.float32) for layer in compressed.compressed_layers() for tier in layer.state.tiers]
+    coded = [tier for tier in tiers if isinstance(tier.keys, Codes)]
+    assert len(coded) > LAYERS
+    assert len({tier.key_basis.data_ptr() for tier in coded}) == 1
+    assert len({tier.value_basis.data_ptr() for tier in coded}) == 1
+
+
+def test_a_policy_that_evicts_nothing_refuses_bytes_that_hold_the_short_row_only() -> None:
+    plain = Policy(None, precision=4)
+    cache = prefill(attached("llama"), *padded([tokens(1, length)[0] for length in (57, 20)]))
+    with pytest.raises(UserError, match="keeps every entry"):
+        plain.compress(cache, bytes="4KB")  # 20 tokens take 3.7 KB, 57 take 9.9

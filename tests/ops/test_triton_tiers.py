@@ -220,7 +220,7 @@ def test_tiers_of_several_bases_are_refused() -> None:
         UserError, match=r"^impl='triton': decode_attention has no kernel for tiers with more than one val"
     ):
         decode_attention(**given, impl="triton")
-    given["tiers"] = [first, second._replace(key_basis=hadamard(64, DEVICE).unsqueeze(0))]
+    given["tiers"] = [first, second._replace(key_basis=hadamard(64, DEVICE).clone().unsqueeze(0))]
     with pytest.raises(UserError, match=r"for tiers with more than one key_basis, expected impl='reference'$"):
         decode_attention(**given, impl="triton")
 

@@ -89,6 +89,8 @@ def test_what_cannot_be_written_is_told(tmp_path: Path) -> None:
         export_budgets(tmp_path / "a file" / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2)), SHAPES)
     with pytest.raises(UserError, match="AdaKV: has nothing learned"):
         export_budgets(tmp_path / "x.pt2", Policy(SnapKV(), AdaKV()), SHAPES)
+    with pytest.raises(UserError, match="precision=4: a program has budgets in entries"):
+        export_budgets(tmp_path / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2), precision=4), SHAPES)
     with pytest.raises(UserError, match="by: shares"):
         export_budgets(tmp_path / "x.pt2", Policy(SnapKV(), LearnedAllocator(AdaKV(), 3, 2, by="scores")), SHAPES)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from experiments.study.comparison import Comparison
-from experiments.study.config import NAME, StudyConfig, name_of
+from experiments.study.config import NAME, StudyConfig, name_of, ships
 from experiments.study.criteria import Line
 from experiments.study.listed.criteria import Measured
 from experiments.study.listed.kl import exact_scores, kl_scores
@@ -23,9 +23,9 @@ def page(measured: Measured, criteria: Sequence[Line], commit: str, pictures: Se
     yield ""
     named = config.model if config.name == NAME else f"{config.model}-{config.name}"
     yield f"Written by `{COMMAND} config={named}` at commit {commit}; all keys are in {config.name}.json."
-    yield f"`{measured.policy}` is the policy that ships as `--ckpt {config.learned}`."
+    yield f"`{measured.policy}` {_origin(config.learned)}."
     if config.unseen is not None:
-        yield f"`{name_of(config.unseen)}` ships as `--ckpt {config.unseen}` and never saw a retrieval episode."
+        yield f"`{name_of(config.unseen)}` {_origin(config.unseen)} and never saw a retrieval episode."
     yield ""
     yield "Forced: the correct answer is read behind the question, in one pass. KL is that from the full cache, in nats"
     yield "per token of the answer; exact is the percentage of prompts whose every answer token is ranked first."
@@ -55,6 +55,10 @@ def page(measured: Measured, criteria: Sequence[Line], commit: str, pictures: Se
         yield "## Pictures"
         yield ""
         yield from (f"![{name}]({name})" for name in pictures)
+
+
+def _origin(variant: str) -> str:
+    return f"ships as `--ckpt {variant}`" if ships(variant) else f"is what `train.py config={variant}` trains"
 
 
 def _about_bytes(config: StudyConfig) -> Iterator[str]:

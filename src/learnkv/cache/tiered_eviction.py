@@ -75,6 +75,6 @@ def _level_indices(scores: Tensor, counts: Tensor, sizes: list[int]) -> list[Ten
     for count, size in zip(reversed(counts), reversed(sizes), strict=True):
         so_far, total = so_far + count, total + size
         best = select(scores, so_far, total)
-        indices.append(best[~taken[best]])
+        indices.append(best if total == size else best[~taken[best]])  # of one level nothing waits for the device
         taken[best] = True
     return indices[::-1]

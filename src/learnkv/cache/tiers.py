@@ -76,11 +76,10 @@ class StoredTier:
         return self._basis(self.level.keys, self.keys), self._basis(self.level.values, self.values)
 
     def _basis(self, codec: Codec, part: Encoded) -> Tensor | None:
-        basis = codec.basis(part.layer_idx, part.head_dim)
-        if basis is None:
-            return None
-        basis = basis.to(self.entries.offset.device)
-        return basis if len(basis) == 1 else basis.repeat(len(self.entries.offset) // len(basis), 1, 1)
+        basis = codec.basis(part.layer_idx, part.head_dim, self.entries.offset.device)
+        if basis is None or len(basis) == 1:
+            return basis
+        return basis.repeat(len(self.entries.offset) // len(basis), 1, 1)
 
     @functools.cached_property
     def _spans(self) -> Sequence[tuple[int, int]] | None:

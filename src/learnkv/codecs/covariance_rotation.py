@@ -52,13 +52,13 @@ class CovarianceRotation(PerToken):
         )[part]
         check_orthogonal(self._table, f"table={table}")
 
-    def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
+    def basis(self, layer_idx: int, head_dim: int, device: torch.device | None = None) -> Tensor | None:
         layers, _, dim, _ = self._table.shape
         if layer_idx >= layers or dim != head_dim:
             raise UserError(
                 f"table=: rotations of {layers} layers and {dim} channels, got layer {layer_idx} with {head_dim}"
             )
-        return self._table[layer_idx]
+        return self._table[layer_idx].to(device)
 
     def _encode(self, source: Source) -> dict[str, Tensor]:
         return super()._encode(source._replace(entries=clipped(source.entries, self.clip)))

@@ -33,8 +33,8 @@ class TokenNorm(Codec):
             raise UserError(f"heads={heads}: expected at least 1 that shares a norm")
         self.codec, self.norm, self.heads, self.scale_dtype = codec, norm, heads, scale_dtype
 
-    def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
-        return self.codec.basis(layer_idx, head_dim)
+    def basis(self, layer_idx: int, head_dim: int, device: torch.device | None = None) -> Tensor | None:
+        return self.codec.basis(layer_idx, head_dim, device)
 
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
         norms = 0 if self.norm == "none" else sum(self._tokens(entries)) * torch_dtype(self.scale_dtype).itemsize
@@ -99,8 +99,8 @@ class RotatedBlocks(Codec):
         check_hadamard(block)
         self.codec, self.block, self.scale_dtype = codec, block, codec.scale_dtype
 
-    def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
-        return self.codec.basis(layer_idx, head_dim)
+    def basis(self, layer_idx: int, head_dim: int, device: torch.device | None = None) -> Tensor | None:
+        return self.codec.basis(layer_idx, head_dim, device)
 
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
         if any(count % self.block for count in entries):

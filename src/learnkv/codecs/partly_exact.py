@@ -28,8 +28,8 @@ class PartlyExact(Codec):
     def exact(self, entries: int) -> Tensor:
         """Mask [entries] of those of a row that stay at full precision."""
 
-    def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
-        return self.codec.basis(layer_idx, head_dim)
+    def basis(self, layer_idx: int, head_dim: int, device: torch.device | None = None) -> Tensor | None:
+        return self.codec.basis(layer_idx, head_dim, device)
 
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
         others = self._others(entries)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from learnkv.core.codec import Codec, Encoded, ScaleDtype, Source, check_choice, torch_dtype
@@ -54,8 +55,8 @@ class PerToken(Codec):
         check_choice("scale_dtype", scale_dtype, ScaleDtype)
         self.bits, self.rotation, self.group, self.grid, self.scale_dtype = bits, rotation, group, grid, scale_dtype
 
-    def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
-        return hadamard(head_dim).unsqueeze(0) if self.rotation == "hadamard" else None
+    def basis(self, layer_idx: int, head_dim: int, device: torch.device | None = None) -> Tensor | None:
+        return hadamard(head_dim, device).unsqueeze(0) if self.rotation == "hadamard" else None
 
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
         if self.rotation == "hadamard":

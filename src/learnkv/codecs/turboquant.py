@@ -59,12 +59,12 @@ class TurboQuant(Codec):
         self.bits, self.rotation, self.seed, self.scale_dtype = bits, rotation, seed, scale_dtype
         self._table = None if table is None else _orthogonal(table)
 
-    def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
+    def basis(self, layer_idx: int, head_dim: int, device: torch.device | None = None) -> Tensor | None:
         if self._table is None:
-            return random_rotation(head_dim, self.rotation, self.seed).T.unsqueeze(0)
+            return random_rotation(head_dim, self.rotation, self.seed).T.unsqueeze(0).to(device)
         if len(self._table) != head_dim:
             raise UserError(f"table=: rotates {len(self._table)} channels, heads have {head_dim}")
-        return self._table.T.unsqueeze(0)
+        return self._table.T.unsqueeze(0).to(device)
 
     def nbytes(self, entries: Sequence[int], head_dim: int, itemsize: int = 2) -> int:
         if self._table is None and self.rotation == "hadamard":
@@ -98,8 +98,9 @@ def lloyd_max(bits: int) -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # kept, and used where gradients are computed
+@functools.cache
 def random_rotation(dim: int, kind: RandomRotation, seed: int) -> Tensor:
-    """An orthogonal matrix [dim, dim], float32 on the CPU, that is a function of the seed."""
+    """An orthogonal matrix [dim, dim], float32 on the CPU, that is a function of the seed; not to be written into."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "qr":
         normal = torch.randn(dim, dim, generator=generator, dtype=torch.float32, device="cpu")

@@ -117,8 +117,13 @@ class Codec(Component, ABC):
     def _decode(self, encoded: Encoded) -> Tensor:
         """Rotated entries [N, D], float32."""
 
-    def basis(self, layer_idx: int, head_dim: int) -> Tensor | None:
+    def basis(self, layer_idx: int, head_dim: int, device: torch.device | None = None) -> Tensor | None:
         """Orthogonal [H, D, D] or, the same for all heads, [1, D, D], float32: stored = vector @ basis. None: identity.
+
+        Args:
+            layer_idx: of the layer.
+            head_dim: D.
+            device: of the result; None: the CPU, or that of a table.
 
         Raises:
             UserError: for a D without one.
@@ -177,20 +182,19 @@ class Codec(Component, ABC):
         return self._turned(vectors, layer_idx, inverse=True)
 
     def _turned(self, vectors: Tensor, layer_idx: int, inverse: bool) -> Tensor:
-        basis = self.basis(layer_idx, vectors.shape[-1])
+        basis = self.basis(layer_idx, vectors.shape[-1], vectors.device)
         if basis is None:
             return vectors
-        basis = basis.to(vectors.device).repeat(len(vectors) // len(basis), 1, 1)
+        basis = basis.repeat(len(vectors) // len(basis), 1, 1)
         return (vectors.float() @ (basis.transpose(1, 2) if inverse else basis)).to(vectors.dtype)
 
     def _rotated_rows(self, entries: Tensor, lengths: Sequence[int], layer_idx: int) -> Tensor:
         """Entries [N, D] in the stored basis, float32 where they are rotated."""
-        basis = self.basis(layer_idx, entries.shape[-1])
+        basis = self.basis(layer_idx, entries.shape[-1], entries.device)
         if basis is None or not lengths:
             return entries
         if len(lengths) % len(basis):
             raise UserError(f"{self.name}: rotations of {len(basis)} heads do not suit {len(lengths)} rows")
-        basis = basis.to(entries.device)
         parts = entries.float().split(list(lengths))
         return torch.cat([part @ basis[row % len(basis)] for row, part in enumerate(parts)])
 

@@ -70,9 +70,12 @@ def export_budgets(path: str | Path, policy: Policy, shapes: Mapping[str, int]) 
         shapes: the model's `layers`, `heads` and `head_dim`.
 
     Raises:
-        UserError: the path cannot be written, or the allocator has no learned budgets or cannot be traced.
+        UserError: the path cannot be written, the policy has a precision, or its allocator has no learned budgets or
+            cannot be traced.
     """
     _check_allocator(policy)
+    if policy.precision is not None:
+        raise UserError(f"precision={policy.precision.label}: a program has budgets in entries, expected none")
     with output_file(path) as part:
         inputs, exported = _traced(policy, shapes)
         description = {

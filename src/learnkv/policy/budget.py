@@ -9,10 +9,10 @@ from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
 
 
-def check_budget(keep: float | None, budget: float | None) -> None:
-    """Raise unless exactly one of `keep` and `budget` is given and in range."""
-    if (keep is None) == (budget is None):
-        raise UserError(f"keep={keep} budget={budget}: expected exactly one of them")
+def check_budget(keep: float | None, budget: float | None, byte_count: float | str | None = None) -> None:
+    """Raise unless exactly one of the three is given, and `keep` or `budget` in range."""
+    if sum(part is not None for part in (keep, budget, byte_count)) != 1:
+        raise UserError(f"keep={keep} budget={budget} bytes={byte_count}: expected exactly one of them")
     for name, value in (("keep", keep), ("budget", budget)):
         if value is not None and not isinstance(value, Real):
             raise UserError(f"{name}={value!r}: expected a number, got {type(value).__name__}")

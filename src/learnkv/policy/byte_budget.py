@@ -1,11 +1,11 @@
 """Budgets in bytes: how many entries they hold at a precision, or what is shared out over entries."""
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from learnkv.core.page_selector import PageSelector
 from learnkv.core.precision import TABLE_BYTES, LevelPlan, Precision
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
+from learnkv.policy.budget import check_budget
 
 ByteCount = float | int | str
 _UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
@@ -46,15 +47,7 @@ def check_spend(
     keep: float | None, budget: float | None, byte_count: ByteCount | None, precision: Precision | None
 ) -> None:
     """Raise unless exactly one kind of budget is given, in range, that the precision can spend."""
-    if sum(part is not None for part in (keep, budget, byte_count)) != 1:
-        raise UserError(f"keep={keep} budget={budget} bytes={byte_count}: expected exactly one of them")
-    for name, value in (("keep", keep), ("budget", budget)):
-        if value is not None and not isinstance(value, Real):
-            raise UserError(f"{name}={value!r}: expected a number, got {type(value).__name__}")
-    if keep is not None and not 0 < keep <= 1:
-        raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries with 0 < keep <= 1")
-    if budget is not None and not 1 <= budget < float("inf"):
-        raise UserError(f"budget={budget:g}: expected at least one entry per head")
+    check_budget(keep, budget, byte_count)
     if byte_count is not None:
         parse_bytes(byte_count)
     elif precision is not None and precision.shares_bytes:
@@ -131,10 +124,12 @@ class ByteBudget:
         dims = [channels for _, channels, _ in cache.layer_sizes()]
         return cls(precision, asked, layers[0].heads, dims, layers[0].dtype.itemsize)
 
-    @property
+    @functools.cached_property
     def tables(self) -> int:
         """Bytes of a row's tables, whatever is kept."""
-        used = self.precision.used(self.head_dims)
+        return self._tables(self.precision.used(self.head_dims))
+
+    def _tables(self, used: Sequence[bool]) -> int:
         levels, heads = list(itertools.compress(self.precision.levels, used)), [0] * self.heads
         own = sum(level.nbytes(heads, dim, self.itemsize) for level in levels for dim in self.head_dims)
         return own + (0 if any(level.unchanged(self.itemsize) for level in levels) else TABLE_BYTES * self.heads)
@@ -182,7 +177,7 @@ class ByteBudget:
         """Bytes of each row with a plan of independent levels."""
         entry = torch.tensor([[level.entry_bytes(dim) for dim in self.head_dims] for level in plan.levels])
         of_rows = (plan.counts.cpu() * entry[:, :, None, None]).sum((0, 1, 3))
-        return (of_rows + self.tables).tolist()
+        return (of_rows + self._tables(plan.used)).tolist()
 
     def _check_fits(self, budgets: Tensor) -> None:
         for size, asked in zip(self.sizes(budgets), self.asked, strict=True):

@@ -41,7 +41,7 @@ def compress_when_read(
         scores = planner.without_nan(scores[None], invalid, layer_idx)[0]
         if layer_idx == 0:
             cache.adapter = policy.adapter
-            policy.schedule(cache, keep, budget, spend)
+            policy.schedule(cache, keep, budget, byte_count)
             splits.append(_Split(policy.allocator, len(layers), scores, cache.lengths, totals, protected))
             cache.budgets = splits[0].budgets
         budgets, total = splits[0].layer(layer_idx, obs, scores)

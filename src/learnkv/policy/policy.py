@@ -31,7 +31,6 @@ from learnkv.precision.uniform import UniformPrecision, as_precision
 from learnkv.scorers.constant import Constant
 
 TEMPERATURE = 0.5
-
 EVERYTHING = 2**30
 """Tokens to read where a row's prompt is read whole, and what follows with it."""
 
@@ -131,8 +130,7 @@ class Policy(Component):
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
         evicts = self.scorer is not None and not self.scorer.extra_passes
-        if self.precision is not None and not self.precision.known_bytes:
-            return False
+        evicts = evicts and (self.precision is None or self.precision.known_bytes)
         return evicts and self.pages is None and (self.allocator.static or self.allocator.sequential)
 
     def base_policy(self) -> "Policy":
@@ -192,7 +190,7 @@ class Policy(Component):
         layers, lengths = cache.compressed_layers(), cache.prompt_lengths
         heads = layers[0].heads * len(layers)
         totals = entries_to_keep(lengths, heads, keep, budget) if spend is None else spend.totals(lengths)
-        if self.scorer is None and min(totals) < heads * min(lengths):
+        if self.scorer is None and any(total < heads * n for total, n in zip(totals, lengths, strict=True)):
             raise UserError("a policy without a scorer keeps every entry: expected keep=1, or bytes that hold them all")
         return totals, protected_per_head(self.sinks + self.recent, lengths, totals, heads)
 
@@ -201,7 +199,7 @@ class Policy(Component):
         check_sizes(self, self.trained_for, sizes, model)
 
     def check_spend(self, keep: float | None, budget: float | None, byte_count: ByteCount | None) -> None:
-        """Raise UserError unless exactly one kind of budget is given, in range, that the policy can spend."""
+        """Raise UserError unless exactly one kind of budget is given that the policy can spend."""
         check_spend(keep, budget, byte_count, self.precision)
         if byte_count is not None:
             check_countable(byte_count, self.pages, None if self.online is None else self.online.planner.scorer)
@@ -227,7 +225,7 @@ class Policy(Component):
         if self.scorer is not None or self.precision is not None or bytes is not None:
             with torch.no_grad():
                 plan = self.plan(cache, keep, budget, bytes)
-                self.schedule(cache, keep, budget, self.byte_budget(cache, bytes))
+                self.schedule(cache, keep, budget, bytes)
                 cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
             cache.budgets = plan.budgets
             cache.invalid += plan.invalid
@@ -237,11 +235,13 @@ class Policy(Component):
         return cache
 
     def schedule(
-        self, cache: CompressedCache, keep: float | None, budget: float | None, spend: ByteBudget | None
+        self, cache: CompressedCache, keep: float | None, budget: float | None, byte_count: ByteCount | None
     ) -> None:
         """Let a cache that is about to be compressed evict again while tokens are added, where the policy does."""
-        online = None if self.online is None else self.online.with_bytes(spend)
-        cache.schedule = None if online is None else online.schedule_eviction(cache, keep, budget, spend=spend)
+        cache.schedule = None
+        if self.online is not None:
+            spend = self.byte_budget(cache, byte_count)
+            cache.schedule = self.online.with_bytes(spend).schedule_eviction(cache, keep, budget, spend=spend)
 
     def _read_pages(
         self, selector: PageSelector, cache: CompressedCache, keep: float | None, budget: float | None
