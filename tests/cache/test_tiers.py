@@ -213,7 +213,7 @@ def test_the_tail_is_stored_in_fewer_bits_when_it_is_merged(precision: int, spen
 
 def stored_codes(cache: CompressedCache) -> dict[tuple[int, ...], Tensor]:
     """Codes of keys and values by layer, row and position."""
-    codes = {}
+    codes: dict[tuple[int, ...], Tensor] = {}
     for layer_idx, layer in enumerate(cache.compressed_layers()):
         (tier,) = layer.state.tiers
         for row in range(len(tier.entries.offset)):
