@@ -1,4 +1,4 @@
-"""The console command: `learnkv train | eval | calibrate | memory | export [key=value …]`."""
+"""The console command: `learnkv train | eval | inspect | calibrate | memory | export [key=value …]`."""
 
 import os
 import sys
@@ -36,6 +36,14 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("learnkv.training.run", "train", "train", "train", "train a policy for a frozen model"),
     "eval": Command("learnkv.evaluation.run", "evaluate", "eval", "eval", "compare policies on one model"),
+    "inspect": Command(
+        "learnkv.evaluation.inspection",
+        "inspect_text",
+        "inspect",
+        "eval",
+        "show what policies keep of a text",
+        ("text=",),
+    ),
     "calibrate": Command(
         "learnkv.calibration.run", "calibrate", "calibrate", "eval", "measure the tables that methods read", ("out=",)
     ),
@@ -59,8 +67,8 @@ COMMANDS = {
 
 
 OPTIONAL = frozenset(
-    {"datasets", "gguf", "jieba", "lightning", "math_verify", "matplotlib", "peft", "platformdirs", "pyarrow"}
-    | {"rapidfuzz", "rouge", "tqdm", "wandb", "wonderwords"}
+    {"datasets", "gguf", "jieba", "jinja2", "lightning", "math_verify", "matplotlib", "peft", "platformdirs", "plotly"}
+    | {"pyarrow", "rapidfuzz", "rouge", "tqdm", "wandb", "wonderwords"}
 )
 """What the extras `train`, `eval` and `gguf` install."""
 

@@ -53,6 +53,7 @@ class EvalConfig:
         suite: rows and prompts of the other suites.
         output: folder for results; the same command continues an interrupted run, another one adds to the table.
         show: prompts to print with what was expected and what came of every policy.
+        viewer: prompts that `report.html` shows with the tokens that every head kept.
         seed: random seed.
         allow: module prefixes besides learnkv whose classes a policy's file may name.
     """
@@ -82,6 +83,7 @@ class EvalConfig:
     suite: SuiteKeys = field(default_factory=SuiteKeys)
     output: str = "runs/eval"
     show: int = 0
+    viewer: int = 3
     seed: int = 42
     allow: tuple[str, ...] = ()
 
@@ -94,8 +96,9 @@ class EvalConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if number < 1:
                     raise UserError(f"{key}={number}: expected at least 1")
-        if self.show < 0:
-            raise UserError(f"show={self.show}: expected a number of prompts, at least 0")
+        for key in ("show", "viewer"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{key}={getattr(self, key)}: expected a number of prompts, at least 0")
         for key in ("tasks", "lengths", "setting"):
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected at least one, got none")
