@@ -67,6 +67,14 @@ def records_of(**more: Any) -> Records:
 
 def contents(**more: Any) -> Contents:
     records = records_of()
-    environment = {"python": "3.11", "torch": "2.13", "device": "cpu"}
-    about = {"notes": [f"a note with {HOSTILE}"], "command": "learnkv eval ckpt=snapkv", "config": "ckpt: [snapkv]\n"}
-    return Contents("Compressed caches of tiny", "tiny", environment, records, rows_of(records), **(about | more))
+    about = {
+        "title": "Compressed caches of tiny",
+        "model": "tiny",
+        "environment": {"python": "3.11", "torch": "2.13", "device": "cpu"},
+        "records": records,
+        "rows": rows_of(records),
+        "notes": [f"a note with {HOSTILE}"],
+        "command": "learnkv eval ckpt=snapkv",
+        "config": "ckpt: [snapkv]\n",
+    }
+    return Contents(**(about | more))

@@ -11,14 +11,14 @@ from learnkv.data.sample import Sample
 from learnkv.errors import UserError
 from learnkv.evaluation import runner
 from learnkv.evaluation.config import EvalConfig, Setting
-from learnkv.evaluation.html.page import Contents, page
+from learnkv.evaluation.html.page import Contents, write_page
 from learnkv.evaluation.results import Record
 from learnkv.evaluation.run import environment, load_policies, policy_paths
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.typed_command import typed_command
-from learnkv.formats.files import output_file
+from learnkv.formats.files import make_folder
 from learnkv.inference.attention import attach
 from learnkv.inference.models import context_length, describe_model, load_model
 from learnkv.persistence.policies import load_policy
@@ -113,24 +113,23 @@ def inspect_text(config: InspectConfig, resolved: str) -> None:
         raise UserError(f"text={config.text}: expected text, the file has none")
     for path in policy_paths(config.evaluation):
         load_policy(path, config.allow)  # a missing file is an error before a large model is loaded
-    with output_file(config.out) as part:  # and so is a path that cannot be written
-        model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
-        attach(model)
-        policies = load_policies(config.evaluation, model)
-        prompts = _prompts(config, context, tokenizer, context_length(model))
-        records = _measured(config, model, Answers(prompts, tokenizer), policies)
-        about = Contents(
-            title=f"What is kept of {Path(config.text).name}",
-            model=describe_model(model)["id"],
-            environment=environment(model),
-            records=records,
-            scored=bool(config.answer),
-            notes=[f"{name}: {policy.other_weights}" for name, policy in policies.items() if policy.other_weights],
-            command=typed_command("learnkv inspect", config),
-            config=resolved,
-        )
-        part.write_text(page(about), encoding="utf-8")
-    print(config.out)
+    make_folder(Path(config.out).expanduser().parent, "out")
+    model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
+    attach(model)
+    policies = load_policies(config.evaluation, model)
+    prompts = _prompts(config, context, tokenizer, context_length(model))
+    records = _measured(config, model, Answers(prompts, tokenizer), policies)
+    about = Contents(
+        title=f"What is kept of {Path(config.text).name}",
+        model=describe_model(model)["id"],
+        environment=environment(model),
+        records=records,
+        scored=bool(config.answer),
+        notes=[f"{name}: {policy.other_weights}" for name, policy in policies.items() if policy.other_weights],
+        command=typed_command("learnkv inspect", config),
+        config=resolved,
+    )
+    print(write_page(Path(config.out), about))
 
 
 def _prompts(config: InspectConfig, context: str, tokenizer: Any, longest: int | None) -> list[Prompt]:

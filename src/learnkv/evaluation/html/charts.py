@@ -10,7 +10,7 @@ from learnkv.evaluation.pictures import COLOURS, in_order
 from learnkv.evaluation.report import LEARNED
 from learnkv.evaluation.results import FULL, SCORED, Estimate
 
-FOREGROUND = "FOREGROUND"
+FOREGROUND = "#010203"
 """Stands for the colour of text, which the page knows when it is opened."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "star", "x", "cross", "hexagon")
 DASHES = ("solid", "dash", "dot")

@@ -82,7 +82,8 @@ function makeTabs(empty) {
   const ids = sections.map((section) => section.id);
   const wanted = () => (location.hash.startsWith(HASH) ? location.hash.slice(HASH.length) : "");
   for (const id of empty) byId(id).hidden = true;
-  showTab(ids.includes(wanted()) ? wanted() : ids[0]);
+  const first = DATA.table.rows.length || !ids.includes("samples") ? ids[0] : "samples";
+  showTab(ids.includes(wanted()) ? wanted() : first);
   window.addEventListener("hashchange", () => ids.includes(wanted()) && showTab(wanted()));
 }
 

@@ -7,6 +7,8 @@
   const selects = {};
   const panes = [];
 
+  const FAINTEST = 0.12;  // shade of a token that a single head kept
+
   const sample = () => DATA.samples[state.sample];
   const labelOf = (answer) => (answer.policy === DATA.full ? "full cache" : `${answer.policy}, ${answer.budget}`);
   const shape = () => sample().answers.find((answer) => answer.shape)?.shape ?? [0, 0, 0];
@@ -48,7 +50,7 @@
     const { after, expected, setting, cut_tokens: cut, kind } = sample();
     const named = kind === "text" ? "Text that follows" : setting === "query_aware" ? "Read after compression; the question is in the prompt"
       : "Question, read after compression";
-    const parts = [[named, after]];
+    const parts = [[named, after.trim()]];
     if (expected) parts.push(["Correct answer", expected.join(" · ")]);
     if (cut) parts.push(["Left out", `${cut} tokens of the prompt's middle`]);
     byId("question").replaceChildren(element("dl", {}, ...parts.flatMap(([term, text]) =>
@@ -109,13 +111,13 @@
     await bitsOf(answer);
     if (answer !== sample().answers[state.sides[side]]) return;  // another one was chosen meanwhile
     const [layers, heads] = shape();
-    const most = chosenNumbers(state.layer, layers).length * chosenNumbers(state.head, heads).length;
+    const most = Math.max(1, chosenNumbers(state.layer, layers).length * chosenNumbers(state.head, heads).length);
     pane.counts = countsOf(answer, state.layer, state.head);
     pane.most = most;
     pane.spans.forEach((span, token) => {
       const count = pane.counts === null ? most : pane.counts[token];
-      span.style.setProperty("--share", most ? (count / most).toFixed(3) : 1);
-      span.classList.toggle("evicted", most > 0 && count === 0);
+      span.style.setProperty("--share", count ? (FAINTEST + (1 - FAINTEST) * count / most).toFixed(3) : 0);
+      span.classList.toggle("evicted", count === 0);
     });
     drawHeads(pane, answer);
     byId("scale-end").textContent = most === 1 ? "kept" : `kept by all ${most} heads`;
