@@ -1,4 +1,4 @@
-"""`report.html`: the numbers of the results in one file that loads nothing; what it looks like is tested in a browser."""
+"""`report.html`: the numbers of the results in one file that loads nothing; tests/browser opens it."""
 
 import json
 import re

@@ -2,7 +2,7 @@
 // Charts: plotly is inflated once a tab with charts is shown; colours follow the browser's light or dark scheme.
 
 (() => {
-  const drawn = new Map();  // element of a chart -> its figure
+  const drawn = new Map();  // element of a chart -> its figure, and what its looks depended on
   const waiting = new Map();  // figures of tabs that have not been shown
   const NARROW = 700;
   const RED_TO_GREEN = [[0, "#b2182b"], [0.5, "#fde08a"], [1, "#1a8f4c"]];
@@ -17,6 +17,8 @@
   }
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  const looks = () => `${colour("--text")} ${window.innerWidth}`;
 
   function themed(figure) {
     const text = colour("--text");
@@ -41,13 +43,13 @@
     }
     const { data, layout } = themed(figure);
     await Plotly.react(target, data, layout, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] });
-    drawn.set(target, figure);
+    drawn.set(target, { figure, looks: looks() });
   }
 
   function redrawAll() {
-    for (const [target, figure] of drawn) {
+    for (const [target, { figure, looks: before }] of drawn) {
       if (!target.isConnected) drawn.delete(target);
-      else if (target.offsetParent) draw(target, figure);
+      else if (target.offsetParent && before !== looks()) draw(target, figure);
     }
   }
 
