@@ -81,11 +81,11 @@ def tiers_of(text: str) -> FixedTiers | None:
     Raises:
         UserError: for shares that do not sum to 1, or levels that there are not.
     """
-    parts = [re.fullmatch(r"(\w+):(\d*\.?\d+)", part) for part in text.split("+")]
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts):
+    matches = [re.fullmatch(r"(\w+):(\d*\.?\d+)", part) for part in text.split("+")]
+    tiers = [match for match in matches if match is not None]
+    if len(tiers) < len(matches):
         return None
-    return FixedTiers([part[1] for part in found], [float(part[2]) for part in found])
+    return FixedTiers([tier[1] for tier in tiers], [float(tier[2]) for tier in tiers])
 
 
 def _rows(scores: Tensor, budget: Tensor) -> Tensor:
