@@ -174,6 +174,8 @@ def test_bits_of_heads_without_entries_are_left_out_of_means() -> None:
     views = [{**shape, "bits": [[bits, None]]} for bits in (4.0, 8.0)]
     records = [{**record("snapkv", 0.5, "niah_single_1", n), VIEW: view} for n, view in enumerate(views)]
     assert budget_maps(records)[0]["bits"] == [[6.0, None]]
+    everywhere = [{**each, "bits": [[2.0, 0.0]]} for each in records]  # of all prompts; 0: no entries
+    assert budget_maps(everywhere)[0]["bits"] == [[2.0, None]]
 
 
 def test_samples_have_every_answer_and_what_was_kept() -> None:

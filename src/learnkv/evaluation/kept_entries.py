@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.states import Kept
+from learnkv.evaluation.stored_bits import stored_bits
 from learnkv.evaluation.tasks.base import Prompt
 
 VIEW = "view"
@@ -76,7 +76,7 @@ def kept_view(cache: CompressedCache, row: int) -> dict[str, Any]:
     return {
         "shape": list(kept.shape),
         "kept": packed(kept),
-        "bits": [_bits(layer, row) for layer in layers] if tiered else None,
+        "bits": [[bits or None for bits in heads] for heads in stored_bits(cache, row)["bits"]] if tiered else None,
     }
 
 
@@ -90,18 +90,3 @@ def unpacked(view: Mapping[str, Any]) -> np.ndarray:
     bits = np.frombuffer(zlib.decompress(base64.b64decode(view["kept"])), dtype=np.uint8)
     shape = tuple(view["shape"])
     return np.unpackbits(bits, count=int(np.prod(shape))).astype(bool).reshape(shape)
-
-
-def _bits(layer: CompressedLayer, row: int) -> list[float | None]:
-    """Mean bits per stored number of every head's keys and values."""
-    assert isinstance(layer.state, Kept)
-    heads = slice(row * layer.heads, (row + 1) * layer.heads)
-    _, *channels = layer.sizes
-    plain = layer.state.segment.length[heads].tolist()
-    counts, sizes = list(plain), [count * sum(channels) * layer.dtype.itemsize for count in plain]
-    for tier in layer.state.tiers:
-        for head, count in enumerate(tier.entries.length[heads].tolist()):
-            parts = zip((tier.level.keys, tier.level.values), channels, strict=True)
-            counts[head] += count
-            sizes[head] += sum(codec.nbytes([count], dim) for codec, dim in parts) if count else 0
-    return [8 * size / (count * sum(channels)) if count else None for size, count in zip(sizes, counts, strict=True)]

@@ -1,6 +1,6 @@
 """Heat maps of the page: needles by depth and length, budgets and bits by layer and head."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def needle_maps(records: Iterable[Record]) -> list[dict[str, Any]]:
 def budget_maps(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Mean kept fractions [L, H] of every policy and budget, and mean bits where entries are stored in fewer.
 
-    Of a policy whose records have budgets over all of its prompts, else over those that the viewer shows.
+    Over all prompts of a policy whose records have budgets or bits, else over those that the viewer shows.
     """
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
@@ -43,17 +43,23 @@ def budget_maps(records: Iterable[Record]) -> list[dict[str, Any]]:
         fractions = kept or [unpacked(view).mean(-1) for view in views]
         if fractions:
             about = {"policy": policy, "budget": budget, "setting": setting.replace("_", "-"), "n": len(fractions)}
-            maps.append({**about, "kept": _rounded(np.mean(fractions, axis=0)), "bits": _mean_bits(views)})
+            kept_means = _rounded(np.mean(fractions, axis=0))
+            maps.append({**about, "kept": kept_means, "bits": _mean_bits(_bits_of(group) or _bits_of(views))})
     return maps
 
 
-def _mean_bits(views: Sequence[dict[str, Any]]) -> list[list[float | None]] | None:
-    """Mean [L, H] over the views that have bits; None where none has."""
-    bits = np.array([view["bits"] for view in views if view["bits"] is not None], dtype=float)
-    if not bits.size:
+def _bits_of(results: Iterable[Mapping[str, Any]]) -> list[list[list[float | None]]]:
+    """The bits [L, H] of those records or views that have them."""
+    return [result["bits"] for result in results if result.get("bits") is not None]
+
+
+def _mean_bits(listed: Sequence[Sequence[Sequence[float | None]]]) -> list[list[float | None]] | None:
+    """Mean [L, H] of the heads that have entries, None for one that never has; None where nothing is listed."""
+    if not listed:
         return None
-    counts = np.isfinite(bits).sum(0)
-    sums = np.nansum(bits, axis=0)
+    bits = np.array(listed, dtype=float)
+    known = np.nan_to_num(bits) > 0
+    sums, counts = np.where(known, bits, 0).sum(0), known.sum(0)
     return [
         [round(total / count, 2) if count else None for total, count in zip(*row, strict=True)]
         for row in zip(sums.tolist(), counts.tolist(), strict=True)
