@@ -1,4 +1,4 @@
-"""The console command: `learnkv train | eval | inspect | calibrate | memory | export [key=value …]`."""
+"""The console command: `learnkv train | eval | calibrate | merge | inspect | memory | export [key=value …]`."""
 
 import os
 import sys
@@ -36,14 +36,6 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("learnkv.training.run", "train", "train", "train", "train a policy for a frozen model"),
     "eval": Command("learnkv.evaluation.run", "evaluate", "eval", "eval", "compare policies on one model"),
-    "inspect": Command(
-        "learnkv.evaluation.inspection",
-        "inspect_text",
-        "inspect",
-        "eval",
-        "show what policies keep of a text",
-        ("text=",),
-    ),
     "calibrate": Command(
         "learnkv.calibration.run", "calibrate", "calibrate", "eval", "measure the tables that methods read", ("out=",)
     ),
@@ -55,6 +47,14 @@ COMMANDS = {
         "make one table of several evaluations",
         ("folders=",),
         positional="folders",
+    ),
+    "inspect": Command(
+        "learnkv.evaluation.inspection",
+        "inspect_text",
+        "inspect",
+        "eval",
+        "show what policies keep of a text",
+        ("text=",),
     ),
     "memory": Command(
         "learnkv.training.memory.predict", "report", "train", "train", "predict memory and time of a training run"

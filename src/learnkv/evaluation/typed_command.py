@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def typed_command(program: str, config: Any) -> str:
-    """The program with every key whose value is not the default.
+def typed_command(command: str, config: Any) -> str:
+    """The command with every key whose value is not the default.
 
     Args:
-        program: such as `learnkv eval`.
+        command: such as `learnkv eval`.
         config: instance of a dataclass whose fields have defaults that do not change, or are such dataclasses.
     """
-    return " ".join([program, *map(shlex.quote, _words(config, ""))])
+    return " ".join([command, *map(shlex.quote, _words(config, ""))])
 
 
 def _words(config: Any, prefix: str) -> Iterator[str]:

@@ -64,7 +64,7 @@ def _ticks(by_policy: Mapping[str, Mapping[str, Sequence[Row]]], in_bytes: bool)
     for cells in by_policy.values():
         for column, cell in cells.items():
             sizes.setdefault(column, []).append(_bytes(cell, in_bytes))
-    medians = {column: median(found) for column, found in sizes.items()}
+    medians = {column: median(values) for column, values in sizes.items()}
     texts = (f"{100 * value:.3g} %" if in_bytes else size(value) for value in medians.values())
     labels = [f"{column}<br>{text}" for column, text in zip(medians, texts, strict=True)]
     return {"tickvals": list(medians.values()), "ticktext": labels}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.panels import Panel, Row, budget_label, panel_of
-from learnkv.evaluation.results import FULL, SCORED, Record, budget_of, kind_of, paired_difference, prompt_key
+from learnkv.evaluation.results import FULL, SCORED, Record, budget_of, kind_of, paired_difference
 
 EVERYTHING = "everything"
 """The budget of the full cache."""
@@ -78,8 +78,8 @@ def differences(records: Sequence[Record]) -> list[dict[str, Any]]:
     groups: dict[Panel, list[Record]] = {}
     for record in records:
         groups.setdefault(panel_of(record), []).append(record)
-    found = [_differences(panel, group) for panel, group in groups.items()]
-    return [panel for panel in found if panel["cells"]]
+    compared = [_differences(panel, group) for panel, group in groups.items()]
+    return [panel for panel in compared if panel["cells"]]
 
 
 def _differences(panel: Panel, records: Sequence[Record]) -> dict[str, Any]:
@@ -115,7 +115,9 @@ def _records_of(
 
 
 def _pair(first: Sequence[Record], second: Sequence[Record], value: str) -> list[Any] | None:
-    if not {*map(prompt_key, first)} & {*map(prompt_key, second)}:
+    """Mean, standard error and n; None where the two have no prompt in common."""
+    try:
+        mean, stderr, n = paired_difference(first, second, value)
+    except ValueError:
         return None
-    mean, stderr, n = paired_difference(first, second, value)
     return [mean, None if stderr != stderr else stderr, n]
