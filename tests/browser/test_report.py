@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser.conftest import NARROW, Opened
+from support.opened import NARROW, Opened
 from support.page import HOSTILE, LAYERS, POLICIES, TOKENS, contents, kept_of, records_of
 
 from learnkv.evaluation.html.page import write_page
