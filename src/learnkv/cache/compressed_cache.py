@@ -1,7 +1,8 @@
 """A transformers cache that owns the kept entries of a prompt."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class CompressedCache(Accounting):
             layers[index] = CompressedLayer(layer_idx, capture_spec or CaptureSpec())
         super().__init__(layers=layers)
         self.model_name: str = getattr(config, "_name_or_path", "")
+        self.read_by: Callable[[], object] | None = None  # a weak reference to the model that reads it
+        self.compression: dict[str, Any] | None = None  # policy and budget that it was compressed by; None: complete
         self.tail_mask: Tensor | None = None
         self.tail_padded = False
         self.pending: tuple[Tensor, Tensor] | None = None  # generated ids that were not read, and which are tokens
@@ -236,6 +239,7 @@ class CompressedCache(Accounting):
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
         self.token_ids, self.invalid, self.narrow, self.no_entries = None, (), False, {}
+        self.compression = None
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""

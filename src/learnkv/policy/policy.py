@@ -22,7 +22,7 @@ from learnkv.errors import UserError
 from learnkv.policy.base_parts import base_part, base_precision
 from learnkv.policy.budget import check_read, entries_to_keep, protected_per_head
 from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_countable, check_precision, check_spend
-from learnkv.policy.captured import check_captured, refuse_inference_tensors
+from learnkv.policy.captured import check_captured, record_compression, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, check_online
 from learnkv.policy.planner import Planner
@@ -231,7 +231,7 @@ class Policy(Component):
             cache.invalid += plan.invalid
         if self.pages is not None:
             self._read_pages(self.pages, cache, keep, budget)
-        cache.adapter = self.adapter
+        record_compression(cache, self.spec(), self.adapter, keep=keep, budget=budget, bytes=bytes)
         return cache
 
     def schedule(
