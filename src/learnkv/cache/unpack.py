@@ -151,7 +151,7 @@ def _tier(
     device: torch.device,
 ) -> StoredTier:
     level, dims = Level(*(components[number] for number in stored["level"])), stored["head_dims"]
-    encoded = [
+    keys, values = (
         Encoded(
             {name: parts.get(place, device) for name, place in stored[part].items()},
             tuple(map(int, stored["entries"])),
@@ -159,9 +159,9 @@ def _tier(
             layer.layer_idx,
         )
         for part, dim in zip(("keys", "values"), dims, strict=True)
-    ]
+    )
     nothing = torch.empty(0, int(dims[0]), dtype=layer.dtype, device=device)
     rows = _rows(nothing, nothing, stored, parts, device)
-    if sum(encoded[0].entries) != len(rows.positions):
+    if sum(keys.entries) != len(rows.positions):
         raise ValueError("codes and positions do not have equally many entries")
-    return StoredTier(level, *encoded, rows, layer.heads)
+    return StoredTier(level, keys, values, rows, layer.heads)

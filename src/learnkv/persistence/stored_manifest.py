@@ -50,11 +50,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder}: expected a stored cache, {MANIFEST} is of something else")
-    found = manifest.get("format_version")
-    if found != FORMAT_VERSION:
-        newer = isinstance(found, int) and found > FORMAT_VERSION
+    number = manifest.get("format_version")
+    if number != FORMAT_VERSION:
+        newer = isinstance(number, int) and number > FORMAT_VERSION
         advice = f"; learnkv {version('learnkv')} is older than the file, update it" if newer else ""
-        raise UserError(f"{folder}: format version {found}, expected {FORMAT_VERSION}{advice}")
+        raise UserError(f"{folder}: format version {number}, expected {FORMAT_VERSION}{advice}")
     content = {key: value for key, value in manifest.items() if key != "digest"}
     if _digest(content) != manifest.get("digest"):
         raise UserError(f"{folder / MANIFEST}: has changed since it was written, its digest is another")
