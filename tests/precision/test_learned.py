@@ -124,12 +124,21 @@ def test_what_training_reads_is_what_the_tiers_hold() -> None:
         ({"menu": ("K4V3", "K4V3")}, "expected two to 5 different levels"),
         ({"menu": ("K4V3", "K5V2")}, "expected 16, 8, 4, 3, 2 bits"),
         ({"menu": ("4,3", "K4V2")}, "expected bits such as 4 or K4V3"),
-        ({"init": "K2V2"}, "init=K2V2: expected measured or one of K3V2"),
+        ({"init": "K2V2"}, "init=K2V2: expected measured, one of K3V2, K4V2, K4V3, K8V4, or 4 distortions above 0"),
+        ({"init": [0.5, 0.1]}, "expected measured, one of K3V2, K4V2, K4V3, K8V4, or 4 distortions above 0"),
+        ({"init": [0.5, 0.4, 0.1, 0.0]}, "or 4 distortions above 0"),
     ],
 )
 def test_what_cannot_be_built_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LearnedPrecision(**{"num_layers": LAYERS, "num_heads": HEADS, **arguments})
+
+
+def test_it_may_start_with_distortions_of_its_own() -> None:
+    precision = LearnedPrecision(MENU, [0.9, 0.35, 0.2, 0.1], LAYERS, HEADS)
+    assert precision.measured
+    want = torch.tensor([0.9, 0.35, 0.2, 0.1]).expand(LAYERS, HEADS, 4)
+    torch.testing.assert_close(precision.distortions(), want)
 
 
 def test_what_cannot_be_planned_is_named() -> None:

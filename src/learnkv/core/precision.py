@@ -32,6 +32,10 @@ class Level(NamedTuple):
         """Whether entries whose numbers have `itemsize` bytes are stored as they are."""
         return itemsize <= 2 and self.keys.unchanged and self.values.unchanged
 
+    def bits(self, head_dim: int) -> float:
+        """Bits per number of an entry's key and value, codes with their scales."""
+        return 8 * (self.keys.nbytes([1], head_dim) + self.values.nbytes([1], head_dim)) / (2 * head_dim)
+
     def entry_bytes(self, head_dim: int) -> int:
         """Bytes of one more entry of a head: its key, value and position."""
         return self.keys.nbytes([1], head_dim) + self.values.nbytes([1], head_dim) + POSITION_BYTES
