@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +28,28 @@ QUESTION = "\nIn one sentence, what is this text about? It is about"
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Stopwatch:
+    """Seconds of a block: as they pass, and those of this process on a processor, which other programs do not prolong."""
+
+    def __enter__(self) -> "Stopwatch":
+        self._begin = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu = self._begin
+        self.seconds = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+    @staticmethod
+    def median(watches: Sequence["Stopwatch"]) -> dict[str, float]:
+        """Of each kind of seconds."""
+        return {key: statistics.median(watch.seconds[key] for watch in watches) for key in watches[0].seconds}
+
+
 def main(argv: list[str] | None = None) -> Part:
     """Measure, and write the part of the report."""
-    options = arguments(__doc__, argv, repeats={"type": int, "default": 5}, load={"default": ""})
+    options = arguments(
+        __doc__, argv, repeats={"type": int, "default": 5}, reads={"type": int, "default": 3}, load={"default": ""}
+    )
     name, tokens = ("reference", 256) if options.dry_run else ("smollm2", 4000)
     if options.load:
         _print_load(name, Path(options.load))
@@ -37,32 +58,28 @@ def main(argv: list[str] | None = None) -> Part:
     model, tokenizer = load_model(name, device="cpu")
     prompt, question = text_ids(tokenizer, tokens), tokenizer(QUESTION, return_tensors="pt").input_ids
     policy = load_policy("snapkv")
-    reads = []
-    for _ in range(1 if options.dry_run else 3):
-        begin = time.perf_counter()
-        cache = prefill(model, prompt, policies=[policy])
-        first = generate(model, question, cache.fork(), max_new_tokens=1)
-        reads.append(time.perf_counter() - begin)
-    read = statistics.median(reads)
-    part.add(kernel="read to first token", model=name, T=tokens, seconds=read)
+    reads = [Stopwatch() for _ in range(1 if options.dry_run else options.reads)]
+    for watch in reads:
+        with watch:
+            cache = prefill(model, prompt, policies=[policy])
+            first = generate(model, question, cache.fork(), max_new_tokens=1)
+    read = Stopwatch.median(reads)
+    part.add(kernel="read to first token", model=name, T=tokens, **read)
     for keep in (1.0, 0.1):
         small = policy.compress(cache.fork(), keep=keep)
         expected = int(first) if keep == 1 else int(generate(model, question, small.fork(), max_new_tokens=1))
         with tempfile.TemporaryDirectory() as folder:
-            begin = time.perf_counter()
-            save_cache(small, folder)
-            saved = time.perf_counter() - begin
+            with Stopwatch() as saved:
+                save_cache(small, folder)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
             loads = [_load(folder, options) for _ in range(1 if options.dry_run else options.repeats)]
         assert all(load["token"] == expected for load in loads)
-        seconds = statistics.median(load["seconds"] for load in loads)
-        again = statistics.median(load["again"] for load in loads)
         sizes = {"cache_bytes": small.nbytes, "disk_bytes": size}
-        part.add(kernel="save", model=name, T=tokens, keep=keep, seconds=saved, **sizes)
-        part.add(
-            kernel="load to first token", model=name, T=tokens, keep=keep, seconds=seconds, ratio=read / seconds,
-            seconds_in_one_process=again,
-        )  # fmt: skip
+        part.add(kernel="save", model=name, T=tokens, keep=keep, **saved.seconds, **sizes)
+        for turn, kernel in enumerate(("load to first token", "load again to first token")):
+            load = {key: statistics.median(row["turns"][turn][key] for row in loads) for key in read}
+            ratios = {f"{key}_ratio": read[key] / load[key] for key in read}
+            part.add(kernel=kernel, model=name, T=tokens, keep=keep, **load, **ratios)
     part.finish()
     return part
 
@@ -75,11 +92,11 @@ def text_ids(tokenizer: object, count: int) -> Tensor:
     return ids
 
 
-def _load(folder: str, options: argparse.Namespace) -> dict[str, float]:
+def _load(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.stored_context", "--load", folder]
     command += ["--dry-run"] if options.dry_run else []
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+    loaded: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return loaded
 
 
@@ -87,14 +104,14 @@ def _print_load(name: str, folder: Path) -> None:
     """Load twice, the second time with digests known and the file in memory; print seconds and the first token."""
     model, tokenizer = load_model(name, device="cpu")
     question = tokenizer(QUESTION, return_tensors="pt").input_ids
-    seconds = []
+    turns = []
     for turn in range(2):
         if turn == 0:
             _forget(folder)
-        begin = time.perf_counter()
-        token = generate(model, question, load_cache(folder, model), max_new_tokens=1)
-        seconds.append(time.perf_counter() - begin)
-    print(json.dumps({"seconds": seconds[0], "again": seconds[1], "token": int(token)}))
+        with Stopwatch() as watch:
+            token = generate(model, question, load_cache(folder, model), max_new_tokens=1)
+        turns.append(watch.seconds)
+    print(json.dumps({"turns": turns, "token": int(token)}))
 
 
 def _forget(folder: Path) -> None:

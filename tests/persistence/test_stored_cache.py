@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from support.models import FAMILIES, attached, build, padded, tokens
 from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, generate, load_cache, prefill, save_cache
@@ -13,7 +14,6 @@ from learnkv.errors import UserError
 from learnkv.pages import Quest
 from learnkv.precision import RateDistortion, UniformPrecision
 from learnkv.scorers import H2O, ExpectedAttention, SnapKV
-from support.models import FAMILIES, attached, build, padded, tokens
 
 A_FEW_KB = 20_000
 SNAPKV = Policy(SnapKV(window=8))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from support.models import attached, build, tokens
 from transformers import PreTrainedModel
 
 from learnkv import Policy, continuation, load_cache, load_model, prefill, save_cache
@@ -20,7 +21,6 @@ from learnkv.errors import RunError, UserError
 from learnkv.persistence import stored_cache
 from learnkv.persistence.stored_manifest import seal_manifest
 from learnkv.scorers import SnapKV
-from support.models import attached, build, tokens
 
 SNAPKV = Policy(SnapKV(window=8))
 
@@ -188,7 +188,7 @@ def test_a_write_that_fails(folder: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # of a file, in bytes
     try:
-        with pytest.raises(UserError, match="cannot be written: .*File too large"):
+        with pytest.raises(UserError, match=r"cannot be written: .*File too large"):
             save_cache(larger, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -218,7 +218,7 @@ def test_an_end_while_saving(folder: Path, call: int, monkeypatch: pytest.Monkey
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="folder=.*: expected a folder that can be written"):
+    with pytest.raises(UserError, match=r"folder=.*: expected a folder that can be written"):
         save_cache(compressed(attached("llama")), tmp_path / "file")
 
 

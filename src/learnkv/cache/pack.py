@@ -73,6 +73,7 @@ def pack(cache: CompressedCache) -> tuple[dict[str, Any], dict[str, Tensor], lis
         "covered": cache.covered,
         "narrow": cache.narrow,
         "tail_padded": cache.tail_padded,
+        "protection": cache.protection,
         "is_token": packed.add("is_token", cache.is_token()),
         "pending": [packed.add("pending", part) for part in cache.pending or ()],
         "token_ids": [packed.add("ids", part.to(torch.int32)) for part in cache.token_ids or ()],

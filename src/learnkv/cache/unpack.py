@@ -16,6 +16,7 @@ from learnkv.cache.tiers import StoredTier
 from learnkv.core.codec import Encoded
 from learnkv.core.observation import CaptureSpec
 from learnkv.core.precision import Level
+from learnkv.core.protection import Protection
 
 
 class UnpackedTensors:
@@ -58,6 +59,8 @@ def unpack(
     cache, parts = CompressedCache(config), UnpackedTensors(tensors, description["sizes"])
     cache.prompt_lengths, cache.covered = list(description["prompt_lengths"]), list(description["covered"])
     cache.narrow, cache.tail_padded = bool(description["narrow"]), bool(description["tail_padded"])
+    if (spans := description["protection"]) is not None:
+        cache.protection = _protection(*spans)
     main = devices[0]
     cache.tail_mask = parts.get(description["is_token"], main).bool()
     pending = [parts.get(place, main) for place in description["pending"]]
@@ -73,6 +76,14 @@ def unpack(
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.cumulative_length = keys, values, int(described["length"])
     return cache
+
+
+def _protection(spans: Any, after_anchors: Any, share: float) -> Protection:
+    """From lists."""
+    always, after = (
+        tuple(tuple((int(begin), int(end)) for begin, end in row) for row in part) for part in (spans, after_anchors)
+    )
+    return Protection(always, after, float(share))
 
 
 def _fill(

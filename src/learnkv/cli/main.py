@@ -1,4 +1,4 @@
-"""The console command: `learnkv train | eval | calibrate | merge | memory | export | compress | ask | fetch [key=value …]`."""
+"""The console command: `learnkv train | eval | calibrate | memory | export | compress | ask | … [key=value …]`."""
 
 import os
 import re
@@ -58,9 +58,7 @@ COMMANDS = {
     "compress": Command(
         "learnkv.cli.stored", "compress", "compress", "", "read a text once and store its compressed cache", ("text=",)
     ),
-    "ask": Command(
-        "learnkv.cli.stored", "ask", "ask", "", "ask about a stored text", ("folder=",), "folder question"
-    ),
+    "ask": Command("learnkv.cli.stored", "ask", "ask", "", "ask about a stored text", ("folder=",), "folder question"),
     "fetch": Command(
         "learnkv.cli.fetch", "fetch_model", "fetch", "gguf", "fetch a small model (smollm2)", ("model=",), "model"
     ),

@@ -31,6 +31,8 @@ class CompressConfig:
         device: cpu, cuda, cuda:N, mps or auto.
         chat: whether the text is a user's message in the model's chat template, where it has one.
         system: system message before the text.
+        protect: system: every policy keeps the system message.
+        protect_after: words such as "password:" after which tokens are kept.
         chunk_size: tokens read at once; 0: all.
         allow: module prefixes besides learnkv whose classes the policy may name.
     """
@@ -46,6 +48,8 @@ class CompressConfig:
     device: str = "auto"
     chat: bool = True
     system: str = ""
+    protect: str = ""
+    protect_after: tuple[str, ...] = ()
     chunk_size: int = 0
     allow: tuple[str, ...] = ()
 
@@ -72,6 +76,9 @@ def compress(config: CompressConfig, resolved: str) -> None:
         keep=config.keep,
         budget=config.budget,
         bytes=config.bytes,
+        protect=config.protect or None,
+        protect_after=config.protect_after or None,
+        tokenizer=tokenizer,
     )
     about = {"text": Path(config.text).name, "chat": config.chat, "system": config.system}
     folder = save_cache(cache, config.out, tokenizer=tokenizer, about=about)

@@ -43,7 +43,7 @@ def compress_when_read(
         if layer_idx == 0:
             record_compression(cache, policy.spec(), policy.adapter, keep=keep, budget=budget, bytes=byte_count)
             policy.schedule(cache, keep, budget, byte_count)
-            splits.append(_Split(policy.allocator, len(layers), scores, cache.lengths, totals, protected))
+            splits.append(_Split(policy.allocator, len(layers), scores, cache.lengths, totals, protected.counts))
             cache.budgets = splits[0].budgets
         budgets, total = splits[0].layer(layer_idx, obs, scores)
         budgets = budgets.to(scores.device)
