@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Stopwatch:
-    """Seconds of a block: as they pass, and those of this process on a processor, which other programs do not prolong."""
+    """Seconds of a block: on the clock, and those of this process on a processor, whatever else runs."""
 
     def __enter__(self) -> "Stopwatch":
         self._begin = time.perf_counter(), time.process_time()

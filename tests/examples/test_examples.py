@@ -52,6 +52,18 @@ def test_read_once_ask_often(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_keep_the_system_prompt(tmp_path: Path) -> None:
+    shown = output_of("keep_the_system_prompt", tmp_path)
+    rows = dict(re.findall(r"protect=(\w+): (.*)", shown))
+    assert "4817293" in rows["system"]
+    assert "4817293" not in rows["None"]
+    sizes = [row.split(", answers")[0] for row in rows.values()]
+    assert sizes[0] == sizes[1]  # bytes and entries
+    assert "named by hand: True" in shown
+    assert "kept after password: 7720815 True" in shown
+
+
+@pytest.mark.slow
 def test_train_a_policy(tmp_path: Path) -> None:
     losses = dict(re.findall(r"(\w+): ([\d.]+) nats per token", output_of("train_a_policy", tmp_path)))
     assert 0 < float(losses["trained"]) < float(losses["snapkv"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.models import EVICTING, LEARNED, attached, padded, policy_for, read, tokens
 from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, generate, load_cache, prefill, save_cache
@@ -12,10 +13,10 @@ from learnkv.pages import Quest
 from learnkv.policy.budget import Protected, protected_per_head
 from learnkv.precision import LearnedPrecision, RateDistortion
 from learnkv.scorers import Constant, Knorm, LearnedScorer, Random, SnapKV
-from support.models import EVICTING, LEARNED, attached, padded, policy_for, read, tokens
 
 SPANS = [[(10, 14), (20, 23)], [(5, 9)]]
 LENGTHS = [50, 70]
+SIZES = {"num_layers": 3, "num_heads": 2}
 
 
 def prompt() -> tuple[Tensor, Tensor]:
@@ -49,7 +50,9 @@ def test_every_policy_keeps_them_within_the_budget(name: str) -> None:
     [
         Policy(SnapKV(window=8), precision={"keys": 4, "values": 3}),
         Policy(SnapKV(window=8), precision=RateDistortion()),
-        Policy(LearnedScorer(SnapKV(window=8), 3, 2, 16, width=4), precision=LearnedPrecision(num_layers=3, num_heads=2)),
+        Policy(
+            LearnedScorer(SnapKV(window=8), 3, 2, 16, width=4), precision=LearnedPrecision(num_layers=3, num_heads=2)
+        ),
         Policy(Knorm(), AdaKV()),
     ],
 )
@@ -58,7 +61,9 @@ def test_bytes_and_tiers(policy: Policy, fraction: float) -> None:
     cache = prefill(attached("llama"), *prompt(), policies=[policy], protect=[[(10, 12)], [(5, 9)]])
     small = policy.compress(cache, bytes=fraction)
     assert_kept(small, [[(10, 12)], [(5, 9)]])
-    assert all(size <= fraction * whole for size, whole in zip(small.row_nbytes(), small.row_full_nbytes(), strict=True))
+    assert all(
+        size <= fraction * whole for size, whole in zip(small.row_nbytes(), small.row_full_nbytes(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [None, 7])
@@ -111,7 +116,9 @@ def test_rows_forks_and_stored_caches_carry_them(tmp_path: object) -> None:
 def test_a_budget_below_them_is_refused() -> None:
     for policy in (Policy(Knorm()), Policy(Knorm(), precision=4)):
         cache = prefill(attached("llama"), *prompt(), policies=[policy], protect=[(0, 20)])
-        with pytest.raises(UserError, match=r"protect: 20 tokens of row 0 are protected, its budget keeps 10.0 entries"):
+        with pytest.raises(
+            UserError, match=r"protect: 20 tokens of row 0 are protected, its budget keeps 10.0 entries"
+        ):
             policy.compress(cache.fork(), keep=0.2)
     with pytest.raises(UserError, match="protect: 20 tokens of row 0"):
         prefill(attached("llama"), *prompt(), protect=[(0, 20)], policy=Policy(Knorm()), keep=0.2)

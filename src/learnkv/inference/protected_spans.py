@@ -16,6 +16,7 @@ from learnkv.errors import UserError
 
 Protect = str | Sequence[Span] | Sequence[Sequence[Span]] | Protection
 _REPLACED = "\ufffd"  # of a token that holds a part of a character only
+_LONGEST_CHARACTER = 4  # bytes, and so tokens
 _BEGIN, _NEXT = "\ue000\ue001", "\ue002\ue003"  # private use characters: no text has them
 
 
@@ -74,7 +75,8 @@ def protection_of(
     if isinstance(protect, str) and protect != "system":
         raise UserError(f"protect={protect}: expected system, or spans (begin, end) of tokens")
     nothing: tuple[tuple[Span, ...], ...] = ((),) * len(rows)
-    if isinstance(protect, str) or protect_after is not None:
+    anchors = protect_after if protect_after is None or isinstance(protect_after, Anchors) else Anchors(protect_after)
+    if isinstance(protect, str) or anchors is not None:
         if tokenizer is None:
             name = f"protect={protect}" if isinstance(protect, str) else f"protect_after={protect_after}"
             raise UserError(f"{name}: is looked for in the prompt's text, expected tokenizer=")
@@ -85,8 +87,7 @@ def protection_of(
         spans = _system_message(tokenizer, texts)
     elif protect is not None:
         spans = _given(protect, [len(ids) for ids in rows])
-    if protect_after is not None:
-        anchors = protect_after if isinstance(protect_after, Anchors) else Anchors(protect_after)
+    if anchors is not None:
         after, share = tuple(_after(text, anchors) for text in texts), anchors.share
     return Protection(spans, after, share)
 
@@ -111,8 +112,8 @@ def unpadded(input_ids: Tensor, lengths: Sequence[int]) -> list[list[int]]:
 def _given(protect: Sequence[Any], lengths: Sequence[int]) -> tuple[tuple[Span, ...], ...]:
     """Spans as typed, for each row."""
     try:
-        alike = all(isinstance(bound, Integral) for span in protect for bound in span)
-        listed = [protect] * len(lengths) if alike and (protect or len(lengths) == 1) else list(protect)
+        alike = all(len(span) and all(isinstance(bound, Integral) for bound in span) for span in protect)
+        listed = [protect] * len(lengths) if alike else list(protect)
         rows = tuple(tuple((int(begin), int(end)) for begin, end in spans) for spans in listed)
     except (TypeError, ValueError):
         raise UserError(f"protect={protect!r}: expected spans (begin, end), or a list of them for each row") from None
@@ -136,21 +137,14 @@ class TokenTexts:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> "TokenTexts":
         """Decoded token by token, special tokens too; tokens of one character together."""
-        pieces: list[str] = []
-        parts: list[int] = []
-
-        def flush() -> None:
-            if parts:
-                pieces.extend(["" for _ in parts[1:]] + [_text_of(tokenizer, tuple(parts))])
-                parts.clear()
-
+        pieces, parts = list[str](), list[int]()
         for token in ids:
-            if _REPLACED in (piece := _text_of(tokenizer, (token,))):
-                parts.append(token)
-            else:
-                flush()
-                pieces.append(piece)
-        flush()
+            parts.append(token)
+            text = _text_of(tokenizer, tuple(parts))
+            if _REPLACED not in text or len(parts) == _LONGEST_CHARACTER:
+                pieces += [""] * (len(parts) - 1) + [text]
+                parts.clear()
+        pieces += [""] * len(parts)
         return cls("".join(pieces), list(accumulate(map(len, pieces))))
 
     def span(self, begin: int, end: int) -> Span:
