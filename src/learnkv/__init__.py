@@ -3,6 +3,7 @@
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.inference.attention import attach, detach
 from learnkv.inference.generate import continuation, generate
+from learnkv.inference.lossless import generate_lossless
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy, save_policy
@@ -15,6 +16,7 @@ __all__ = [
     "continuation",
     "detach",
     "generate",
+    "generate_lossless",
     "load_model",
     "load_policy",
     "prefill",
