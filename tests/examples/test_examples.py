@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ["compress_and_ask", "train_a_policy", "add_a_method"]
+NAMES = ["compress_and_ask", "lossless_decoding", "train_a_policy", "add_a_method"]
 
 
 def output_of(name: str, folder: Path) -> str:
@@ -37,6 +37,15 @@ def test_compress_and_ask(tmp_path: Path) -> None:
     assert all(size < 0.12 * full for size, _ in rows.values())
     assert "4817293" in rows["reference"][1]
     assert "4817293" not in rows["streaming_llm"][1]
+    assert re.search(r"^Ben 7720815", shown, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_lossless_decoding(tmp_path: Path) -> None:
+    shown = output_of("lossless_decoding", tmp_path)
+    rows = dict(re.findall(r"(\w+): the same, ([\d.]+) of 4 accepted", shown))
+    assert set(rows) == {"reference", "snapkv", "streaming_llm", "random"}
+    assert float(rows["reference"]) > 2 > float(rows["random"])
     assert re.search(r"^Ben 7720815", shown, re.MULTILINE)
 
 
