@@ -13,8 +13,8 @@
 # %% [markdown]
 # # The full cache's answer, drafted with a compressed one
 #
-# Lossless decoding: a compressed cache proposes tokens, the full cache checks several in one pass and keeps those that it
-# would have chosen itself.
+# Lossless decoding: a compressed cache proposes tokens, the full cache checks several in one pass and keeps those that
+# it would have chosen itself.
 
 # %%
 import torch
@@ -33,8 +33,8 @@ prompt = rain + "The secret number of Ada is 4817293. " + rain + "The secret num
 question = "\nWhat is the secret number of Ada? The secret number of Ada is"
 
 # %% [markdown]
-# The full cache stays beside its compressed forks: this saves no memory on one device. With `offload=True` the host holds
-# the full cache, and the device the compressed one.
+# The full cache stays beside its compressed forks: this saves no memory on one device. With `offload=True` the host
+# holds the full cache, and the device the compressed one.
 
 # %%
 policies = {name: load_policy(name) for name in ("reference", "snapkv", "streaming_llm", "random")}
