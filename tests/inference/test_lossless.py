@@ -65,6 +65,7 @@ def test_greedy_tokens_are_the_full_caches_for_every_policy(name: str) -> None:
         assert output.accepted_length < 1, "nothing was rejected, so nothing was verified"
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_generates_and_goes_on_as_with_the_full_cache(family: str) -> None:
     model, prompts = attached(family), [tokens(1, n, seed=3)[0] for n in (40, 29)]
