@@ -298,11 +298,13 @@ def test_sampling_is_repeatable_and_equal_caches_accept_everything() -> None:
 def test_what_cannot_be_lossless_is_refused() -> None:
     model, question = attached("llama"), tokens(1, 4)
     full, draft = pair("llama", "snapkv", [tokens(1, 30)[0]])
-    other = prefill(model, tokens(1, 31))
+    other, evicting = prefill(model, tokens(1, 31)), full.fork()
+    policy_for("h2o_decode", model).compress(evicting, budget=30)  # all entries of the prompt, and no more later
     ahead = draft.fork()
     continuation(model, question, ahead)
     for cache, drafting, cause in (
         (draft, full, "cache: expected all entries"),
+        (evicting, draft, "this one evicts while tokens are added"),
         (full, full, "draft: expected a compressed fork, got the cache itself"),
         (full, other, r"draft of prompts of \[31\] tokens, the cache's have \[30\]"),
         (full, ahead, "draft has read 4 tokens after the prompt, the cache 0"),

@@ -27,6 +27,8 @@ def check_same_text(cache: CompressedCache, draft: CompressedCache) -> None:
 
 def check_whole(cache: CompressedCache) -> None:
     """Raise UserError for a cache that does not hold, as they are, all entries of its prompt (host sync)."""
+    if cache.schedule is not None:
+        raise UserError("cache: expected one that keeps all entries; this one evicts while tokens are added")
     for layer in cache.compressed_layers():
         state = layer.state
         plain = isinstance(state, Kept) and state.page_index is None and not state.tiers

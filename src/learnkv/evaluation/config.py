@@ -35,7 +35,8 @@ class EvalConfig:
         bytes: what the cache of a prompt may take: fractions of its entries' bytes at 16 bits, as in 0.05, or numbers
             of bytes, as in 64MB (1 MB = 1,024² bytes). Codes, scales, positions and tables count.
         precision: bits (16, 8, 4, 3, 2, or K4V3 for keys and values) at which the baselines without training are run,
-            each at every one; with keep= or bytes=. Beside them the whole cache at fewer than 16.
+            each at every one, or shares of tiers as in K4V2:0.75+K8V3:0.25; with keep= or bytes=. Beside them the whole
+            cache at fewer than 16.
         tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, suites or their tasks (longbench,
             longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns context, question,
             answer_prefix, answer, task, max_new_tokens.

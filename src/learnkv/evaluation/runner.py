@@ -18,6 +18,7 @@ from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.sources import rooms_digest
 from learnkv.evaluation.store import SLOT, Store
+from learnkv.evaluation.stored_bits import stored_bits
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.inference.digest import model_digest
 from learnkv.inference.prefill import prefill
@@ -227,6 +228,8 @@ def _sizes(cache: CompressedCache, policy: Policy, budget: Budget) -> list[dict[
             size["precision"] = policy.precision_name
         if with_budgets and cache.budgets is not None:
             size["budgets"] = (cache.budgets[:, row] / cache.prompt_lengths[row]).tolist()
+        if policy.precision is not None and policy.precision.shares_bytes:
+            size |= stored_bits(cache, row)
     return sizes
 
 

@@ -83,9 +83,12 @@ class Planner:
         levels = None if self.precision is None else uniform_levels(self.precision, budgets, wanted)
         if spend is not None and spend.precision.shares_bytes:
             per_head = upload(totals, device).to(torch.float64) / (count * scores.shape[2])
-            ranking = self.allocator.ranking(scores, stacked, per_head, baseline_of(layers, device))
+            baseline, unprotected = baseline_of(layers, device), self._unprotected(layers, device)
+            ranking = self.allocator.ranking(scores, stacked, per_head, baseline)
+            if ranking is not None and unprotected is not None:
+                unprotected = self.allocator.ranking(unprotected, stacked, per_head, baseline)
             own = scores if spend.precision.raw_scores else unit_scale(scores)
-            levels = shared_levels(spend, ranking, own, budgets)
+            levels = shared_levels(spend, ranking, own, budgets, unprotected)
             wanted, budgets = levels.at_least[0], levels.counts.sum(0)
             totals = budgets.sum((0, 2)).tolist()
         ranked = scores
@@ -121,6 +124,15 @@ class Planner:
     def without_nan(self, scores: Tensor, invalid: list[Invalid], first: int = 0) -> Tensor:
         """Scores [L, B, H, S] of layers from `first` on; NaN is refused or noted as in `finite.without_nan`."""
         return without_nan(scores, f"{self.scorer.name}: scores", invalid, first)
+
+    def _unprotected(self, layers: Sequence[Scores], device: torch.device) -> Tensor | None:
+        """[L, B, H, S] scores of all entries, by which protected ones get levels; None: they get the best.
+
+        What heuristics give to entries that are protected may mean nothing. `Scorer.refine` chooses what is kept, such
+        as a sample of the entries; the precision of each goes by what it was worth before.
+        """
+        own = [layer.unprotected.to(device) for layer in layers if layer.unprotected is not None]
+        return torch.stack(own) if own else None
 
     def _allocate(
         self,
