@@ -202,7 +202,7 @@ class Policy(Component):
         """Raise UserError unless exactly one kind of budget is given that the policy can spend."""
         check_spend(keep, budget, byte_count, self.precision)
         if byte_count is not None:
-            check_countable(byte_count, self.pages, None if self.online is None else self.online.planner.scorer)
+            check_countable(byte_count, self.pages, self.online.planner.scorer if self.online else None, self.rerotate)
 
     def compress(
         self,
