@@ -12,6 +12,7 @@ import torch
 
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
+from learnkv.evaluation.accepted import check_drafts
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.folder import CONFIG, check_folder, evaluation_folder
 from learnkv.evaluation.html.page import REPORT, Contents, write_page
@@ -46,9 +47,11 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
     attach(model)
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
+    check_drafts(config.draft_tokens, families)
     with evaluation_folder(config.output) as output:
         write_text(output / CONFIG, resolved)
-        jobs, command = runner.jobs_of(model, policies, config.budgets), typed_command("learnkv eval", config)
+        jobs = runner.jobs_of(model, policies, config.budgets, config.draft_tokens)
+        command = typed_command("learnkv eval", config)
         store = Store(output / "samples.jsonl")
         try:
             runner.run(model, families, jobs, store, config.batch_size, config.viewer)
