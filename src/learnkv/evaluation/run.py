@@ -17,7 +17,7 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.folder import CONFIG, check_folder, evaluation_folder
 from learnkv.evaluation.html.page import REPORT, Contents, write_page
 from learnkv.evaluation.needle_pictures import needle_maps
-from learnkv.evaluation.precisions import at_precisions
+from learnkv.evaluation.precisions import at_precisions, without_precision
 from learnkv.evaluation.results import FULL, SCHEMA, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
@@ -42,7 +42,7 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
     """
     check_folder(config.output)
     for path in policy_paths(config):
-        load_policy(path, config.allow)  # a missing file is an error before a large model is loaded
+        _load(path, config)  # a missing file is an error before a large model is loaded
     model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
     attach(model)
     policies = load_policies(config, model)
@@ -79,8 +79,8 @@ def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
     described = describe_with_weights(model)
     loaded: dict[str, Policy] = {}
     for path in policy_paths(config):
-        policy = load_policy(path, config.allow, described).to(model.device)
-        name = describe_policy_file(path)
+        name, policy = _load(path, config, described)
+        policy = policy.to(model.device)
         if name == FULL:
             continue
         if name in loaded:
@@ -89,9 +89,16 @@ def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
     return _at_precisions(config, loaded, load_policy(FULL).to(model.device)) if config.precision else loaded
 
 
+def _load(path: str, config: EvalConfig, described: Mapping[str, Any] | None = None) -> tuple[str, Policy]:
+    """A policy with its name in tables, at the precision that follows its path if one does."""
+    file, precision = without_precision(path)
+    name, policy = describe_policy_file(file), load_policy(file, config.allow, described)
+    return (name, policy) if precision is None else at_precisions({name: policy}, [precision]).popitem()
+
+
 def _at_precisions(config: EvalConfig, loaded: Mapping[str, Policy], whole: Policy) -> dict[str, Policy]:
     """The policies as they are, without the baselines that have no training: these, and `whole`, at every precision."""
-    alone = set(map(describe_policy_file, config.ckpt))
+    alone = {name for name in loaded if "@" in name} | set(map(describe_policy_file, config.ckpt))
     baselines = set(map(describe_policy_file, select_methods(config.baselines)))
     uniform = {name: each for name, each in loaded.items() if name in baselines and "trained" not in kinds_of(each)}
     others = {name: each for name, each in loaded.items() if name in alone or name not in uniform}
