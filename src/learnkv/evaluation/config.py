@@ -44,7 +44,10 @@ class EvalConfig:
         score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
             gives the share of prompts whose every token is ranked first, and the KL from the full cache.
         samples: prompts per task and length.
-        batch_size: prompts per prefill.
+        batch_size: most prompts per prefill.
+        batch_tokens: most tokens per prefill: prompts times the longest, its answer included; 16384 where neither this
+            nor batch_size is given.
+        devices: processes that share out the prompts, each with a GPU of its own where there are GPUs.
         text: hub id or text, jsonl or parquet file for the task `text`.
         haystack: text file that needles are hidden in, for the niah tasks with essays; default: CPython's help topics.
         template: wording of needles and questions: secret, or memo, which no training uses.
@@ -73,7 +76,9 @@ class EvalConfig:
     setting: tuple[Setting, ...] = ("query_agnostic",)
     score: Metric = "generated"
     samples: int = 50
-    batch_size: int = 16
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    devices: int = 1
     text: str | None = None
     haystack: str | None = None
     template: Template = "secret"
@@ -89,10 +94,10 @@ class EvalConfig:
         for keep in self.keep:
             if not 0 < keep <= 1:
                 raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries, above 0 and at most 1")
-        for key in ("budget", "lengths", "samples", "batch_size"):
+        for key in ("budget", "lengths", "samples", "batch_size", "batch_tokens", "devices"):
             value = getattr(self, key)
             for number in value if isinstance(value, tuple) else (value,):
-                if number < 1:
+                if number is not None and number < 1:
                     raise UserError(f"{key}={number}: expected at least 1")
         if self.show < 0:
             raise UserError(f"show={self.show}: expected a number of prompts, at least 0")

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.folder import check_folder, evaluation_folder
 from learnkv.evaluation.needle_pictures import needle_maps
 from learnkv.evaluation.precisions import at_precisions
+from learnkv.evaluation.processes import Processes, processes, reporting
 from learnkv.evaluation.results import FULL, SCHEMA, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
@@ -30,35 +32,72 @@ from learnkv.persistence.methods import kinds_of, select_methods
 from learnkv.persistence.policies import describe_policy_file, load_policy
 from learnkv.policy.policy import Policy
 
+SAMPLES = "samples.jsonl"
+
 
 def evaluate(config: EvalConfig, resolved: str) -> None:
     """Run a comparison and write `config.yaml`, `samples.jsonl`, `results.json`, `results.md` and pictures.
 
     A second evaluation into a folder adds its rows to the table. An interrupted run writes a report of its finished
-    samples, and the same command continues it.
+    samples, and the same command continues it, with any number of processes.
     """
+    with processes(config.devices, assist, config) as group:
+        if group.is_first:
+            _evaluate(config, resolved, group)
+        else:
+            assist(config, group)
+
+
+def assist(config: EvalConfig, group: Processes) -> None:
+    """Measure a share of the batches, on a process that is not the first."""
+    with reporting(group):
+        prepared = _prepare(config, group)
+        store = Store(Path(config.output).expanduser() / SAMPLES, group.shard)
+        runner.run(prepared.model, prepared.families, prepared.jobs, store, prepared.packing, group)
+
+
+def _evaluate(config: EvalConfig, resolved: str, group: Processes) -> None:
     check_folder(config.output)
     for path in policy_paths(config):
         load_policy(path, config.allow)  # a missing file is an error before a large model is loaded
-    model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
-    attach(model)
-    policies = load_policies(config, model)
-    families = tasks.load(config, tokenizer, context_length(model))
+    model, policies, families, jobs, packing = _prepare(config, group)
     with evaluation_folder(config.output) as output:
         write_text(output / "config.yaml", resolved)
-        jobs = runner.jobs_of(model, policies, config.budgets)
-        store = Store(output / "samples.jsonl")
+        store = Store(output / SAMPLES, group.shard)
         try:
-            runner.run(model, families, jobs, store, config.batch_size)
+            skipped = runner.run(model, families, jobs, store, packing, group)
         except (KeyboardInterrupt, RunError):
+            store.read()
             if runner.finished(families, jobs, store):
                 write_report(output, model, policies, tabled(families, jobs, store))
             done = sum(job.fingerprint(prompt) in store for job in jobs for f in families for prompt in f.prompts)
             print(f"{done:,} samples are stored in {output}: the same command continues", file=sys.stderr)
             raise
+        if group.count > 1:
+            store.merge()
         records = tabled(families, jobs, store)
-        write_report(output, model, policies, records)
+        write_report(output, model, policies, records, skipped)
         print("\n".join(shown(records, config.show)), end="")
+
+
+class _Prepared(NamedTuple):
+    """What every process has before it measures."""
+
+    model: Any
+    policies: Mapping[str, Policy]
+    families: Sequence[tasks.Family]
+    jobs: Sequence[runner.Job]
+    packing: Packing
+
+
+def _prepare(config: EvalConfig, group: Processes) -> _Prepared:
+    device = group.device(config.device)
+    model, tokenizer = load_model(config.model, config.revision, config.dtype, device, config.attn)
+    attach(model)
+    policies = load_policies(config, model)
+    families = tasks.load(config, tokenizer, context_length(model))
+    jobs = runner.jobs_of(model, policies, config.budgets)
+    return _Prepared(model, policies, families, jobs, Packing.of_keys(config.batch_size, config.batch_tokens))
 
 
 def policy_paths(config: EvalConfig) -> list[str]:
@@ -93,12 +132,23 @@ def _at_precisions(config: EvalConfig, loaded: Mapping[str, Policy], whole: Poli
     return {**others, **at_precisions({FULL: whole, **uniform}, config.precision)}
 
 
-def write_report(output: Path, model: Any, policies: Mapping[str, Policy], records: Sequence[Record]) -> None:
-    """Write `results.json`, `results.md` and pictures, each replaced in one step."""
+def write_report(
+    output: Path,
+    model: Any,
+    policies: Mapping[str, Policy],
+    records: Sequence[Record],
+    skipped: Sequence[str] = (),
+) -> None:
+    """Write `results.json`, `results.md` and pictures, each replaced in one step.
+
+    Args:
+        skipped: lines about prompts that did not fit in memory.
+    """
     rows = rows_of(records)
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
     notes += cut_notes(record for record in records if record["policy"] == FULL)
+    notes += skipped
     result = {"schema": SCHEMA, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
     write_text(output / "results.json", json.dumps(result, indent=1) + "\n")
     text = report.markdown(name, rows, records, runner.baselines_of(policies))

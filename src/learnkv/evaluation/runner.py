@@ -2,19 +2,24 @@
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
+from learnkv.evaluation.batches import Packing, halves, is_out_of_memory, name_of
 from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.cost import Cost, measured, now
 from learnkv.evaluation.keys import policy_digest
+from learnkv.evaluation.processes import Processes
 from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
+from learnkv.evaluation.sizes import full_sizes, release_captured, sizes_of
 from learnkv.evaluation.sources import rooms_digest
 from learnkv.evaluation.store import SLOT, Store
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
@@ -68,21 +73,94 @@ def baselines_of(policies: Mapping[str, Policy]) -> dict[str, str]:
     return baselines
 
 
-def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Store, batch_size: int) -> None:
-    """Measure every job on every prompt that `store` lacks; finished batches are stored at once."""
+def run(
+    model: Any,
+    families: Sequence[Family],
+    jobs: Sequence[Job],
+    store: Store,
+    packing: Packing,
+    group: Processes | None = None,
+) -> list[str]:
+    """Measure every job on every prompt that `store` lacks; finished batches are stored at once.
+
+    Args:
+        group: the processes that share out the batches; None: this one alone.
+
+    Returns:
+        A line about every prompt that did not fit in memory, on the first process.
+    """
+    group = Processes() if group is None else group
+    group.after_first(lambda: _forget_outdated(families, jobs, store))
+    if not group.is_first:
+        store.read()
+    batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, packing)]
+    policies = [job.policy for job in jobs if job.policy is not None]
+    counts = list(itertools.accumulate((len(jobs) for _, jobs, _ in batches), initial=0))
+    skipped: list[str] = []
+    with tqdm(total=counts[-1], unit="run", dynamic_ncols=True, disable=not group.is_first) as progress:
+        for number in group.shared(len(batches)):
+            progress.update(counts[number] - progress.n)  # what other processes took
+            family, pending, prompts = batches[number]
+            skipped += _measure(model, family, prompts, pending, policies, store, progress)
+        progress.update(counts[-1] - progress.n)
+    return group.finish(skipped)
+
+
+def _forget_outdated(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> None:
     store.forget_outdated(
         (j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs
     )
-    batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size)]
-    policies = [job.policy for job in jobs if job.policy is not None]
-    with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
-        for family, pending, prompts in batches:
-            progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
-            prefilled = _read(model, prompts, policies)
-            for job, sizes, scores in _measured(model, family, prompts, pending, prefilled):
-                store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
-                progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
-                progress.update()
+
+
+def _measure(
+    model: Any,
+    family: Family,
+    prompts: list[Prompt],
+    jobs: Sequence[Job],
+    policies: Sequence[Policy],
+    store: Store,
+    progress: Any,
+) -> Iterator[str]:
+    """Measure a batch, in halves where it does not fit in memory; a line about every prompt that never does."""
+    failed = _failed(model, family, prompts, jobs, policies, store, progress)
+    if failed is None:
+        return
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(prompts) == 1:
+        line = f"{name_of(prompts[0])} did not fit in memory ({failed}) and is in no policy's row"
+        progress.write(f"warning: {line}", file=sys.stderr)
+        yield line
+        return
+    for part in halves(prompts):
+        pending = [job for job in jobs if job.fingerprint(part[0]) not in store]
+        yield from _measure(model, family, part, pending, policies, store, progress)
+
+
+def _failed(
+    model: Any,
+    family: Family,
+    prompts: list[Prompt],
+    jobs: Sequence[Job],
+    policies: Sequence[Policy],
+    store: Store,
+    progress: Any,
+) -> str | None:
+    """Measure a batch; None, or what did not fit in memory. Nothing of the batch is alive afterwards."""
+    rest = list(jobs)
+    progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
+    try:
+        prefilled = _read(model, prompts, policies)
+        for job, sizes, scores in _measured(model, family, prompts, jobs, prefilled):
+            store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
+            rest = rest[1:]
+            progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
+            progress.update()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return "prefill" if len(rest) == len(jobs) else f"{rest[0].name} {rest[0].budget}"
+    return None
 
 
 class _Prefilled(NamedTuple):
@@ -127,13 +205,13 @@ def _measured(
         policy = None if group[0].policy is None else for_one_prompt(group[0].policy)
         seconds = prefilled.seconds_for(group[0].policy)
         for job in group:
-            sizes, compress = _full_sizes(cache), Cost()
+            sizes, compress = full_sizes(cache), Cost()
             if policy is not None:
                 with measured(model.device) as compress:
                     fork = _compressed(policy, cache, job)
                 seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
-                _release_captured(fork)
-                sizes = _sizes(fork, policy, job.budget)
+                release_captured(fork)
+                sizes = sizes_of(fork, policy, job.budget)
                 with measured(model.device) as decode:
                     scores, _ = family.measure(model, prompts, fork, full)
             cost = _cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
@@ -166,7 +244,7 @@ def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> l
 
 
 def _unfinished(
-    family: Family, jobs: Sequence[Job], store: Store, size: int
+    family: Family, jobs: Sequence[Job], store: Store, packing: Packing
 ) -> Iterator[tuple[list[Job], list[Prompt]]]:
     """Batches of prompts with the same unfinished jobs."""
     groups: dict[tuple[int, ...], list[Prompt]] = {}
@@ -175,47 +253,8 @@ def _unfinished(
         if pending:
             groups.setdefault(pending, []).append(prompt)
     for pending, prompts in groups.items():
-        for begin in range(0, len(prompts), size):
-            yield [jobs[index] for index in pending], prompts[begin : begin + size]
-
-
-def _full_sizes(cache: CompressedCache) -> list[dict[str, Any]]:
-    """Sizes of each row in the full cache, without padding."""
-    tokens = sum(cache.prompt_lengths)
-    sizes = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
-    bits = str(8 * cache.compressed_layers()[0].dtype.itemsize)
-    return [
-        {"spent": 1.0, "read": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size, "precision": bits}
-        for size in sizes
-    ]
-
-
-def _release_captured(cache: CompressedCache) -> None:
-    """Free what was captured for the scorers of other policies, so that it does not count as this policy's bytes."""
-    for layer in cache.compressed_layers():
-        if layer.decode_capture is None:
-            layer.capture.forget()
-
-
-def _sizes(cache: CompressedCache, policy: Policy, budget: Budget) -> list[dict[str, Any]]:
-    """Sizes of each row in a compressed cache, and the passes it took.
-
-    Bytes are those of each row where entries are stored in fewer bits or bytes were asked for; else those of the batch
-    are split over its rows in proportion to the entries they kept.
-    """
-    with_budgets = any(True for _ in policy.parameters())
-    sizes, kept = _full_sizes(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
-    own = cache.row_nbytes() if budget.bytes is not None or policy.precision is not None else None
-    for row, size in enumerate(sizes):
-        extra_tokens = sum(cache.extra_pass_tokens[extra][row] for extra in policy.capture_spec.extra_passes)
-        size["spent"], size["read"] = cache.spent[row], cache.read[row]
-        size["prefills"] = 1 + extra_tokens / cache.prompt_lengths[row]
-        size["bytes"] = cache.nbytes * kept[row] / sum(kept) if own is None else own[row]
-        if own is not None:
-            size["precision"] = policy.precision_name
-        if with_budgets and cache.budgets is not None:
-            size["budgets"] = (cache.budgets[:, row] / cache.prompt_lengths[row]).tolist()
-    return sizes
+        for batch in packing.batches(prompts):
+            yield [jobs[index] for index in pending], batch
 
 
 def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
