@@ -7,8 +7,11 @@ from learnkv.data.ruler_needles import Template
 from learnkv.data.words import Language
 from learnkv.errors import UserError
 from learnkv.evaluation.budget import Budget, bytes_budget
+from learnkv.evaluation.fidelity import TASK as FIDELITY
+from learnkv.evaluation.fidelity import Gate
 from learnkv.evaluation.precisions import check_precisions
 from learnkv.evaluation.suite_keys import SuiteKeys
+from learnkv.persistence.wandb_options import Wandb
 
 Setting = Literal["query_agnostic", "query_aware"]
 Metric = Literal["generated", "forced"]
@@ -36,9 +39,9 @@ class EvalConfig:
             of bytes, as in 64MB (1 MB = 1,024² bytes). Codes, scales, positions and tables count.
         precision: bits (16, 8, 4, 3, 2, or K4V3 for keys and values) at which the baselines without training are run,
             each at every one; with keep= or bytes=. Beside them the whole cache at fewer than 16.
-        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, suites or their tasks (longbench,
-            longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns context, question,
-            answer_prefix, answer, task, max_new_tokens.
+        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, `fidelity`, suites or their tasks
+            (longbench, longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns
+            context, question, answer_prefix, answer, task, max_new_tokens.
         lengths: prompt lengths in tokens, the answer included.
         setting: query_agnostic reads the question after compression, query_aware before it.
         score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
@@ -56,6 +59,8 @@ class EvalConfig:
         suite: rows and prompts of the other suites.
         output: folder for results; the same command continues an interrupted run, another one adds to the table.
         show: prompts to print with what was expected and what came of every policy.
+        wandb: options of Weights & Biases, such as wandb.mode=offline; default: nothing is logged.
+        gate: limits on the results of the task `fidelity`, such as gate.kl=0.05; exit code 1 where one is exceeded.
         seed: random seed.
         allow: module prefixes besides learnkv whose classes a policy's file may name.
     """
@@ -87,6 +92,8 @@ class EvalConfig:
     suite: SuiteKeys = field(default_factory=SuiteKeys)
     output: str = "runs/eval"
     show: int = 0
+    wandb: Wandb | None = None
+    gate: Gate | None = None
     seed: int = 42
     allow: tuple[str, ...] = ()
 
@@ -105,6 +112,8 @@ class EvalConfig:
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected at least one, got none")
         self._check_precision()
+        if self.gate is not None and FIDELITY not in self.tasks:
+            raise UserError(f"gate: expected tasks=fidelity to check, got tasks={','.join(self.tasks)}")
         assert self.budgets  # a malformed one raises
 
     def _check_precision(self) -> None:

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.fidelity import fidelity_report
 from learnkv.evaluation.folder import check_folder, evaluation_folder
+from learnkv.evaluation.leaderboard import leaderboard, text_of
 from learnkv.evaluation.needle_pictures import needle_maps
 from learnkv.evaluation.precisions import at_precisions
 from learnkv.evaluation.processes import Processes, processes, reporting
+from learnkv.evaluation.provenance import commit, template_hash
 from learnkv.evaluation.results import FULL, SCHEMA, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
@@ -58,9 +62,11 @@ def assist(config: EvalConfig, group: Processes) -> None:
 
 def _evaluate(config: EvalConfig, resolved: str, group: Processes) -> None:
     check_folder(config.output)
+    if config.wandb is not None:  # what is missing is an error before a large model is loaded
+        from learnkv.evaluation import wandb_log
     for path in policy_paths(config):
         load_policy(path, config.allow)  # a missing file is an error before a large model is loaded
-    model, policies, families, jobs, packing = _prepare(config, group)
+    model, tokenizer, policies, families, jobs, packing = _prepare(config, group)
     with evaluation_folder(config.output) as output:
         write_text(output / "config.yaml", resolved)
         store = Store(output / SAMPLES, group.shard)
@@ -69,14 +75,18 @@ def _evaluate(config: EvalConfig, resolved: str, group: Processes) -> None:
         except (KeyboardInterrupt, RunError):
             store.read()
             if runner.finished(families, jobs, store):
-                write_report(output, model, policies, tabled(families, jobs, store))
+                write_report(output, model, policies, tabled(families, jobs, store), tokenizer)
             done = sum(job.fingerprint(prompt) in store for job in jobs for f in families for prompt in f.prompts)
             print(f"{done:,} samples are stored in {output}: the same command continues", file=sys.stderr)
             raise
         if group.count > 1:
             store.merge()
         records = tabled(families, jobs, store)
-        write_report(output, model, policies, records, skipped)
+        rows, board = write_report(output, model, policies, records, tokenizer, skipped)
+        if config.wandb is not None:
+            wandb_log.log(config.wandb, output, yaml.safe_load(resolved), rows, board)
+        if config.gate is not None:
+            config.gate.check(rows)
         print("\n".join(shown(records, config.show)), end="")
 
 
@@ -84,6 +94,7 @@ class _Prepared(NamedTuple):
     """What every process has before it measures."""
 
     model: Any
+    tokenizer: Any
     policies: Mapping[str, Policy]
     families: Sequence[tasks.Family]
     jobs: Sequence[runner.Job]
@@ -97,7 +108,9 @@ def _prepare(config: EvalConfig, group: Processes) -> _Prepared:
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
     jobs = runner.jobs_of(model, policies, config.budgets)
-    return _Prepared(model, policies, families, jobs, Packing.of_keys(config.batch_size, config.batch_tokens))
+    return _Prepared(
+        model, tokenizer, policies, families, jobs, Packing.of_keys(config.batch_size, config.batch_tokens)
+    )
 
 
 def policy_paths(config: EvalConfig) -> list[str]:
@@ -137,22 +150,29 @@ def write_report(
     model: Any,
     policies: Mapping[str, Policy],
     records: Sequence[Record],
+    tokenizer: Any,
     skipped: Sequence[str] = (),
-) -> None:
-    """Write `results.json`, `results.md` and pictures, each replaced in one step.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write `results.json`, `results.md`, `leaderboard.csv` and pictures, each replaced in one step.
 
     Args:
         skipped: lines about prompts that did not fit in memory.
+
+    Returns:
+        Rows of the results and of the leaderboard.
     """
     rows = rows_of(records)
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
     notes += cut_notes(record for record in records if record["policy"] == FULL)
     notes += skipped
-    result = {"schema": SCHEMA, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
+    conditions = environment(model, tokenizer)
+    result = {"schema": SCHEMA, "model": name, "environment": conditions, "notes": notes, "rows": rows}
     write_text(output / "results.json", json.dumps(result, indent=1) + "\n")
+    board = leaderboard(name, conditions, rows)
+    write_text(output / "leaderboard.csv", text_of(board))
     text = report.markdown(name, rows, records, runner.baselines_of(policies))
-    text = "\n".join([text, *written_answers(records)]).rstrip("\n") + "\n"
+    text = "\n".join([text, *written_answers(records), *fidelity_report(rows)]).rstrip("\n") + "\n"
     write_text(output / "results.md", "\n\n".join([text.rstrip("\n"), *notes]) + "\n" if notes else text)
     figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
     names = dict.fromkeys(record["policy"] for record in records)
@@ -164,10 +184,11 @@ def write_report(
     tables = (output / "results.md").read_text(encoding="utf-8")
     print(tables.split(report.EVERY_TASK)[0].split(report.COSTS)[0])
     print("\n".join(str(output / file) for file in ("results.json", "results.md", *figures)))
+    return rows, board
 
 
-def environment(model: Any) -> dict[str, str]:
-    """Versions, device and dtype that results depend on."""
+def environment(model: Any, tokenizer: Any) -> dict[str, str]:
+    """Versions, code, chat template, device and dtype that results depend on."""
     versions = {}
     for package in ("learnkv", "torch", "transformers"):
         try:
@@ -176,4 +197,5 @@ def environment(model: Any) -> dict[str, str]:
             versions[package] = "not installed"
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"python": platform.python_version(), **versions, "device": device, "dtype": dtype}
+    code = {"commit": commit(), "chat_template": template_hash(tokenizer)}
+    return {"python": platform.python_version(), **versions, "device": device, "dtype": dtype, **code}

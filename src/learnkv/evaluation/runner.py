@@ -17,6 +17,7 @@ from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.cost import Cost, measured, now
 from learnkv.evaluation.keys import policy_digest
 from learnkv.evaluation.processes import Processes
+from learnkv.evaluation.provenance import digest_of
 from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.sizes import full_sizes, release_captured, sizes_of
@@ -263,6 +264,7 @@ def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, A
     record = {**job.slot(prompt), **asked, **sizes, "haystack": prompt.haystack}
     expected, depth = (None, None) if prompt.sample is None else (prompt.sample.answers, prompt.sample.depth)
     digests = {"prompt_digest": prompt.digest[:20], "conditions_digest": job.conditions}
+    task = {"task_version": prompt.version, "task_hash": digest_of(prompt.measurement), "n_original": prompt.n_original}
     return {
         **record,
         **scores,
@@ -270,6 +272,7 @@ def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, A
         "cut_tokens": prompt.cut_tokens,
         "depth": depth,
         "expected": expected,
+        **task,
         **digests,
         "fingerprint": job.fingerprint(prompt),
     }

@@ -91,7 +91,10 @@ class Reasoning(Suite):
 
 def _sample(config: EvalConfig, row: Row, task: str, template: Template) -> MathSample:
     columns = {name.lower(): name for name in row.cells}
-    asked = next((columns[name] for name in ("problem", "question") if name in columns), "problem")
+    asked = next(
+        (columns[name] for name in ("problem", "question") if name in columns),
+        "question" if task == "gsm8k" else "problem",
+    )
     given = columns.get("answer", "answer")
     row.require(asked, given)
     problem = text_of(row.cells[asked], row.column(asked), blank=False)

@@ -14,6 +14,7 @@ from learnkv.evaluation.config import Metric as Score
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.forced import Forced
+from learnkv.evaluation.tasks.table import Drawn
 from learnkv.evaluation.tasks.table_files import FORMATS, Row, hub_rows, is_file, read_rows
 
 
@@ -74,8 +75,9 @@ def prompts(config: EvalConfig, suite: Suite, tasks: Iterable[str], length: int,
     made: list[Prompt] = []
     for task in tasks:
         numbered = suite.samples(config, task, length, tokenizer)
+        cut_to, original = length if suite.cut else None, numbered.original if isinstance(numbered, Drawn) else None
         for setting in config.setting:
-            made += tokenised(numbered, setting, length, tokenizer, haystack, length if suite.cut else None)
+            made += tokenised(numbered, setting, length, tokenizer, haystack, cut_to, original)
     return made
 
 
