@@ -49,6 +49,7 @@ def test_policies_of_every_kind_in_one_run(
     folder = tmp_path / "run"
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.yaml",
+        "leaderboard.csv",
         "pareto.png",
         "results.json",
         "results.md",

@@ -55,7 +55,9 @@ def test_measures_are_those_of_plain_generation(loaded: Loaded, records: list[An
         record = next(one for one in records if one["policy"] == "full" and one["index"] == prompt.index)
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
         start = torch.tensor([prompt.prefill_ids + prompt.suffix_ids[:1]])
-        new = model.generate(start, max_new_tokens=NEW_TOKENS, **settings)[0, start.shape[1] :]
+        new = model.generate(start, max_new_tokens=min(NEW_TOKENS, len(prompt.suffix_ids)), **settings)[
+            0, start.shape[1] :
+        ]
         assert record["answer"] == tokenizer.decode(new)
         passage = _passage(prompt)
         read, end = prompt.prefill_ids, tokenizer("\n\n", add_special_tokens=False).input_ids

@@ -26,7 +26,7 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp
     package.mkdir(parents=True)
     (package / "a.py").write_text("1")
     monkeypatch.setattr(learnkv, "__path__", [str(package)])
-    assert provenance.commit() == "not a checkout"
+    assert provenance.commit() == "unknown"
     git("init")
     git("add", "-A")
     git("commit", "-m", "first")
@@ -36,14 +36,14 @@ def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp
     installed = tmp_path / "venv" / "learnkv"  # in a repository, but not of its files
     installed.mkdir(parents=True)
     monkeypatch.setattr(learnkv, "__path__", [str(installed)])
-    assert provenance.commit() == "not a checkout"
+    assert provenance.commit() == "unknown"
 
 
 def test_hashes_change_with_what_they_are_of() -> None:
     hashes = {provenance.template_hash(SimpleNamespace(chat_template=text)) for text in (None, "a", "b", {"a": "b"})}
     assert len(hashes) == 4
     assert "none" in hashes
-    records = [{"prompt_digest": digest, "task_version": 2, "task_hash": "x", "n_original": 9} for digest in "ab"]
+    records = [{"prompt_hash": digest, "task_version": 2, "task_hash": "x", "n_original": 9} for digest in "ab"]
     about = provenance.tasks_of(records)
     assert about == {**provenance.tasks_of(records[::-1])}
     assert about["prompts_hash"] != provenance.tasks_of(records[:1])["prompts_hash"]
@@ -58,7 +58,7 @@ def test_hashes_change_with_what_they_are_of() -> None:
 def record(policy: str, task: str, index: int, score: float, **keys: Any) -> dict[str, Any]:
     about = {"policy": policy, "task": task, "index": index, "score": score, "metric": "generated", "length": 4096}
     sizes = {"asked": 0.25, "spent": 0.25, "bytes": 100.0, "bytes_full": 400.0, "tokens": 3, "haystack": None}
-    row = {"setting": "query_agnostic", "keep": 0.25, "budget": None, "bytes_budget": None, "prompt_digest": str(index)}
+    row = {"setting": "query_agnostic", "keep": 0.25, "budget": None, "bytes_budget": None, "prompt_hash": str(index)}
     return {**about, **sizes, **row, **keys}
 
 
@@ -143,7 +143,7 @@ def test_results_say_where_they_come_from_and_wandb_has_them(
     assert eval(words) == 0
     assert not started  # nothing is logged unless it is asked for
     result = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert re.match("[0-9a-f]{40}|not a checkout", result["environment"]["commit"])
+    assert re.match("[0-9a-f]{40}|unknown", result["environment"]["commit"])
     assert result["environment"]["chat_template"] == "none"
     by_task = {row["task"]: row for row in result["rows"] if row["policy"] == "knorm"}
     assert by_task["vt"]["n_original"] is None

@@ -165,7 +165,10 @@ def _of_torchrun(devices: int) -> Processes:
         raise UserError(f"devices={devices}: expected the number of torchrun's processes, {count}")
     if count == 1:
         return Processes()
-    store, number, _ = next(distributed.rendezvous("env://"))
+    try:
+        store, number, _ = next(distributed.rendezvous("env://"))
+    except (ValueError, distributed.DistError) as error:
+        raise UserError(f"WORLD_SIZE={count}: expected the environment of torchrun ({error})") from None
     return Processes(number, count, int(os.environ.get("LOCAL_RANK", number)), store)
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import learnkv
 
 DIGITS = 16
+UNKNOWN = "unknown"
 
 
 def commit() -> str:
-    """The commit of the checkout that the package is in, and whether its files were changed since."""
+    """The commit of the checkout that the package is in, and whether its files were changed since; else `UNKNOWN`."""
     package = Path(learnkv.__path__[0]).resolve()
     root = _git(package, "rev-parse", "--show-toplevel")
     if root is None or Path(root).resolve() / "src" / "learnkv" != package:
-        return "not a checkout"
+        return UNKNOWN
     changes = _git(package, "status", "--porcelain", "--untracked-files=no")
     return f"{_git(package, 'rev-parse', 'HEAD')}{' with changes' if changes else ''}"
 
@@ -46,7 +47,7 @@ def tasks_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     None where the samples are older than these keys; `n_original` also where prompts are made, without end.
     """
     first = records[0]
-    prompts = sorted(record.get("prompt_digest") or "" for record in records)
+    prompts = sorted(record.get("prompt_hash") or "" for record in records)
     return {
         "n_original": first.get("n_original"),
         "task_version": first.get("task_version"),

@@ -265,6 +265,7 @@ def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, A
     expected, depth = (None, None) if prompt.sample is None else (prompt.sample.answers, prompt.sample.depth)
     digests = {"prompt_digest": prompt.digest[:20], "conditions_digest": job.conditions}
     task = {"task_version": prompt.version, "task_hash": digest_of(prompt.measurement), "n_original": prompt.n_original}
+    task["prompt_hash"] = digest_of(prompt.text)
     return {
         **record,
         **scores,

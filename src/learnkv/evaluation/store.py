@@ -32,7 +32,7 @@ class Store:
     def read(self) -> None:
         """Take the records of the file and of all shards."""
         for file in (self.path, *self.shards()):
-            text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+            text = _text(file)
             self.records.update((record["fingerprint"], record) for record in _complete_lines(text))
             if file == self.file:
                 self._cut = text != "" and not text.endswith("\n")
@@ -91,6 +91,14 @@ class Store:
 def slot_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """The values of `SLOT` in a record; None for what a foreign one lacks, which is then nobody's sample."""
     return tuple(record.get(key) for key in SLOT)
+
+
+def _text(file: Path) -> str:
+    """Its content; nothing where there is none, or no more: the first process merges shards."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Fidelity: what compression changes in a model's output on text, measured against the full cache."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,17 +41,18 @@ class Fidelity(Text):
 
     `kl` is in nats per token, `flips` the percentage of tokens whose most likely next token is another one than with
     the full cache, and `score` the percentage of tokens that the model ranks first, as for text. A continuation of up
-    to `NEW_TOKENS` tokens is generated: `agreement` is the percentage of its places with the full cache's token,
-    `length_drift` its length relative to the full cache's in percent. For `quote`, `CUE` tokens of a passage of the
-    compressed text are read and the `QUOTE` that follow it there are to be generated: the percentage before the first
-    wrong one.
+    to `NEW_TOKENS` tokens, no more than follow in the text, is generated: `agreement` is the percentage of its places
+    with the full cache's token, `length_drift` its length relative to the full cache's in percent. For `quote`, `CUE`
+    tokens of a passage of the compressed text are read and the `QUOTE` that follow it there are to be generated: the
+    percentage before the first wrong one.
     """
 
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
     ) -> tuple[list[dict[str, Any]], Any]:
         """Records as of `Text`, with `flips`, `agreement`, `length_drift` and `quote`."""
-        continued = _generated(model, [prompt.suffix_ids[:1] for prompt in prompts], cache.fork(), NEW_TOKENS)
+        limit = min(NEW_TOKENS, *(len(prompt.suffix_ids) for prompt in prompts))
+        continued = _generated(model, [prompt.suffix_ids[:1] for prompt in prompts], cache.fork(), limit)
         passages = [_passage(prompt) for prompt in prompts]
         cues = [self._break() + passage[:CUE] for passage in passages]
         quoted = _generated(model, cues, cache.fork(), QUOTE)
@@ -98,8 +100,9 @@ def _generated(model: Any, rows: Sequence[Sequence[int]], cache: CompressedCache
 def _passage(prompt: Prompt) -> list[int]:
     """`CUE + QUOTE` tokens of the compressed text whose first `CUE` occur once in it."""
     ids, rng = prompt.prefill_ids, random.Random(prompt.index)
-    cues = [tuple(ids[begin : begin + CUE]) for begin in range(len(ids) - CUE - QUOTE)]
-    unique = [begin for begin, cue in enumerate(cues) if cues.count(cue) == 1]
+    cues = [tuple(ids[begin : begin + CUE]) for begin in range(len(ids) - CUE + 1)]
+    counts = Counter(cues)
+    unique = [begin for begin, cue in enumerate(cues[:-QUOTE]) if counts[cue] == 1]
     if not unique:
         raise RunError(f"{TASK}, prompt {prompt.index}: every passage of {CUE} tokens occurs twice, no quote is unique")
     begin = rng.choice(unique)
