@@ -1,43 +1,15 @@
 """A malformed row of any suite is named with file and line before a token is read, whether it would be drawn or not."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 from support.commands import eval
 from support.models import Loaded
+from support.rows import ROWS, file_of, load_rows
 
 from learnkv.errors import UserError
-from learnkv.evaluation import tasks
-from learnkv.evaluation.config import EvalConfig
-from learnkv.evaluation.suite_keys import SuiteKeys
-from learnkv.evaluation.tasks.longbench_v2 import COLUMNS, LETTERS
 
-CHOICES = {f"choice_{letter}": letter for letter in LETTERS}
-ROWS: Mapping[str, Mapping[str, Any]] = {
-    "longbench_qasper": {"input": "Where?", "context": "In the red box.", "answers": ["red box"]},
-    "longbench_v2": {
-        **dict.fromkeys(COLUMNS, "text"),
-        **CHOICES,
-        "answer": "B",
-        "difficulty": "easy",
-        "length": "short",
-    },
-    "babilong_qa1": {"task": "qa1", "input": "Mary went home.", "question": "Where is Mary?", "target": "kitchen"},
-    "gsm8k": {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
-    "math500": {"problem": "1 + 1?", "answer": "2", "solution": "It is \\boxed{2}."},
-    "aime": {"problem": "1 + 1?", "answer": "2"},
-    "table": {
-        "context": "The box is red.",
-        "question": "Which colour?",
-        "answer_prefix": " It is",
-        "answer": "red",
-        "task": "colour",
-        "max_new_tokens": 4,
-    },
-}
 TEXTS = {
     "longbench_qasper": "context",
     "longbench_v2": "choice_C",
@@ -48,17 +20,10 @@ TEXTS = {
     "table": "question",
 }
 """A column of text of each."""
-FILES = {"longbench_qasper": "qasper.jsonl", "babilong_qa1": "0k.jsonl"}
 
 
-def load(loaded: Loaded, task: str, folder: Path, samples: int = 1) -> int:
-    """Prompts of the task's file in a folder."""
-    file = str(folder / FILES.get(task, "rows.jsonl"))
-    key = task.split("_")[0] if task in FILES else task
-    suite = SuiteKeys() if task == "table" else SuiteKeys(**{key: str(folder) if task in FILES else file})
-    config = EvalConfig(tasks=(file if task == "table" else task,), suite=suite, lengths=(500,), samples=samples)
-    config = EvalConfig(**{**vars(config), "suite": SuiteKeys(**{**vars(suite), "max_new_tokens": 16})})
-    return sum(len(family.prompts) for family in tasks.load(config, loaded[1], 512))
+def count(loaded: Loaded, task: str, folder: Path, samples: int = 1) -> int:
+    return sum(len(family.prompts) for family in load_rows(loaded, task, folder, samples=samples))
 
 
 @pytest.mark.parametrize("task", ROWS)
@@ -75,13 +40,13 @@ def test_a_malformed_row_is_named(task: str, loaded: Loaded, tmp_path: Path) -> 
         good[: len(good) // 2]: "line 4: expected JSON",
         b"[1]": "line 4: expected an object",
     }
-    file = tmp_path / FILES.get(task, "rows.jsonl")
+    file = file_of(task, tmp_path)
     file.write_bytes(b"\n".join([good] * 6))
-    assert load(loaded, task, tmp_path, samples=99) == 6
+    assert count(loaded, task, tmp_path, samples=99) == 6
     for line, expected in lines.items():
         file.write_bytes(b"\n".join([good] * 3 + [line] + [good] * 2))
         with pytest.raises(UserError, match=f"{file.name}: {expected}") as caught:
-            load(loaded, task, tmp_path)
+            count(loaded, task, tmp_path)
         assert "\n" not in str(caught.value)
 
 
