@@ -137,7 +137,7 @@ def test_results_say_where_they_come_from_and_wandb_has_them(
     import wandb
 
     run, started = Run(), []
-    words = [f"model={model_folder}", "--ckpt", "knorm", "tasks=text,vt", f"text={text_file}", "lengths=300"]
+    words = [f"model={model_folder}", "--ckpt", "knorm", "tasks=text,vt", f"text={text_file}", "lengths=400"]
     words += ["samples=2", "keep=0.5", f"output={tmp_path / 'run'}"]
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or run)
     assert eval(words) == 0
@@ -155,14 +155,14 @@ def test_results_say_where_they_come_from_and_wandb_has_them(
     assert eval([*words, "wandb.mode=offline", "wandb.project=mine"]) == 0
     (options,) = started
     assert (options["mode"], options["project"], options["job_type"]) == ("offline", "mine", "eval")
-    assert options["config"]["lengths"] == [300]
+    assert options["config"]["lengths"] == [400]
     table = run.logged["results"]
     assert len(table.data) == len(result["rows"])
     assert dict(zip(table.columns, table.data[0], strict=True))["policy"] == "full"
     board = list(csv.DictReader((tmp_path / "run" / "leaderboard.csv").open(newline="")))
     assert [row["method"] for row in board] == ["full", "knorm"]
     assert len(run.logged["leaderboard"].data) == 2
-    assert run.summary["score/knorm/vt/300/query_agnostic/0.5"] == by_task["vt"]["score"]
+    assert run.summary["score/knorm/vt/400/query_agnostic/0.5"] == by_task["vt"]["score"]
     (artifact,) = run.artifacts
     assert artifact.type == "evaluation"
     assert {"results.json", "samples.jsonl", "leaderboard.csv"} <= artifact.manifest.entries.keys()
