@@ -13,6 +13,7 @@ import yaml
 
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
+from learnkv.evaluation.accepted import check_drafts
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.fidelity import fidelity_report
@@ -107,7 +108,8 @@ def _prepare(config: EvalConfig, group: Processes) -> _Prepared:
     attach(model)
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
-    jobs = runner.jobs_of(model, policies, config.budgets)
+    check_drafts(config.draft_tokens, families)
+    jobs = runner.jobs_of(model, policies, config.budgets, config.draft_tokens)
     return _Prepared(
         model, tokenizer, policies, families, jobs, Packing.of_keys(config.batch_size, config.batch_tokens)
     )

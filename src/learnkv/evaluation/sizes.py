@@ -4,6 +4,7 @@ from typing import Any
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.evaluation.budget import Budget
+from learnkv.evaluation.stored_bits import stored_bits
 from learnkv.policy.policy import Policy
 
 
@@ -44,4 +45,6 @@ def sizes_of(cache: CompressedCache, policy: Policy, budget: Budget) -> list[dic
             size["precision"] = policy.precision_name
         if with_budgets and cache.budgets is not None:
             size["budgets"] = (cache.budgets[:, row] / cache.prompt_lengths[row]).tolist()
+        if policy.precision is not None and policy.precision.shares_bytes:
+            size |= stored_bits(cache, row)
     return sizes
