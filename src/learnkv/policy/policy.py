@@ -129,7 +129,7 @@ class Policy(Component):
     @property
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
-        evicts = self.scorer is not None and not self.scorer.extra_passes
+        evicts = self.scorer is not None and not (self.scorer.extra_passes or self.scorer.refines_layers)
         evicts = evicts and (self.precision is None or self.precision.known_bytes)
         return evicts and self.pages is None and (self.allocator.static or self.allocator.sequential)
 
