@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -150,13 +150,13 @@ def processes(devices: int, assist: Callable[[Any, Processes], None], config: An
 @contextmanager
 def reporting(group: Processes) -> Iterator[None]:
     """The block of a process that is not the first: its error is raised by the first, and it prints nothing."""
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing):
-            yield
-    except (UserError, RunError, OSError) as error:
-        group.fail(error)
-    except (distributed.DistError, KeyboardInterrupt):  # the first process has ended, or everything ends
-        pass
+    # A lost store: the first process has ended, and has reported why.
+    with suppress(distributed.DistError, KeyboardInterrupt):
+        try:
+            with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing):
+                yield
+        except (UserError, RunError, OSError) as error:
+            group.fail(error)
 
 
 def _of_torchrun(devices: int) -> Processes:
