@@ -147,7 +147,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_no_arguments_are_told_what_is_expected(capsys: pytest.CaptureFixture[str]) -> None:
     assert eval([]) == 2
     assert (
-        "expected config=NAME|PATH or key=value; names: method_comparison, quickstart, ruler, text"
+        "expected config=NAME|PATH or key=value; names: fidelity, method_comparison, quickstart, ruler, text"
         in capsys.readouterr().err
     )
 
