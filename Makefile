@@ -6,6 +6,7 @@
 #   make test            install, lint, type-check, run the tests
 #   make lint            the first part of `make test`: ruff and mypy
 #   make types           the second part of `make lint`: mypy
+#   make fidelity        limits on what the reference policy may change in the reference model's output
 #   make docs            build the site in site/, strictly: a broken link is an error
 #   make house           figures of the structure: circles, lengths, names
 #   make walk            trace one prompt and one training step, write it into docs/design.md
@@ -39,7 +40,7 @@ PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help smollm2 demo quickstart test lint types docs house walk test-browser test-core test-compat test-kvpress \
+.PHONY: help smollm2 demo quickstart test lint types fidelity docs house walk test-browser test-core test-compat test-kvpress \
 	format clean
 .DELETE_ON_ERROR:
 
@@ -57,10 +58,10 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
 # Nothing in the tests may reach for a network. Tests are small: processes of one thread are faster than one of many.
-test docs walk test-browser test-core test-compat test-kvpress: export OMP_NUM_THREADS := 1
-test docs walk test-browser test-core test-compat test-kvpress: export HF_HUB_OFFLINE := 1
-test docs walk test-browser test-core test-compat test-kvpress: export WANDB_MODE := offline
-test docs walk test-browser test-core test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
+test fidelity docs walk test-browser test-core test-compat test-kvpress: export OMP_NUM_THREADS := 1
+test fidelity docs walk test-browser test-core test-compat test-kvpress: export HF_HUB_OFFLINE := 1
+test fidelity docs walk test-browser test-core test-compat test-kvpress: export WANDB_MODE := offline
+test fidelity docs walk test-browser test-core test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
 
 test: lint
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not browser"
@@ -82,6 +83,11 @@ types: $(VENV)/.dev
 	$(VENV)/bin/python -m mypy src tools experiments benchmarks train.py eval.py
 	$(VENV)/bin/python -m mypy --cache-dir .mypy_cache/tests --no-warn-return-any --no-warn-unused-ignores \
 		$(UNCHECKED_IN_TESTS:%=--disable-error-code=%) tests
+
+# About twice what the policy in the package changes.
+fidelity: $(VENV)/.installed
+	$(VENV)/bin/python eval.py config=fidelity output=runs/fidelity \
+		gate.keep=0.5 gate.kl=0.03 gate.flips=10 gate.agreement=25 gate.length_drift=10 gate.quote=8
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.docs

@@ -45,7 +45,7 @@ ALLOWED_IN = {
     "transformers": TRANSFORMERS,
     "lightning": LIGHTNING,
     "pytorch_lightning": [],  # the older name of the same library
-    "wandb": LIGHTNING,
+    "wandb": [*LIGHTNING, "evaluation/wandb_log.py"],
     "triton": ["ops/*/triton.py"],
 }
 

@@ -20,6 +20,7 @@ from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer
 from learnkv.data.text import text_windows
 from learnkv.evaluation import runner
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import Record, estimate, mean_of_tasks, paired_difference
@@ -95,7 +96,7 @@ def measure(changed: Variants, samples: int, model: object, tokenizer: object, o
     family = Answers(ruler.prompts(config, TASKS, 1024, tokenizer), tokenizer)
     jobs = runner.jobs_of(model, policies, [Budget(keep=keep) for keep in KEEPS])[1:]
     store = Store(output / "samples.jsonl")
-    runner.run(model, [family], jobs, store, batch_size=60)
+    runner.run(model, [family], jobs, store, Packing(60))
     return runner.finished([family], jobs, store)
 
 

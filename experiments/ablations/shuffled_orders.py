@@ -20,6 +20,7 @@ from learnkv import attach, load_policy
 from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer, Scores
 from learnkv.evaluation import runner, tasks
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import FULL, Estimate, Record, estimate
@@ -102,7 +103,7 @@ def measure(
     families = tasks.load(config, tokenizer, None)
     jobs = runner.jobs_of(model, policies, [Budget(keep=keep) for keep in KEEPS])
     store = Store(folder / "samples.jsonl")
-    runner.run(model, families, jobs, store, config.batch_size)
+    runner.run(model, families, jobs, store, Packing(config.batch_size))
     return runner.finished(families, jobs, store)
 
 

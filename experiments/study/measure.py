@@ -14,6 +14,7 @@ from learnkv.data.haystack import held_out_docstrings
 from learnkv.data.ruler import NEEDLES
 from learnkv.errors import UserError
 from learnkv.evaluation import runner, tasks
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.results import Record
 from learnkv.evaluation.run import load_policies
@@ -137,7 +138,7 @@ class Comparisons:
             store.add([dict(one) for one in {one["fingerprint"]: one for one in taken}.values()])
         missing = sum(one not in store for one in wanted)
         print(f"{name}: {len(wanted):,} samples, {len(taken):,} taken over, {missing:,} to measure", file=sys.stderr)
-        runner.run(self.model, families, jobs, store, keys.batch_size)
+        runner.run(self.model, families, jobs, store, Packing(keys.batch_size))
 
     def _load(self, paths: Iterable[str]) -> dict[str, Policy]:
         return load_policies(self.config.comparison(ckpt=tuple(paths), tasks=("text",)), self.model)

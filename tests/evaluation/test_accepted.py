@@ -12,6 +12,7 @@ from support.models import Loaded
 from learnkv.errors import UserError
 from learnkv.evaluation import pictures, report, runner
 from learnkv.evaluation.accepted import check_drafts
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.results import Record, rows_of
 from learnkv.evaluation.store import Store
@@ -26,7 +27,7 @@ def compared(loaded: Loaded, path: Path, draft_tokens: int, batch_size: int = 3)
     jobs = runner.jobs_of(loaded[0], policies("random", "h2o_decode"), BUDGETS, draft_tokens)
     path.mkdir(exist_ok=True)
     store = Store(path / "samples.jsonl")
-    runner.run(loaded[0], families, jobs, store, batch_size)
+    runner.run(loaded[0], families, jobs, store, Packing(batch_size))
     return runner.finished(families, jobs, store)
 
 

@@ -12,6 +12,7 @@ from support.models import Loaded
 
 from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.evaluation import runner
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.precisions import at_precisions
 from learnkv.evaluation.results import rows_of
@@ -29,7 +30,7 @@ HALF, COUNT = Budget(bytes=0.5), Budget(bytes=3 * 2**10)
 
 def run(loaded: Loaded, family: Any, made: dict[str, Policy], path: Path, budgets: list[Budget], size: int = 4) -> Any:
     jobs, store = runner.jobs_of(loaded[0], made, budgets), Store(path / "samples.jsonl")
-    runner.run(loaded[0], [family], jobs, store, size)
+    runner.run(loaded[0], [family], jobs, store, Packing(size))
     return runner.finished([family], jobs, store)
 
 

@@ -49,6 +49,7 @@ def test_policies_of_every_kind_in_one_run(
     folder = tmp_path / "run"
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.yaml",
+        "leaderboard.csv",
         "pareto.png",
         "report.html",
         "results.json",
@@ -150,7 +151,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_no_arguments_are_told_what_is_expected(capsys: pytest.CaptureFixture[str]) -> None:
     assert eval([]) == 2
     assert (
-        "expected config=NAME|PATH or key=value; names: method_comparison, quickstart, ruler, text"
+        "expected config=NAME|PATH or key=value; names: fidelity, method_comparison, quickstart, ruler, text"
         in capsys.readouterr().err
     )
 

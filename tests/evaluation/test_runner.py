@@ -16,6 +16,7 @@ from learnkv.allocators import AdaKV, LearnedAllocator, Uniform
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.observation import Observation
 from learnkv.evaluation import runner
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.results import rows_of
 from learnkv.evaluation.store import Store
@@ -235,7 +236,7 @@ def test_budgets_are_recorded_for_policies_that_learned_them(loaded: Loaded, tmp
     learned.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
     jobs = runner.jobs_of(loaded[0], {"learned": learned, "knorm": load_policy("knorm")}, KEEPS[:1])
     store = Store(tmp_path / "samples.jsonl")
-    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
+    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, Packing(2))
     for record in store.records.values():
         assert ("budgets" in record) == (record["policy"] == "learned")
         if "budgets" in record:
@@ -263,7 +264,7 @@ class HiddenSize(Scorer):
 def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded: Loaded, tmp_path: Path) -> None:
     jobs = runner.jobs_of(loaded[0], {"hidden": Policy(HiddenSize())}, KEEPS[:1])
     store = Store(tmp_path / "samples.jsonl")
-    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 2)
+    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, Packing(2))
     assert sum(record["policy"] == "hidden" and record["kl"] > 0 for record in store.records.values()) == 2
 
 

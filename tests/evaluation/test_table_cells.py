@@ -116,7 +116,7 @@ def test_blank_text_and_counts() -> None:
 @pytest.mark.parametrize("writer", ["pandas_csv", "datasets_csv", "parquet", "parquet_to_csv", "jsonl", "json", "gz"])
 def test_whoever_writes_a_table_its_answers_are_the_same(loaded: Any, tmp_path: Path, writer: Any) -> None:
     frame, file = pd.DataFrame([ROW, ROW]), tmp_path / "table[1].csv"
-    lines = f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n"
+    lines = f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n"
     if writer == "pandas_csv":
         frame.to_csv(file, index=False)
     elif writer == "datasets_csv":
@@ -150,7 +150,7 @@ def test_a_blank_question_is_nothing_and_a_blank_answer_is_refused(loaded: Any, 
     pd.DataFrame([{**ROW, "question": blank, "answer": "12"}]).to_csv(file, index=False)
     assert samples(loaded, file)[0].question == ""
     pd.DataFrame([ROW, {**ROW, "answer": blank}]).to_csv(file, index=False)
-    with pytest.raises(UserError, match=r"table.csv: row 2, column answer: expected an answer, got a blank one"):
+    with pytest.raises(UserError, match=r"table.csv: line 4, column answer: expected an answer, got a blank one"):
         samples(loaded, file)
 
 
@@ -161,12 +161,16 @@ def test_a_blank_question_is_nothing_and_a_blank_answer_is_refused(loaded: Any, 
         ("t.jsonl", b'{"context": "a"}\n{"conte', "line 2: expected JSON"),
         ("t.jsonl", b"{}\n[1]\n", r"line 2: expected an object with the columns, got \[1\]"),
         ("t.jsonl", b'{"context": "caf\xe9"}', "line 1 is not UTF-8"),
-        ("t.csv", b"context,question\na,b,c\n", "row 1: expected 2 cells as in the header, got more"),
-        ("t.csv", b"context,question\na\n", "row 1: expected 2 cells as in the header, got fewer"),
+        ("t.csv", b"context,question\na,b,c\n", "line 2: expected 2 cells as in the header, got more"),
+        ("t.csv", b"context,question\na\n", "line 2: expected 2 cells as in the header, got fewer"),
+        ("t.csv", b'context,answer\n"a\nb",c\na\n', "line 4: expected 2 cells as in the header, got fewer"),
+        ("t.csv", b"context,answer\na,b\n\na,b\n", "line 3 is empty"),
+        ("t.jsonl", b"{}\n\n{}\n", "line 2 is empty"),
+        ("t.jsonl.gz", b"\x1f\x8b\x08\x00aaaaaaaaaaaaaaaaaaaaaaaa", "cannot be read: "),
         ("t.csv", b"context,answer,answer\na,b,c\n", "the header has a column twice: context, answer, answer"),
         ("t.jsonl", b'{}\n{"answer": "a", "answer": "b"}', "line 2: expected JSON: .*key 'answer' twice"),
         ("t.json", b'[{"answer": "a", "answer": "b"}]', "expected JSON: .*key 'answer' twice"),
-        ("t.csv", b'context\n"a', "line 1: unexpected end of data"),
+        ("t.csv", b'context\n"a', "line 2: unexpected end of data"),
         ("t.json", b'[{"context": ', "expected JSON"),
         (
             "t.jsonl",

@@ -6,6 +6,7 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_other_weights_of_the_same_shape_are_one_warning_and_a_note(
             None,
         ):
             assert load_policy(exported, model=model).other_weights is None
-    write_report(tmp_path, tuned, {"learned-x": policy, "same": load_policy(exported)}, [])
+    write_report(tmp_path, tuned, {"learned-x": policy, "same": load_policy(exported)}, [], Mock(chat_template=None))
     notes = json.loads((tmp_path / "results.json").read_text())["notes"]
     assert notes == [f"learned-x: {policy.other_weights}"]
     assert notes[0] in (tmp_path / "results.md").read_text()

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from learnkv.data.sample import Sample
 from learnkv.evaluation import runner
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import Budget
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.answers import Answers, tokenised
@@ -50,5 +51,5 @@ def compare(
     jobs = runner.jobs_of(loaded[0], policies(*names), keeps)
     path.mkdir(exist_ok=True)
     store = Store(path / "samples.jsonl")
-    runner.run(loaded[0], families, jobs, store, batch_size)
+    runner.run(loaded[0], families, jobs, store, Packing(batch_size))
     return runner.finished(families, jobs, store)

@@ -7,8 +7,11 @@ from learnkv.data.ruler_needles import Template
 from learnkv.data.words import Language
 from learnkv.errors import UserError
 from learnkv.evaluation.budget import Budget, bytes_budget
+from learnkv.evaluation.fidelity import TASK as FIDELITY
+from learnkv.evaluation.fidelity import Gate
 from learnkv.evaluation.precisions import check_precisions
 from learnkv.evaluation.suite_keys import SuiteKeys
+from learnkv.persistence.wandb_options import Wandb
 
 Setting = Literal["query_agnostic", "query_aware"]
 Metric = Literal["generated", "forced"]
@@ -38,9 +41,9 @@ class EvalConfig:
         precision: bits (16, 8, 4, 3, 2, or K4V3 for keys and values) at which the baselines without training are run,
             each at every one, or shares of tiers as in K4V2:0.75+K8V3:0.25; with keep= or bytes=. Beside them the whole
             cache at fewer than 16.
-        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, suites or their tasks (longbench,
-            longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns context, question,
-            answer_prefix, answer, task, max_new_tokens.
+        tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, `fidelity`, suites or their tasks
+            (longbench, longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns
+            context, question, answer_prefix, answer, task, max_new_tokens.
         lengths: prompt lengths in tokens, the answer included.
         setting: query_agnostic reads the question after compression, query_aware before it.
         score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
@@ -48,7 +51,10 @@ class EvalConfig:
         draft_tokens: tokens to draft per round of lossless decoding with every policy; the mean number of accepted ones
             becomes a column. 0: not measured.
         samples: prompts per task and length.
-        batch_size: prompts per prefill.
+        batch_size: most prompts per prefill.
+        batch_tokens: most tokens per prefill: prompts times the longest, its answer included; 16384 where neither this
+            nor batch_size is given.
+        devices: processes that share out the prompts, each with a GPU of its own where there are GPUs.
         text: hub id or text, jsonl or parquet file for the task `text`.
         haystack: text file that needles are hidden in, for the niah tasks with essays; default: CPython's help topics.
         template: wording of needles and questions: secret, or memo, which no training uses.
@@ -58,6 +64,8 @@ class EvalConfig:
         output: folder for results; the same command continues an interrupted run, another one adds to the table.
         show: prompts to print with what was expected and what came of every policy.
         viewer: prompts that `report.html` shows with the tokens that every head kept.
+        wandb: options of Weights & Biases, such as wandb.mode=offline; default: nothing is logged.
+        gate: limits on the results of the task `fidelity`, such as gate.kl=0.05; exit code 1 where one is exceeded.
         seed: random seed.
         allow: module prefixes besides learnkv whose classes a policy's file may name.
     """
@@ -79,7 +87,9 @@ class EvalConfig:
     score: Metric = "generated"
     draft_tokens: int = 0
     samples: int = 50
-    batch_size: int = 16
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    devices: int = 1
     text: str | None = None
     haystack: str | None = None
     template: Template = "secret"
@@ -89,6 +99,8 @@ class EvalConfig:
     output: str = "runs/eval"
     show: int = 0
     viewer: int = 3
+    wandb: Wandb | None = None
+    gate: Gate | None = None
     seed: int = 42
     allow: tuple[str, ...] = ()
 
@@ -96,10 +108,10 @@ class EvalConfig:
         for keep in self.keep:
             if not 0 < keep <= 1:
                 raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries, above 0 and at most 1")
-        for key in ("budget", "lengths", "samples", "batch_size"):
+        for key in ("budget", "lengths", "samples", "batch_size", "batch_tokens", "devices"):
             value = getattr(self, key)
             for number in value if isinstance(value, tuple) else (value,):
-                if number < 1:
+                if number is not None and number < 1:
                     raise UserError(f"{key}={number}: expected at least 1")
         if self.draft_tokens < 0:
             raise UserError(f"draft_tokens={self.draft_tokens}: expected a number of tokens, at least 0")
@@ -110,6 +122,8 @@ class EvalConfig:
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected at least one, got none")
         self._check_precision()
+        if self.gate is not None and FIDELITY not in self.tasks:
+            raise UserError(f"gate: expected tasks=fidelity to check, got tasks={','.join(self.tasks)}")
         assert self.budgets  # a malformed one raises
 
     def _check_precision(self) -> None:

@@ -2,10 +2,11 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,3 +61,13 @@ def _peak(device: torch.device) -> int | None:
         return None
     peak = re.search(r"VmHWM:\s*(\d+) kB", status)
     return None if peak is None else 1024 * int(peak[1])
+
+
+def cost_per_prompt(prompts: int, seconds: float, decode: Cost, parts: Sequence[Cost]) -> dict[str, Any]:
+    """Seconds of a prompt's share of its batch, and the peak of the whole batch."""
+    peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
+    return {
+        "prefill_seconds": round(seconds / prompts, 6),
+        "decode_seconds": round(decode.seconds / prompts, 6),
+        "peak_bytes": max(peaks, default=None),
+    }

@@ -10,6 +10,7 @@ from learnkv.data.documents import read_document
 from learnkv.data.sample import Sample
 from learnkv.errors import UserError
 from learnkv.evaluation import runner
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig, Setting
 from learnkv.evaluation.html.page import Contents, write_page
 from learnkv.evaluation.results import Record
@@ -153,5 +154,5 @@ def _measured(config: InspectConfig, model: Any, family: Answers, policies: Mapp
     jobs = runner.jobs_of(model, policies, config.evaluation.budgets)
     with TemporaryDirectory() as folder:
         store = Store(Path(folder) / "samples.jsonl")
-        runner.run(model, [family], jobs, store, 1, viewer=len(family.prompts))
+        runner.run(model, [family], jobs, store, Packing(1), viewer=len(family.prompts))
         return runner.finished([family], jobs, store)

@@ -90,8 +90,8 @@ def _forced_cell(rows: Sequence[Row]) -> str:
 
 
 def _text_cell(rows: Sequence[Row]) -> str:
-    row = rows[0]
-    return f"**{row['kl']:.4f}** · ppl {row['perplexity']:.2f} · {size(row['bytes'])} · {_kept(rows)}"
+    kl, perplexity, nbytes = (mean(rows, key) for key in ("kl", "perplexity", "bytes"))
+    return f"**{kl:.4f}** · ppl {perplexity:.2f} · {size(nbytes)} · {_kept(rows)}"
 
 
 def _kept(rows: Sequence[Row]) -> str:

@@ -7,6 +7,7 @@ from statistics import fmean, variance
 from typing import Any, Literal, NamedTuple
 
 from learnkv.evaluation.budget import Budget
+from learnkv.evaluation.provenance import tasks_of
 
 Record = Mapping[str, Any]
 FULL = "full"
@@ -21,6 +22,10 @@ ADDED: Mapping[str, Any] = {"metric": "generated", "bytes_budget": None, "asked_
 """Keys that samples and rows of earlier versions lack, and what holds for these."""
 GROUP = ("policy", "metric", "task", "length", "setting", "keep", "budget", "bytes_budget")
 """Keys that the samples of a row have in common."""
+
+
+FIDELITY = ("flips", "agreement", "length_drift", "quote")
+"""Keys of the samples and rows of the task `fidelity`."""
 
 
 class Estimate(NamedTuple):
@@ -97,6 +102,7 @@ def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
         "bytes": round(fmean(record["bytes"] for record in group)),
         "bytes_full": round(fmean(record["bytes_full"] for record in group)),
         "n": score.n,
+        **tasks_of(group),
         "score": score.mean,
         "score_full": fmean(record["score"] for record in full),
         "metric": first["metric"],
@@ -106,9 +112,16 @@ def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
         "haystack": first["haystack"],
         "perplexity": exp(fmean(record["loss"] for record in group)) if kind == "text" else None,
         "perplexity_full": exp(fmean(record["loss"] for record in full)) if kind == "text" else None,
+        **(_fidelity(group, full) if all(key in first for key in FIDELITY) else {}),
         **_cost(group),
         **_accepted(group),
     }
+
+
+def _fidelity(group: list[Record], full: list[Record]) -> dict[str, Any]:
+    """Means over the prompts; of the drift its size."""
+    means = {key: fmean(abs(record[key]) for record in group) for key in FIDELITY}
+    return {**means, "quote_full": fmean(record["quote"] for record in full)}
 
 
 def _cost(group: list[Record]) -> dict[str, Any]:

@@ -6,18 +6,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
 from learnkv.evaluation.accepted import check_drafts
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.fidelity import fidelity_report
 from learnkv.evaluation.folder import CONFIG, check_folder, evaluation_folder
 from learnkv.evaluation.html.page import REPORT, Contents, write_page
+from learnkv.evaluation.leaderboard import leaderboard, text_of
 from learnkv.evaluation.needle_pictures import needle_maps
 from learnkv.evaluation.precisions import at_precisions, without_precision
+from learnkv.evaluation.processes import Processes, processes, reporting
+from learnkv.evaluation.provenance import commit, template_hash
 from learnkv.evaluation.results import FULL, SCHEMA, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
@@ -33,37 +39,83 @@ from learnkv.persistence.methods import kinds_of, select_methods
 from learnkv.persistence.policies import describe_policy_file, load_policy
 from learnkv.policy.policy import Policy
 
+SAMPLES = "samples.jsonl"
+
 
 def evaluate(config: EvalConfig, resolved: str) -> None:
     """Run a comparison and write its configuration, samples, tables, pictures and page.
 
     A second evaluation into a folder adds its rows to the table. An interrupted run writes a report of its finished
-    samples, and the same command continues it.
+    samples, and the same command continues it, with any number of processes.
     """
+    with processes(config.devices, assist, config) as group:
+        if group.is_first:
+            _evaluate(config, resolved, group)
+        else:
+            assist(config, group)
+
+
+def assist(config: EvalConfig, group: Processes) -> None:
+    """Measure a share of the batches, on a process that is not the first."""
+    with reporting(group):
+        prepared = _prepare(config, group)
+        store = Store(Path(config.output).expanduser() / SAMPLES, group.shard)
+        runner.run(prepared.model, prepared.families, prepared.jobs, store, prepared.packing, group, config.viewer)
+
+
+def _evaluate(config: EvalConfig, resolved: str, group: Processes) -> None:
     check_folder(config.output)
+    if config.wandb is not None:  # what is missing is an error before a large model is loaded
+        from learnkv.evaluation import wandb_log
     for path in policy_paths(config):
         _load(path, config)  # a missing file is an error before a large model is loaded
-    model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
+    model, tokenizer, policies, families, jobs, packing = _prepare(config, group)
+    with evaluation_folder(config.output) as output:
+        write_text(output / CONFIG, resolved)
+        command = typed_command("learnkv eval", config)
+        store = Store(output / SAMPLES, group.shard)
+        try:
+            skipped = runner.run(model, families, jobs, store, packing, group, config.viewer)
+        except (KeyboardInterrupt, RunError):
+            store.read()
+            if runner.finished(families, jobs, store):
+                write_report(output, model, policies, tabled(families, jobs, store), tokenizer, command=command)
+            done = sum(job.fingerprint(prompt) in store for job in jobs for f in families for prompt in f.prompts)
+            print(f"{done:,} samples are stored in {output}: the same command continues", file=sys.stderr)
+            raise
+        if group.count > 1:
+            store.merge()
+        records = tabled(families, jobs, store)
+        rows, board = write_report(output, model, policies, records, tokenizer, skipped, command)
+        if config.wandb is not None:
+            wandb_log.log(config.wandb, output, yaml.safe_load(resolved), rows, board)
+        if config.gate is not None:
+            config.gate.check(rows)
+        print("\n".join(shown(records, config.show)), end="")
+
+
+class _Prepared(NamedTuple):
+    """What every process has before it measures."""
+
+    model: Any
+    tokenizer: Any
+    policies: Mapping[str, Policy]
+    families: Sequence[tasks.Family]
+    jobs: Sequence[runner.Job]
+    packing: Packing
+
+
+def _prepare(config: EvalConfig, group: Processes) -> _Prepared:
+    device = group.device(config.device)
+    model, tokenizer = load_model(config.model, config.revision, config.dtype, device, config.attn)
     attach(model)
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
     check_drafts(config.draft_tokens, families)
-    with evaluation_folder(config.output) as output:
-        write_text(output / CONFIG, resolved)
-        jobs = runner.jobs_of(model, policies, config.budgets, config.draft_tokens)
-        command = typed_command("learnkv eval", config)
-        store = Store(output / "samples.jsonl")
-        try:
-            runner.run(model, families, jobs, store, config.batch_size, config.viewer)
-        except (KeyboardInterrupt, RunError):
-            if runner.finished(families, jobs, store):
-                write_report(output, model, policies, tabled(families, jobs, store), command)
-            done = sum(job.fingerprint(prompt) in store for job in jobs for f in families for prompt in f.prompts)
-            print(f"{done:,} samples are stored in {output}: the same command continues", file=sys.stderr)
-            raise
-        records = tabled(families, jobs, store)
-        write_report(output, model, policies, records, command)
-        print("\n".join(shown(records, config.show)), end="")
+    jobs = runner.jobs_of(model, policies, config.budgets, config.draft_tokens)
+    return _Prepared(
+        model, tokenizer, policies, families, jobs, Packing.of_keys(config.batch_size, config.batch_tokens)
+    )
 
 
 def policy_paths(config: EvalConfig) -> list[str]:
@@ -106,17 +158,35 @@ def _at_precisions(config: EvalConfig, loaded: Mapping[str, Policy], whole: Poli
 
 
 def write_report(
-    output: Path, model: Any, policies: Mapping[str, Policy], records: Sequence[Record], command: str = ""
-) -> None:
-    """Write `results.json`, `results.md`, `report.html` and pictures, each replaced in one step."""
+    output: Path,
+    model: Any,
+    policies: Mapping[str, Policy],
+    records: Sequence[Record],
+    tokenizer: Any,
+    skipped: Sequence[str] = (),
+    command: str = "",
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Write `results.json`, `results.md`, `leaderboard.csv`, `report.html` and pictures, each replaced in one step.
+
+    Args:
+        skipped: lines about prompts that did not fit in memory.
+        command: that was typed.
+
+    Returns:
+        Rows of the results and of the leaderboard.
+    """
     rows = rows_of(records)
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
     notes += cut_notes(record for record in records if record["policy"] == FULL)
-    result = {"schema": SCHEMA, "model": name, "environment": environment(model), "notes": notes, "rows": rows}
+    notes += skipped
+    conditions = environment(model, tokenizer)
+    result = {"schema": SCHEMA, "model": name, "environment": conditions, "notes": notes, "rows": rows}
     write_text(output / "results.json", json.dumps(result, indent=1) + "\n")
+    board = leaderboard(name, conditions, rows)
+    write_text(output / "leaderboard.csv", text_of(board))
     text = report.markdown(name, rows, records, runner.baselines_of(policies))
-    text = "\n".join([text, *written_answers(records)]).rstrip("\n") + "\n"
+    text = "\n".join([text, *written_answers(records), *fidelity_report(rows)]).rstrip("\n") + "\n"
     write_text(output / "results.md", "\n\n".join([text.rstrip("\n"), *notes]) + "\n" if notes else text)
     figures = {"pareto.png": pictures.pareto(rows)} if rows else {}
     names = dict.fromkeys(record["policy"] for record in records)
@@ -129,7 +199,7 @@ def write_report(
     about = Contents(
         title=f"Compressed caches of {name}",
         model=name,
-        environment=environment(model),
+        environment=conditions,
         records=records,
         rows=rows,
         notes=notes,
@@ -140,10 +210,11 @@ def write_report(
     tables = (output / "results.md").read_text(encoding="utf-8")
     print(tables.split(report.EVERY_TASK)[0].split(report.COSTS)[0])
     print("\n".join(str(output / file) for file in ("results.json", "results.md", REPORT, *figures)))
+    return rows, board
 
 
-def environment(model: Any) -> dict[str, str]:
-    """Versions, device and dtype that results depend on."""
+def environment(model: Any, tokenizer: Any) -> dict[str, str]:
+    """Versions, code, chat template, device and dtype that results depend on."""
     versions = {}
     for package in ("learnkv", "torch", "transformers"):
         try:
@@ -152,4 +223,5 @@ def environment(model: Any) -> dict[str, str]:
             versions[package] = "not installed"
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
     dtype = str(model.dtype).removeprefix("torch.")
-    return {"python": platform.python_version(), **versions, "device": device, "dtype": dtype}
+    code = {"commit": commit(), "chat_template": template_hash(tokenizer)}
+    return {"python": platform.python_version(), **versions, "device": device, "dtype": dtype, **code}

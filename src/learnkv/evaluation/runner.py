@@ -2,24 +2,29 @@
 
 import hashlib
 import itertools
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.evaluation.accepted import accepted_lengths
+from learnkv.evaluation.batches import Packing, halves, is_out_of_memory, name_of
 from learnkv.evaluation.budget import WHOLE, Budget
-from learnkv.evaluation.cost import Cost, measured, now
+from learnkv.evaluation.cost import Cost, cost_per_prompt, measured, now
 from learnkv.evaluation.kept_entries import VIEW, kept_view, prompt_view, viewed_prompts
 from learnkv.evaluation.keys import policy_digest
+from learnkv.evaluation.processes import Processes
+from learnkv.evaluation.provenance import digest_of
 from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
+from learnkv.evaluation.sizes import full_sizes, release_captured, sizes_of
 from learnkv.evaluation.sources import rooms_digest
 from learnkv.evaluation.store import SLOT, Store
-from learnkv.evaluation.stored_bits import stored_bits
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.inference.digest import model_digest
 from learnkv.inference.prefill import prefill
@@ -80,29 +85,93 @@ def baselines_of(policies: Mapping[str, Policy]) -> dict[str, str]:
 
 
 def run(
-    model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Store, batch_size: int, viewer: int = 0
-) -> None:
+    model: Any,
+    families: Sequence[Family],
+    jobs: Sequence[Job],
+    store: Store,
+    packing: Packing,
+    group: Processes | None = None,
+    viewer: int = 0,
+) -> list[str]:
     """Measure every job on every prompt that `store` lacks; finished batches are stored at once.
 
     Args:
+        group: the processes that share out the batches; None: this one alone.
         viewer: prompts of which records also hold what every head kept; stored records without it are measured again.
+
+    Returns:
+        A line about every prompt that did not fit in memory, on the first process.
     """
-    store.forget_outdated(
-        (j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs
-    )
+    group = Processes() if group is None else group
+    known = ((j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs)
+    group.after_first(lambda: store.forget_outdated(known))
+    if not group.is_first:
+        store.read()
     viewed = viewed_prompts((prompt for family in families for prompt in family.prompts), viewer)
-    batches = [
-        (family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size, viewed)
-    ]
+    batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, packing, viewed)]
     policies = [job.policy for job in jobs if job.policy is not None]
-    with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
-        for family, pending, prompts in batches:
-            progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
-            prefilled = _read(model, prompts, policies)
-            for job, sizes, scores in _measured(model, family, prompts, pending, prefilled, viewed):
-                store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
-                progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
-                progress.update()
+    counts = list(itertools.accumulate((len(jobs) for _, jobs, _ in batches), initial=0))
+    skipped: list[str] = []
+    with tqdm(total=counts[-1], unit="run", dynamic_ncols=True, disable=not group.is_first) as progress:
+        for number in group.shared(len(batches)):
+            progress.update(counts[number] - progress.n)  # what other processes took
+            family, pending, prompts = batches[number]
+            skipped += _measure(model, family, prompts, pending, policies, store, progress, viewed)
+        progress.update(counts[-1] - progress.n)
+    return group.finish(skipped)
+
+
+def _measure(
+    model: Any,
+    family: Family,
+    prompts: list[Prompt],
+    jobs: Sequence[Job],
+    policies: Sequence[Policy],
+    store: Store,
+    progress: Any,
+    viewed: Collection[str],
+) -> Iterator[str]:
+    """Measure a batch, in halves where it does not fit in memory; a line about every prompt that never does."""
+    failed = _failed(model, family, prompts, jobs, policies, store, progress, viewed)
+    if failed is None:
+        return
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(prompts) == 1:
+        line = f"{name_of(prompts[0])} did not fit in memory ({failed}) and is in no policy's row"
+        progress.write(f"warning: {line}", file=sys.stderr)
+        yield line
+        return
+    for part in halves(prompts):
+        pending = [job for job in jobs if _lacks(store, job, part[0], viewed)]
+        yield from _measure(model, family, part, pending, policies, store, progress, viewed)
+
+
+def _failed(
+    model: Any,
+    family: Family,
+    prompts: list[Prompt],
+    jobs: Sequence[Job],
+    policies: Sequence[Policy],
+    store: Store,
+    progress: Any,
+    viewed: Collection[str],
+) -> str | None:
+    """Measure a batch; None, or what did not fit in memory. Nothing of the batch is alive afterwards."""
+    rest = list(jobs)
+    progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
+    try:
+        prefilled = _read(model, prompts, policies)
+        for job, sizes, scores in _measured(model, family, prompts, jobs, prefilled, viewed):
+            store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
+            rest = rest[1:]
+            progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
+            progress.update()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return "prefill" if len(rest) == len(jobs) else f"{rest[0].name} {rest[0].budget}"
+    return None
 
 
 class _Prefilled(NamedTuple):
@@ -153,14 +222,14 @@ def _measured(
         policy = None if group[0].policy is None else for_one_prompt(group[0].policy)
         seconds = prefilled.seconds_for(group[0].policy)
         for job in group:
-            sizes, compress = _full_sizes(cache), Cost()
+            sizes, compress = full_sizes(cache), Cost()
             views = [prompt_view(family.tokenizer, prompts[row]) for row in rows]
             if policy is not None:
                 with measured(model.device) as compress:
                     fork = _compressed(policy, cache, job)
                 seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
-                _release_captured(fork)
-                sizes = _sizes(fork, policy, job.budget)
+                release_captured(fork)
+                sizes = sizes_of(fork, policy, job.budget)
                 views = [kept_view(fork, row) for row in rows]
                 if job.draft_tokens:
                     lengths = accepted_lengths(model, prompts, cache, fork, job.draft_tokens)
@@ -169,7 +238,7 @@ def _measured(
                     scores, _ = family.measure(model, prompts, fork, full)
             for row, view in zip(rows, views, strict=True):
                 sizes[row][VIEW] = view
-            cost = _cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
+            cost = cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
             yield job, [{**size, **cost} for size in sizes], scores
 
 
@@ -181,16 +250,6 @@ def _compressed(policy: Policy, cache: CompressedCache, job: Job) -> CompressedC
         raise UserError(f"{job.name}: {error}") from None
 
 
-def _cost_per_prompt(prompts: int, seconds: float, decode: Cost, parts: Sequence[Cost]) -> dict[str, Any]:
-    """Seconds of a prompt's share of its batch, and the peak of the whole batch."""
-    peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
-    return {
-        "prefill_seconds": round(seconds / prompts, 6),
-        "decode_seconds": round(decode.seconds / prompts, 6),
-        "peak_bytes": max(peaks, default=None),
-    }
-
-
 def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> list[Record]:
     """Records of the prompts that every job has finished, in the order of the jobs."""
     done = [p for f in families for p in f.prompts if all(job.fingerprint(p) in store for job in jobs)]
@@ -198,64 +257,24 @@ def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> l
     return [{**store[job.fingerprint(prompt)], **job.slot(prompt)} for job in jobs for prompt in done]
 
 
+def _lacks(store: Store, job: Job, prompt: Prompt, viewed: Collection[str]) -> bool:
+    """Whether a job has to be measured on a prompt: there is no record, or none with a view where one is wanted."""
+    fingerprint = job.fingerprint(prompt)
+    return fingerprint not in store or (prompt.digest in viewed and VIEW not in store[fingerprint])
+
+
 def _unfinished(
-    family: Family, jobs: Sequence[Job], store: Store, size: int, viewed: Collection[str]
+    family: Family, jobs: Sequence[Job], store: Store, packing: Packing, viewed: Collection[str]
 ) -> Iterator[tuple[list[Job], list[Prompt]]]:
     """Batches of prompts with the same unfinished jobs; a record of a viewed prompt needs its view."""
-
-    def lacks(job: Job, prompt: Prompt) -> bool:
-        fingerprint = job.fingerprint(prompt)
-        return fingerprint not in store or (prompt.digest in viewed and VIEW not in store[fingerprint])
-
     groups: dict[tuple[int, ...], list[Prompt]] = {}
     for prompt in sorted(family.prompts, key=family.effort):
-        pending = tuple(index for index, job in enumerate(jobs) if lacks(job, prompt))
+        pending = tuple(index for index, job in enumerate(jobs) if _lacks(store, job, prompt, viewed))
         if pending:
             groups.setdefault(pending, []).append(prompt)
     for pending, prompts in groups.items():
-        for begin in range(0, len(prompts), size):
-            yield [jobs[index] for index in pending], prompts[begin : begin + size]
-
-
-def _full_sizes(cache: CompressedCache) -> list[dict[str, Any]]:
-    """Sizes of each row in the full cache, without padding."""
-    tokens = sum(cache.prompt_lengths)
-    sizes = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
-    bits = str(8 * cache.compressed_layers()[0].dtype.itemsize)
-    return [
-        {"spent": 1.0, "read": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size, "precision": bits}
-        for size in sizes
-    ]
-
-
-def _release_captured(cache: CompressedCache) -> None:
-    """Free what was captured for the scorers of other policies, so that it does not count as this policy's bytes."""
-    for layer in cache.compressed_layers():
-        if layer.decode_capture is None:
-            layer.capture.forget()
-
-
-def _sizes(cache: CompressedCache, policy: Policy, budget: Budget) -> list[dict[str, Any]]:
-    """Sizes of each row in a compressed cache, and the passes it took.
-
-    Bytes are those of each row where entries are stored in fewer bits or bytes were asked for; else those of the batch
-    are split over its rows in proportion to the entries they kept.
-    """
-    with_budgets = any(True for _ in policy.parameters())
-    sizes, kept = _full_sizes(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
-    own = cache.row_nbytes() if budget.bytes is not None or policy.precision is not None else None
-    for row, size in enumerate(sizes):
-        extra_tokens = sum(cache.extra_pass_tokens[extra][row] for extra in policy.capture_spec.extra_passes)
-        size["spent"], size["read"] = cache.spent[row], cache.read[row]
-        size["prefills"] = 1 + extra_tokens / cache.prompt_lengths[row]
-        size["bytes"] = cache.nbytes * kept[row] / sum(kept) if own is None else own[row]
-        if own is not None:
-            size["precision"] = policy.precision_name
-        if with_budgets and cache.budgets is not None:
-            size["budgets"] = (cache.budgets[:, row] / cache.prompt_lengths[row]).tolist()
-        if policy.precision is not None and policy.precision.shares_bytes:
-            size |= stored_bits(cache, row)
-    return sizes
+        for batch in packing.batches(prompts):
+            yield [jobs[index] for index in pending], batch
 
 
 def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +283,8 @@ def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, A
     record = {**job.slot(prompt), **asked, **sizes, "haystack": prompt.haystack}
     expected, depth = (None, None) if prompt.sample is None else (prompt.sample.answers, prompt.sample.depth)
     digests = {"prompt_digest": prompt.digest[:20], "conditions_digest": job.conditions}
+    task = {"task_version": prompt.version, "task_hash": digest_of(prompt.measurement), "n_original": prompt.n_original}
+    task["prompt_hash"] = digest_of(prompt.text)
     return {
         **record,
         **scores,
@@ -271,6 +292,7 @@ def _record(job: Job, prompt: Prompt, sizes: dict[str, Any], scores: dict[str, A
         "cut_tokens": prompt.cut_tokens,
         "depth": depth,
         "expected": expected,
+        **task,
         **digests,
         "fingerprint": job.fingerprint(prompt),
     }

@@ -12,17 +12,40 @@ SLOT = ("policy", "metric", "task", "length", "setting", "index", "keep", "budge
 
 
 class Store:
-    """Records by fingerprint, backed by a file of JSON lines.
+    """Records by fingerprint, backed by a file of JSON lines, and by a shard of it per process while several write.
 
     A fingerprint covers everything that determines a record (model, prompt, policy, budget), so that records of
     earlier runs are reused exactly where they apply.
+
+    Args:
+        path: the file of all samples; shards are beside it.
+        shard: number of the shard that records are added to; None: they are added to the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shard: int | None = None) -> None:
         self.path = path
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        self.records: dict[str, dict[str, Any]] = {record["fingerprint"]: record for record in _complete_lines(text)}
-        self._cut = text != "" and not text.endswith("\n")
+        self.file = path if shard is None else path.with_name(f"{path.stem}.{shard}{path.suffix}")
+        self.records: dict[str, dict[str, Any]] = {}
+        self._cut = False
+        self.read()
+
+    def read(self) -> None:
+        """Take the records of the file and of all shards."""
+        for file in (self.path, *self.shards()):
+            text = _text(file)
+            self.records.update((record["fingerprint"], record) for record in _complete_lines(text))
+            if file == self.file:
+                self._cut = text != "" and not text.endswith("\n")
+
+    def shards(self) -> list[Path]:
+        """Files of the processes that write, or wrote until they were interrupted."""
+        files = self.path.parent.glob(f"{self.path.stem}.*{self.path.suffix}")
+        return sorted(file for file in files if file.name.split(".")[-2].isdigit())
+
+    def merge(self) -> None:
+        """Write all records into the file, each once, and remove the shards."""
+        self.read()
+        self._write()
 
     def __contains__(self, fingerprint: str) -> bool:
         return fingerprint in self.records
@@ -46,21 +69,36 @@ class Store:
             for fingerprint, record in self.records.items()
             if fingerprint in fingerprints or slot_of(record) not in slots
         }
-        if self.path.is_file():
-            write_text(self.path, "".join(map(_line, self.records.values())))
-            self._cut = False
+        self._write()
 
     def add(self, records: Collection[dict[str, Any]]) -> None:
-        """Append records to the file."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Append records to the file, or to the shard."""
+        with self.file.open("a", encoding="utf-8") as file:
             file.writelines(["\n"] * self._cut + [_line(record) for record in records])
         self._cut = False
         self.records.update((record["fingerprint"], record) for record in records)
+
+    def _write(self) -> None:
+        """Replace the file by the records in one step, then remove the shards."""
+        shards = self.shards()
+        if self.path.is_file() or shards:
+            write_text(self.path, "".join(map(_line, self.records.values())))
+            self._cut = False
+        for shard in shards:
+            shard.unlink()
 
 
 def slot_of(record: dict[str, Any]) -> tuple[Any, ...]:
     """The values of `SLOT` in a record; None for what a foreign one lacks, which is then nobody's sample."""
     return tuple(record.get(key) for key in SLOT)
+
+
+def _text(file: Path) -> str:
+    """Its content; nothing where there is none, or no more: the first process merges shards."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Trainer
 
 from learnkv.errors import UserError
+from learnkv.persistence.wandb_options import Wandb
 from learnkv.policy.policy import Policy
 from learnkv.training.settings import DataSettings, DistillationSettings, check_not_negative, check_positive
 
@@ -18,23 +19,6 @@ UNSUPPORTED = {
     "limit_val_batches": None,
 }
 """Arguments of Lightning's Trainer that must keep these values."""
-
-
-@dataclass(frozen=True)
-class Wandb:
-    """Options of Weights & Biases.
-
-    Args:
-        mode: `offline` writes below the output folder and never touches the network.
-        project: name of the project.
-        name: name of the run; that of its output folder if not given.
-        entity: user or team, for `online`.
-    """
-
-    mode: Literal["offline", "online"] = "offline"
-    project: str = "learnkv"
-    name: str | None = None
-    entity: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ class TrainConfig:
     overwrite: bool = False
     seed: int = 0
     trainer: dict[str, Any] = field(default_factory=dict, metadata={"arguments_of": Trainer})
-    wandb: Wandb | None = Wandb()
+    wandb: Wandb | None = field(default=Wandb())
 
     def __post_init__(self) -> None:
         check_positive(vars(self), "save_every")

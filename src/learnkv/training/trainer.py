@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from learnkv.errors import UserError
 from learnkv.formats.files import write_text
+from learnkv.persistence.wandb_options import Wandb
 from learnkv.training import slurm
 from learnkv.training.callbacks import pictures
 from learnkv.training.callbacks.checkpoints import Checkpoints
@@ -22,7 +23,7 @@ from learnkv.training.callbacks.fence import FencedLogger
 from learnkv.training.callbacks.logs import CsvTable, LastStep
 from learnkv.training.callbacks.optimiser import OptimiserMetrics
 from learnkv.training.callbacks.progress import ProgressLine
-from learnkv.training.config import TrainConfig, Wandb
+from learnkv.training.config import TrainConfig
 from learnkv.training.fsdp import Sharded
 from learnkv.training.resuming import RunFolder
 

@@ -8,7 +8,8 @@ from datasets.exceptions import DatasetsError
 from learnkv.data.ruler import NEEDLES, TASKS
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
-from learnkv.evaluation.tasks import ruler, suite, table, text
+from learnkv.evaluation.fidelity import TASK as FIDELITY
+from learnkv.evaluation.tasks import fidelity, ruler, suite, table, text
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.base import Family, Prompt
 from learnkv.evaluation.tasks.forced import Forced
@@ -16,6 +17,9 @@ from learnkv.evaluation.tasks.suites import SUITES, suite_names, suites_named
 from learnkv.evaluation.tasks.table_files import is_file
 from learnkv.evaluation.tasks.text import Text
 from learnkv.persistence.named_configs import nearest
+
+ON_TEXT = ("text", FIDELITY)
+"""Tasks without a question."""
 
 __all__ = ["Answers", "Family", "Forced", "Prompt", "Text", "load"]
 
@@ -49,10 +53,10 @@ def load(config: EvalConfig, tokenizer: Any, context: int | None) -> list[Family
 
 def _check(config: EvalConfig, context: int | None) -> None:
     """UserError for a task or a length that cannot be measured."""
-    available = [*TASKS, *ruler.GROUPS, "text", *suite_names()]
+    available = [*TASKS, *ruler.GROUPS, *ON_TEXT, *suite_names()]
     for name in config.tasks:
         if name not in available and not table.is_table(name):
-            expected = f"a table or one of: {', '.join([*TASKS, *ruler.GROUPS, 'text', *SUITES])}"
+            expected = f"a table or one of: {', '.join([*TASKS, *ruler.GROUPS, *ON_TEXT, *SUITES])}"
             raise UserError(f"tasks={name}: expected {expected}{nearest(name, available)}")
     _check_haystack(config)
     if any(map(is_file, config.tasks)) and len(config.lengths) > 1:
@@ -81,6 +85,8 @@ def _families(config: EvalConfig, length: int, tokenizer: Any) -> list[Family]:
     families: list[Family] = [kind(prompts, tokenizer) for (_, kind), prompts in groups]
     if "text" in config.tasks:
         families.append(Text(text.prompts(config, length, tokenizer), tokenizer))
+    if FIDELITY in config.tasks:
+        families.append(fidelity.Fidelity(fidelity.prompts(config, length, tokenizer), tokenizer))
     return families
 
 
@@ -88,7 +94,7 @@ def _questions(config: EvalConfig, length: int, tokenizer: Any) -> Iterator[tupl
     """Prompts with a question, and what measures them."""
     plain = suite.Suite.families[config.score]
     tables = [name for name in config.tasks if table.is_table(name)]
-    generated = [name for name in config.tasks if name not in (*tables, "text", *suite_names())]
+    generated = [name for name in config.tasks if name not in (*tables, *ON_TEXT, *suite_names())]
     yield plain, ruler.prompts(config, ruler.tasks_named(generated, config.qa), length, tokenizer)
     for source in tables:
         yield plain, table.prompts(config, source, length, tokenizer)

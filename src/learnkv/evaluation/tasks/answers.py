@@ -126,11 +126,13 @@ def tokenised(
     tokenizer: Any,
     haystack: str | None = None,
     cut_to: int | None = None,
+    n_original: int | None = None,
 ) -> Iterator[Prompt]:
     """Prompts of numbered samples in one setting, tokenised part by part: both settings have the same tokens.
 
     Args:
         cut_to: tokens of a prompt with room for its answer above which its middle is left out; None: none is cut.
+        n_original: rows that the samples were drawn from; None: they were made.
     """
     for index, sample in samples:
         texts = format_prompt(
@@ -159,6 +161,7 @@ def tokenised(
             haystack,
             text=text,
             cut_tokens=excess,
+            n_original=n_original,
         )
 
 

@@ -27,7 +27,8 @@ class Prompt:
 
     `sample` has the answers of a question; None for text. `metric`: the output is generated, or given tokens or choices
     are read. `measurement` is the digest of the task family that measures it, `text` the whole prompt for readers.
-    `cut_tokens` of its middle were left out.
+    `cut_tokens` of its middle were left out. `version` is the family's; `n_original` rows were there to draw the task's
+    prompts from, None where they are made.
     """
 
     task: str
@@ -42,6 +43,8 @@ class Prompt:
     measurement: str = ""
     text: str = ""
     cut_tokens: int = 0
+    version: int = 1
+    n_original: int | None = None
 
     @property
     def room(self) -> int:
@@ -80,7 +83,7 @@ class Family(ABC):
         rules = "" if tokenizer is None else tokenizer_digest(tokenizer)
         kinds = {type(prompt.sample or prompt): None for prompt in prompts}
         measured = {kind: f"{self.version} {self._sources(kind)} {rules}" for kind in kinds}
-        self.prompts = [replace(p, measurement=measured[type(p.sample or p)]) for p in prompts]
+        self.prompts = [replace(p, measurement=measured[type(p.sample or p)], version=self.version) for p in prompts]
 
     def _sources(self, kind: type) -> str:
         """Digest of the code that measures prompts whose sample is of this class, and of packages that it scores by."""

@@ -85,7 +85,8 @@ class Reasoning(RowSuite):
 
     def sample(self, config: EvalConfig, row: Row, task: str, template: Template) -> MathSample:
         columns = {name.lower(): name for name in row.cells}
-        asked = next((columns[name] for name in ("problem", "question") if name in columns), "problem")
+        expected = "question" if task == "gsm8k" else "problem"
+        asked = next((columns[name] for name in ("problem", "question") if name in columns), expected)
         given = columns.get("answer", "answer")
         row.require(asked, given)
         problem = text_of(row.cells[asked], row.column(asked), blank=False)

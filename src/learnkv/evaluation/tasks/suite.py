@@ -16,7 +16,7 @@ from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.forced import Forced
 from learnkv.evaluation.tasks.ruler import essay_name, template_tokens
-from learnkv.evaluation.tasks.table import drawn
+from learnkv.evaluation.tasks.table import Drawn, drawn
 from learnkv.evaluation.tasks.table_files import FORMATS, Row, hub_rows, is_file, read_rows
 from learnkv.evaluation.tasks.templates import Template
 
@@ -132,8 +132,9 @@ def prompts(config: EvalConfig, suite: Suite, tasks: Iterable[str], length: int,
     made: list[Prompt] = []
     for task in tasks:
         numbered = suite.samples(config, task, length, tokenizer)
+        cut_to, original = length if suite.cut else None, numbered.original if isinstance(numbered, Drawn) else None
         for setting in config.setting:
-            made += tokenised(numbered, setting, length, tokenizer, haystack, length if suite.cut else None)
+            made += tokenised(numbered, setting, length, tokenizer, haystack, cut_to, original)
     return made
 
 

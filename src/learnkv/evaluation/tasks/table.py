@@ -27,37 +27,44 @@ def prompts(config: EvalConfig, source: str, length: int, tokenizer: Any) -> lis
 
     A hub data set has a folder of prompts per length; the prompts of a file are reported with the length in `lengths=`.
     """
-    numbered = list(_samples(_rows(source, length), config.samples, config.seed))
-    return [p for setting in config.setting for p in tokenised(numbered, setting, length, tokenizer)]
+    by_task: dict[str, list[tuple[int, Sample]]] = {}
+    for index, sample in enumerate(_samples(_rows(source, length))):
+        by_task.setdefault(sample.task, []).append((index, sample))
+    chosen = [drawn(numbered, task, config.samples, config.seed) for task, numbered in by_task.items()]
+    return [
+        prompt
+        for setting in config.setting
+        for numbered in chosen
+        for prompt in tokenised(numbered, setting, length, tokenizer, n_original=numbered.original)
+    ]
 
 
 def _rows(source: str, length: int) -> list[Row]:
     if is_file(source) != Path(source).is_file():
         raise UserError(f"tasks={source}: expected a hub id or a file ending in {', '.join(FORMATS)}")
-    return (
-        read_rows(source, empty_lines=True)
-        if is_file(source)
-        else hub_rows(source, f"tasks={source}", data_dir=str(length))
-    )
+    return read_rows(source) if is_file(source) else hub_rows(source, f"tasks={source}", data_dir=str(length))
 
 
-def drawn(rows: Iterable[T], task: str, samples: int, seed: int) -> list[T]:
+class Drawn(list[T]):
+    """Some of the rows of a task, which has `original` of them."""
+
+    def __init__(self, rows: Iterable[T], original: int) -> None:
+        super().__init__(rows)
+        self.original = original
+
+
+def drawn(rows: Iterable[T], task: str, samples: int, seed: int) -> Drawn[T]:
     """Up to `samples` of the rows of a task; a larger `samples` extends a smaller one."""
     shuffled = list(rows)
     random.Random(f"{seed}:{task}").shuffle(shuffled)
-    return shuffled[:samples]
+    return Drawn(shuffled[:samples], len(shuffled))
 
 
-def _samples(rows: Sequence[Row], samples: int, seed: int) -> Iterator[tuple[int, Sample]]:
-    """Number and content of the drawn rows; they alone are checked."""
-    rows[0].require(*COLUMNS)
-    by_task: dict[str, list[tuple[int, Row]]] = {}
-    for index, row in enumerate(rows):
-        task = text_of(row.cells.get("task"), row.column("task"), blank=False)
-        by_task.setdefault(task, []).append((index, row))
-    for task, numbered in by_task.items():
-        for index, row in drawn(numbered, task, samples, seed):
-            yield index, _sample(row, task)
+def _samples(rows: Sequence[Row]) -> Iterator[Sample]:
+    """All rows, so that a malformed one is an error whether it is drawn or not."""
+    for row in rows:
+        row.require(*COLUMNS)
+        yield _sample(row, text_of(row.cells["task"], row.column("task"), blank=False))
 
 
 def _sample(row: Row, task: str) -> Sample:

@@ -5,6 +5,7 @@ import glob
 import gzip
 import io
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,12 +64,11 @@ def hub_rows(source: str, argument: str, **options: Any) -> list[Row]:
     return [Row(f"{argument}: row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-def read_rows(path: str, key: str = "tasks", empty_lines: bool = False) -> list[Row]:
+def read_rows(path: str, key: str = "tasks") -> list[Row]:
     """The rows of a table file, each a mapping from column to cell.
 
     Args:
         key: of the command that the file was given with, for errors.
-        empty_lines: skip empty lines between JSON lines; otherwise they are an error, as a row may be lost.
 
     Raises:
         UserError: a file that cannot be read or has no rows, with the line where there is one.
@@ -82,7 +82,7 @@ def read_rows(path: str, key: str = "tasks", empty_lines: bool = False) -> list[
     elif kind == ".json" and content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         rows = list(_json(_text(content, argument), argument))
     else:
-        rows = list(_json_lines(content, argument, empty_lines))
+        rows = list(_json_lines(content, argument))
     if not rows:
         raise UserError(f"{argument}: expected rows, the file has none")
     return rows
@@ -92,7 +92,7 @@ def _content(path: str, argument: str) -> bytes:
     try:
         content = Path(path).expanduser().read_bytes()
         return gzip.decompress(content) if path.endswith(".gz") else content
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{argument}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -114,14 +114,12 @@ def _json(text: str, argument: str) -> Iterator[Row]:
         yield _object(row, f"{argument}: entry {number}")
 
 
-def _json_lines(content: bytes, argument: str, empty_lines: bool) -> Iterator[Row]:
+def _json_lines(content: bytes, argument: str) -> Iterator[Row]:
     for number, line in enumerate(content.rstrip().split(b"\n") if content.strip() else [], 1):
         where = f"{argument}: line {number}"
         if len(line) > LONGEST_LINE:
             raise UserError(f"{where} has {len(line):,} bytes, expected at most {LONGEST_LINE:,}")
         if not line.strip():
-            if empty_lines:
-                continue
             raise UserError(f"{where} is empty")
         try:
             row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
@@ -140,20 +138,24 @@ def _object(row: Any, where: str) -> Row:
 
 def _csv(text: str, argument: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # contexts are long
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text.rstrip("\r\n"), newline=""), strict=True)
     try:
-        rows = list(reader)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise UserError(f"{argument}: the header has a column twice: {', '.join(header)}")
+        begin = reader.line_num + 1
+        for cells in reader:
+            where = f"{argument}: line {begin}"
+            if not cells:
+                raise UserError(f"{where} is empty")
+            if len(cells) != len(header):
+                than = "more" if len(cells) > len(header) else "fewer"
+                raise UserError(f"{where}: expected {len(header)} cells as in the header, got {than}")
+            row = zip(header, cells, strict=True)
+            yield Row(where, {column: None if cell in MISSING else cell for column, cell in row})
+            begin = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{argument}: line {reader.line_num}: {error}") from None
-    header = reader.fieldnames or []
-    if len(set(header)) < len(header):
-        raise UserError(f"{argument}: the header has a column twice: {', '.join(header)}")
-    for number, row in enumerate(rows, 1):
-        where = f"{argument}: row {number}"
-        if None in row or None in row.values():
-            than = "more" if None in row else "fewer"
-            raise UserError(f"{where}: expected {len(header)} cells as in the header, got {than}")
-        yield Row(where, {column: None if cell in MISSING else cell for column, cell in row.items()})
 
 
 def _parquet(path: str, argument: str) -> Iterator[Row]:

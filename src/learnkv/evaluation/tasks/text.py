@@ -54,13 +54,21 @@ def prompts(config: EvalConfig, length: int, tokenizer: Any) -> list[Prompt]:
         raise UserError("tasks=text: expected text=FILE with held-out text, got none")
     if length < 8:
         raise UserError(f"lengths={length}: expected at least 8 tokens of text")
-    windows = text_windows(config.text, tokenizer, length)
+    windows = [window["input_ids"].tolist() for window in text_windows(config.text, tokenizer, length)]
+    return windows_as_prompts(windows, config, length, tokenizer, "text", Path(config.text).name)
+
+
+def windows_as_prompts(
+    windows: Sequence[list[int]], config: EvalConfig, length: int, tokenizer: Any, task: str, source: str
+) -> list[Prompt]:
+    """Up to `config.samples` of the windows of `length` tokens, drawn by `config.seed`."""
     order = list(range(len(windows)))
     random.Random(config.seed).shuffle(order)
     cut = length - min(LONGEST_CONTINUATION, length // 4) - 1
-    source = Path(config.text).name
-    ids = {index: windows[index]["input_ids"].tolist() for index in order[: config.samples]}
+    ids = {index: windows[index] for index in order[: config.samples]}
+    texts = tokenizer.batch_decode(list(ids.values()))
+    rest: dict[str, Any] = {"metric": "forced", "n_original": len(windows)}
     return [
-        Prompt("text", length, "query_agnostic", index, tokens[:cut], tokens[cut:], None, source, "forced", text=shown)
-        for (index, tokens), shown in zip(ids.items(), tokenizer.batch_decode(list(ids.values())), strict=True)
+        Prompt(task, length, "query_agnostic", index, tokens[:cut], tokens[cut:], None, source, text=shown, **rest)
+        for (index, tokens), shown in zip(ids.items(), texts, strict=True)
     ]
