@@ -1,4 +1,4 @@
-"""The console command: `learnkv train | eval | calibrate | memory | export [key=value …]`."""
+"""The console command: `learnkv train | eval | calibrate | lm-eval | memory | export [key=value …]`."""
 
 import os
 import sys
@@ -47,6 +47,13 @@ COMMANDS = {
         "make one table of several evaluations",
         ("folders=",),
         positional="folders",
+    ),
+    "lm-eval": Command(
+        "learnkv.integrations.lm_eval_command",
+        "run_tasks",
+        "lm-eval",
+        "lm-eval",
+        "run tasks of lm-evaluation-harness with a compressed cache",
     ),
     "memory": Command(
         "learnkv.training.memory.predict", "report", "train", "train", "predict memory and time of a training run"

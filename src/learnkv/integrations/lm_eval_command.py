@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def run_tasks(config: LmEvalConfig, resolved: str) -> None:
     Raises:
         UserError: without lm-eval, for a task that it does not know, and for what `CompressedLM` refuses.
     """
-    import learnkv.integrations.lm_eval  # registers the model
+    import_module("learnkv.integrations.lm_eval")  # registers the model
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
@@ -104,6 +105,8 @@ def _write(folder: Path, results: dict[str, Any], resolved: str) -> None:
     """The resolved keys, lm-eval's results, and samples where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, samples in (results.pop("samples", None) or {}).items():
-        write_text(folder / f"samples-{task}.jsonl", "".join(json.dumps(one, default=str) + "\n" for one in samples))
+        write_text(
+            folder / f"samples-{task}.jsonl", "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+        )
     write_text(folder / "config.yaml", resolved)
     write_text(folder / "results.json", json.dumps(results, indent=1, default=str) + "\n")
