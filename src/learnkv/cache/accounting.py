@@ -39,7 +39,8 @@ class Accounting(Cache, ABC):
     def nbytes(self) -> int:
         """Bytes of unique storage: kept entries, positions, tables and the allocated tails."""
         storages = (tensor.untyped_storage() for tensor in self.tensors())
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        # An empty part of a mapped file begins where the next one does.
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
     @property
     def lengths(self) -> list[int]:

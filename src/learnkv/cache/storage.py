@@ -66,6 +66,13 @@ class Segment:
         offset, length = (table.view(-1, heads)[batch].flatten() for table in (self.offset, self.length))
         return replace(self, offset=offset, length=length)
 
+    def on(self, device: torch.device) -> "Segment":
+        """The segment with its pool on a device: itself, or a copy of a pool that the host holds."""
+        if self.keys.device == device:
+            return self
+        keys, values = (part.to(device, non_blocking=True) for part in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
     def padded(self, slots: int) -> tuple[Tensor, Tensor]:
         """Index into the pool [B*H, slots] of every row's entries, at the end of its slots, and which are entries."""
         entry = torch.arange(slots, device=self.offset.device) - (slots - self.length).unsqueeze(-1)

@@ -205,7 +205,9 @@ def uniform_levels(precision: Precision, budgets: Tensor, wanted: Tensor) -> Lev
     return LevelPlan(precision.levels, budgets.unsqueeze(0), wanted.unsqueeze(0), [True])
 
 
-def shared_levels(spend: ByteBudget, ranking: Tensor | None, scores: Tensor, budgets: Tensor) -> LevelPlan:
+def shared_levels(
+    spend: ByteBudget, ranking: Tensor | None, scores: Tensor, budgets: Tensor, unprotected: Tensor | None
+) -> LevelPlan:
     """Levels of entries under one budget for each row, or under one for each head where budgets are not by rank.
 
     Args:
@@ -213,9 +215,10 @@ def shared_levels(spend: ByteBudget, ranking: Tensor | None, scores: Tensor, bud
         ranking: [L, B, H, S] scores that are comparable over layers and heads; None: there are none.
         scores: [L, B, H, S] comparable within each head.
         budgets: [L, B, H] entries of each head at the reference level.
+        unprotected: as `ranking`, or `scores` where that is None, with scores of protected entries.
     """
     precision, dims = spend.precision, spend.head_dims
     if ranking is not None:
-        return precision.shares(ranking, torch.tensor(spend.entries), dims)
+        return precision.shares(ranking, torch.tensor(spend.entries), dims, unprotected)
     entry = torch.tensor([precision.reference.entry_bytes(dim) for dim in dims], device=budgets.device)
-    return precision.shares(scores, budgets * entry.view(-1, 1, 1), dims)
+    return precision.shares(scores, budgets * entry.view(-1, 1, 1), dims, unprotected)
