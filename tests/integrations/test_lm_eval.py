@@ -280,6 +280,13 @@ def test_the_command(
     )
     assert main([*words, "tasks=answer"]) == 2
     assert "tasks=answer: not a task of lm-eval; did you mean answers?" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*words, "tasks=choices", f"output={tmp_path / 'file'}"]) == 2
+    assert "expected a folder that can be written" in capsys.readouterr().err
+    (missing := tmp_path / "tasks").mkdir()
+    (missing / "lost.yaml").write_text("task: lost\ndataset_path: nobody/nothing\ntest_split: test\n" + YAML["answers"])
+    assert main([words[0], words[1], f"include_path={missing}", "tasks=lost"]) == 2
+    assert "tasks=lost: " in capsys.readouterr().err
     words[1] = "model_args=pretrained=reference,policy=snapkv,keep=0.01"
     assert main([*words, "tasks=choices"]) == 2
     assert "keep=0.01: leaves" in capsys.readouterr().err
