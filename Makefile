@@ -14,6 +14,7 @@
 #   make test-core       the package alone, without any extra, in .venv-core
 #   make test-compat     identities and generate() on the oldest transformers, in .venv-compat
 #   make test-kvpress    comparison with kvpress, in .venv-kvpress
+#   make test-lm-eval    tasks of lm-evaluation-harness, in .venv-lm-eval
 #   make format          apply ruff's fixes and formatting
 #   make clean           remove environments, caches and builds
 #
@@ -35,13 +36,14 @@ VENV := .venv
 CORE := .venv-core
 COMPAT := .venv-compat
 KVPRESS := .venv-kvpress
+LM_EVAL := .venv-lm-eval
 # A file's tests stay together: what they share is made once.
 PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help smollm2 demo quickstart test lint types fidelity docs house walk test-browser test-core test-compat test-kvpress \
-	format clean
+.PHONY: help smollm2 demo quickstart test lint types fidelity docs house walk test-browser test-core test-compat \
+	test-kvpress test-lm-eval format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,10 +60,10 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
 # Nothing in the tests may reach for a network. Tests are small: processes of one thread are faster than one of many.
-test fidelity docs walk test-browser test-core test-compat test-kvpress: export OMP_NUM_THREADS := 1
-test fidelity docs walk test-browser test-core test-compat test-kvpress: export HF_HUB_OFFLINE := 1
-test fidelity docs walk test-browser test-core test-compat test-kvpress: export WANDB_MODE := offline
-test fidelity docs walk test-browser test-core test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
+test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export OMP_NUM_THREADS := 1
+test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export HF_HUB_OFFLINE := 1
+test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export WANDB_MODE := offline
+test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export TOKENIZERS_PARALLELISM := false
 
 test: lint
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not browser"
@@ -111,12 +113,15 @@ test-compat: $(COMPAT)/.dev
 test-kvpress: $(KVPRESS)/.dev
 	$(KVPRESS)/bin/python -m pytest tests/integrations/test_kvpress.py
 
+test-lm-eval: $(LM_EVAL)/.dev
+	$(LM_EVAL)/bin/python -m pytest tests/integrations/test_lm_eval.py tests/integrations/test_compressed_model.py
+
 format: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check --fix .
 	$(VENV)/bin/python -m ruff format .
 
 clean:
-	rm -rf $(VENV) $(CORE) $(COMPAT) $(KVPRESS) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CORE) $(COMPAT) $(KVPRESS) $(LM_EVAL) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 %/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -163,4 +168,12 @@ $(KVPRESS)/.torch: $(KVPRESS)/.python constraints.txt
 
 $(KVPRESS)/.dev: $(KVPRESS)/.torch pyproject.toml
 	$(KVPRESS)/bin/python $(PIP_INSTALL) -e '.[kvpress]' pytest hypothesis
+	touch $@
+
+$(LM_EVAL)/.torch: $(LM_EVAL)/.python constraints.txt
+	$(LM_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	touch $@
+
+$(LM_EVAL)/.dev: $(LM_EVAL)/.torch pyproject.toml
+	$(LM_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[lm-eval]' pytest hypothesis
 	touch $@

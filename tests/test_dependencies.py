@@ -17,7 +17,12 @@ PACKAGE = ROOT / "src" / "learnkv"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-DISTRIBUTION = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "math_verify": "math-verify"}
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "math_verify": "math-verify",
+    "lm_eval": "lm-eval",
+}
 """Where the name that is imported is not the name that is installed."""
 EXTRAS = {  # of a file or room; all others: the package alone
     "inference/lora.py": {"train", "eval"},  # of policies with an adapter, imported when one is loaded
@@ -27,6 +32,7 @@ EXTRAS = {  # of a file or room; all others: the package alone
     "training/*": {"train"},
     "evaluation/*": {"eval"},
     "integrations/kvpress.py": {"kvpress"},
+    "integrations/lm_eval*.py": {"lm-eval"},
 }
 TOOLS = {"docs", "dev", "all"}
 """Extras of which nothing is imported by the package."""
@@ -110,4 +116,4 @@ def test_tools_are_pinned() -> None:
 def test_all_is_everything_that_fits_together() -> None:
     """kvpress needs an older transformers than the one that is tested."""
     (everything,) = PROJECT["optional-dependencies"]["all"]
-    assert set(re.findall(r"\w+", everything.partition("[")[2])) == set(EXTRA) - {"all", "kvpress"}
+    assert set(re.findall(r"[\w-]+", everything.partition("[")[2])) == set(EXTRA) - {"all", "kvpress"}

@@ -37,7 +37,7 @@ def test_a_question_has_no_word_in_common_with_its_needle(fact: tuple[str, str])
 
 
 def test_paraphrased_needles_are_hidden_and_one_is_asked_for(loaded: Loaded) -> None:
-    for prompt in load(loaded, "paraphrase", setting=("query_agnostic", "query_aware")):
+    for prompt in load(loaded, "paraphrased_needles", setting=("query_agnostic", "query_aware")):
         sample = prompt.sample
         assert isinstance(sample, NameSample)
         assert len(sample.choices) == 4
@@ -55,7 +55,7 @@ def test_the_first_name_of_an_output_counts() -> None:
 
 
 def test_forced_paraphrases_read_the_names(loaded: Loaded) -> None:
-    config = EvalConfig(tasks=("paraphrase",), lengths=(LENGTH,), samples=1, score="forced")
+    config = EvalConfig(tasks=("paraphrased_needles",), lengths=(LENGTH,), samples=1, score="forced")
     (family,) = tasks.load(config, loaded[1], None)
     assert isinstance(family, Choices)
     assert {prompt.metric for prompt in family.prompts} == {"choices"}
@@ -63,7 +63,7 @@ def test_forced_paraphrases_read_the_names(loaded: Loaded) -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_equal_requests_have_different_replies_and_one_is_asked_for(loaded: Loaded, count: int) -> None:
-    for prompt in load(loaded, f"mrcr_{count}", samples=2):
+    for prompt in load(loaded, f"coreference_{count}", samples=2):
         sample = prompt.sample
         assert isinstance(sample, ReplySample)
         request = r"the (\w+) reply to the request for a (\w+) about ([\w-]+),"
@@ -126,7 +126,7 @@ def test_rules_stand_in_the_system_message_and_are_not_repeated(
     chat = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}reply:"
     for template in (None, chat):
         monkeypatch.setattr(loaded[1], "chat_template", template)
-        for prompt in load(loaded, "instructions", setting=("query_agnostic", "query_aware")):
+        for prompt in load(loaded, "instruction_survival", setting=("query_agnostic", "query_aware")):
             sample = prompt.sample
             assert isinstance(sample, RuleSample)
             assert sample.context.startswith("Pages:\n")
@@ -167,17 +167,19 @@ def test_each_rule_is_written_as_it_is_checked(name: str) -> None:
 
 
 def test_pages_that_cannot_be_made_are_named(loaded: Loaded, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"instructions_2: this prompt needs \d+ tokens of this tokenizer, length is"):
-        load(loaded, "instructions_2", lengths=(120,))
+    with pytest.raises(
+        UserError, match=r"instruction_survival_2: this prompt needs \d+ tokens of this tokenizer, length is"
+    ):
+        load(loaded, "instruction_survival_2", lengths=(120,))
     (empty := tmp_path / "essays.txt").write_text(" \n")
     (broken := tmp_path / "broken.txt").write_bytes(b"caf\xe9")
     for file, message in ((empty, "text"), (broken, "UTF-8"), (tmp_path / "none.txt", "none.txt")):
         with pytest.raises(UserError, match=message):
-            load(loaded, "instructions_2", haystack=str(file))
+            load(loaded, "instruction_survival_2", haystack=str(file))
 
 
 def test_made_prompts_are_functions_of_seed_and_number(loaded: Loaded) -> None:
-    names = "paraphrase_meaning,mrcr_2,instructions_2"
+    names = "paraphrased_needles_meaning,coreference_2,instruction_survival_2"
     few, many, other = (load(loaded, names, **keys) for keys in ({"samples": 1}, {"samples": 2}, {"seed": 7}))
     assert {prompt.digest for prompt in few} < {prompt.digest for prompt in many}
     assert not {prompt.digest for prompt in few} & {prompt.digest for prompt in other}

@@ -1,4 +1,4 @@
-"""The console command: `learnkv train | eval | calibrate | inspect | memory | compress | ask | … [key=value …]`."""
+"""The console command: `learnkv train | eval | calibrate | inspect | lm-eval | memory | compress | … [key=value …]`."""
 
 import os
 import re
@@ -58,6 +58,13 @@ COMMANDS = {
         "eval",
         "show what policies keep of a text",
         ("text=",),
+    ),
+    "lm-eval": Command(
+        "learnkv.integrations.lm_eval_command",
+        "run_tasks",
+        "lm-eval",
+        "lm-eval",
+        "run tasks of lm-evaluation-harness with a compressed cache",
     ),
     "memory": Command(
         "learnkv.training.memory.predict", "report", "train", "train", "predict memory and time of a training run"

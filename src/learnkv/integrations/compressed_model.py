@@ -135,11 +135,11 @@ class CompressedModel:
             logits = read(self.model, ids, fork, mask)
             for row, (_, number) in enumerate(batch):
                 request = requests[number]
-                found = logits[row, : len(after[row])]
+                of_row = logits[row, : len(after[row])]
                 if early := request.within_context:
-                    (context,) = self._whole_logits([request.context])
-                    found = torch.cat([context[-early:], found])
-                yield number, found[-request.count :]
+                    (of_context_alone,) = self._whole_logits([request.context])
+                    of_row = torch.cat([of_context_alone[-early:], of_row])
+                yield number, of_row[-request.count :]
 
     def _whole_logits(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits [T, V] of every row of tokens, read by the model without compression."""

@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from learnkv.errors import UserError
-from learnkv.formats.files import write_text
+from learnkv.formats.files import make_folder, write_text
 from learnkv.persistence.named_configs import nearest
 
 
@@ -61,25 +62,32 @@ def run_tasks(config: LmEvalConfig, resolved: str) -> None:
     Raises:
         UserError: without lm-eval, for a task that it does not know, and for what `CompressedLM` refuses.
     """
+    import_module("learnkv.integrations.lm_eval")  # registers the model
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
+    manager = _task_manager(config.tasks, config.include_path)
+    if config.output is not None:  # first, so that a folder that cannot be written costs no evaluation
+        write_text(make_folder(Path(config.output).expanduser(), "output") / "config.yaml", resolved)
     limit = config.limit if config.limit is None or config.limit < 1 else int(config.limit)
-    results = simple_evaluate(
-        model="learnkv",
-        model_args=config.model_args,
-        tasks=list(config.tasks),
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        limit=limit,
-        gen_kwargs=config.gen_kwargs,
-        apply_chat_template=config.apply_chat_template,
-        system_instruction=config.system_instruction,
-        log_samples=config.log_samples,
-        task_manager=_task_manager(config.tasks, config.include_path),
-    )
+    try:
+        results = simple_evaluate(
+            model="learnkv",
+            model_args=config.model_args,
+            tasks=list(config.tasks),
+            num_fewshot=config.num_fewshot,
+            batch_size=config.batch_size,
+            limit=limit,
+            gen_kwargs=config.gen_kwargs,
+            apply_chat_template=config.apply_chat_template,
+            system_instruction=config.system_instruction,
+            log_samples=config.log_samples,
+            task_manager=manager,
+        )
+    except (ConnectionError, FileNotFoundError) as error:  # of a data set
+        raise UserError(f"tasks={','.join(config.tasks)}: {error}") from error
     if config.output is not None:
-        _write(Path(config.output).expanduser(), dict(results), resolved)
+        _write(Path(config.output).expanduser(), dict(results))
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
@@ -99,10 +107,10 @@ def _task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
     raise UserError(f"tasks={unknown[0]}: not a task of lm-eval{nearest(unknown[0], names)}")
 
 
-def _write(folder: Path, results: dict[str, Any], resolved: str) -> None:
-    """The resolved keys, lm-eval's results, and samples where there are any."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    """lm-eval's results, and samples where there are any."""
     for task, samples in (results.pop("samples", None) or {}).items():
-        write_text(folder / f"samples-{task}.jsonl", "".join(json.dumps(one, default=str) + "\n" for one in samples))
-    write_text(folder / "config.yaml", resolved)
+        write_text(
+            folder / f"samples-{task}.jsonl", "".join(json.dumps(sample, default=str) + "\n" for sample in samples)
+        )
     write_text(folder / "results.json", json.dumps(results, indent=1, default=str) + "\n")

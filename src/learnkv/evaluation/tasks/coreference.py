@@ -38,12 +38,12 @@ class ReplySample(SuiteSample):
 class Coreference(MadeSuite):
     """Conversations with two, four or eight equal requests."""
 
-    name = "mrcr"
-    tasks: ClassVar[tuple[str, ...]] = ("mrcr_2", "mrcr_4", "mrcr_8")
+    name = "coreference"
+    tasks: ClassVar[tuple[str, ...]] = ("coreference_2", "coreference_4", "coreference_8")
 
     def sample(self, config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> ReplySample:
         rng, tokens = generator(config, task, number), limit(config, NEW_TOKENS)
-        chosen = filled(task, _draft(rng, int(task.removeprefix("mrcr_"))), tokenizer, length, tokens)
+        chosen = filled(task, _draft(rng, int(task.removeprefix("coreference_"))), tokenizer, length, tokens)
         return ReplySample(**vars(chosen), task=task, max_new_tokens=tokens)
 
 

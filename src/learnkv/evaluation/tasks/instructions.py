@@ -89,13 +89,13 @@ class RuleSample(SuiteSample):
 class Instructions(MadeSuite):
     """A system message with two or three rules, essays, and a request that does not repeat the rules."""
 
-    name = "instructions"
-    tasks: ClassVar[tuple[str, ...]] = ("instructions_2", "instructions_3")
+    name = "instruction_survival"
+    tasks: ClassVar[tuple[str, ...]] = ("instruction_survival_2", "instruction_survival_3")
     essays = True
 
     def sample(self, config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> RuleSample:
         rng, tokens = generator(config, task, number), limit(config, NEW_TOKENS)
-        rules = sampled_rules(rng, int(task.removeprefix("instructions_")))
+        rules = sampled_rules(rng, int(task.removeprefix("instruction_survival_")))
         texts = (f"({place}) {RULES[name].text.format(word=word)}" for place, (name, word) in enumerate(rules, 1))
         system = f"Every reply of yours follows these rules: {' '.join(texts)}"
         hay, question = essay_words(rng, config.haystack), rng.choice(QUESTIONS)

@@ -25,7 +25,7 @@ NAMES = (
     *("Mabel", "Nadia", "Oscar", "Petra", "Quentin", "Rosa", "Silas", "Thea", "Ursula", "Viktor", "Wanda", "Yusuf"),
 )
 FACTS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "paraphrase_meaning": (
+    "paraphrased_needles_meaning": (
         ("{name} mends shoes all day.", "Which person works as a cobbler?"),
         ("{name} bakes loaves before dawn.", "Who makes bread?"),
         ("{name} cannot see anything since birth.", "Which of the people is blind?"),
@@ -39,7 +39,7 @@ FACTS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("{name} eats neither meat nor fish.", "Who is a vegetarian?"),
         ("{name} buried a wife last spring.", "Which person became widowed?"),
     ),
-    "paraphrase_knowledge": (
+    "paraphrased_needles_knowledge": (
         ("{name} sees the Eiffel Tower from the kitchen.", "Which person lives in Paris?"),
         ("{name} swam in the Thames as a child.", "Who has been to England?"),
         ("{name} photographed the pyramids at Giza.", "Which person visited Egypt?"),
@@ -71,7 +71,7 @@ class NameSample(ChoiceSample):
 class Paraphrase(MadeSuite):
     """One fact about each of four people in essays; the question puts one of them into other words."""
 
-    name = "paraphrase"
+    name = "paraphrased_needles"
     tasks: ClassVar[tuple[str, ...]] = tuple(FACTS)
     families: ClassVar[Mapping[Metric, type[Answers]]] = {"generated": Answers, "forced": Choices}
     essays = True
