@@ -3,6 +3,7 @@
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.inference.attention import attach, detach
 from learnkv.inference.generate import continuation, generate
+from learnkv.inference.lossless import generate_lossless
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy, save_policy
@@ -16,6 +17,7 @@ __all__ = [
     "continuation",
     "detach",
     "generate",
+    "generate_lossless",
     "load_cache",
     "load_model",
     "load_policy",

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ["compress_and_ask", "read_once_ask_often", "keep_the_system_prompt", "train_a_policy", "add_a_method"]
+NAMES = [
+    "compress_and_ask",
+    "read_once_ask_often",
+    "keep_the_system_prompt",
+    "lossless_decoding",
+    "train_a_policy",
+    "add_a_method",
+]
 
 
 def output_of(name: str, folder: Path) -> str:
@@ -61,6 +68,15 @@ def test_keep_the_system_prompt(tmp_path: Path) -> None:
     assert sizes[0] == sizes[1]  # bytes and entries
     assert "named by hand: True" in shown
     assert "kept after password: 7720815 True" in shown
+
+
+@pytest.mark.slow
+def test_lossless_decoding(tmp_path: Path) -> None:
+    shown = output_of("lossless_decoding", tmp_path)
+    rows = dict(re.findall(r"(\w+): the same, ([\d.]+) of 4 accepted", shown))
+    assert set(rows) == {"reference", "snapkv", "streaming_llm", "random"}
+    assert float(rows["reference"]) > 2 > float(rows["random"])
+    assert re.search(r"^Ben 7720815", shown, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -44,6 +44,8 @@ class EvalConfig:
         setting: query_agnostic reads the question after compression, query_aware before it.
         score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
             gives the share of prompts whose every token is ranked first, and the KL from the full cache.
+        draft_tokens: tokens to draft per round of lossless decoding with every policy; the mean number of accepted ones
+            becomes a column. 0: not measured.
         samples: prompts per task and length.
         batch_size: prompts per prefill.
         text: hub id or text, jsonl or parquet file for the task `text`.
@@ -73,6 +75,7 @@ class EvalConfig:
     lengths: tuple[int, ...] = (1024,)
     setting: tuple[Setting, ...] = ("query_agnostic",)
     score: Metric = "generated"
+    draft_tokens: int = 0
     samples: int = 50
     batch_size: int = 16
     text: str | None = None
@@ -95,6 +98,8 @@ class EvalConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if number < 1:
                     raise UserError(f"{key}={number}: expected at least 1")
+        if self.draft_tokens < 0:
+            raise UserError(f"draft_tokens={self.draft_tokens}: expected a number of tokens, at least 0")
         if self.show < 0:
             raise UserError(f"show={self.show}: expected a number of prompts, at least 0")
         for key in ("tasks", "lengths", "setting"):

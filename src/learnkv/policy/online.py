@@ -108,7 +108,7 @@ class OnlineEviction:
         assert budgets is not None
         longest, of_layer = (part.tolist() for part in (budgets.amax((1, 2)), budgets.sum((1, 2))))
         layers = len(of_layer)
-        if all(merge.evicted):  # budgets are fixed: one layer at a time
+        if all(merge.evicted) and not self.planner.scorer.refines_layers:  # budgets are fixed: one layer at a time
             for layer_idx, fixed in enumerate(budgets):
                 obs = self._merged(cache, layer_idx, longest[layer_idx], merge)
                 obs = with_keep(obs, cache.lengths, merge.totals, layers)

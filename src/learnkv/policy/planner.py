@@ -92,8 +92,10 @@ class Planner:
             wanted, budgets = levels.at_least[0], levels.counts.sum(0)
             totals = budgets.sum((0, 2)).tolist()
         ranked = scores
+        if self.scorer.refines_layers:
+            ranked = self.without_nan(self.refine_layers(observations, scores, budgets), invalid)
         if self.scorer.refines:
-            refined = [self.refine(*layer) for layer in zip(observations, scores, budgets, strict=True)]
+            refined = [self.refine(*layer) for layer in zip(observations, ranked, budgets, strict=True)]
             ranked = torch.stack([layer.to(device) for layer in refined])
             ranked = self.without_nan(ranked, invalid)
         return Plan(
@@ -115,6 +117,12 @@ class Planner:
         scores = result.scores if result.scores.is_floating_point() else result.scores.float()
         scores = scores.masked_fill(scores.isinf(), torch.nan)  # infinite ones would count as protected
         return result._replace(scores=scores).masked(absent=~obs.valid, protected=always)
+
+    def refine_layers(self, observations: Sequence[Observation], scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [L, B, H, S] of all layers that rank within their heads, given their budgets [L, B, H]."""
+        refined = self.scorer.refine_layers(observations, scores, budgets.to(scores.device)).float()
+        check_shape(refined, scores.shape, f"{self.scorer.name}: refined scores", "[L, B, H, S]")
+        return torch.where(scores.isfinite(), refined, scores)
 
     def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] of one layer that rank within its heads, given their budgets [B, H]."""

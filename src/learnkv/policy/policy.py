@@ -129,7 +129,7 @@ class Policy(Component):
     @property
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
-        evicts = self.scorer is not None and not self.scorer.extra_passes
+        evicts = self.scorer is not None and not (self.scorer.extra_passes or self.scorer.refines_layers)
         evicts = evicts and (self.precision is None or self.precision.known_bytes)
         return evicts and self.pages is None and (self.allocator.static or self.allocator.sequential)
 
@@ -202,7 +202,7 @@ class Policy(Component):
         """Raise UserError unless exactly one kind of budget is given that the policy can spend."""
         check_spend(keep, budget, byte_count, self.precision)
         if byte_count is not None:
-            check_countable(byte_count, self.pages, None if self.online is None else self.online.planner.scorer)
+            check_countable(byte_count, self.pages, self.online.planner.scorer if self.online else None, self.rerotate)
 
     def compress(
         self,
