@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.results import Part, arguments
+from benchmarks.results import Part, Row, arguments
 from learnkv import generate, load_cache, load_model, load_policy, prefill, save_cache
 
 QUESTION = "\nIn one sentence, what is this text about? It is about"
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> Part:
             cache = prefill(model, prompt, policies=[policy])
             first = generate(model, question, cache.fork(), max_new_tokens=1)
     read = Stopwatch.median(reads)
-    part.add(kernel="read to first token", model=name, T=tokens, **read)
+    part.add(kernel="read to first token", model=name, T=tokens, wall_s=read["wall_s"], cpu_s=read["cpu_s"])
     for keep in (1.0, 0.1):
         small = policy.compress(cache.fork(), keep=keep)
         expected = int(first) if keep == 1 else int(generate(model, question, small.fork(), max_new_tokens=1))
@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> Part:
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
             loads = [_load(folder, options) for _ in range(1 if options.dry_run else options.repeats)]
         assert all(load["token"] == expected for load in loads)
-        sizes = {"cache_bytes": small.nbytes, "disk_bytes": size}
-        part.add(kernel="save", model=name, T=tokens, keep=keep, **saved.seconds, **sizes)
+        row: Row = {**saved.seconds, "cache_bytes": small.nbytes, "disk_bytes": size}
+        part.add(kernel="save", model=name, T=tokens, keep=keep, **row)
         for turn, kernel in enumerate(("load to first token", "load again to first token")):
             load = {key: statistics.median(row["turns"][turn][key] for row in loads) for key in read}
-            ratios = {f"{key}_ratio": read[key] / load[key] for key in read}
-            part.add(kernel=kernel, model=name, T=tokens, keep=keep, **load, **ratios)
+            row = {**load, **{f"{key}_ratio": read[key] / load[key] for key in read}}
+            part.add(kernel=kernel, model=name, T=tokens, keep=keep, **row)
     part.finish()
     return part
 

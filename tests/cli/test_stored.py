@@ -1,5 +1,6 @@
 """`learnkv compress` and `learnkv ask`."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def test_a_stored_text_answers(story: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_bytes_and_chunks(story: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"text={story / 'story.txt'}", "ckpt=rdkv", "bytes=0.15", "chunk_size=100", f"out={story / 'bits'}"]
-    assert main(["compress", *words]) == 0
+    assert main(["compress", *words, "protect_after=Ada is,Ben is"]) == 0
+    ((span,),) = json.loads((story / "bits" / "manifest.json").read_text())["cache"]["protection"][1]
+    assert span[1] - span[0] == 16
     assert "bytes kept" in capsys.readouterr().err
     assert main(["ask", str(story / "bits"), QUESTION, "max_new_tokens=9"]) == 0
     model, tokenizer = load_model("reference")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, generate, load_cache, prefill, save_cache
 from learnkv.codecs import KIVIKeys, KIVIValues
+from learnkv.core.adapter import Adapter
 from learnkv.errors import UserError
 from learnkv.pages import Quest
 from learnkv.precision import RateDistortion, UniformPrecision
@@ -127,6 +128,25 @@ def test_what_a_stored_prompt_lacks_is_refused(scorer: H2O | ExpectedAttention, 
     loaded = load_cache(save_cache(cache, tmp_path), attached("llama"))
     with pytest.raises(UserError, match=f"policy's {type(scorer).__name__} (reads more|applies functions)"):
         policy.compress(loaded, keep=0.3)
+
+
+def test_an_adapter_is_stored_with_the_cache(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = build("llama")
+    weights = {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.randn(2, 48),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.randn(64, 2),
+    }
+    policy = Policy(SnapKV(window=8))
+    policy.adapter = Adapter(2, 4.0, ("model.layers.0.self_attn.q_proj",), weights)
+    small = policy.compress(prefill(model, *prompt(), policies=[policy]), keep=0.3)
+    loaded = load_cache(save_cache(small, tmp_path), model)
+    assert loaded.adapter is not None
+    assert loaded.adapter.name == policy.adapter.name
+    without = SNAPKV.compress(prefill(model, *prompt(), policies=[SNAPKV]), keep=0.3)
+    logits = [continuation(model, tokens(2, 3), part) for part in (small, loaded, without)]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
 
 
 def test_angles_that_depend_on_the_length(tmp_path: Path) -> None:

@@ -216,6 +216,15 @@ def test_an_end_while_saving(folder: Path, call: int, monkeypatch: pytest.Monkey
     assert load_cache(folder, attached("llama")).nbytes == larger.nbytes
 
 
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "entries-mine.safetensors").write_text("")
+    save_cache(compressed(attached("llama")), tmp_path)
+    assert (tmp_path / "entries-mine.safetensors").exists()
+    (tmp_path / "manifest.json").write_text('{"format_version": 1, "model": {}}')
+    with pytest.raises(UserError, match=r"folder=.*: holds something else"):
+        save_cache(compressed(attached("llama")), tmp_path)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"folder=.*: expected a folder that can be written"):

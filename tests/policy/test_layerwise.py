@@ -72,7 +72,7 @@ def test_the_prompt_is_held_in_full_by_one_layer_at_most(name: str, monkeypatch:
     policy = policy_for("adakv", model) if name == "at the end" else POLICIES[name](model)
     totals = Policy.totals
 
-    def watched(self: Any, cache: CompressedCache, *how: Any) -> tuple[list[int], list[int]]:
+    def watched(self: Any, cache: CompressedCache, *how: Any) -> Any:
         """Called when a layer, or all of them, has been read, before anything of it is evicted."""
         held.append(cache.nbytes)
         return totals(self, cache, *how)

@@ -139,7 +139,11 @@ def _segment(
         rows = len(tiers[0].entries.offset)
         zeros = no_entries.setdefault(device, torch.zeros(rows, dtype=torch.int64, device=device))
         return Segment.empty(torch.empty(1, 1, 0, described["sizes"][1], dtype=dtype, device=device), zeros)
-    return _rows(parts.get(stored["keys"], device), parts.get(stored["values"], device), stored, parts, device)
+    keys, values = parts.get(stored["keys"], device), parts.get(stored["values"], device)
+    segment = _rows(keys, values, stored, parts, device)
+    if not len(keys) == len(values) == len(segment.positions):
+        raise ValueError("keys, values and positions do not have equally many entries")
+    return segment
 
 
 def _rows(
@@ -173,6 +177,8 @@ def _tier(
     )
     nothing = torch.empty(0, int(dims[0]), dtype=layer.dtype, device=device)
     rows = _rows(nothing, nothing, stored, parts, device)
-    if sum(keys.entries) != len(rows.positions):
+    stored_bytes = [sum(tensor.nbytes for tensor in part.tensors.values()) for part in (keys, values)]
+    expected = [codec.nbytes(keys.entries, int(dim)) for codec, dim in zip(level, dims, strict=True)]
+    if sum(keys.entries) != len(rows.positions) or stored_bytes != expected:
         raise ValueError("codes and positions do not have equally many entries")
     return StoredTier(level, keys, values, rows, layer.heads)

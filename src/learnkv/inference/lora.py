@@ -103,7 +103,7 @@ def from_checkpoint(description: Mapping[str, Any], state: Mapping[str, Tensor])
     weights = {
         _peft_name(name.removeprefix("model."), PREFIX): weight for name, weight in state.items() if in_training(name)
     }
-    return _of_its_rank(
+    return of_its_rank(
         Adapter(int(description["rank"]), float(description["alpha"]), tuple(description["targets"]), weights)
     )
 
@@ -134,12 +134,12 @@ def read(folder: Path) -> Adapter:
     try:
         config = read_json(folder / "adapter_config.json")
         rank, alpha, targets = int(config["r"]), float(config["lora_alpha"]), _names(config["target_modules"])
-        return _of_its_rank(Adapter(rank, alpha, targets, read_tensors(folder / "adapter_model.safetensors")))
+        return of_its_rank(Adapter(rank, alpha, targets, read_tensors(folder / "adapter_model.safetensors")))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: expected a LoRA adapter ({str(error).splitlines()[0]})") from None
 
 
-def _of_its_rank(adapter: Adapter) -> Adapter:
+def of_its_rank(adapter: Adapter) -> Adapter:
     """The adapter; ValueError for matrices of another rank, of which a model would allocate as much as is asked for."""
     rows = {len(weight) for name, weight in adapter.state.items() if ".lora_A." in name}
     if rows != {adapter.rank}:

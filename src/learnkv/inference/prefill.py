@@ -1,7 +1,5 @@
 """Reading a prompt once with full attention."""
 
-import functools
-import operator
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -40,7 +38,7 @@ def prefill(
     protect_after: Sequence[str] | Anchors | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> CompressedCache:
-    """Read prompts with full attention and return a cache of all entries, or of those that `policy` keeps.
+    """Read prompts with full attention; returns a cache of all entries, or of those that `policy` keeps.
 
     Args:
         model: a causal language model; `attach` is called if it was not.
@@ -60,46 +58,55 @@ def prefill(
         tokenizer: of `system` and words.
 
     Raises:
-        UserError: for an empty prompt, right padding, a prompt longer than the model's context, or a budget below what
-            is protected.
+        UserError: for an empty prompt, right padding, one longer than the context, a budget below what is protected.
     """
-    lengths = _check_prompt(model, input_ids, attention_mask)
-    if chunk_size is not None and chunk_size < 1:
-        raise UserError(f"chunk_size={chunk_size}: expected at least 1 token")
+    lengths = _check_prompt(model, input_ids, attention_mask, chunk_size)
     attach(model)
     if policy is not None:
         policy.check_spend(keep, budget, bytes)
-        policies = [*policies, policy]
-    policies = _checked_policies(policies)
-    described = describe_model(model)
-    for each in policies:
-        each.check_sizes(described["shapes"], described["id"])
-    capture_spec = functools.reduce(operator.or_, (each.capture_spec for each in policies), CaptureSpec(window))
-    cache = CompressedCache(model.config, capture_spec.with_sample(sample))
-    cache.set_prompt(lengths)
-    cache.token_ids = (input_ids, input_ids[:, :0])
+    capture_spec = _capture_spec(model, _checked_policies(policies, policy), window)
+    cache = _empty_cache(model, input_ids, lengths, capture_spec.with_sample(sample))
     if protect is not None or protect_after is not None:
         cache.protection = protection_of(unpadded(input_ids, lengths), protect, protect_after, tokenizer)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     one_shot = policy if policy is not None and policy.reads_once and (keep != 1 or policy.precision) else None
-    slots = input_ids.shape[1]
-    for begin in range(0, slots, step := chunk_size or slots):
+    for begin in range(0, slots := input_ids.shape[1], step := chunk_size or slots):
         end = min(begin + step, slots)
         if one_shot is not None and end == slots:
             compress_when_read(one_shot, cache, keep, budget, bytes)
         _read_chunk(model, cache, input_ids, mask, slice(begin, end))
-    read = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
     for prompt_pass in capture_spec.extra_passes:
-        run_extra_pass(model, cache, prompt_pass, input_ids, read)
+        run_extra_pass(
+            model, cache, prompt_pass, input_ids, torch.ones_like(input_ids).bool() if mask is None else mask
+        )
     cache.seal()
     return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget, bytes)
 
 
-def _checked_policies(policies: Iterable[Policy]) -> list[Policy]:
-    """The policies as a list; UserError for a single one, a name or anything else."""
+def _empty_cache(
+    model: PreTrainedModel, input_ids: Tensor, lengths: list[int], capture_spec: CaptureSpec
+) -> CompressedCache:
+    """A cache that is about to read prompts of these lengths."""
+    cache = CompressedCache(model.config, capture_spec)
+    cache.set_prompt(lengths)
+    cache.token_ids = (input_ids, input_ids[:, :0])
+    return cache
+
+
+def _capture_spec(model: PreTrainedModel, policies: Iterable[Policy], window: int) -> CaptureSpec:
+    """What is captured for these policies; UserError for one that was made for a model of other sizes."""
+    described, capture_spec = describe_model(model), CaptureSpec(window)
+    for each in policies:
+        each.check_sizes(described["shapes"], described["id"])
+        capture_spec |= each.capture_spec
+    return capture_spec
+
+
+def _checked_policies(policies: Iterable[Policy], policy: Policy | None) -> list[Policy]:
+    """All policies as a list; UserError for a single one, a name or anything else among `policies`."""
     if isinstance(policies, str | Policy):
         raise UserError(f"policies= of type {type(policies).__name__}: expected a list of policies")
-    listed = list(policies)
+    listed = [*policies] if policy is None else [*policies, policy]
     for each in listed:
         if not isinstance(each, Policy):
             raise UserError(f"policies= with a {type(each).__name__}: expected policies, as load_policy gives them")
@@ -136,8 +143,10 @@ def _read_chunk(
     )
 
 
-def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> list[int]:
+def _check_prompt(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, chunk_size: int | None) -> list[int]:
     """Tokens of every prompt."""
+    if chunk_size is not None and chunk_size < 1:
+        raise UserError(f"chunk_size={chunk_size}: expected at least 1 token")
     check_ids(input_ids, model)
     check_mask(input_ids, mask)
     lengths = [input_ids.shape[1]] * input_ids.shape[0]

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.pack import pack
@@ -21,7 +20,6 @@ from learnkv.cache.unpack import unpack
 from learnkv.core.adapter import Adapter
 from learnkv.errors import RunError, UserError
 from learnkv.formats.files import FULL_DISK, atomic_write, file_digest, make_folder, read_tensors
-from learnkv.formats.folder_lock import folder_lock
 from learnkv.inference import lora, moving_rope
 from learnkv.inference.attention import attach
 from learnkv.inference.digest import known_weights_digest, tokenizer_digest
@@ -29,6 +27,7 @@ from learnkv.inference.models import describe_model
 from learnkv.persistence.stored_components import built_components, described_components
 from learnkv.persistence.stored_manifest import (
     MANIFEST,
+    check_can_hold,
     check_manifest,
     read_manifest,
     seal_manifest,
@@ -43,7 +42,7 @@ def save_cache(
     cache: CompressedCache,
     folder: str | Path,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a cache into a folder, from which `load_cache` continues: kept entries, tiers, tail and ids of all tokens.
@@ -64,8 +63,8 @@ def save_cache(
     """
     cache.seal()
     cache.refuse_invalid()
-    model = None if cache.read_by is None else cache.read_by()
-    if not isinstance(model, PreTrainedModel):
+    model: Any = None if cache.read_by is None else cache.read_by()
+    if not isinstance(model, nn.Module):
         raise UserError("the model that read this cache is not alive: save a cache while its model is")
     description, tensors, components = pack(cache)
     adapter = _packed_adapter(cache.adapter, tensors)
@@ -82,7 +81,10 @@ def save_cache(
         "components": described_components(components),
         "cache": description,
     }
+    from learnkv.formats.folder_lock import folder_lock  # filelock is needed to write only
+
     path = make_folder(Path(folder).expanduser(), "folder")
+    check_can_hold(path)
     with folder_lock(path, "folder"):
         try:
             _write(path, manifest, tensors)
@@ -93,9 +95,9 @@ def save_cache(
 
 def load_cache(
     folder: str | Path,
-    model: PreTrainedModel,
+    model: Any,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     allow: Sequence[str] = (),
 ) -> CompressedCache:
     """The cache that `save_cache` wrote; every call gives another one, which can be forked, continued and saved again.
@@ -117,9 +119,9 @@ def load_cache(
     manifest, tensors = _read(path)
     check_manifest(path, manifest, model, _dtype(model), tokenizer)
     attach(model)
-    adapter = _adapter(manifest["adapter"], tensors)
     components = built_components(manifest["components"], allow, path)
     try:
+        adapter = _adapter(manifest["adapter"], tensors)
         cache = unpack(model.config, manifest["cache"], tensors, components, _devices(model))
     except _BROKEN as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -130,7 +132,7 @@ def load_cache(
     return cache
 
 
-def _dtype(model: PreTrainedModel) -> str:
+def _dtype(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
@@ -158,7 +160,8 @@ def _adapter(described: Mapping[str, Any] | None, tensors: Mapping[str, Tensor])
     if described is None:
         return None
     state = {name.removeprefix(_ADAPTER): weight for name, weight in tensors.items() if name.startswith(_ADAPTER)}
-    return Adapter(int(described["rank"]), float(described["alpha"]), tuple(described["targets"]), state)
+    adapter = Adapter(int(described["rank"]), float(described["alpha"]), tuple(described["targets"]), state)
+    return lora.of_its_rank(adapter)
 
 
 def _write(path: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -177,7 +180,7 @@ def _write(path: Path, manifest: dict[str, Any], tensors: Mapping[str, Tensor]) 
         part.write_text(json.dumps(seal_manifest(manifest)) + "\n", encoding="utf-8")
         _flush(part)
     _flush(path)
-    for old in {*path.glob("entries-*.safetensors"), *path.glob(".entries.*.part")} - {path / name}:
+    for old in {*path.glob(f"entries-{16 * '[0-9a-f]'}.safetensors"), *path.glob(".entries.*.part")} - {path / name}:
         old.unlink(missing_ok=True)
 
 
@@ -223,7 +226,7 @@ def _entries(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     return read_tensors(file)
 
 
-def _devices(model: PreTrainedModel) -> list[torch.device]:
+def _devices(model: Any) -> list[torch.device]:
     """Device of every attention layer."""
     layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
     return [next(layer.parameters()).device for layer in sorted(layers, key=lambda layer: int(layer.layer_idx))]

@@ -7,8 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from learnkv.errors import UserError
 from learnkv.formats.files import read_json
 from learnkv.inference.digest import known_weights_digest, tokenizer_digest
@@ -35,8 +33,18 @@ _KEYS = {
 
 def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest with its format and a digest of itself."""
-    content = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}))
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
+    content = json.loads(json.dumps(content, default=str))  # as it will be read: the digest is of that
     return {**content, "digest": _digest(content)}
+
+
+def check_can_hold(folder: Path) -> None:
+    """Raise UserError for a folder whose manifest is that of something else, such as an exported policy."""
+    file = folder / MANIFEST
+    if file.exists():
+        manifest = read_json(file)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise UserError(f"folder={folder}: holds something else, its {MANIFEST} is not that of a stored cache")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -71,9 +79,9 @@ def _digest(content: Mapping[str, Any]) -> str:
 def check_manifest(
     folder: Path,
     manifest: Mapping[str, Any],
-    model: PreTrainedModel,
+    model: Any,
     dtype: str,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
 ) -> None:
     """Raise UserError unless the model, in this number format, and the tokenizer are those of the stored cache."""
     stored, given = manifest["model"], describe_model(model)
