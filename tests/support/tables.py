@@ -50,6 +50,12 @@ def _gate(path: Path, count: int, heads: int, group: int, dim: int, hidden: int)
     return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
 
 
+def _retention(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
+    sizes = {"L": count, "W": 5, "E": hidden, "H": heads}
+    shapes = {name: [sizes[letter] for letter in letters] for name, letters in tensors.RETENTION.items()}
+    return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
+
+
 MAKE: dict[str, Callable[..., Path]] = {
     "scores": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
     "heads": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
@@ -59,6 +65,7 @@ MAKE: dict[str, Callable[..., Path]] = {
     "moments": _moments,
     "gate": _gate,
     "queries": _queries,
+    "retention": _retention,
     "budgets": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
 }
 """The argument that names a table -> what writes one for `count` layers of `heads` kv heads of `group` query heads of

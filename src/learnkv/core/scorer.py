@@ -3,7 +3,7 @@
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,6 +126,16 @@ class Scorer(Component, ABC):
             budgets: [L, B, H] entries that every head keeps, protected ones included.
         """
         return scores
+
+    def carry(self, obs: Observation, budgets: Tensor) -> Mapping[Statistic | PromptPass, Tensor]:
+        """Statistics of the entries as later evictions shall find them, [B, H, S, F] each, for a method with a memory.
+
+        Called for each eviction of a policy that evicts again, with the observation that `refine` had.
+
+        Args:
+            budgets: [B, H] entries that every head keeps, protected ones included.
+        """
+        return {}
 
     def _builds_on(self, base: "Scorer") -> None:
         """Require everything that `base` reads; UserError for one that ranks by a head's budget (`refines`)."""
