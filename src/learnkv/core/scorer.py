@@ -23,15 +23,17 @@ class Scores(NamedTuple):
     """[B, H, S] the heuristic's own scores."""
     baseline_scaled: Tensor | None = None
     """[B, H, S] the same in the units of `scores`, which are these plus the learned correction."""
+    unprotected: Tensor | None = None
+    """[B, H, S] for a learned scorer, once masked: scores of all entries, those that are protected, too."""
 
     def masked(self, absent: Tensor, protected: Tensor) -> "Scores":
         """The same in float32 with -inf and +inf where these [B, H, S] are True."""
+        present = [None if part is None else part.float().masked_fill(absent, -torch.inf) for part in self[:3]]
         scores, baseline, scaled = (
-            None if part is None else part.float().masked_fill(absent, -torch.inf).masked_fill(protected, torch.inf)
-            for part in self
+            None if part is None else part.masked_fill(protected, torch.inf) for part in present
         )
         assert scores is not None
-        return Scores(scores, baseline, scaled)
+        return Scores(scores, baseline, scaled, None if baseline is None else present[0])
 
 
 class Scorer(Component, ABC):
