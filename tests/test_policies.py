@@ -62,6 +62,8 @@ MADE_OF = {
     "vase": (scorers.VaSE, Uniform),
     "triattention": (scorers.TriAttention, Uniform),
     "triattention_decode": (scorers.TriAttention, Uniform),
+    "shotkv": (scorers.ShotKV, Uniform),
+    "snapstream": (SnapKV, Uniform),
     "laprox": (scorers.LaProx, Flat),
     "kvec": (scorers.KVEC, Uniform),
     "ams": (scorers.AMS, Uniform),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from learnkv.formats import duo, headkv, layers, lukv, tensors
+from learnkv.formats import duo, headkv, layers, lukv, tensors, unit_ends
 from learnkv.ops.rotary import Layout
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.persistence.policies import build_policy
@@ -66,6 +66,9 @@ MAKE: dict[str, Callable[..., Path]] = {
     "gate": _gate,
     "queries": _queries,
     "retention": _retention,
+    "ends": lambda path, *_: unit_ends.write(
+        path, {"sentence": range(0, 97, 5), "line": [5, 10, 60], "paragraph": [7]}
+    ),
     "budgets": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
 }
 """The argument that names a table -> what writes one for `count` layers of `heads` kv heads of `group` query heads of

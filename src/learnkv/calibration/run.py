@@ -16,9 +16,10 @@ from learnkv.calibration.kvzip_gate import kvzip_gate
 from learnkv.calibration.layers import layer_errors
 from learnkv.calibration.moments import query_moments
 from learnkv.calibration.retention import retention_gates
+from learnkv.calibration.text_units import text_units
 from learnkv.calibration.trials import Trial, sample_trials
 from learnkv.errors import UserError
-from learnkv.formats import duo, headkv, layers, lukv, tensors
+from learnkv.formats import duo, headkv, layers, lukv, tensors, unit_ends
 from learnkv.inference.models import load_model
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
@@ -35,6 +36,7 @@ Measurement = Literal[
     "query_frequencies",
     "kvzip_gate",
     "retention_gates",
+    "unit_ends",
     "covariance_rotation",
 ]
 UNUSED = ("copying_heads", "covariance_rotation")
@@ -57,7 +59,7 @@ class CalibrationConfig:
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `lukv.npy` (LU-KV's budget curve), `duo/`
             (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `query_frequencies.safetensors`
             (TriAttention), `kvzip_gate.safetensors` (Fast KVzip), `retention_gates.safetensors` (TrimKV),
-            `covariance_rotation.safetensors` (the codec OSCAR).
+            `unit_ends.json` (ShotKV), `covariance_rotation.safetensors` (the codec OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
         policy: policy that layer errors and the budget curve are measured for.
@@ -160,6 +162,7 @@ def _written(
             retention_gates(model, contexts, config.keep, config.retention_steps, seed=config.seed),
             torch.float16,
         ),
+        "unit_ends": lambda: unit_ends.write(out / "unit_ends.json", text_units(tokenizer)),
         "covariance_rotation": lambda: tensors.write(
             out / "covariance_rotation.safetensors", covariance_rotations(model, contexts)
         ),

@@ -4,6 +4,7 @@ import functools
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Scorer(Component, ABC):
     """
 
     needs: frozenset[str] = frozenset()
-    """Parts of the observation that exist for a prompt only: `hidden`, which is captured on demand, and `rope`."""
+    """Parts of the observation that exist for a prompt only: `rope`, and on demand `hidden` and `token_ids`."""
     functions: frozenset[str] = frozenset()
     """Functions of the layer that the scorer applies: `rotation` for `obs.rope`, `projection` for `obs.projection`."""
     window: int = 0
@@ -70,7 +71,8 @@ class Scorer(Component, ABC):
     @property
     def own_capture_spec(self) -> CaptureSpec:
         """`capture_spec` of this scorer alone."""
-        return CaptureSpec(self.window, "hidden" in self.needs, self.statistics, self.extra_passes, self.functions)
+        spec = CaptureSpec(self.window, "hidden" in self.needs, self.statistics, self.extra_passes, self.functions)
+        return replace(spec, token_ids="token_ids" in self.needs)
 
     @property
     def own_decode_capture(self) -> frozenset[Statistic]:

@@ -76,8 +76,7 @@ def prefill(
         each.check_sizes(described["shapes"], described["id"])
     capture_spec = functools.reduce(operator.or_, (each.capture_spec for each in policies), CaptureSpec(window))
     cache = CompressedCache(model.config, capture_spec.with_sample(sample))
-    cache.set_prompt(lengths)
-    cache.token_ids = (input_ids, input_ids[:, :0])
+    cache.set_prompt(lengths, input_ids)
     if protect is not None or protect_after is not None:
         cache.protection = protection_of(unpadded(input_ids, lengths), protect, protect_after, tokenizer)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()

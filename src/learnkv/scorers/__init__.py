@@ -25,7 +25,9 @@ from learnkv.scorers.prompt_order import PromptOrder
 from learnkv.scorers.random import Random
 from learnkv.scorers.restkv import ReSTKV
 from learnkv.scorers.rkv import RKV
+from learnkv.scorers.shotkv import ShotKV
 from learnkv.scorers.snapkv import SnapKV
+from learnkv.scorers.snapstream import SnapStream
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.scorers.tova import TOVA
 from learnkv.scorers.triattention import TriAttention
@@ -59,7 +61,9 @@ __all__ = [
     "Random",
     "ReSTKV",
     "Scorer",
+    "ShotKV",
     "SnapKV",
+    "SnapStream",
     "StreamingLLM",
     "TriAttention",
     "TrimKV",
