@@ -60,6 +60,18 @@ MADE_OF = {
     "layer_defensivekv": (scorers.DefensiveKV, Flat),
     "restkv": (scorers.ReSTKV, Uniform),
     "vase": (scorers.VaSE, Uniform),
+    "triattention": (scorers.TriAttention, Uniform),
+    "triattention_decode": (scorers.TriAttention, Uniform),
+    "shotkv": (scorers.ShotKV, Uniform),
+    "snapstream": (SnapKV, Uniform),
+    "laprox": (scorers.LaProx, Flat),
+    "kvec": (scorers.KVEC, Uniform),
+    "ams": (scorers.AMS, Uniform),
+    "ams_decode": (scorers.AMS, Uniform),
+    "trimkv": (scorers.TrimKV, Uniform),
+    "trimkv_decode": (scorers.TrimKV, Uniform),
+    "dbtrimkv": (scorers.TrimKV, Flat),
+    "dbtrimkv_decode": (scorers.TrimKV, Flat),
 }
 
 

@@ -8,7 +8,7 @@ import learnkv.allocators
 import learnkv.scorers
 from learnkv.allocators import Allocator, LearnedAllocator, LearnedSequentialAllocator, Pyramid
 from learnkv.core.component import Component
-from learnkv.scorers import GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV
+from learnkv.scorers import GateScorer, HiddenScorer, LearnedScorer, Scorer, SnapKV, TrimKV
 from support.observations import randomised, subclasses
 from support.tables import made_up
 
@@ -26,6 +26,9 @@ LEARNED: dict[type, Callable[[int, int, int, int, int], Any]] = {
     GateScorer: lambda layers, heads, group, dim, hidden: GateScorer(
         SnapKV(window=8), layers, heads, hidden, num_groups=group
     ),
+    TrimKV: lambda layers, heads, group, dim, hidden: TrimKV(
+        num_layers=layers, num_heads=heads, hidden_size=hidden, width=5
+    ),
     LearnedAllocator: lambda layers, heads, group, dim, hidden: LearnedAllocator(
         Pyramid(), layers, heads, conditioned=True, window=8
     ),
@@ -39,6 +42,7 @@ KNOWS_ITS_HEAD = {
     LearnedScorer,
     HiddenScorer,
     GateScorer,
+    TrimKV,
     learnkv.scorers.CompressKV,
     learnkv.scorers.VaSE,
     learnkv.scorers.FastKVzip,
@@ -61,4 +65,6 @@ def build(cls: type[AnyComponent], layers: int, heads: int, group: int, dim: int
         return cls(**{cls.table_argument: made_up(cls.table_argument, layers, heads, group, dim, hidden)})
     if "base" in arguments and arguments["base"].default is inspect.Parameter.empty:
         return cls(SnapKV(window=8))
+    if "level" in arguments:
+        return cls(0.05)
     return cls()

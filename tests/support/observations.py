@@ -38,12 +38,15 @@ def observe(
     slots = max(lengths)
     shapes = {"queries": (heads * group, dim), "keys": (heads, dim), "values": (heads, dim), "hidden": (1, 2 * dim)}
     rows: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    ids = torch.zeros(len(lengths), slots, dtype=torch.long)
     for length in lengths:
         generator = torch.Generator().manual_seed(1000 * seed + length)
         for name, (width, depth) in shapes.items():
             row = torch.full((width, slots, depth), torch.nan)
             row[:, slots - length :] = torch.randn(width, length, depth, generator=generator)
             rows[name].append(row)
+        generator = torch.Generator().manual_seed(7000 * seed + length)
+        ids[len(rows["keys"]) - 1, slots - length :] = torch.randint(97, (length,), generator=generator)
     made = {name: torch.stack(row) for name, row in rows.items()}
     positions = torch.arange(slots) - slots + torch.tensor(lengths).unsqueeze(-1)
     window, unrotated = min(window, slots), Layout.halves(dim // 2)
@@ -58,6 +61,7 @@ def observe(
         positions=positions.unsqueeze(1).expand(-1, heads, -1),
         project=lambda: torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
         hidden=made["hidden"][:, 0],
+        token_ids=ids,
         keep=torch.full((len(lengths),), 0.25, dtype=torch.float64),
         rotation=lambda: Rotary(((torch.ones(1, slots, dim // 2), torch.zeros(1, slots, dim // 2)),), unrotated),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from learnkv.formats import duo, headkv, layers, lukv, tensors
+from learnkv.formats import duo, headkv, layers, lukv, tensors, unit_ends
 from learnkv.ops.rotary import Layout
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.persistence.policies import build_policy
@@ -50,6 +50,12 @@ def _gate(path: Path, count: int, heads: int, group: int, dim: int, hidden: int)
     return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
 
 
+def _retention(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
+    sizes = {"L": count, "W": 5, "E": hidden, "H": heads}
+    shapes = {name: [sizes[letter] for letter in letters] for name, letters in tensors.RETENTION.items()}
+    return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
+
+
 MAKE: dict[str, Callable[..., Path]] = {
     "scores": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
     "heads": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
@@ -59,6 +65,10 @@ MAKE: dict[str, Callable[..., Path]] = {
     "moments": _moments,
     "gate": _gate,
     "queries": _queries,
+    "retention": _retention,
+    "ends": lambda path, *_: unit_ends.write(
+        path, {"sentence": range(0, 97, 5), "line": [5, 10, 60], "paragraph": [7]}
+    ),
     "budgets": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
 }
 """The argument that names a table -> what writes one for `count` layers of `heads` kv heads of `group` query heads of

@@ -13,6 +13,7 @@ from learnkv.allocators.learned import LearnedAllocator
 from learnkv.allocators.learned_sequential import LearnedSequentialAllocator
 from learnkv.allocators.lukv import LUKV
 from learnkv.allocators.pyramid import Pyramid
+from learnkv.allocators.threshold import Threshold
 from learnkv.allocators.uniform import Uniform
 from learnkv.core.allocator import Allocator
 
@@ -31,5 +32,6 @@ __all__ = [
     "LearnedAllocator",
     "LearnedSequentialAllocator",
     "Pyramid",
+    "Threshold",
     "Uniform",
 ]

@@ -99,6 +99,22 @@ class Accounting(Cache, ABC):
         return [entries / (n * layers * heads) for entries, n in zip(kept, self.lengths, strict=True)]
 
     @property
+    def coverage(self) -> list[float]:
+        """Fraction of each row's tokens that at least one head keeps (host sync); tokens are those of `spent`."""
+        self.refuse_invalid()
+        if self.budgets is None:
+            return [1.0] * len(self.prompt_lengths)
+        return [self._covered(row, n) / n for row, n in enumerate(self.lengths)]
+
+    def _covered(self, row: int, tokens: int) -> int:
+        """Distinct tokens of a row that are kept anywhere."""
+        kept = torch.zeros(tokens, dtype=torch.bool)
+        for layer in self.compressed_layers():
+            for head in range(layer.heads):
+                kept[layer.kept_positions(row, head).cpu()] = True
+        return int(kept.sum())
+
+    @property
     def read(self) -> list[float]:
         """Fraction of each row's prompt entries that a single new token attends to."""
         layers = [layer for layer in self.compressed_layers() if layer.segment is not None]

@@ -32,6 +32,8 @@ class Capture:
         self.unread_hidden: Tensor | None = None
         """[B, M, E] hidden states of the tail."""
         self.hidden: Tensor | None = None
+        self.token_ids: Tensor | None = None
+        """[B, S] of the whole prompt."""
         self.statistics: dict[Statistic | PromptPass, Tensor] = {}
         self.embeddings: tuple[Embeddings, ...] = ()
         """Rotary embeddings of every chunk of the prompt."""
@@ -131,6 +133,7 @@ class Capture:
             positions=positions,
             project=None if self.functions is None else self.functions.projection,
             hidden=self.hidden,
+            token_ids=None if self.token_ids is None or not self.aligned else self.token_ids[:, : keys.shape[2]],
             rotation=self._rotation(keys),
             statistics=self.statistics,
             sample=self.capture_spec.sample,
@@ -153,7 +156,7 @@ class Capture:
         chosen = Capture(self.capture_spec)
         chosen.queries, chosen.query_positions = _rows(self.queries, batch), _rows(self.query_positions, batch)
         chosen.unread, chosen.unread_hidden = _rows(self.unread, batch), _rows(self.unread_hidden, batch)
-        chosen.hidden = _rows(self.hidden, batch)
+        chosen.hidden, chosen.token_ids = _rows(self.hidden, batch), _rows(self.token_ids, batch)
         chosen.statistics = {key: tensor[batch.to(tensor.device)] for key, tensor in self.statistics.items()}
         chosen.embeddings = tuple(tuple(_shared(part, batch) for part in parts) for parts in self.embeddings)
         chosen.functions, chosen.scaling, chosen.aligned = self.functions, self.scaling, self.aligned
@@ -172,7 +175,7 @@ class Capture:
             self.query_positions = self.query_positions[:, -kept:].clone()
         else:
             self.queries = self.query_positions = None
-        self.hidden, self.embeddings, self.statistics = None, (), {}
+        self.hidden, self.token_ids, self.embeddings, self.statistics = None, None, (), {}
         if decode_capture is None:
             self.functions = None
         else:

@@ -68,9 +68,14 @@ class CompressedCache(Accounting):
         """True once the prompt is complete."""
         return all(layer.sealed for layer in self.compressed_layers())
 
-    def set_prompt(self, lengths: Sequence[int]) -> None:
-        """Set how many tokens each row of the prompt has; what precedes them is padding."""
+    def set_prompt(self, lengths: Sequence[int], input_ids: Tensor | None = None) -> None:
+        """Set how many tokens each row of the prompt has; what precedes them in `input_ids` [B, S] is padding."""
         self.prompt_lengths = list(lengths)
+        if input_ids is None:
+            return
+        self.token_ids = (input_ids, input_ids[:, :0])
+        for layer in self.compressed_layers():
+            layer.capture.token_ids = input_ids if layer.capture.capture_spec.token_ids else None
 
     @property
     def prompt_mask(self) -> Tensor:

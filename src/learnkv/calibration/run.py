@@ -15,9 +15,11 @@ from learnkv.calibration.heads import Kind, head_scores
 from learnkv.calibration.kvzip_gate import kvzip_gate
 from learnkv.calibration.layers import layer_errors
 from learnkv.calibration.moments import query_moments
+from learnkv.calibration.retention import retention_gates
+from learnkv.calibration.text_units import text_units
 from learnkv.calibration.trials import Trial, sample_trials
 from learnkv.errors import UserError
-from learnkv.formats import duo, headkv, layers, lukv, tensors
+from learnkv.formats import duo, headkv, layers, lukv, tensors, unit_ends
 from learnkv.inference.models import load_model
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
@@ -33,6 +35,8 @@ Measurement = Literal[
     "query_moments",
     "query_frequencies",
     "kvzip_gate",
+    "retention_gates",
+    "unit_ends",
     "covariance_rotation",
 ]
 UNUSED = ("copying_heads", "covariance_rotation")
@@ -54,11 +58,12 @@ class CalibrationConfig:
         out: folder to write: `head_scores.json` (HeadKV), `copying_heads.json` (retrieval heads, in the same format),
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `lukv.npy` (LU-KV's budget curve), `duo/`
             (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `query_frequencies.safetensors`
-            (TriAttention), `kvzip_gate.safetensors` (Fast KVzip), `covariance_rotation.safetensors` (the codec OSCAR).
+            (TriAttention), `kvzip_gate.safetensors` (Fast KVzip), `retention_gates.safetensors` (TrimKV),
+            `unit_ends.json` (ShotKV), `covariance_rotation.safetensors` (the codec OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
         policy: policy that layer errors and the budget curve are measured for.
-        keep: kept fraction of the layer errors.
+        keep: kept fraction of the layer errors, and that TrimKV's gates may retain of a context.
         lengths: tokens of the contexts.
         samples: questions at each length; head scores use those that the model answers correctly.
         sink: first tokens that a streaming head keeps.
@@ -66,6 +71,7 @@ class CalibrationConfig:
         gate_steps: steps of the gates' training, one question each.
         gate_penalty: weight in nats of the mean gate in the gates' loss.
         kvzip_steps: training steps of Fast KVzip's gate, per layer.
+        retention_steps: training steps of TrimKV's gates, one context each, per layer.
         seed: seed of the questions.
         revision: branch, tag or commit of a hub id.
         dtype: auto, float32, bfloat16 or float16.
@@ -85,6 +91,7 @@ class CalibrationConfig:
     gate_steps: int = 120
     gate_penalty: float = 0.3
     kvzip_steps: int = 400
+    retention_steps: int = 100
     seed: int = 0
     revision: str | None = None
     dtype: str = "auto"
@@ -94,10 +101,11 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise UserError("out=: expected a folder to write, got nothing")
-        if self.samples < 1 or not self.lengths or self.gate_steps < 1 or self.kvzip_steps < 1:
+        steps = (self.gate_steps, self.kvzip_steps, self.retention_steps)
+        if self.samples < 1 or not self.lengths or min(steps) < 1:
             raise UserError(
                 f"samples={self.samples} lengths={self.lengths} gate_steps={self.gate_steps} "
-                f"kvzip_steps={self.kvzip_steps}: expected one at least"
+                f"kvzip_steps={self.kvzip_steps} retention_steps={self.retention_steps}: expected one at least"
             )
 
 
@@ -149,6 +157,12 @@ def _written(
             kvzip_gate(model, contexts, config.kvzip_steps, seed=config.seed),
             torch.float16,
         ),
+        "retention_gates": lambda: tensors.write(
+            out / "retention_gates.safetensors",
+            retention_gates(model, contexts, config.keep, config.retention_steps, seed=config.seed),
+            torch.float16,
+        ),
+        "unit_ends": lambda: unit_ends.write(out / "unit_ends.json", text_units(tokenizer)),
         "covariance_rotation": lambda: tensors.write(
             out / "covariance_rotation.safetensors", covariance_rotations(model, contexts)
         ),

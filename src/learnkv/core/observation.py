@@ -62,6 +62,8 @@ class Observation:
     """Computes `projection`; None where no layer was probed."""
     hidden: Tensor | None = None
     """[B, S, E] input of the attention block, for a scorer that needs `hidden`."""
+    token_ids: Tensor | None = None
+    """[B, S] of the prompt, for a scorer that needs `token_ids`."""
     rotation: Callable[[], Rotary] | None = None
     """Computes `rope`; None: nothing is rotated."""
     keep: Tensor | None = None
@@ -124,7 +126,8 @@ class Observation:
     def of_tokens(self, slots: Tensor | slice, hidden: Tensor | None) -> "Observation":
         """The same for the tokens in `slots` [M] alone, with their hidden states [B, M, E]."""
         entries = {name: getattr(self, name)[:, :, slots] for name in ("keys", "values", "valid", "positions")}
-        return replace(self, hidden=hidden, statistics={}, **entries)
+        ids = None if self.token_ids is None else self.token_ids[:, slots]
+        return replace(self, hidden=hidden, token_ids=ids, statistics={}, **entries)
 
 
 class Statistic(ABC):
@@ -253,6 +256,8 @@ class CaptureSpec:
     """Functions of the layers that are probed while the prompt is read: `rotation`, `projection`."""
     sample: HiddenSample | None = None
     """Tokens whose hidden states are kept for the gradients of trained scorers; None: no scorer is trained."""
+    token_ids: bool = False
+    """Ids of the prompt's tokens."""
 
     @property
     def gathered(self) -> frozenset[Statistic]:
@@ -278,4 +283,5 @@ class CaptureSpec:
             self.extra_passes | other.extra_passes,
             self.functions | other.functions,
             self.sample or other.sample,
+            self.token_ids or other.token_ids,
         )

@@ -3,7 +3,8 @@
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class Scorer(Component, ABC):
     """
 
     needs: frozenset[str] = frozenset()
-    """Parts of the observation that exist for a prompt only: `hidden`, which is captured on demand, and `rope`."""
+    """Parts of the observation that exist for a prompt only: `rope`, and on demand `hidden` and `token_ids`."""
     functions: frozenset[str] = frozenset()
     """Functions of the layer that the scorer applies: `rotation` for `obs.rope`, `projection` for `obs.projection`."""
     window: int = 0
@@ -70,7 +71,8 @@ class Scorer(Component, ABC):
     @property
     def own_capture_spec(self) -> CaptureSpec:
         """`capture_spec` of this scorer alone."""
-        return CaptureSpec(self.window, "hidden" in self.needs, self.statistics, self.extra_passes, self.functions)
+        spec = CaptureSpec(self.window, "hidden" in self.needs, self.statistics, self.extra_passes, self.functions)
+        return replace(spec, token_ids="token_ids" in self.needs)
 
     @property
     def own_decode_capture(self) -> frozenset[Statistic]:
@@ -128,6 +130,16 @@ class Scorer(Component, ABC):
             budgets: [L, B, H] entries that every head keeps, protected ones included.
         """
         return scores
+
+    def carry(self, obs: Observation, budgets: Tensor) -> Mapping[Statistic | PromptPass, Tensor]:
+        """Statistics of the entries as later evictions shall find them, [B, H, S, F] each, for a method with a memory.
+
+        Called for each eviction of a policy that evicts again, with the observation that `refine` had.
+
+        Args:
+            budgets: [B, H] entries that every head keeps, protected ones included.
+        """
+        return {}
 
     def _builds_on(self, base: "Scorer") -> None:
         """Require everything that `base` reads; UserError for one that ranks by a head's budget (`refines`)."""

@@ -97,6 +97,7 @@ def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
         "asked_bytes": None if first["asked_bytes"] is None else round(fmean(r["asked_bytes"] for r in group)),
         "precision": first["precision"],
         "spent": fmean(record["spent"] for record in group),
+        "coverage": fmean(r["coverage"] for r in group) if all("coverage" in r for r in group) else None,
         "read": fmean(record.get("read", record["spent"]) for record in group),
         "prefills": fmean(record.get("prefills", 1.0) for record in group),
         "bytes": round(fmean(record["bytes"] for record in group)),

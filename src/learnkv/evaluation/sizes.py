@@ -14,7 +14,8 @@ def full_sizes(cache: CompressedCache) -> list[dict[str, Any]]:
     sizes = [cache.full_nbytes * n / tokens for n in cache.prompt_lengths]
     bits = str(8 * cache.compressed_layers()[0].dtype.itemsize)
     return [
-        {"spent": 1.0, "read": 1.0, "prefills": 1.0, "bytes": size, "bytes_full": size, "precision": bits}
+        {"spent": 1.0, "coverage": 1.0, "read": 1.0, "prefills": 1.0}
+        | {"bytes": size, "bytes_full": size, "precision": bits}
         for size in sizes
     ]
 
@@ -34,11 +35,12 @@ def sizes_of(cache: CompressedCache, policy: Policy, budget: Budget) -> list[dic
     """
     with_budgets = any(True for _ in policy.parameters())
     sizes, kept = full_sizes(cache), [share * n for share, n in zip(cache.spent, cache.prompt_lengths, strict=True)]
+    coverage = cache.coverage
     own, exact = cache.row_nbytes(), budget.bytes is not None or policy.precision is not None
     other = 0 if exact else cache.nbytes - sum(own)
     for row, size in enumerate(sizes):
         extra_tokens = sum(cache.extra_pass_tokens[extra][row] for extra in policy.capture_spec.extra_passes)
-        size["spent"], size["read"] = cache.spent[row], cache.read[row]
+        size["spent"], size["coverage"], size["read"] = cache.spent[row], coverage[row], cache.read[row]
         size["prefills"] = 1 + extra_tokens / cache.prompt_lengths[row]
         size["bytes"] = own[row] + other * kept[row] / sum(kept)
         if exact:

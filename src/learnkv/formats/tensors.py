@@ -18,6 +18,8 @@ FREQUENCIES = {"mean": "LND", "magnitude": "LNF", "frequency": "LF", "scale": "L
 per position, the factor that RoPE scales them by, and the numbers of `ops.rotary.Layout`."""
 COVARIANCE_ROTATION = {"keys": "LHDD", "values": "LHDD"}
 """OSCAR's rotations of H kv heads, or of all alike with H = 1: stored = vector @ rotation."""
+RETENTION = {"in.weight": "LWE", "in.bias": "LW", "out.weight": "LHW", "out.bias": "LH"}
+"""TrimKV's gates for H kv heads: W hidden units, E inputs."""
 KVZIP_GATE = {
     "q_proj.weight": "LQE",
     "q_proj.bias": "LQ",

@@ -88,8 +88,7 @@ def _empty_cache(
 ) -> CompressedCache:
     """A cache that is about to read prompts of these lengths."""
     cache = CompressedCache(model.config, capture_spec)
-    cache.set_prompt(lengths)
-    cache.token_ids = (input_ids, input_ids[:, :0])
+    cache.set_prompt(lengths, input_ids)
     return cache
 
 

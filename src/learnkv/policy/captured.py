@@ -25,6 +25,8 @@ def check_captured(spec: CaptureSpec, scorer: str, obs: Observation) -> None:
             f"the policy's {scorer} applies functions of the layers that a stored prompt does not have: compress it "
             "before it is saved"
         )
+    if spec.token_ids and obs.token_ids is None:
+        raise UserError("the policy reads the prompt's token ids: hand it to prefill, among policies= or as policy=")
     if not spec.statistics | spec.extra_passes <= obs.statistics.keys():
         raise UserError(
             f"the policy's {scorer} reads more of a prompt than keys, values and the "

@@ -15,6 +15,7 @@ from learnkv.ops.round_to_budget import round_layer
 from learnkv.policy.byte_budget import ByteCount, uniform_levels
 from learnkv.policy.captured import record_compression
 from learnkv.policy.model_sizes import sizes_of
+from learnkv.policy.online import carry
 from learnkv.policy.planner import with_keep
 from learnkv.policy.policy import Policy
 
@@ -54,6 +55,7 @@ def compress_when_read(
         budgets, levels = budgets.unsqueeze(0), None
         if planner.precision is not None:
             levels = uniform_levels(planner.precision, budgets, budgets.double())
+        carry(policy.online, cache, budgets, layer_idx)
         cache.evict(scores.unsqueeze(0), budgets, total, layer_idx, policy.rerotate, levels)
 
     for layer_idx, layer in enumerate(layers):

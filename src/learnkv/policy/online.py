@@ -120,10 +120,12 @@ class OnlineEviction:
                 levels = None
                 if self.planner.precision is not None:
                     levels = uniform_levels(self.planner.precision, fixed, fixed.double())
+                carry(self, cache, fixed, layer_idx)
                 cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate, levels)
             return
         observations = [self._merged(cache, layer_idx, max(longest), merge) for layer_idx in range(layers)]
         plan = self.planner.plan(observations, cache.lengths, merge.totals, merge.protected, budgets, merge.evicted)
+        carry(self, cache, plan.budgets)
         cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
         cache.budgets = plan.budgets
         cache.invalid += plan.invalid
@@ -165,6 +167,21 @@ class OnlineEviction:
         layer = cache.compressed_layers()[layer_idx]
         merge_tail(layer, longest, merge.positions.to(layer.device))
         return layer.observation()
+
+
+def carry(online: OnlineEviction | None, cache: CompressedCache, budgets: Tensor, first: int = 0) -> None:
+    """Keep with the entries what the scorer of later evictions has to know of this one.
+
+    Args:
+        online: the evictions to come; None: there are none.
+        budgets: [L, B, H] of the layers from `first` on.
+    """
+    if online is None:
+        return
+    for layer, kept in zip(cache.compressed_layers()[first:], budgets, strict=False):
+        obs = layer.observation()
+        new = online.planner.scorer.carry(obs, kept.to(obs.keys.device))
+        layer.capture.statistics = {**layer.capture.statistics, **dict(new)}
 
 
 def _count_tail(cache: CompressedCache) -> tuple[Tensor, list[int]]:

@@ -24,7 +24,7 @@ from learnkv.policy.budget import Protected, check_read, entries_to_keep, protec
 from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_countable, check_precision, check_spend
 from learnkv.policy.captured import check_captured, record_compression, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
-from learnkv.policy.online import OnlineEviction, check_online
+from learnkv.policy.online import OnlineEviction, carry, check_online
 from learnkv.policy.planner import Planner
 from learnkv.policy.relax import relax_to_plan
 from learnkv.precision.uniform import UniformPrecision, as_precision
@@ -104,8 +104,7 @@ class Policy(Component):
     @property
     def planner(self) -> Planner:
         """The planner of a prompt."""
-        scorer = Constant() if self.scorer is None else self.scorer
-        return Planner(scorer, self.allocator, self.sinks, self.recent, self.precision)
+        return Planner(self.scorer or Constant(), self.allocator, self.sinks, self.recent, self.precision)
 
     @property
     def online(self) -> OnlineEviction | None:
@@ -226,6 +225,7 @@ class Policy(Component):
             with torch.no_grad():
                 plan = self.plan(cache, keep, budget, bytes)
                 self.schedule(cache, keep, budget, bytes)
+                carry(self.online, cache, plan.budgets)
                 cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
             cache.budgets = plan.budgets
             cache.invalid += plan.invalid

@@ -1,6 +1,7 @@
 """Scorers: the importance of each cache entry."""
 
 from learnkv.core.scorer import Scorer
+from learnkv.scorers.ams import AMS
 from learnkv.scorers.cake import CAKE
 from learnkv.scorers.chunked import Chunked
 from learnkv.scorers.compresskv import CompressKV
@@ -14,7 +15,9 @@ from learnkv.scorers.h2o import H2O
 from learnkv.scorers.hidden import HiddenScorer
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
+from learnkv.scorers.kvec import KVEC
 from learnkv.scorers.kvzip import KVzip
+from learnkv.scorers.laprox import LaProx
 from learnkv.scorers.lava import LAVa
 from learnkv.scorers.learned import LearnedScorer
 from learnkv.scorers.observed_attention import ObservedAttention
@@ -22,15 +25,20 @@ from learnkv.scorers.prompt_order import PromptOrder
 from learnkv.scorers.random import Random
 from learnkv.scorers.restkv import ReSTKV
 from learnkv.scorers.rkv import RKV
+from learnkv.scorers.shotkv import ShotKV
 from learnkv.scorers.snapkv import SnapKV
+from learnkv.scorers.snapstream import SnapStream
 from learnkv.scorers.streaming_llm import StreamingLLM
 from learnkv.scorers.tova import TOVA
 from learnkv.scorers.triattention import TriAttention
+from learnkv.scorers.trimkv import TrimKV
 from learnkv.scorers.vase import VaSE
 
 __all__ = [
+    "AMS",
     "CAKE",
     "H2O",
+    "KVEC",
     "RKV",
     "TOVA",
     "Chunked",
@@ -46,14 +54,18 @@ __all__ = [
     "KeyDiff",
     "Knorm",
     "LAVa",
+    "LaProx",
     "LearnedScorer",
     "ObservedAttention",
     "PromptOrder",
     "Random",
     "ReSTKV",
     "Scorer",
+    "ShotKV",
     "SnapKV",
+    "SnapStream",
     "StreamingLLM",
     "TriAttention",
+    "TrimKV",
     "VaSE",
 ]

@@ -42,6 +42,7 @@ class Case:
     def __init__(self, path: Path, number: int) -> None:
         sidecar, arrays = sidecar_of(path), arrays_of(path.with_suffix(".npz"))
         record = sidecar["cases"][number]
+        self.number = number
         self.path, self.params, self.notes = path, record["params"], record.get("notes") or {}
         self.inputs = path.with_name(sidecar["inputs_file"]) if sidecar.get("inputs_file") else None
         self.shared = {name: array for name, array in arrays.items() if "__" not in name}
