@@ -33,6 +33,7 @@ MADE_OF = {
     "adapyramidkv": (SnapKV, AdaKV),
     "headkv": (SnapKV, HeadKV),
     "lukv": (SnapKV, LUKV),
+    "locos": (SnapKV, HeadKV),
     "duo_attention": (StreamingLLM, DuoAttention),
     "compresskv": (scorers.CompressKV, allocators.CompressKV),
     "chunkkv": (scorers.Chunked, Uniform),

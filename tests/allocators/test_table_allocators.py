@@ -140,3 +140,12 @@ def test_a_table_of_another_model_is_named(make: Callable[..., Any], told: str) 
 def test_the_shipped_tables_say_whose_they_are() -> None:
     with pytest.raises(UserError, match=r"^scores=reference: made for 6 layers of 8 query heads, .*learnkv calibrate"):
         wishes(HeadKV(), 10, 32, 8)
+
+
+def test_heads_that_work_against_the_answer_count_as_nothing(tmp_path: Path) -> None:
+    """LOCOS' scores have a sign; the best query head of a group may speak for it."""
+    file = headkv.write(tmp_path / "scores.json", [[[-5.0], [3.0], [1.0], [0.0]]])
+    allocator = HeadKV(str(file), beta=1, table="logit_heads", negative="zero", group_reduce="max")
+    assert wishes(allocator, 10, 1, 4).flatten().tolist() == pytest.approx([0, 30, 10, 0])
+    assert wishes(allocator, 10, 1, 2).flatten().tolist() == pytest.approx([30, 10])
+    assert wishes(HeadKV(str(file), beta=1, negative="zero"), 10, 1, 2).flatten().tolist() == pytest.approx([15, 5])

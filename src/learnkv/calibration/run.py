@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
+from learnkv.calibration.contributions import logit_heads
 from learnkv.calibration.covariance_rotations import covariance_rotations
 from learnkv.calibration.curve import budget_curve
 from learnkv.calibration.gates import head_gates
@@ -26,6 +27,7 @@ Measurement = Literal[
     "head_scores",
     "copying_heads",
     "semantic_heads",
+    "logit_heads",
     "layer_errors",
     "budget_curve",
     "head_gates",
@@ -50,9 +52,10 @@ class CalibrationConfig:
     Args:
         model: `reference`, a model's folder or a hub id.
         out: folder to write: `head_scores.json` (HeadKV), `copying_heads.json` (retrieval heads, in the same format),
-            `semantic_heads.json` and `layer_errors.json` (CompressKV), `lukv.npy` (LU-KV's budget curve), `duo/`
-            (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `kvzip_gate.safetensors`
-            (Fast KVzip), `covariance_rotation.safetensors` (the codec OSCAR).
+            `semantic_heads.json` and `layer_errors.json` (CompressKV), `logit_heads.json` (LOCOS, in HeadKV's format),
+            `lukv.npy` (LU-KV's budget curve), `duo/` (DuoAttention's gates), `query_moments.safetensors`
+            (ExpectedAttention), `kvzip_gate.safetensors` (Fast KVzip), `covariance_rotation.safetensors` (the codec
+            OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
         policy: policy that layer errors and the budget curve are measured for.
@@ -120,10 +123,10 @@ def _written(
     kinds = {KINDS[name]: name for name in wanted if name in KINDS}
     if kinds:
         for kind, scores in head_scores(model, tokenizer, trials, list(kinds)).items():
-            rounded = [[[round(score, DECIMALS) for score in head] for head in layer] for layer in scores]
-            yield headkv.write(out / f"{kinds[kind]}.json", rounded)
+            yield headkv.write(out / f"{kinds[kind]}.json", _rounded(scores))
     contexts = [trial.context for trial in trials]
     measured: dict[str, Callable[[], Path]] = {
+        "logit_heads": lambda: headkv.write(out / "logit_heads.json", _rounded(logit_heads(model, trials))),
         "layer_errors": lambda: layers.write(
             out / "layer_errors.json",
             [round(error, DECIMALS) for error in layer_errors(model, trials, policy, config.keep).tolist()],
@@ -151,3 +154,7 @@ def _written(
     for name, write in measured.items():
         if name in wanted:
             yield write()
+
+
+def _rounded(trials: headkv.Trials) -> headkv.Trials:
+    return [[[round(score, DECIMALS) for score in head] for head in layer] for layer in trials]
