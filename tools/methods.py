@@ -24,7 +24,7 @@ PARTS: dict[str, tuple[ModuleType, str]] = {
     "pages": (pages, "Page selectors: what a decode step reads"),
 }
 DEFAULT_ALLOCATOR = type(Policy(None).allocator)
-ABSTRACT = ("Scorer", "Allocator", "PageSelector")
+ABSTRACT = ("Scorer", "Allocator", "PageSelector", "EntrySelector")
 READS = {  # attributes of an observation
     "keys": "keys",
     "window_attention": "keys",

@@ -6,7 +6,9 @@ from learnkv.allocators.compresskv import CompressKV
 from learnkv.allocators.duo_attention import DuoAttention
 from learnkv.allocators.fixed_layers import FixedLayers
 from learnkv.allocators.flat import Flat
+from learnkv.allocators.flux_attention import FluxAttention
 from learnkv.allocators.headkv import HeadKV
+from learnkv.allocators.heterocache import HeteroCache
 from learnkv.allocators.lava import LAVa
 from learnkv.allocators.layer_by_layer import LayerByLayer
 from learnkv.allocators.learned import LearnedAllocator
@@ -25,7 +27,9 @@ __all__ = [
     "DuoAttention",
     "FixedLayers",
     "Flat",
+    "FluxAttention",
     "HeadKV",
+    "HeteroCache",
     "LAVa",
     "LayerByLayer",
     "LearnedAllocator",

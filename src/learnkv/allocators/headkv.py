@@ -83,4 +83,5 @@ class HeadKV(Allocator):
     def _of_groups(self, table: Tensor, group: int) -> Tensor:
         """[L, B, H] of the query heads' [L, B, H*G]."""
         grouped = table.unflatten(-1, (-1, group))
-        return grouped.mean(-1) if self.group_reduce == "mean" else grouped.amax(-1)
+        reduced: Tensor = grouped.mean(-1) if self.group_reduce == "mean" else grouped.amax(-1)
+        return reduced

@@ -10,12 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from learnkv.cache.attended import check_attended, check_continues, sizes_of
 from learnkv.cache.capture import Capture
-from learnkv.cache.page_index import PageIndex
+from learnkv.cache.entry_index import AnyIndex, index_of
 from learnkv.cache.states import Kept, Prompt, Relaxed, Stored
 from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.cache.tiers import StoredTier
+from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec, Observation
-from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
 from learnkv.ops.rotary import Layout
 
@@ -158,7 +158,7 @@ class CompressedLayer(CacheLayerMixin):
         return isinstance(self.state, Relaxed)
 
     @property
-    def page_index(self) -> PageIndex | None:
+    def page_index(self) -> AnyIndex | None:
         """The pages that a single token chooses from; None: it attends to everything."""
         return None if self.state is None else self.state.page_index
 
@@ -268,10 +268,10 @@ class CompressedLayer(CacheLayerMixin):
         assert self.segment is not None
         self.state = self.prompt.relax(self.segment, gates, soft=True)
 
-    def read_pages(self, selector: PageSelector, tokens: Sequence[int]) -> None:
+    def read_pages(self, selector: AnySelector, tokens: Sequence[int], shared: dict[str, Tensor]) -> None:
         """Let every single token attend to `tokens` [B] entries per head, in the pages that `selector` chooses."""
         assert isinstance(self.state, Kept)
-        index = None if self.layer_idx < selector.dense_layers else PageIndex(selector, tokens, self.state.segment)
+        index = index_of(selector, tokens, self.state.segment, self.layer_idx, self.observation, shared)
         self.state = replace(self.state, page_index=index)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

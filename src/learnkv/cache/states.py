@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learnkv.cache.page_index import PageIndex
+from learnkv.cache.entry_index import AnyIndex
 from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.cache.tiers import Carried, StoredTier
 from learnkv.core.codec import Codec
@@ -44,7 +44,7 @@ class Prompt:
     """[B, H, S] prompt position of each entry of a merged prompt, negative where there is none; None: as read."""
     rotated: Tensor | None = None
     """[B, H, S] position that each key is rotated to; None: its prompt position."""
-    page_index: PageIndex | None = None
+    page_index: AnyIndex | None = None
     """Of the entries before the tail was merged; it is made anew for those that will be kept."""
     carried: Carried | None = None
     """Entries [B, H, S] of a merged prompt that are stored in fewer bits already."""
@@ -91,7 +91,7 @@ class Prompt:
         prompt = replace(self, keys=self.keys.contiguous(), values=self.values.contiguous())
         return Kept(Segment.whole(prompt.keys, prompt.values, self.slot_positions()), prompt)
 
-    def evict(self, segment: Segment, page_index: PageIndex | None, tiers: tuple[StoredTier, ...] = ()) -> "Kept":
+    def evict(self, segment: Segment, page_index: AnyIndex | None, tiers: tuple[StoredTier, ...] = ()) -> "Kept":
         """Keep `segment` and `tiers` only; where there are pages, they are those of the segment from now on."""
         return Kept(segment, page_index=None if page_index is None else page_index.rebuilt(segment), tiers=tiers)
 
@@ -131,7 +131,7 @@ class Kept:
     segment: Segment
     prompt: Prompt | None = None
     """The complete prompt, of which the segment is a view, until entries are evicted or rows are selected."""
-    page_index: PageIndex | None = None
+    page_index: AnyIndex | None = None
     """Bounds of pages where a single token reads chosen pages only."""
     tiers: tuple[StoredTier, ...] = ()
     """Further entries, in fewer bits."""
@@ -149,7 +149,7 @@ class Kept:
 
     def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens; `mask` [B, 1, T, M] of the tail."""
-        pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask)
+        pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask, scaling)
         tiers = [tier.arguments(query.dtype) for tier in self.tiers]
         return decode_attention(query, self.segment.ragged, tail.arguments(mask), scaling, pages, tiers)[0]
 

@@ -11,13 +11,15 @@ from learnkv.calibration.contributions import logit_heads
 from learnkv.calibration.covariance_rotations import covariance_rotations
 from learnkv.calibration.curve import budget_curve
 from learnkv.calibration.gates import head_gates
+from learnkv.calibration.head_kinds import head_kinds
 from learnkv.calibration.heads import Kind, head_scores
 from learnkv.calibration.kvzip_gate import kvzip_gate
+from learnkv.calibration.layer_router import layer_router
 from learnkv.calibration.layers import layer_errors
 from learnkv.calibration.moments import query_moments
 from learnkv.calibration.trials import Trial, sample_trials
 from learnkv.errors import UserError
-from learnkv.formats import duo, headkv, layers, lukv, tensors
+from learnkv.formats import duo, headkv, heterocache, layers, lukv, tensors
 from learnkv.inference.models import load_model
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
@@ -33,6 +35,8 @@ Measurement = Literal[
     "head_gates",
     "query_moments",
     "kvzip_gate",
+    "head_kinds",
+    "layer_router",
     "covariance_rotation",
 ]
 UNUSED = ("copying_heads", "covariance_rotation")
@@ -54,8 +58,9 @@ class CalibrationConfig:
         out: folder to write: `head_scores.json` (HeadKV), `copying_heads.json` (retrieval heads, in the same format),
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `logit_heads.json` (LOCOS, in HeadKV's format),
             `lukv.npy` (LU-KV's budget curve), `duo/` (DuoAttention's gates), `query_moments.safetensors`
-            (ExpectedAttention), `kvzip_gate.safetensors` (Fast KVzip), `covariance_rotation.safetensors` (the codec
-            OSCAR).
+            (ExpectedAttention), `kvzip_gate.safetensors` (Fast KVzip), `head_kinds.json` (HeteroCache),
+            `layer_router.safetensors` (Flux Attention),
+            `covariance_rotation.safetensors` (the codec OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
         policy: policy that layer errors and the budget curve are measured for.
@@ -67,6 +72,7 @@ class CalibrationConfig:
         gate_steps: steps of the gates' training, one question each.
         gate_penalty: weight in nats of the mean gate in the gates' loss.
         kvzip_steps: training steps of Fast KVzip's gate, per layer.
+        stable: overlap of a head's best entries below which HeteroCache counts it as volatile.
         seed: seed of the questions.
         revision: branch, tag or commit of a hub id.
         dtype: auto, float32, bfloat16 or float16.
@@ -86,6 +92,7 @@ class CalibrationConfig:
     gate_steps: int = 120
     gate_penalty: float = 0.3
     kvzip_steps: int = 400
+    stable: float = 0.5
     seed: int = 0
     revision: str | None = None
     dtype: str = "auto"
@@ -145,6 +152,12 @@ def _written(
         "kvzip_gate": lambda: tensors.write(
             out / "kvzip_gate.safetensors",
             kvzip_gate(model, contexts, config.kvzip_steps, seed=config.seed),
+            torch.float16,
+        ),
+        "head_kinds": lambda: heterocache.write(out / "head_kinds.json", head_kinds(model, trials, config.stable)),
+        "layer_router": lambda: tensors.write(
+            out / "layer_router.safetensors",
+            layer_router(model, trials, config.sink, config.recent, config.gate_steps, seed=config.seed),
             torch.float16,
         ),
         "covariance_rotation": lambda: tensors.write(

@@ -136,6 +136,8 @@ def _measured(
                 sizes = _sizes(fork, policy, job.budget)
                 with measured(model.device) as decode:
                     scores, _ = family.measure(model, prompts, fork, full)
+                if policy.pages is not None:  # some choose how much they read, token by token
+                    sizes = [{**size, "read": read} for size, read in zip(sizes, fork.read, strict=True)]
             cost = _cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
             yield job, [{**size, **cost} for size in sizes], scores
 

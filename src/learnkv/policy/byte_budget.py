@@ -12,7 +12,7 @@ from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.eviction import Rerotate
-from learnkv.core.page_selector import PageSelector
+from learnkv.core.entry_selector import AnySelector
 from learnkv.core.precision import TABLE_BYTES, LevelPlan, Precision
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
@@ -60,7 +60,7 @@ def check_precision(
     precision: Precision | None,
     scorer: Scorer | None,
     evict_interval: int,
-    pages: PageSelector | None,
+    pages: AnySelector | None,
     rerotate: Rerotate | None,
 ) -> None:
     """Raise UserError for what a policy cannot have together with entries in fewer bits."""
@@ -79,7 +79,7 @@ def check_precision(
         raise UserError(f"precision={precision.name}: expected a scorer, by which bytes are shared out")
 
 
-def check_countable(byte_count: ByteCount, pages: PageSelector | None, decode: Scorer | None) -> None:
+def check_countable(byte_count: ByteCount, pages: AnySelector | None, decode: Scorer | None) -> None:
     """Raise UserError where a budget in bytes would not count everything that is held.
 
     Args:

@@ -12,6 +12,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.eviction import Rerotate
 from learnkv.cache.merge_tail import merge_tail
 from learnkv.cache.schedule import EvictionSchedule
+from learnkv.core.allocator import Allocator
 from learnkv.core.finite import Invalid
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.scorer import Scorer
@@ -23,8 +24,8 @@ from learnkv.policy.planner import Planner, with_keep
 from learnkv.policy.relax import relax_to_plan
 
 
-def check_online(interval: int, scorer: Scorer | None) -> None:
-    """Raise for a negative interval, and where a scorer cannot score tokens that come after the prompt."""
+def check_online(interval: int, scorer: Scorer | None, allocator: Allocator | None = None) -> None:
+    """Raise for a negative interval, and where parts read of a prompt what is not kept of later tokens."""
     if not isinstance(interval, Integral) or interval < 0:
         raise UserError(
             f"evict_interval={interval}: expected a number of tokens, 0 to keep all that come after the prompt"
@@ -34,6 +35,8 @@ def check_online(interval: int, scorer: Scorer | None) -> None:
             f"evict_interval={interval}: {type(scorer).__name__} reads of a prompt what is not held of "
             "later tokens; expected another scorer as decode"
         )
+    if interval and allocator is not None and allocator.statistics:
+        raise UserError(f"evict_interval={interval}: {allocator.name} reads the queries of a prompt; expected 0")
 
 
 class _Merge(NamedTuple):

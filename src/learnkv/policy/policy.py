@@ -13,26 +13,25 @@ from learnkv.cache.eviction import Rerotate
 from learnkv.core.adapter import Adapter
 from learnkv.core.allocator import Allocator
 from learnkv.core.component import Component
+from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec
-from learnkv.core.page_selector import PageSelector
 from learnkv.core.plan import Plan
 from learnkv.core.precision import Precision
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.policy.base_parts import base_part, base_precision
-from learnkv.policy.budget import check_read, entries_to_keep, protected_per_head
+from learnkv.policy.budget import entries_to_keep, protected_per_head
 from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_countable, check_precision, check_spend
 from learnkv.policy.captured import check_captured, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, check_online
 from learnkv.policy.planner import Planner
+from learnkv.policy.reading import check_read, read_pages
 from learnkv.policy.relax import relax_to_plan
 from learnkv.precision.uniform import UniformPrecision, as_precision
 from learnkv.scorers.constant import Constant
 
 TEMPERATURE = 0.5
-EVERYTHING = 2**30
-"""Tokens to read where a row's prompt is read whole, and what follows with it."""
 
 
 class Policy(Component):
@@ -63,7 +62,7 @@ class Policy(Component):
         evict_interval: int = 0,
         decode: Scorer | None = None,
         rerotate: Rerotate | None = None,
-        pages: PageSelector | None = None,
+        pages: AnySelector | None = None,
         read: float | None = None,
         precision: Precision | int | dict[str, int] | None = None,
     ) -> None:
@@ -72,7 +71,7 @@ class Policy(Component):
             raise UserError(f"sinks={sinks} recent={recent}: expected numbers of tokens >= 0")
         if rerotate not in (None, "start", "end"):
             raise UserError(f"rerotate={rerotate!r}: expected start, end or null")
-        check_online(evict_interval, decode or scorer)
+        check_online(evict_interval, decode or scorer, allocator)
         self.scorer = scorer
         self.evict_interval, self.decode, self.rerotate = evict_interval, decode, rerotate
         self.allocator = allocator if allocator is not None else Uniform()
@@ -119,8 +118,9 @@ class Policy(Component):
     @property
     def capture_spec(self) -> CaptureSpec:
         """What a prefill captures for this policy."""
-        functions = frozenset() if self.rerotate is None else frozenset({"rotation"})
-        spec = CaptureSpec(self.allocator.window, functions=functions)
+        functions = self.allocator.functions if self.rerotate is None else self.allocator.functions | {"rotation"}
+        window = max(self.allocator.window, self.pages.window if self.pages is not None else 0)
+        spec = CaptureSpec(window, statistics=self.allocator.statistics, functions=functions)
         for scorer in (self.scorer, self.decode):
             if scorer is not None:
                 spec |= scorer.capture_spec
@@ -230,7 +230,7 @@ class Policy(Component):
             cache.budgets = plan.budgets
             cache.invalid += plan.invalid
         if self.pages is not None:
-            self._read_pages(self.pages, cache, keep, budget)
+            read_pages(cache, self.pages, self.read, keep, budget)
         cache.adapter = self.adapter
         return cache
 
@@ -242,16 +242,6 @@ class Policy(Component):
         if self.online is not None:
             spend = self.byte_budget(cache, byte_count)
             cache.schedule = self.online.with_bytes(spend).schedule_eviction(cache, keep, budget, spend=spend)
-
-    def _read_pages(
-        self, selector: PageSelector, cache: CompressedCache, keep: float | None, budget: float | None
-    ) -> None:
-        """Let every new token read a fraction `read` of the budget, per head, in pages that `selector` chooses."""
-        read, lengths = 1.0 if self.read is None else self.read, cache.prompt_lengths
-        tokens = [max(round(n * read), 1) for n in entries_to_keep(lengths, 1, keep, budget)]
-        tokens = [EVERYTHING if count == n else count for count, n in zip(tokens, lengths, strict=True)]
-        for layer in cache.compressed_layers():
-            layer.read_pages(selector, tokens)
 
     def relax(
         self,
