@@ -35,6 +35,8 @@ MADE_OF = {
     "lukv": (SnapKV, LUKV),
     "locos": (SnapKV, HeadKV),
     "heterocache": (SnapKV, allocators.HeteroCache),
+    "momentkv": (SnapKV, Uniform),
+    "momentkv_means": (SnapKV, Uniform),
     "flux_attention": (StreamingLLM, allocators.FluxAttention),
     "delta": (type(None), Uniform),
     "louver": (type(None), Uniform),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from learnkv.cache.page_index import PageIndex
 from learnkv.cache.storage import DecodeBuffer, Segment
-from learnkv.core.entry_selector import AnySelector, EntrySelector, Reading, State
+from learnkv.core.entry_selector import AnySelector, EntrySelector, Lookup, State
 from learnkv.core.observation import Observation
 from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
@@ -84,7 +84,7 @@ class EntryIndex:
         logits = (grouped @ keys.float().mT * scaling).masked_fill(~valid.unsqueeze(2), -torch.inf)
         prompt = segment.length.view(batch, heads)
         parts = (query[:, :, 0], keys, logits, valid.sum(-1), prompt, self.tokens, self.layer_idx)
-        chosen, state = self.selector(Reading(*parts, scaling, self.shared), self.state)
+        chosen, state = self.selector(Lookup(*parts, scaling, self.shared), self.state)
         newest = visible[:, -1]  # padding of a batch leaves no trace
         self.state = {name: _rows_where(newest, new, self.state.get(name)) for name, new in state.items()}
         if chosen is None:

@@ -11,9 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 from learnkv.cache.attended import check_attended, check_continues, sizes_of
 from learnkv.cache.capture import Capture
 from learnkv.cache.entry_index import AnyIndex, index_of
-from learnkv.cache.states import Kept, Prompt, Relaxed, Stored
+from learnkv.cache.states import Kept, Prompt, Relaxed
 from learnkv.cache.storage import DecodeBuffer, Segment
-from learnkv.cache.tiers import StoredTier
 from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.errors import UserError
@@ -243,22 +242,16 @@ class CompressedLayer(CacheLayerMixin):
         if self.state is not None and not self.sealed:
             self.state = self.prompt.seal()
 
-    def evict(
-        self, segment: Segment, decode_capture: CaptureSpec | None = None, tiers: tuple[StoredTier, ...] = ()
-    ) -> None:
-        """Keep `segment` and `tiers` and nothing else of the prompt; of tokens to come capture `decode_capture`."""
-        self.state = self.prompt.evict(segment, self.page_index, tiers)
+    def evict(self, kept: Kept, decode_capture: CaptureSpec | None = None) -> None:
+        """Hold `kept` and nothing else of the prompt; of tokens to come capture `decode_capture`."""
+        pages = None if self.page_index is None else self.page_index.rebuilt(kept.segment)
+        self.state = replace(kept, page_index=pages)
         self.decode_capture = decode_capture
         self.capture.forget(decode_capture)
 
-    def relax(
-        self, segment: Segment, gates: Tensor, decode_capture: CaptureSpec | None = None, stored: Stored = ()
-    ) -> None:
-        """Train: attend to `segment`; every entry's gate [B, H, S] gets the gradient of its mask. Entries stay.
-
-        With levels, whose prompts are `stored`, gates are [M, B, H, S]: the mask of the step to each level.
-        """
-        self.state = self.prompt.relax(segment, gates, stored=stored)
+    def relax(self, relaxed: Relaxed, decode_capture: CaptureSpec | None = None) -> None:
+        """Train: attend to what is kept; every entry's gate gets the gradient of its mask. Entries stay."""
+        self.state = relaxed
         if decode_capture is not None:
             self.decode_capture = decode_capture
             self.capture.forget(decode_capture)

@@ -15,7 +15,7 @@ State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Reading:
+class Lookup:
     """What a selector may use for one token in one layer. E entries per head, in their order, the token itself last."""
 
     query: Tensor
@@ -55,7 +55,7 @@ class EntrySelector(Component, ABC):
     """Number of last queries of the prompt that `begin` reads."""
 
     def begin(self, obs: Observation, tokens: Tensor) -> State:
-        """The state after a prompt, for an `aligned` selector; `tokens` [B] as of `Reading`."""
+        """The state after a prompt, for an `aligned` selector; `tokens` [B] as of `Lookup`."""
         return {}
 
     def planned(self, entries: Tensor, tokens: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class EntrySelector(Component, ABC):
         return entries.minimum(tokens.unsqueeze(-1))
 
     @abstractmethod
-    def forward(self, reading: Reading, state: State) -> tuple[Tensor | None, State]:
+    def forward(self, lookup: Lookup, state: State) -> tuple[Tensor | None, State]:
         """True for the pages to read, [B, H, P] or [B, H, G, P] where query heads differ, or None: all; the new state.
 
         Page p holds entries p * page_size … (p + 1) * page_size - 1.

@@ -40,15 +40,15 @@ def read(path: str | Path) -> Taxonomy:
 def _relations(path: str | Path, relations: Any, kinds: Tensor) -> dict[int, list[int]]:
     """Satellites by pivot of one layer, checked."""
     try:
-        found = {int(pivot): [int(head) for head in heads] for pivot, heads in relations.items()}
+        satellites = {int(pivot): [int(head) for head in heads] for pivot, heads in relations.items()}
         whole = all(
-            int(kinds[pivot]) == PIVOT and all(0 <= h < len(kinds) for h in own) for pivot, own in found.items()
+            int(kinds[pivot]) == PIVOT and all(0 <= h < len(kinds) for h in own) for pivot, own in satellites.items()
         )
     except (AttributeError, TypeError, ValueError, IndexError):
         whole = False
     if not whole:
         raise UserError(f"{path}: expected {RELATIONS} of pivots and lists of heads")
-    return found
+    return satellites
 
 
 def write(path: str | Path, heads: Taxonomy) -> Path:

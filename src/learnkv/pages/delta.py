@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from learnkv.core.entry_selector import EntrySelector, Reading, State
+from learnkv.core.entry_selector import EntrySelector, Lookup, State
 from learnkv.errors import UserError
 
 
@@ -73,10 +73,10 @@ class DELTA(EntrySelector):
         """Entries to read, in whole pages."""
         return entries.minimum((tokens // self.page_size).clamp(min=1).unsqueeze(-1) * self.page_size)
 
-    def forward(self, reading: Reading, state: State) -> tuple[Tensor | None, State]:
-        if reading.layer_idx in self.full_layers:
-            scores = self.scores(reading.logits.softmax(-1).flatten(1, 2))
-            count = (reading.tokens // self.page_size).clamp(min=1)
-            reading.shared["pages"] = self.choose(scores, reading.entries[:, 0], count)
+    def forward(self, lookup: Lookup, state: State) -> tuple[Tensor | None, State]:
+        if lookup.layer_idx in self.full_layers:
+            scores = self.scores(lookup.logits.softmax(-1).flatten(1, 2))
+            count = (lookup.tokens // self.page_size).clamp(min=1)
+            lookup.shared["pages"] = self.choose(scores, lookup.entries[:, 0], count)
             return None, state
-        return reading.shared["pages"].unsqueeze(1).expand(-1, reading.keys.shape[1], -1), state
+        return lookup.shared["pages"].unsqueeze(1).expand(-1, lookup.keys.shape[1], -1), state

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from learnkv.core.entry_selector import EntrySelector, Reading, State
+from learnkv.core.entry_selector import EntrySelector, Lookup, State
 from learnkv.core.observation import Observation
 from learnkv.errors import UserError
 from learnkv.formats import heterocache
@@ -102,36 +102,36 @@ class HeteroCache(EntrySelector):
         every = torch.stack([self.capacity(layer, length, base, tokens) for layer in range(len(self.table.kinds))])
         return every.double().mean((0, 2)).unsqueeze(-1).expand(entries.shape)
 
-    def forward(self, reading: Reading, state: State) -> tuple[Tensor | None, State]:
+    def forward(self, lookup: Lookup, state: State) -> tuple[Tensor | None, State]:
         queries = state["queries"].clone()
         rows = torch.arange(len(queries), device=queries.device)
-        queries[rows, state["filled"]] = reading.query
+        queries[rows, state["filled"]] = lookup.query
         filled = state["filled"] + 1
         new = {**state, "queries": queries, "filled": filled % self.interval}
-        slots = reading.keys.shape[2] - state["read"].shape[2]
-        number = torch.arange(reading.keys.shape[2], device=queries.device)
-        later = (number >= reading.prompt_entries.unsqueeze(-1)) & (number < reading.entries.unsqueeze(-1))
+        slots = lookup.keys.shape[2] - state["read"].shape[2]
+        number = torch.arange(lookup.keys.shape[2], device=queries.device)
+        later = (number >= lookup.prompt_entries.unsqueeze(-1)) & (number < lookup.entries.unsqueeze(-1))
         due = filled == self.interval
         if bool(due.any()):
-            compared = self._compared(reading, queries, state)
+            compared = self._compared(lookup, queries, state)
             for name, value in zip(("read", "reference"), compared, strict=True):
                 new[name] = torch.where(due.view(-1, 1, 1), value, state[name])
         return F.pad(state["read"], (0, slots)) | later, new
 
-    def _compared(self, reading: Reading, queries: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    def _compared(self, lookup: Lookup, queries: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Entries read [B, H, S] and references [B, H, S] after the comparison of every pivot with its reference."""
         read, reference = state["read"].clone(), state["reference"].clone()
         heads, slots = read.shape[1:]
-        order = self.table.order[reading.layer_idx]
+        order = self.table.order[lookup.layer_idx]
         if not order:
             return read, reference
-        exists = torch.arange(slots, device=read.device) < reading.prompt_entries[:, :1]
-        length = reading.prompt_entries[:, 0]
-        capacity = self.capacity(reading.layer_idx, length, state["base"], reading.tokens)
+        exists = torch.arange(slots, device=read.device) < lookup.prompt_entries[:, :1]
+        length = lookup.prompt_entries[:, 0]
+        capacity = self.capacity(lookup.layer_idx, length, state["base"], lookup.tokens)
         stored = sorted(order) if self.loading == "original" else order
         for pivot, place in zip(order, stored, strict=True):
             grouped = queries.unflatten(2, (heads, -1))[:, :, pivot].float()  # [B, I, G, D]
-            logits = torch.einsum("bigd,bsd->bigs", grouped, reading.keys[:, pivot, :slots].float()) * reading.scaling
+            logits = torch.einsum("bigd,bsd->bigs", grouped, lookup.keys[:, pivot, :slots].float()) * lookup.scaling
             weights = logits.masked_fill(~exists[:, None, None], -torch.inf).softmax(-1)
             ranking = pooled(weights, exists.sum(-1, keepdim=True))  # [B, I, S]
             current = best(ranking, state["base"].unsqueeze(-1).expand(-1, self.interval))
@@ -139,7 +139,7 @@ class HeteroCache(EntrySelector):
             overlap = (shared / state["base"].unsqueeze(-1)).quantile(0.5, dim=-1)
             moved = (overlap < self.stable).unsqueeze(-1)
             reference[:, place] = torch.where(moved, current[:, -1], reference[:, place])
-            satellites = (self.table.pivots[reading.layer_idx] == pivot).nonzero().flatten().tolist()
+            satellites = (self.table.pivots[lookup.layer_idx] == pivot).nonzero().flatten().tolist()
             loaded = self._loaded(ranking[:, -1], capacity[:, satellites])
             read[:, satellites] = torch.where(moved.unsqueeze(1), loaded, read[:, satellites])
         return read, reference

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.core.entry_selector import EntrySelector, Reading, State
+from learnkv.core.entry_selector import EntrySelector, Lookup, State
 from learnkv.errors import UserError
 from learnkv.ops.hash_bits import WORD, hash_bits
 
@@ -84,22 +84,22 @@ class Louver(EntrySelector):
         below = torch.where(earliest < gaps.shape[-1], earliest + 1, 0)  # a single value has no gap
         return ordered.gather(-1, below)
 
-    def forward(self, reading: Reading, state: State) -> tuple[Tensor | None, State]:
-        number = torch.arange(reading.keys.shape[2], device=reading.keys.device)
-        new = reading.entries - reading.prompt_entries
+    def forward(self, lookup: Lookup, state: State) -> tuple[Tensor | None, State]:
+        number = torch.arange(lookup.keys.shape[2], device=lookup.keys.device)
+        new = lookup.entries - lookup.prompt_entries
         buffered = (new - 1) % self.buffer + 1
-        indexed = number < (reading.entries - buffered).unsqueeze(-1)  # [B, H, E]
-        present = number < reading.entries.unsqueeze(-1)
+        indexed = number < (lookup.entries - buffered).unsqueeze(-1)  # [B, H, E]
+        present = number < lookup.entries.unsqueeze(-1)
         sample = self._sample(indexed)
-        products = reading.logits.masked_fill(~sample.unsqueeze(2), -torch.inf)
+        products = lookup.logits.masked_fill(~sample.unsqueeze(2), -torch.inf)
         count = sample.sum(-1, keepdim=True)
         if self.fraction is None:
-            share = reading.tokens.double().view(-1, 1, 1) / indexed.sum(-1, keepdim=True).clamp(min=1)
+            share = lookup.tokens.double().view(-1, 1, 1) / indexed.sum(-1, keepdim=True).clamp(min=1)
             share = share.clamp(max=1)
         else:
             share = torch.full_like(count, self.fraction, dtype=torch.float64)
         tau = self.threshold(products, count.unsqueeze(2), share.unsqueeze(2))
-        passing = (reading.logits >= tau) & indexed.unsqueeze(2)
+        passing = (lookup.logits >= tau) & indexed.unsqueeze(2)
         return passing | (present & ~indexed).unsqueeze(2), state
 
     def _sample(self, indexed: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from learnkv.core.entry_selector import EntrySelector, Reading, State
+from learnkv.core.entry_selector import EntrySelector, Lookup, State
 from learnkv.core.observation import Observation
 from learnkv.errors import UserError
 
@@ -59,12 +59,12 @@ class SinkRouter(EntrySelector):
         place = (torch.ceil(keep * there.sum(-1)).long() - 1).clamp(min=0)
         return {"threshold": ordered.gather(1, place.unsqueeze(-1))}
 
-    def forward(self, reading: Reading, state: State) -> tuple[Tensor | None, State]:
-        cosine = self.cosines(reading.query.unsqueeze(2), reading.keys[:, :, 0])[..., 0]  # [B, H]
+    def forward(self, lookup: Lookup, state: State) -> tuple[Tensor | None, State]:
+        cosine = self.cosines(lookup.query.unsqueeze(2), lookup.keys[:, :, 0])[..., 0]  # [B, H]
         threshold = state["threshold"]
         if self.cubic is not None:
-            tokens = reading.entries.amax(1, keepdim=True).double() / 1000
+            tokens = lookup.entries.amax(1, keepdim=True).double() / 1000
             threshold = torch.stack([c * tokens**power for power, c in enumerate(self.cubic)]).sum(0)
         reads = (cosine <= threshold).unsqueeze(-1)
-        number = torch.arange(reading.keys.shape[2], device=reads.device)
-        return reads & (number < reading.entries.unsqueeze(-1)), state
+        number = torch.arange(lookup.keys.shape[2], device=reads.device)
+        return reads & (number < lookup.entries.unsqueeze(-1)), state

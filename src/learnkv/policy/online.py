@@ -15,6 +15,7 @@ from learnkv.cache.schedule import EvictionSchedule
 from learnkv.core.allocator import Allocator
 from learnkv.core.finite import Invalid
 from learnkv.core.observation import CaptureSpec, Observation
+from learnkv.core.residual_store import ResidualStore
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
@@ -62,12 +63,13 @@ class OnlineEviction:
     Args:
         planner: with the scorer of decoded tokens.
         interval: slots of the tail at which the cache evicts.
-        rerotate: as of `CompressedCache.evict`.
+        rerotate, residual: as of `CompressedCache.evict`.
     """
 
     planner: Planner
     interval: int
     rerotate: Rerotate | None = None
+    residual: ResidualStore | None = None
 
     @property
     def capture_spec(self) -> CaptureSpec:
@@ -123,11 +125,12 @@ class OnlineEviction:
                 levels = None
                 if self.planner.precision is not None:
                     levels = uniform_levels(self.planner.precision, fixed, fixed.double())
-                cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate, levels)
+                where = (of_layer[layer_idx], layer_idx, self.rerotate)
+                cache.evict(scores.unsqueeze(0), fixed, *where, levels, self.residual)
             return
         observations = [self._merged(cache, layer_idx, max(longest), merge) for layer_idx in range(layers)]
         plan = self.planner.plan(observations, cache.lengths, merge.totals, merge.protected, budgets, merge.evicted)
-        cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
+        cache.evict(plan.scores, plan.budgets, plan.total, 0, self.rerotate, plan.levels, self.residual)
         cache.budgets = plan.budgets
         cache.invalid += plan.invalid
 
@@ -147,7 +150,7 @@ class OnlineEviction:
         student.invalid += plan.invalid
         fixed = upload(merge.evicted, plan.wanted.device).view(1, -1, 1)
         wanted = torch.where(fixed, schedule.wanted, plan.wanted)
-        relax_to_plan(student, replace(plan, wanted=wanted), temperature)
+        relax_to_plan(student, replace(plan, wanted=wanted), temperature, residual=self.residual)
 
     def _merge(self, cache: CompressedCache) -> _Merge:
         """Count the tail among the tokens that budgets are fractions of."""

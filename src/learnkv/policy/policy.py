@@ -17,6 +17,7 @@ from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec
 from learnkv.core.plan import Plan
 from learnkv.core.precision import Precision
+from learnkv.core.residual_store import ResidualStore
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.policy.base_parts import base_part, base_precision
@@ -25,10 +26,12 @@ from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_countable, c
 from learnkv.policy.captured import check_captured, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, check_online
+from learnkv.policy.page_budget import check_read, read_pages
 from learnkv.policy.planner import Planner
-from learnkv.policy.reading import check_read, read_pages
 from learnkv.policy.relax import relax_to_plan
+from learnkv.policy.residual import check_residual, refuse_soft_residual
 from learnkv.precision.uniform import UniformPrecision, as_precision
+from learnkv.residuals.moments import as_residual
 from learnkv.scorers.constant import Constant
 
 TEMPERATURE = 0.5
@@ -51,6 +54,7 @@ class Policy(Component):
         pages: lets a decode step read chosen pages of what is retained. Without a scorer the budget is what it reads.
         read: fraction of what is retained that a step reads, for a policy with a scorer and pages.
         precision: of what is kept: bits (16, 8, 4, 3, 2), `{keys: 4, values: 3}`, or a `Precision`; None: as it is.
+        residual: what is remembered of evicted entries, `moments` or a `ResidualStore`; its bytes count.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Policy(Component):
         pages: AnySelector | None = None,
         read: float | None = None,
         precision: Precision | int | dict[str, int] | None = None,
+        residual: ResidualStore | str | None = None,
     ) -> None:
         super().__init__()
         if not all(isinstance(count, Integral) and count >= 0 for count in (sinks, recent)):
@@ -78,8 +83,9 @@ class Policy(Component):
         check_read(scorer is not None, pages, read)
         self.sinks, self.recent = sinks, recent
         self.pages, self.read = pages, read
-        self.precision = as_precision(precision)
+        self.precision, self.residual = as_precision(precision), as_residual(residual)
         check_precision(self.precision, self.scorer, self.evict_interval, self.pages, self.rerotate)
+        check_residual(self.residual, self.scorer, self.pages, self.rerotate)
         self.adapter: Adapter | None = None  # trained together with the policy
         self.trained_for: Mapping[str, Any] | None = None
         """Description of the model that the policy was trained for, as its manifest has it."""
@@ -113,7 +119,7 @@ class Policy(Component):
         if not self.evict_interval or scorer is None:
             return None
         planner = Planner(scorer, self.allocator, self.sinks, self.recent, self.precision)
-        return OnlineEviction(planner, self.evict_interval, self.rerotate)
+        return OnlineEviction(planner, self.evict_interval, self.rerotate, self.residual)
 
     @property
     def capture_spec(self) -> CaptureSpec:
@@ -146,6 +152,7 @@ class Policy(Component):
             self.pages,
             self.read,
             base_precision(self.precision),
+            self.residual,
         )
 
     def plan(
@@ -181,7 +188,7 @@ class Policy(Component):
         """What `byte_count` bytes hold of a cache; None: the budget is in entries."""
         if byte_count is None:
             return None
-        return ByteBudget.of(cache, self.precision or UniformPrecision(16, 16), byte_count)
+        return ByteBudget.of(cache, self.precision or UniformPrecision(16, 16), byte_count, self.residual)
 
     def totals(
         self, cache: CompressedCache, keep: float | None, budget: float | None, spend: ByteBudget | None = None
@@ -226,7 +233,7 @@ class Policy(Component):
             with torch.no_grad():
                 plan = self.plan(cache, keep, budget, bytes)
                 self.schedule(cache, keep, budget, bytes)
-                cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
+                cache.evict(plan.scores, plan.budgets, plan.total, 0, self.rerotate, plan.levels, self.residual)
             cache.budgets = plan.budgets
             cache.invalid += plan.invalid
         if self.pages is not None:
@@ -272,6 +279,7 @@ class Policy(Component):
             raise UserError(f"rerotate={self.rerotate}: expected none in training, where evicted keys stay in place")
         if self.pages is not None:
             raise UserError("pages: query-aware reading is not trained, expected a policy without pages")
+        refuse_soft_residual(self.residual, soft)
         cache.seal()
         refuse_inference_tensors(cache)
         if self.online is not None and self.precision is not None:
@@ -286,5 +294,5 @@ class Policy(Component):
         student.adapter = self.adapter
         if self.online is not None and not soft:
             student.schedule = self.online.schedule_eviction(cache, keep, budget, temperature)
-        relax_to_plan(student, plan, temperature, soft)
+        relax_to_plan(student, plan, temperature, soft, self.residual)
         return student

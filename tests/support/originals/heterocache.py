@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learnkv.core.entry_selector import Reading
+from learnkv.core.entry_selector import Lookup
 from learnkv.formats import heterocache
 from learnkv.ops.head_taxonomy import Taxonomy, taxonomy, top_sets
 from learnkv.policy.policy import Policy
@@ -66,14 +66,14 @@ def check_runtime(case: Case) -> None:
     entries, heads = params["T"], len(params["types"])
     query, keys, order = (torch.from_numpy(case[name]) for name in ("q_last", "k", "perm"))
     decoded, lens, kept, after = (torch.from_numpy(case[name]) for name in ("qdec", "lens", "kept", "kept_after"))
-    evicting, reading = policies(params, "original")
+    evicting, selecting = policies(params, "original")
     scores = torch.zeros(1, 1, heads, entries)
     wanted = evicting.allocator(scores, None, torch.tensor([entries * params["compression_ratio"]]).double())
     assert wanted[0, 0, order].tolist() == lens.tolist()
 
     obs = observation(query.view(1, -1, 1, query.shape[-1]), keys.unsqueeze(0), keys.unsqueeze(0))
     tokens = torch.tensor([entries])
-    state = dict(reading.pages.begin(obs, tokens))
+    state = dict(selecting.pages.begin(obs, tokens))
     assert int(state["base"]) == params["base"]
     assert torch.equal(state["read"][0, order], kept.bool())
 
@@ -86,10 +86,10 @@ def check_runtime(case: Case) -> None:
             logits = torch.zeros(1, heads, group, entries + number)
             count = torch.full((1, heads), entries)
             parts = (one.unsqueeze(0), padded, logits, count + number, count, tokens, 0)
-            _, own = selector(Reading(*parts, keys.shape[-1] ** -0.5, {}), own)
+            _, own = selector(Lookup(*parts, keys.shape[-1] ** -0.5, {}), own)
         return own["read"][0, order]
 
-    assert torch.equal(decode(reading.pages), after.bool())
+    assert torch.equal(decode(selecting.pages), after.bool())
     assert torch.equal(after.bool(), kept.bool()) == (not params["reloaded"])
     corrected = decode(policies(params, "best")[1].pages)
     assert torch.equal(corrected.sum(-1), lens)

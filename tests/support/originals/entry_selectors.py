@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from learnkv.core.entry_selector import Reading
+from learnkv.core.entry_selector import Lookup
 from support.originals.comparing import assert_best, assert_scores
 from support.originals.loading import Case, policy
 
@@ -23,9 +23,9 @@ def check_delta(case: Case) -> None:
         nothing = torch.zeros(len(lengths), logits.shape[1], logits.shape[2], 0)
         tokens = torch.full((len(lengths),), count * size)
         parts = (nothing[:, :, 0], nothing, logits.unsqueeze(2), entries.expand(-1, logits.shape[1]))
-        chosen, _ = selector(Reading(*parts, entries, tokens, 0, 1.0, shared), {})
+        chosen, _ = selector(Lookup(*parts, entries, tokens, 0, 1.0, shared), {})
         assert chosen is None, "a full layer reads everything"
-        chosen, _ = selector(Reading(*parts, entries, tokens, 1, 1.0, shared), {})
+        chosen, _ = selector(Lookup(*parts, entries, tokens, 1, 1.0, shared), {})
         assert bool((chosen == chosen[:, :1]).all())
         scores = selector.scores(logits.softmax(-1)).numpy()
         assert_scores(scores, golden)
@@ -61,7 +61,7 @@ def check_louver(case: Case) -> None:
     logits = torch.einsum("hgd,hed->hge", grouped, stored[0]).unsqueeze(0)
     entries = torch.full((1, heads), stored.shape[2])
     parts = (query.unsqueeze(0), stored, logits, entries, entries - 1, torch.tensor([1]), 0, 1.0, {})
-    read, _ = louver(Reading(*parts), {})
+    read, _ = louver(Lookup(*parts), {})
     margin = 1e-4 * np.abs(golden[:, None])
     passing = logits[0, ..., :-1].flatten(0, 1).numpy()
     clear = np.abs(passing - golden[:, None]) > margin
