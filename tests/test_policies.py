@@ -37,6 +37,7 @@ MADE_OF = {
     "heterocache": (SnapKV, allocators.HeteroCache),
     "momentkv": (SnapKV, Uniform),
     "momentkv_means": (SnapKV, Uniform),
+    "nll_layers": (StreamingLLM, allocators.NLLLayers),
     "flux_attention": (StreamingLLM, allocators.FluxAttention),
     "delta": (type(None), Uniform),
     "louver": (type(None), Uniform),

@@ -56,8 +56,7 @@ def test_every_method_spends_the_bytes_it_was_given(name: str, precision: int | 
     if policy.pages is not None:
         pytest.skip("reads pages, evicts nothing")
     policy = policy if precision is None else policy.with_precision(precision)
-    asked = 0.25 if policy.residual is None else 0.6  # a covariance takes as much as eight entries of this model
-    full = [2 * 2 * 16 * 2 * 3 * n for n in LENGTHS]
+    asked, full = 0.25, [2 * 2 * 16 * 2 * 3 * n for n in LENGTHS]
     compressed = policy.compress(whole.fork(), bytes=asked)
     entry = 68 if precision is None else 2 * (8 + 4) + 4
     assert compressed.row_full_nbytes() == full
@@ -114,6 +113,8 @@ def test_what_does_not_go_together_is_named() -> None:
     ids = tokens(1, 57)
     with pytest.raises(UserError, match="H2O holds statistics of every entry"):
         _compress(load_policy("h2o_decode"))
+    with pytest.raises(UserError, match=r"bytes=0\.3: rerotate=end holds a second position of every entry"):
+        _compress(Policy(Knorm(), rerotate="end"))
     with pytest.raises(UserError, match="pages=Quest precision=4: not supported together"):
         load_policy("quest").with_precision(4)
     with pytest.raises(UserError, match="stores keys before RoPE"):

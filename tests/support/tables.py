@@ -65,6 +65,7 @@ MAKE: dict[str, Callable[..., Path]] = {
     "moments": _moments,
     "gate": _gate,
     "router": lambda path, count, heads, group, dim, hidden: _router(path, count, dim),
+    "gains": lambda path, count, *_: layers.write(path, _draw(count).tolist()),
     "kinds": lambda path, count, heads, *_: _kinds(path, count, heads),
     "budgets": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
 }

@@ -14,6 +14,7 @@ from learnkv.allocators.layer_by_layer import LayerByLayer
 from learnkv.allocators.learned import LearnedAllocator
 from learnkv.allocators.learned_sequential import LearnedSequentialAllocator
 from learnkv.allocators.lukv import LUKV
+from learnkv.allocators.nll_layers import NLLLayers
 from learnkv.allocators.pyramid import Pyramid
 from learnkv.allocators.uniform import Uniform
 from learnkv.core.allocator import Allocator
@@ -34,6 +35,7 @@ __all__ = [
     "LayerByLayer",
     "LearnedAllocator",
     "LearnedSequentialAllocator",
+    "NLLLayers",
     "Pyramid",
     "Uniform",
 ]

@@ -12,6 +12,7 @@ from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.formats.files import locate
 from learnkv.ops.layer_router import full_margin, router_logits
+from learnkv.ops.whole_or_short import whole_or_short
 
 
 class FluxAttention(Allocator):
@@ -78,10 +79,5 @@ class FluxAttention(Allocator):
         if self.decide == "router":
             wanted = torch.where(margin > 0, entries, short)
         else:
-            order = margin.argsort(dim=0, descending=True, stable=True)
-            number = torch.arange(len(margin), device=margin.device).unsqueeze(-1).expand_as(order)
-            rank = torch.empty_like(order).scatter_(0, order, number)
-            budget = budget.double()
-            more = (budget - short).clamp_min(0) * len(margin) - rank * (entries - short)
-            wanted = more.clamp_min(0).minimum(entries - short) + short.minimum(budget)
+            wanted = whole_or_short(margin, budget.double(), entries, short)
         return wanted.unsqueeze(-1).expand(scores.shape[:3])

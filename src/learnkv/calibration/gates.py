@@ -45,13 +45,19 @@ def head_gates(
 def answer_kl(model: Any, trial: Trial, cache: CompressedCache, gates: Tensor, sink: int, recent: int) -> Tensor:
     """KL to the full cache, in nats per token of the answer, with gates [L, H] of streaming heads; differentiable."""
     ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
-    first = trial.question.shape[1] - 1
     with torch.no_grad():
-        teacher = continuation(model, ids, cache.fork())[:, first:-1].log_softmax(-1)
+        teacher = continuation(model, ids, cache.fork())[:, trial.question.shape[1] - 1 : -1].log_softmax(-1)
+    gated = gated_answer(model, trial, cache, gates, sink, recent)
+    return (teacher.exp() * (teacher - gated)).sum(-1).mean().cpu()
+
+
+def gated_answer(model: Any, trial: Trial, cache: CompressedCache, gates: Tensor, sink: int, recent: int) -> Tensor:
+    """Log-probabilities [1, A, V] of the answer's tokens with gates [L, H] of streaming heads; differentiable."""
+    ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
     student = cache.fork()
     positions = torch.arange(trial.context.shape[1])
     protected = (positions < sink) | (positions >= len(positions) - recent)
     for layer, layer_gates in zip(student.compressed_layers(), gates, strict=True):
         layer.gate(torch.where(protected, 1.0, layer_gates.view(1, -1, 1)).to(layer.device))
-    gated = continuation(model, ids, student)[:, first:-1].log_softmax(-1)
-    return (teacher.exp() * (teacher - gated)).sum(-1).mean().cpu()
+    logits: Tensor = continuation(model, ids, student)[:, trial.question.shape[1] - 1 : -1]
+    return logits.log_softmax(-1)

@@ -14,6 +14,7 @@ from learnkv.calibration.gates import head_gates
 from learnkv.calibration.head_kinds import head_kinds
 from learnkv.calibration.heads import Kind, head_scores
 from learnkv.calibration.kvzip_gate import kvzip_gate
+from learnkv.calibration.layer_gains import layer_gains
 from learnkv.calibration.layer_router import layer_router
 from learnkv.calibration.layers import layer_errors
 from learnkv.calibration.moments import query_moments
@@ -36,6 +37,7 @@ Measurement = Literal[
     "query_moments",
     "kvzip_gate",
     "head_kinds",
+    "layer_gains",
     "layer_router",
     "covariance_rotation",
 ]
@@ -59,7 +61,7 @@ class CalibrationConfig:
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `logit_heads.json` (LOCOS, in HeadKV's format),
             `lukv.npy` (LU-KV's budget curve), `duo/` (DuoAttention's gates), `query_moments.safetensors`
             (ExpectedAttention), `kvzip_gate.safetensors` (Fast KVzip), `head_kinds.json` (HeteroCache),
-            `layer_router.safetensors` (Flux Attention),
+            `layer_router.safetensors` (Flux Attention), `layer_gains.json` (NLL-guided layers),
             `covariance_rotation.safetensors` (the codec OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
@@ -155,6 +157,10 @@ def _written(
             torch.float16,
         ),
         "head_kinds": lambda: heterocache.write(out / "head_kinds.json", head_kinds(model, trials, config.stable)),
+        "layer_gains": lambda: layers.write(
+            out / "layer_gains.json",
+            [round(gain, DECIMALS) for gain in layer_gains(model, trials, config.sink, config.recent).tolist()],
+        ),
         "layer_router": lambda: tensors.write(
             out / "layer_router.safetensors",
             layer_router(model, trials, config.sink, config.recent, config.gate_steps, seed=config.seed),

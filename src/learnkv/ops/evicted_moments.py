@@ -8,8 +8,8 @@ def weighted_moments(keys: Tensor, values: Tensor, weights: Tensor) -> dict[str,
     """Moments in float32 (float64 of float64) over entries [B, H, S, D] with weights [B, H, S].
 
     Returns:
-        `count` [B, H], `mean_key` and `mean_value` [B, H, D], `covariance` [B, H, D, D] of values with keys, `variance`
-        [B, H, D] of keys; all 0 where all weights are.
+        `count` [B, H], `mean_key` and `mean_value` [B, H, D], `covariance` [B, H, D, D] of values with keys; all 0
+        where all weights are.
     """
     exact = torch.promote_types(keys.dtype, torch.float32)
     keys, values, weights = keys.to(exact), values.to(exact), weights.to(exact).unsqueeze(-1)
@@ -20,9 +20,7 @@ def weighted_moments(keys: Tensor, values: Tensor, weights: Tensor) -> dict[str,
     mean_key, mean_value = (share * keys).sum(2), (share * values).sum(2)
     apart = keys - mean_key.unsqueeze(2)
     covariance = ((values - mean_value.unsqueeze(2)) * share).mT @ apart
-    variance = (share * apart.square()).sum(2)
-    parts = {"mean_key": mean_key, "mean_value": mean_value, "covariance": covariance, "variance": variance}
-    return {"count": count.squeeze(-1), **parts}
+    return {"count": count.squeeze(-1), "mean_key": mean_key, "mean_value": mean_value, "covariance": covariance}
 
 
 def merged_moments(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -33,9 +31,8 @@ def merged_moments(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[
     between = part * (1 - part)
     covariance = first["covariance"] + part.unsqueeze(-1) * (second["covariance"] - first["covariance"])
     covariance = covariance + between.unsqueeze(-1) * shift_value.unsqueeze(-1) * shift_key.unsqueeze(-2)
-    variance = first["variance"] + part * (second["variance"] - first["variance"]) + between * shift_key.square()
     means = {"mean_key": first["mean_key"] + part * shift_key, "mean_value": first["mean_value"] + part * shift_value}
-    return {"count": count, **means, "covariance": covariance, "variance": variance}
+    return {"count": count, **means, "covariance": covariance}
 
 
 def estimated_attention(
@@ -44,21 +41,17 @@ def estimated_attention(
     mean_key: Tensor,
     mean_value: Tensor,
     covariance: Tensor | None,
-    variance: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H*G, T, D] of queries to entries of which only moments are known, and its log-sum-exp [B, H*G, T].
 
-    The output is mean_value + scaling * covariance q, the log-sum-exp log(count) + scaling * q mean_key, a lower bound
-    of the true one, or with the keys' variance of every channel + scaling^2 / 2 * sum of q_d^2 variance_d. All of these
-    are exact for keys and values that are jointly normal, with independent channels of the keys for the last.
+    The output is mean_value + scaling * covariance q, exact for jointly normal keys and values; the log-sum-exp is
+    log(count) + scaling * q mean_key, a lower bound of the true one.
     """
     batch, heads, _ = mean_key.shape
     exact = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(exact).reshape(batch, heads, -1, query.shape[-1])  # [B, H, G*T, D]
     logits = (grouped @ mean_key.to(exact).unsqueeze(-1)).squeeze(-1) * scaling
-    if variance is not None:
-        logits = logits + (grouped.square() @ variance.to(exact).unsqueeze(-1)).squeeze(-1) * (scaling**2 / 2)
     count = count.to(exact).unsqueeze(-1)
     lse = torch.where(count > 0, logits + count.clamp(min=0.5).log(), -torch.inf)
     output = mean_value.to(exact).unsqueeze(2).expand_as(grouped)

@@ -16,8 +16,8 @@ class Moments(ResidualStore):
     Of the n evicted entries of a head the store has the mean key k, the mean value v and the covariance C of values
     with keys. A query q with scaling s is answered by v + s C q, with the weight of n exp(s q k) beside the softmax
     denominator of the kept entries. That is a lower bound of what the entries would have weighed; with another
-    implementation it was a thirteenth in the median. `mass: variance`, which is ours, adds s^2 / 2 sum q_d^2 var_d to
-    the exponent.
+    implementation it was a thirteenth in the median. Adding half the variance of s q k to the exponent, as for normal
+    keys, weighs them far too much: on the reference model the KL then becomes several times as large.
 
     `order: 0` has no covariance: the estimation zone of RetroInfer (arXiv 2505.02922) with one cluster per head.
     MomentKV also prefers to evict what the moments already describe; that rule is not public, and the policy's scorer
@@ -25,34 +25,25 @@ class Moments(ResidualStore):
 
     Args:
         order: 1 with the covariance, D^2 numbers per head; 0 with the means alone.
-        mass: exponent of the entries' weight, from the mean key alone or with the variance of every channel.
     """
 
-    def __init__(self, order: Literal[0, 1] = 1, mass: Literal["mean", "variance"] = "mean") -> None:
+    def __init__(self, order: Literal[0, 1] = 1) -> None:
         super().__init__()
         if order not in (0, 1):
             raise UserError(f"order={order}: expected 0 or 1")
-        self.order, self.mass = order, mass
-        self._dropped = {"covariance"} if order == 0 else set()
-        if mass == "mean":
-            self._dropped |= {"variance"}
+        self.order = order
 
     def summarise(self, keys: Tensor, values: Tensor, weights: Tensor) -> Parts:
-        parts = weighted_moments(keys, values, weights)
-        return {name: part for name, part in parts.items() if name not in self._dropped}
+        return self._of_order(weighted_moments(keys, values, weights))
 
     def merged(self, first: Parts, second: Parts) -> Parts:
-        whole = merged_moments(self._with_zeros(first), self._with_zeros(second))
-        return {name: part for name, part in whole.items() if name not in self._dropped}
+        return self._of_order(merged_moments(_with_covariance(first), _with_covariance(second)))
 
-    def _with_zeros(self, parts: Parts) -> dict[str, Tensor]:
-        """All moments in float32, zeros for those that are not stored."""
-        mean = parts["mean_key"].float()
-        blank = {"covariance": mean.new_zeros(*mean.shape, mean.shape[-1]), "variance": torch.zeros_like(mean)}
-        return blank | {name: part.float() for name, part in parts.items()}
+    def _of_order(self, parts: Parts) -> Parts:
+        return {name: part for name, part in parts.items() if self.order or name != "covariance"}
 
     def attend(self, query: Tensor, parts: Parts, scaling: float) -> tuple[Tensor, Tensor]:
-        known = (parts["count"], parts["mean_key"], parts["mean_value"], parts.get("covariance"), parts.get("variance"))
+        known = (parts["count"], parts["mean_key"], parts["mean_value"], parts.get("covariance"))
         return estimated_attention(query, *known, scaling)
 
     def rounded(self, parts: Parts) -> Parts:
@@ -63,8 +54,14 @@ class Moments(ResidualStore):
         return {name: part.float() if name == "count" else part.to(torch.float16) for name, part in parts.items()}
 
     def nbytes(self, head_dim: int) -> int:
-        numbers = 2 * head_dim + (head_dim**2 if self.order else 0) + (head_dim if self.mass == "variance" else 0)
-        return 4 + 2 * numbers
+        return 4 + 2 * (2 * head_dim + (head_dim**2 if self.order else 0))
+
+
+def _with_covariance(parts: Parts) -> dict[str, Tensor]:
+    """All moments in float32; covariances that are not stored are 0."""
+    mean = parts["mean_key"].float()
+    blank = {"covariance": mean.new_zeros(*mean.shape, mean.shape[-1])}
+    return blank | {name: part.float() for name, part in parts.items()}
 
 
 def as_residual(residual: ResidualStore | str | None) -> ResidualStore | None:
