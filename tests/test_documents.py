@@ -71,6 +71,11 @@ def test_the_page_on_bytes_runs(tmp_path: Path) -> None:
     assert 0.09 * int(full) < int(held) <= 0.1 * int(full)
 
 
+def test_the_page_on_lossless_decoding_runs(tmp_path: Path) -> None:
+    (example,) = blocks("docs/howto/lossless.md", "python")
+    assert run(example, tmp_path).split() == ["4817293.", "4.0"]
+
+
 def test_the_model_page_runs(tmp_path: Path) -> None:
     (example,) = blocks("docs/howto/own_model.md", "python")
     run(example.replace('"PATH"', '"reference"'), tmp_path)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from learnkv import CompressedCache, continuation, generate, load_policy, prefill
 from learnkv.allocators import AdaKV
+from learnkv.cache.offload import offload
+from learnkv.cache.pack import pack
 from learnkv.cache.states import Kept, Prompt
 from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.errors import UserError
@@ -289,3 +291,11 @@ def test_the_shipped_files_have_a_store(name: str, order: int) -> None:
     assert isinstance(shipped.residual, Moments)
     assert shipped.residual.order == order
     assert shipped.base_policy().spec()["residual"] == shipped.spec()["residual"]
+
+
+def test_what_is_remembered_is_neither_stored_nor_offloaded() -> None:
+    cache = read("moments", [tokens(1, 40)[0]])
+    with pytest.raises(UserError, match="residual=Moments: not stored"):
+        pack(cache)
+    with pytest.raises(UserError, match="offload: expected a cache with all entries"):
+        offload(cache)

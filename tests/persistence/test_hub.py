@@ -77,6 +77,8 @@ def test_a_policy_comes_back_from_the_hub(hub: Path, folder: Path, capsys: pytes
         "manifest.json",
         "policy.safetensors",
         "policy.yaml",
+        "generate.py",
+        "requirements.txt",
     }
     model = attached("llama")
     whole = prefill(model, tokens(1, 90))
@@ -108,7 +110,7 @@ def test_a_checkpoint_is_exported_and_sent(hub: Path, tmp_path: Path) -> None:
     assert export([f"ckpt={tmp_path / 'last.ckpt'}", f"out={tmp_path / 'out'}", "push=me/learned-x"]) == 0
     assert load_policy("me/learned-x").spec() == made.spec()
     assert describe_policy_file("me/learned-x") == "learned-x"
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(FILES)
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {*FILES, "custom_generate"}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_the_folder_is_what_a_person_can_read(exported: tuple[Path, Policy]) -> 
     assert sorted(path.name for path in folder.iterdir()) == [
         "README.md",
         "budgets.csv",
+        "custom_generate",
         "manifest.json",
         "policy.safetensors",
         "policy.yaml",

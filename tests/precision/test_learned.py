@@ -40,12 +40,12 @@ def test_it_starts_as_the_uniform_precision(init: str, by: str, asked: float) ->
     assert learned.compress(cache.fork(), bytes=asked).nbytes == uniform.compress(cache.fork(), bytes=asked).nbytes
 
 
-def trained() -> Policy:
+def trained(by: str = "scores") -> Policy:
     """One with parameters of all kinds that have moved."""
     torch.manual_seed(0)
     scorer = LearnedScorer(SnapKV(window=8), LAYERS, HEADS, DIM, width=4, window=8, sampling=0.3)
     precision = LearnedPrecision(MENU, "K4V3", LAYERS, HEADS)
-    made = policy(precision, LearnedAllocator(AdaKV(), LAYERS, HEADS, by="scores"), scorer)
+    made = policy(precision, LearnedAllocator(AdaKV(), LAYERS, HEADS, by=by), scorer)
     precision.set_distortions(torch.tensor([0.6, 0.3, 0.15, 0.02]))
     with torch.no_grad():
         for weight in made.parameters():
@@ -82,6 +82,41 @@ def test_a_level_that_is_of_no_use_gets_a_gradient_where_others_are_left_out() -
     assert gradient().abs().max() > 0
 
 
+@pytest.mark.parametrize("by", ["scores", "shares"])
+def test_protected_entries_get_levels_by_their_own_scores(by: str) -> None:
+    """Within a head the level never falls while the score rises, whether an entry is protected or not."""
+    made = trained(by)
+    cache = cache_for(made)
+    plan = made.plan(cache, bytes=0.2)
+    always, level = plan.scores == torch.inf, plan.chosen
+    assert level[always].min() >= 1
+    assert level[always].max() > level[always].min()
+    assert plan.levels is not None
+    assert plan.levels.order is not None
+    scores = plan.levels.order.masked_fill(~plan.kept, -torch.inf)
+    by_score = scores.argsort(-1)
+    rising = scores.gather(-1, by_score).diff() > 0
+    assert (level.gather(-1, by_score).diff()[rising] >= 0).all()
+    lowest_protected = level.where(always, 9).amin(-1)
+    assert (lowest_protected < level.where(~always, 0).amax(-1)).any()
+
+
+def test_what_training_reads_is_what_the_tiers_hold() -> None:
+    """Levels of a plan and entries of each tier of the deployed cache are the same."""
+    made = trained()
+    cache = cache_for(made)
+    plan, compressed = made.plan(cache, bytes=0.2), made.compress(cache.fork(), bytes=0.2)
+    assert plan.levels is not None
+    used = [number for number, is_used in enumerate(plan.levels.used, 1) if is_used]
+    begins = [max(LENGTHS) - length for length in LENGTHS]
+    for layer_idx, layer in enumerate(compressed.compressed_layers()):
+        for number, tier in zip(used, layer.state.tiers, strict=True):
+            for row in range(len(LENGTHS) * HEADS):
+                got = tier.row_positions(row)
+                slots = (plan.chosen[layer_idx].flatten(0, 1)[row] == number).nonzero().flatten()
+                assert torch.equal(got.long(), slots - begins[row // HEADS])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,12 +124,21 @@ def test_a_level_that_is_of_no_use_gets_a_gradient_where_others_are_left_out() -
         ({"menu": ("K4V3", "K4V3")}, "expected two to 5 different levels"),
         ({"menu": ("K4V3", "K5V2")}, "expected 16, 8, 4, 3, 2 bits"),
         ({"menu": ("4,3", "K4V2")}, "expected bits such as 4 or K4V3"),
-        ({"init": "K2V2"}, "init=K2V2: expected measured or one of K3V2"),
+        ({"init": "K2V2"}, "init=K2V2: expected measured, one of K3V2, K4V2, K4V3, K8V4, or 4 distortions above 0"),
+        ({"init": [0.5, 0.1]}, "expected measured, one of K3V2, K4V2, K4V3, K8V4, or 4 distortions above 0"),
+        ({"init": [0.5, 0.4, 0.1, 0.0]}, "or 4 distortions above 0"),
     ],
 )
 def test_what_cannot_be_built_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LearnedPrecision(**{"num_layers": LAYERS, "num_heads": HEADS, **arguments})
+
+
+def test_it_may_start_with_distortions_of_its_own() -> None:
+    precision = LearnedPrecision(MENU, [0.9, 0.35, 0.2, 0.1], LAYERS, HEADS)
+    assert precision.measured
+    want = torch.tensor([0.9, 0.35, 0.2, 0.1]).expand(LAYERS, HEADS, 4)
+    torch.testing.assert_close(precision.distortions(), want)
 
 
 def test_what_cannot_be_planned_is_named() -> None:

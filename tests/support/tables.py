@@ -11,6 +11,7 @@ import yaml
 from learnkv.formats import duo, headkv, heterocache, layers, lukv, tensors
 from learnkv.ops.head_taxonomy import Taxonomy
 from learnkv.ops.layer_router import router_shapes
+from learnkv.ops.rotary import Layout
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.persistence.policies import build_policy
 from learnkv.policy.policy import Policy
@@ -30,6 +31,19 @@ def _curve(path: Path, count: int, heads: int) -> Path:
 def _moments(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
     root = _draw(count, heads * group, dim, dim) - 0.5
     return tensors.write(path, {"mean": _draw(count, heads * group, dim), "covariance": root @ root.mT})
+
+
+def _queries(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
+    queries, pairs = _draw(count, heads * group, 2 * dim) - 0.5, dim // 2
+    frequency = 1e4 ** (-torch.arange(pairs) / pairs)
+    made = {
+        "mean": queries[..., :dim],
+        "magnitude": torch.hypot(queries[..., :pairs], queries[..., pairs:dim]) + queries[..., dim : dim + pairs].abs(),
+        "frequency": frequency.expand(count, -1),
+        "scale": torch.ones(count, pairs),
+        "layout": torch.tensor(Layout.halves(pairs)).expand(count, -1),
+    }
+    return tensors.write(path, made)
 
 
 def _gate(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
@@ -67,6 +81,7 @@ MAKE: dict[str, Callable[..., Path]] = {
     "router": lambda path, count, heads, group, dim, hidden: _router(path, count, dim),
     "gains": lambda path, count, *_: layers.write(path, _draw(count).tolist()),
     "kinds": lambda path, count, heads, *_: _kinds(path, count, heads),
+    "queries": _queries,
     "budgets": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
 }
 """The argument that names a table -> what writes one for `count` layers of `heads` kv heads of `group` query heads of

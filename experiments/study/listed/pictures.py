@@ -12,6 +12,8 @@ from learnkv.evaluation.results import FULL, Record, budget_of
 
 DEPTHS = 5
 """Bins of a needle's place in the haystack."""
+MOST_BITS = 9
+"""8 bits with their scales."""
 LEAST_KL = 1e-4
 """Below this, an axis of KL is not drawn: what is less is rounding."""
 
@@ -58,6 +60,37 @@ def _by_depth(records: Sequence[Record], lengths: Sequence[int]) -> np.ndarray:
     for (at, column), values in cells.items():
         means[at, column] = np.log10(max(fmean(values), LEAST_KL))
     return means
+
+
+def bits(records: Sequence[Record], policy: str) -> Figure | None:
+    """Bits of kept entries by layer and head, and of all entries by position, a column per budget.
+
+    Returns:
+        None where the policy's entries do not differ in precision.
+    """
+    own = [one for one in records if one["policy"] == policy and "bits" in one]
+    if not own:
+        return None
+    budgets = sorted(set(map(budget_of, own)), key=lambda budget: budget.order)
+    figure = Figure(figsize=(1.6 + 2.3 * len(budgets), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(budgets), squeeze=False, sharey="row", height_ratios=[3, 1])
+    for column, budget in enumerate(budgets):
+        those = [one for one in own if budget_of(one) == budget]
+        by_head, by_position = (np.mean([one[key] for one in those], axis=0) for key in ("bits", "bits_by_position"))
+        heads, line = axes[:, column]
+        image = heads.imshow(by_head, vmin=0, vmax=MOST_BITS, cmap="viridis", aspect="auto")
+        heads.set_title(str(budget), fontsize=9)
+        heads.set_xticks(range(by_head.shape[1]))
+        heads.set_xlabel("kv head")
+        line.step((np.arange(len(by_position)) + 0.5) / len(by_position), by_position, where="mid")
+        line.set_ylim(bottom=0)
+        line.set_xlabel("position in the prompt")
+        line.grid(True, linewidth=0.4, alpha=0.5)
+    axes[0][0].set_ylabel("layer")
+    axes[1][0].set_ylabel("bits, evicted at 0")
+    figure.colorbar(image, ax=axes[0], label="bits per number of kept entries", shrink=0.8)
+    figure.suptitle(f"Precision of {policy}", fontsize=11)
+    return figure
 
 
 def agreement(budgets: np.ndarray, others: dict[str, np.ndarray]) -> Figure | None:

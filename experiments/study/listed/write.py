@@ -62,6 +62,7 @@ def _draw(measured: Measured, out: Path) -> list[str]:
     figures: dict[str, Figure | None] = {
         "pareto": _main_result(measured),
         "budgets": of_eval.heatmap(main, measured.policy),
+        "bits": pictures.bits(main, measured.policy),
         "needles": pictures.needle_heatmap(heat, list(dict.fromkeys(one["policy"] for one in heat))),
         "heads": _agreement(measured, main),
     }

@@ -173,8 +173,9 @@ class LearnedAllocator(Allocator):
             assert features is not None
             own, of_base = features[..., : Conditioner.FEATURES], features[..., Conditioner.FEATURES :]
         total = torch.round(budget.double() * (layers * heads)).long()
-        wanted = self.base(scores if baseline is None else baseline.scores, of_base, budget)
-        budgets = round_to_budget(wanted, entries_of(scores), total, protected_of(scores))
+        of_heuristic = scores if baseline is None else baseline.scores
+        wanted = self.base(of_heuristic, of_base, budget)
+        budgets = round_to_budget(wanted, entries_of(scores), total, protected_of(of_heuristic))
         parts = (self.head_importance, self.layer_budget)
         keep = budget.double() / entries_of(scores)
         correction = sum(

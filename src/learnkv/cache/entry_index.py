@@ -123,6 +123,15 @@ class EntryIndex:
         twin.reads = ReadCount(self.reads.entries[batch], self.reads.tokens[batch])
         return twin
 
+    def crop(self, slots: int) -> None:
+        """Go on after the first `slots` of the tail; UserError for a selector that remembers tokens."""
+        if self.selector.remembers:
+            raise UserError(f"pages={self.selector.name}: remembers tokens, which cannot be removed")
+
+    def row_nbytes(self) -> int:
+        """Bytes of one row of the batch."""
+        return sum(part.nbytes for part in self.tensors()) // len(self.tokens)
+
     def tensors(self) -> list[Tensor]:
         """All tensors of the index."""
         return [self.tokens, *self.state.values()]

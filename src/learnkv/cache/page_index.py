@@ -104,6 +104,11 @@ class PageIndex:
         self._writable = True
         return wider
 
+    def crop(self, slots: int) -> None:
+        """Forget the bounds where they enclose more than the first `slots` of the tail."""
+        if self.tail_slots > slots:
+            self.bounds, self.tail_slots = None, 0
+
     def attended(self, segment: Segment) -> Tensor:
         """Entries of the segment [B, H] that a token attends to while the tail is empty."""
         entries = segment.length.view(len(self.tokens), -1)
@@ -122,6 +127,10 @@ class PageIndex:
             twin.bounds = self.bounds.unflatten(0, (len(self.tokens), -1))[batch].flatten(0, 1)
             twin._writable = True
         return twin
+
+    def row_nbytes(self) -> int:
+        """Bytes of one row of the batch."""
+        return sum(part.nbytes for part in self.tensors()) // len(self.tokens)
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the index."""

@@ -160,7 +160,8 @@ class Kept:
         """The complete prompt; raises UserError once entries were evicted."""
         if self.prompt is None:
             raise UserError(
-                "the prompt has already been compressed, or its rows repeated or reordered: compress a fork before that"
+                "the prompt has already been compressed or offloaded, or its rows repeated or reordered: compress a "
+                "fork before that"
             )
         return self.prompt
 
@@ -168,7 +169,8 @@ class Kept:
         """Attention [B, H*G, T, D] of the newest T tokens; `mask` [B, 1, T, M] of the tail."""
         pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask, scaling)
         tiers = [tier.arguments(query.dtype) for tier in self.tiers]
-        output, lse = decode_attention(query, self.segment.ragged, tail.arguments(mask), scaling, pages, tiers)
+        ragged = self.segment.on(query.device).ragged
+        output, lse = decode_attention(query, ragged, tail.arguments(mask), scaling, pages, tiers)
         return output if self.evicted is None else self.evicted.added(output, lse, query, scaling)
 
     def row_positions(self, row: int) -> Tensor:
@@ -185,8 +187,9 @@ class Kept:
     def row_nbytes(self, heads: int) -> list[int]:
         """Bytes of each row of the batch (host sync)."""
         of_heads = [self.segment.row_nbytes(), *(tier.row_nbytes() for tier in self.tiers)]
+        pages = 0 if self.page_index is None else self.page_index.row_nbytes()
         extra = 0 if self.evicted is None else self.evicted.head_nbytes(self.segment.keys.shape[-1])
-        return (torch.tensor(of_heads).sum(0) + extra).view(-1, heads).sum(-1).tolist()
+        return ((torch.tensor(of_heads).sum(0) + extra).view(-1, heads).sum(-1) + pages).tolist()
 
     def rows(self, batch: Tensor, heads: int) -> "Kept":
         """The kept entries of batch rows `batch` [B'], sharing the pool."""

@@ -66,6 +66,13 @@ class Segment:
         offset, length = (table.view(-1, heads)[batch].flatten() for table in (self.offset, self.length))
         return replace(self, offset=offset, length=length)
 
+    def on(self, device: torch.device) -> "Segment":
+        """The segment with its pool on a device: itself, or a copy of a pool that the host holds."""
+        if self.keys.device == device:
+            return self
+        keys, values = (part.to(device, non_blocking=True) for part in (self.keys, self.values))
+        return replace(self, keys=keys, values=values)
+
     def padded(self, slots: int) -> tuple[Tensor, Tensor]:
         """Index into the pool [B*H, slots] of every row's entries, at the end of its slots, and which are entries."""
         entry = torch.arange(slots, device=self.offset.device) - (slots - self.length).unsqueeze(-1)
@@ -74,9 +81,15 @@ class Segment:
 
     def row_nbytes(self) -> list[int]:
         """Bytes of every row's entries, positions and tables (host sync); a table that all layers share not counted."""
-        entry = 2 * self.keys[:1].nbytes + self.positions.element_size() if len(self.keys) else 0
+        entry = 2 * self.keys[:1].nbytes + self.positions.element_size() + self.extra_nbytes if len(self.keys) else 0
         tables = 0 if self.length is self.offset else self.offset.element_size() + self.length.element_size()
         return [count * entry + tables for count in self.length.tolist()]
+
+    @property
+    def extra_nbytes(self) -> int:
+        """Bytes of an entry's statistics, and of the position that its key is rotated to."""
+        parts = [*self.statistics.values(), *(() if self.rotated is None else (self.rotated,))]
+        return sum(part[:1].nbytes for part in parts)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions [length] of one row (host sync)."""

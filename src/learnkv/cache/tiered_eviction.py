@@ -24,8 +24,8 @@ def compact_levels(
 ) -> Iterator[tuple[int, Segment, tuple[StoredTier, ...]]]:
     """Number of each layer, the segment of its entries that stay as they are, and the tiers of the others.
 
-    The best entries of a head get the highest level. Layers are computed one by one, so that a layer's prompt can be
-    freed before the next; the number of entries at each level of each layer is read from the device, once.
+    The best kept entries of a head get the highest level. Layers are computed one by one, so that a layer's prompt can
+    be freed before the next; the number of entries at each level of each layer is read from the device, once.
 
     Args:
         scores: [L, B, H, S] float32, +inf protected, -inf no entry.
@@ -37,6 +37,10 @@ def compact_levels(
     for layer_idx, layer in enumerate(layers):
         device, rows = layer.device, scores[layer_idx].flatten(0, 1).to(layer.device)
         counts = plan.counts[:, layer_idx].to(device)
+        if plan.order is not None:
+            kept = torch.zeros(rows.numel(), dtype=torch.bool, device=device)
+            kept[select(rows, counts.sum(0).flatten(), sum(of_level[layer_idx] for of_level in sizes))] = True
+            rows = plan.order[layer_idx].flatten(0, 1).to(device).masked_fill(~kept.view(rows.shape), -torch.inf)
         segment, tiers = None, list[StoredTier]()
         indices = _level_indices(rows, counts.flatten(1), [of_level[layer_idx] for of_level in sizes])
         for level, used, count, size, index in zip(plan.levels, plan.used, counts, sizes, indices, strict=True):

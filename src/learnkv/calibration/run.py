@@ -10,6 +10,7 @@ import torch
 from learnkv.calibration.contributions import logit_heads
 from learnkv.calibration.covariance_rotations import covariance_rotations
 from learnkv.calibration.curve import budget_curve
+from learnkv.calibration.frequencies import query_frequencies
 from learnkv.calibration.gates import head_gates
 from learnkv.calibration.head_kinds import head_kinds
 from learnkv.calibration.heads import Kind, head_scores
@@ -35,6 +36,7 @@ Measurement = Literal[
     "budget_curve",
     "head_gates",
     "query_moments",
+    "query_frequencies",
     "kvzip_gate",
     "head_kinds",
     "layer_gains",
@@ -60,9 +62,9 @@ class CalibrationConfig:
         out: folder to write: `head_scores.json` (HeadKV), `copying_heads.json` (retrieval heads, in the same format),
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `logit_heads.json` (LOCOS, in HeadKV's format),
             `lukv.npy` (LU-KV's budget curve), `duo/` (DuoAttention's gates), `query_moments.safetensors`
-            (ExpectedAttention), `kvzip_gate.safetensors` (Fast KVzip), `head_kinds.json` (HeteroCache),
-            `layer_router.safetensors` (Flux Attention), `layer_gains.json` (NLL-guided layers),
-            `covariance_rotation.safetensors` (the codec OSCAR).
+            (ExpectedAttention), `query_frequencies.safetensors` (TriAttention), `kvzip_gate.safetensors` (Fast KVzip),
+            `head_kinds.json` (HeteroCache), `layer_router.safetensors` (Flux Attention), `layer_gains.json`
+            (NLL-guided layers), `covariance_rotation.safetensors` (the codec OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
         policy: policy that layer errors and the budget curve are measured for.
@@ -150,6 +152,9 @@ def _written(
         ),
         "query_moments": lambda: tensors.write(
             out / "query_moments.safetensors", query_moments(model, contexts), torch.float16
+        ),
+        "query_frequencies": lambda: tensors.write(
+            out / "query_frequencies.safetensors", query_frequencies(model, contexts)
         ),
         "kvzip_gate": lambda: tensors.write(
             out / "kvzip_gate.safetensors",

@@ -2,19 +2,24 @@
 
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from learnkv.errors import UserError
-from learnkv.formats import budgets, duo, headkv, layers, lukv
+from learnkv.formats import budgets, duo, headkv, layers, lukv, modelopt
 from learnkv.formats.files import make_folder, read_json
+from learnkv.inference.models import attention_layers
 from learnkv.persistence import hub
 from learnkv.persistence.policies import load_policy, policy_folder, save_policy, static_budgets
 from learnkv.persistence.stored_policy import load_checkpoint
 from learnkv.persistence.torch_export import export_budgets
 from learnkv.policy.policy import Policy
+
+MODELOPT_LABELS = {"8": "FP8", "K8V4": "FP8_K_NVFP4_V", "4": "NVFP4"}
+"""Precisions of policies with as many bits as a format of ModelOpt."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,14 @@ class ExportConfig:
             `README.md`) and for `duo`, a file for the others.
         format: `policy`; or its budgets as HeadKV's head scores (`headkv`: kept fractions), as DuoAttention's pattern
             (`duo`: kept fractions over the largest), as LU-KV's curve (`lukv`), or as a JSON list of one kept fraction
-            per layer (`layers`); or the program that computes its budgets, by torch.export (`torch-export`, .pt2).
-        keep: global kept fraction of the exported budgets, for `headkv`, `duo` and `layers`.
+            per layer (`layers`; with `tokens`, whole pages of one prompt length); or a format of keys and values per
+            layer, as ModelOpt writes it (`modelopt`, hf_quant_config.json); or the program that computes its budgets,
+            by torch.export (`torch-export`, .pt2).
+        keep: global kept fraction of the exported budgets, for `headkv`, `duo`, `layers` and `modelopt`.
+        tokens: prompt length for `layers`: a list of tokens per layer instead of fractions; 0: fractions.
+        page: tokens per page of these.
+        bits: mean bits per number for `modelopt`, 4.5 to 8.
+        model: names the attention layers for `modelopt`; default: the model that the policy was trained for.
         group: repetitions of the score of each kv head, for `headkv`: query heads per kv head where a program expects
             one score per query head.
         push: `owner/name` of the Hugging Face hub to upload the policy's folder to; default: no upload.
@@ -37,9 +48,13 @@ class ExportConfig:
 
     ckpt: str = ""
     out: str = ""
-    format: Literal["policy", "headkv", "duo", "lukv", "layers", "torch-export"] = "policy"
+    format: Literal["policy", "headkv", "duo", "lukv", "layers", "modelopt", "torch-export"] = "policy"
     keep: float = 0.1
     group: int = 1
+    tokens: int = 0
+    page: int = 16
+    bits: float = 6.0
+    model: str = ""
     push: str = ""
     allow: tuple[str, ...] = ()
 
@@ -50,6 +65,11 @@ class ExportConfig:
                 raise UserError(f"{key}=: expected a path, got nothing")
         if not 0 < self.keep <= 1 or self.group < 1:
             raise UserError(f"keep={self.keep:g} group={self.group}: expected 0 < keep <= 1 and group >= 1")
+        if self.tokens < 0 or self.page < 1:
+            raise UserError(f"tokens={self.tokens} page={self.page}: expected tokens >= 0 and page >= 1")
+        for key, kind in (("tokens", "layers"), ("model", "modelopt")):
+            if getattr(self, key) and self.format != kind:
+                raise UserError(f"{key}={getattr(self, key)}: belongs to format={kind}, got format={self.format}")
         if self.push and (self.format != "policy" or (uploads_folder and self.out)):
             raise UserError(f"push={self.push}: sends the folder of a policy, expected no format= and no other out=")
 
@@ -114,9 +134,29 @@ def _write_budgets(config: ExportConfig, policy: Policy) -> Path:
         source = {"keep": config.keep, "policy": config.ckpt, "static": policy.allocator.static}
         return duo.write(config.out, kept / kept.max(), policy.sinks, policy.recent, source)
     if config.format == "layers":
-        return layers.write(config.out, [round(keep, 6) for keep in kept.mean(-1).tolist()])
+        shares = kept.mean(-1).tolist()
+        if config.tokens:
+            return layers.write(config.out, layers.paged(shares, config.keep, config.tokens, config.page))
+        return layers.write(config.out, [round(keep, 6) for keep in shares])
+    if config.format == "modelopt":
+        return _write_formats(config, policy, kept.mean(-1).tolist())
     evicted = [1 - budgets.interpolate(table, 1 - target / 100) for target in range(1, lukv.TARGETS + 1)]
     return lukv.write(config.out, torch.stack(evicted).float())
+
+
+def _write_formats(config: ExportConfig, policy: Policy, importance: list[float]) -> Path:
+    """ModelOpt's formats: those of a policy's uniform precision, else by its budgets."""
+    stored = _model(config.ckpt)
+    names = attention_layers(config.model or str(stored["id"]), str(stored["config_hash"]))
+    if policy.precision is None:
+        formats = modelopt.share_bits(importance, config.bits)
+    elif (kind := MODELOPT_LABELS.get(policy.precision.label)) is not None:
+        formats = [kind] * len(names)
+    else:
+        expected = ", ".join(MODELOPT_LABELS)
+        raise UserError(f"precision={policy.precision.label}: ModelOpt's layers have one format, expected {expected}")
+    print(f"bits per number: {modelopt.mean_bits(formats):.3f}", file=sys.stderr)
+    return modelopt.write(config.out, names, formats, version("learnkv"))
 
 
 def _budgets(path: str, policy: Policy) -> budgets.Table:

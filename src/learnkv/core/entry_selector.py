@@ -53,6 +53,8 @@ class EntrySelector(Component, ABC):
     """Whether all heads must hold the whole prompt."""
     window: int = 0
     """Number of last queries of the prompt that `begin` reads."""
+    remembers: bool = False
+    """Whether the state changes with each token."""
 
     def begin(self, obs: Observation, tokens: Tensor) -> State:
         """The state after a prompt, for an `aligned` selector; `tokens` [B] as of `Lookup`."""

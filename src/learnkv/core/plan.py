@@ -39,7 +39,10 @@ class Plan:
     def chosen(self) -> Tensor:
         """[L, B, H, S] int8 level of every entry, 1 … M of `levels`; 0: evicted."""
         assert self.levels is not None
-        order = self.scores.detach().argsort(dim=-1, descending=True, stable=True)
+        scores = self.scores.detach()
+        if self.levels.order is not None:
+            scores = self.levels.order.detach().masked_fill(~self.kept, -torch.inf)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
         slots = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(-1, order, slots)
         at_least = self.levels.counts.flip(0).cumsum(0)

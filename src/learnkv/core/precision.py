@@ -32,6 +32,10 @@ class Level(NamedTuple):
         """Whether entries whose numbers have `itemsize` bytes are stored as they are."""
         return itemsize <= 2 and self.keys.unchanged and self.values.unchanged
 
+    def bits(self, head_dim: int) -> float:
+        """Bits per number of an entry's key and value, codes with their scales."""
+        return 8 * (self.keys.nbytes([1], head_dim) + self.values.nbytes([1], head_dim)) / (2 * head_dim)
+
     def entry_bytes(self, head_dim: int) -> int:
         """Bytes of one more entry of a head: its key, value and position."""
         return self.keys.nbytes([1], head_dim) + self.values.nbytes([1], head_dim) + POSITION_BYTES
@@ -44,7 +48,7 @@ class Level(NamedTuple):
 
 
 class LevelPlan(NamedTuple):
-    """How many entries of each head are stored at each of M levels; the best ones at the highest level."""
+    """How many entries of each head are stored at each of M levels; the best kept ones at the highest level."""
 
     levels: Sequence[Level]
     """M, in the order of their bytes."""
@@ -54,6 +58,9 @@ class LevelPlan(NamedTuple):
     """[M, L, B, H] float64, differentiable: entries of this level or a higher one."""
     used: Sequence[bool]
     """M: whether entries may be stored at a level; tables exist of these only."""
+    order: Tensor | None = None
+    """[L, B, H, S] scores by which kept entries get their levels; None: those by which they are kept, where all that
+    are protected come first."""
 
 
 class Precision(Component, ABC):
@@ -95,12 +102,16 @@ class Precision(Component, ABC):
         """Whether the bytes of an entry are known before anything is kept."""
         return not self.shares_bytes and self.reference.independent
 
-    def shares(self, scores: Tensor, budget: Tensor, head_dims: Sequence[int]) -> LevelPlan:
+    def shares(
+        self, scores: Tensor, budget: Tensor, head_dims: Sequence[int], unprotected: Tensor | None = None
+    ) -> LevelPlan:
         """How many entries of every head are stored at each level, for a precision that shares out bytes.
 
         Args:
             scores: [L, B, H, S] comparable within whatever shares a budget; +inf protected, -inf no entry.
             budget: [B] bytes of the entries of each row, or [L, B, H] of each head, tables not counted.
             head_dims: D of each layer.
+            unprotected: the same with scores of protected entries, which decide their levels; None: protected entries
+                get the best level of their head.
         """
         raise NotImplementedError(f"{self.name} has one level")

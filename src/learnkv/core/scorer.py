@@ -3,7 +3,7 @@
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,15 +23,17 @@ class Scores(NamedTuple):
     """[B, H, S] the heuristic's own scores."""
     baseline_scaled: Tensor | None = None
     """[B, H, S] the same in the units of `scores`, which are these plus the learned correction."""
+    unprotected: Tensor | None = None
+    """[B, H, S] for a learned scorer, once masked: scores of all entries, those that are protected, too."""
 
     def masked(self, absent: Tensor, protected: Tensor) -> "Scores":
         """The same in float32 with -inf and +inf where these [B, H, S] are True."""
+        present = [None if part is None else part.float().masked_fill(absent, -torch.inf) for part in self[:3]]
         scores, baseline, scaled = (
-            None if part is None else part.float().masked_fill(absent, -torch.inf).masked_fill(protected, torch.inf)
-            for part in self
+            None if part is None else part.masked_fill(protected, torch.inf) for part in present
         )
         assert scores is not None
-        return Scores(scores, baseline, scaled)
+        return Scores(scores, baseline, scaled, None if baseline is None else present[0])
 
 
 class Scorer(Component, ABC):
@@ -109,9 +111,27 @@ class Scorer(Component, ABC):
         """
         return scores
 
+    @property
+    def refines_layers(self) -> bool:
+        """Whether `refine_layers` may change scores; then no layer is evicted before all have been read."""
+        return type(self).refine_layers is not Scorer.refine_layers
+
+    def refine_layers(self, observations: Sequence[Observation], scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [L, B, H, S] that rank within each head, for a method whose heads or layers choose together.
+
+        `refine` follows. Slots are the same tokens in all heads and layers where the observations are `aligned`.
+
+        Args:
+            observations: of all layers.
+            scores: [L, B, H, S] from `forward`, +inf for protected entries and -inf where there is none; these stay as
+                they are, whatever is returned for them.
+            budgets: [L, B, H] entries that every head keeps, protected ones included.
+        """
+        return scores
+
     def _builds_on(self, base: "Scorer") -> None:
         """Require everything that `base` reads; UserError for one that ranks by a head's budget (`refines`)."""
-        if base.refines:
+        if base.refines or base.refines_layers:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window
         self.extra_passes = base.extra_passes

@@ -35,7 +35,8 @@ class EvalConfig:
         bytes: what the cache of a prompt may take: fractions of its entries' bytes at 16 bits, as in 0.05, or numbers
             of bytes, as in 64MB (1 MB = 1,024² bytes). Codes, scales, positions and tables count.
         precision: bits (16, 8, 4, 3, 2, or K4V3 for keys and values) at which the baselines without training are run,
-            each at every one; with keep= or bytes=. Beside them the whole cache at fewer than 16.
+            each at every one, or shares of tiers as in K4V2:0.75+K8V3:0.25; with keep= or bytes=. Beside them the whole
+            cache at fewer than 16.
         tasks: RULER's task names, `niah` or `ruler` for groups of them, `text`, suites or their tasks (longbench,
             longbench_qasper …), or tables: a hub id or a jsonl, csv or parquet file with the columns context, question,
             answer_prefix, answer, task, max_new_tokens.
@@ -43,6 +44,8 @@ class EvalConfig:
         setting: query_agnostic reads the question after compression, query_aware before it.
         score: generated scores the answers in what the model generates; forced reads the correct answer in one pass and
             gives the share of prompts whose every token is ranked first, and the KL from the full cache.
+        draft_tokens: tokens to draft per round of lossless decoding with every policy; the mean number of accepted ones
+            becomes a column. 0: not measured.
         samples: prompts per task and length.
         batch_size: prompts per prefill.
         text: hub id or text, jsonl or parquet file for the task `text`.
@@ -72,6 +75,7 @@ class EvalConfig:
     lengths: tuple[int, ...] = (1024,)
     setting: tuple[Setting, ...] = ("query_agnostic",)
     score: Metric = "generated"
+    draft_tokens: int = 0
     samples: int = 50
     batch_size: int = 16
     text: str | None = None
@@ -94,6 +98,8 @@ class EvalConfig:
             for number in value if isinstance(value, tuple) else (value,):
                 if number < 1:
                     raise UserError(f"{key}={number}: expected at least 1")
+        if self.draft_tokens < 0:
+            raise UserError(f"draft_tokens={self.draft_tokens}: expected a number of tokens, at least 0")
         if self.show < 0:
             raise UserError(f"show={self.show}: expected a number of prompts, at least 0")
         for key in ("tasks", "lengths", "setting"):

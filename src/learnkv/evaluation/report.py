@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from learnkv.evaluation.accepted import accepted_table
 from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.panels import (
     TITLES,
@@ -72,6 +73,7 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselin
             lines += _comparison(chosen, _score_cell, "score ± standard error")
         lines += _differences(samples, baselines, short)
         details += [f"### {heading}", "", *_per_task(chosen)]
+    lines += accepted_table(rows)
     if details:
         lines += [EVERY_TASK, "", *details]
     lines += _costs(rows)

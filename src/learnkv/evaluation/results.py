@@ -107,6 +107,7 @@ def _row(group: list[Record], full: list[Record]) -> dict[str, Any]:
         "perplexity": exp(fmean(record["loss"] for record in group)) if kind == "text" else None,
         "perplexity_full": exp(fmean(record["loss"] for record in full)) if kind == "text" else None,
         **_cost(group),
+        **_accepted(group),
     }
 
 
@@ -120,6 +121,16 @@ def _cost(group: list[Record]) -> dict[str, Any]:
         "tokens_per_second": sum(record["tokens"] for record in timed) / decoded if decoded else None,
         "peak_bytes": max(peaks, default=None),
     }
+
+
+def _accepted(records: list[Record]) -> dict[str, Any]:
+    """The columns of a row: tokens drafted per round, and how many were accepted; None where it was not measured."""
+    measured = [record for record in records if record.get("rounds")]
+    if not measured:
+        return {"draft_tokens": None, "accepted": None}
+    rounds = sum(record["rounds"] for record in measured)
+    accepted = sum(record["accepted"] for record in measured)
+    return {"draft_tokens": measured[0]["draft_tokens"], "accepted": accepted / rounds}
 
 
 def paired_difference(rows_a: Iterable[Record], rows_b: Iterable[Record], value: str = "score") -> Estimate:

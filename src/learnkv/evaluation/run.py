@@ -12,6 +12,7 @@ import torch
 
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
+from learnkv.evaluation.accepted import check_drafts
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.folder import check_folder, evaluation_folder
 from learnkv.evaluation.needle_pictures import needle_maps
@@ -44,9 +45,10 @@ def evaluate(config: EvalConfig, resolved: str) -> None:
     attach(model)
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
+    check_drafts(config.draft_tokens, families)
     with evaluation_folder(config.output) as output:
         write_text(output / "config.yaml", resolved)
-        jobs = runner.jobs_of(model, policies, config.budgets)
+        jobs = runner.jobs_of(model, policies, config.budgets, config.draft_tokens)
         store = Store(output / "samples.jsonl")
         try:
             runner.run(model, families, jobs, store, config.batch_size)

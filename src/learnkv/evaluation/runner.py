@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
+from learnkv.evaluation.accepted import accepted_lengths
 from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.cost import Cost, measured, now
 from learnkv.evaluation.keys import policy_digest
@@ -17,6 +18,7 @@ from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.sources import rooms_digest
 from learnkv.evaluation.store import SLOT, Store
+from learnkv.evaluation.stored_bits import stored_bits
 from learnkv.evaluation.tasks.base import Family, Prompt, pad
 from learnkv.inference.digest import model_digest
 from learnkv.inference.prefill import prefill
@@ -34,6 +36,8 @@ class Job:
     """Hash of the conditions, the policy with its weights, and the budget."""
     conditions: str = ""
     """Hash of the model, the libraries' versions and the package's code: what all samples of a table share."""
+    draft_tokens: int = 0
+    """Tokens per round of lossless decoding; 0: its accepted length is not measured."""
 
     def fingerprint(self, prompt: Prompt) -> str:
         """Hash of everything that determines the record of this job on a prompt."""
@@ -46,14 +50,20 @@ class Job:
         return dict(zip(SLOT, (*about, *budget), strict=True))
 
 
-def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget]) -> list[Job]:
-    """The full cache, then every policy at every budget; one that evicts nothing is measured once, at keep=1."""
+def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget], draft_tokens: int = 0) -> list[Job]:
+    """The full cache, then every policy at every budget; one that evicts nothing is measured once, at keep=1.
+
+    Args:
+        draft_tokens: per round of lossless decoding; 0: its accepted length is not measured.
+    """
     conditions = hashlib.sha256(f"{model_digest(model)}{rooms_digest()}".encode()).hexdigest()[:20]
     jobs = [Job(FULL, None, WHOLE, f"{conditions}{FULL}", conditions)]
     for name, policy in policies.items():
         digest = policy_digest(policy)
         own = [WHOLE] if policy.scorer is None and policy.pages is None else budgets
-        jobs += [Job(name, policy, budget, f"{conditions}{digest}{budget!r}", conditions) for budget in own]
+        drafting = f"draft {draft_tokens}" if draft_tokens else ""
+        digests = {budget: f"{conditions}{digest}{budget!r}{drafting}" for budget in own}
+        jobs += [Job(name, policy, budget, digests[budget], conditions, draft_tokens) for budget in own]
     return jobs
 
 
@@ -134,6 +144,9 @@ def _measured(
                 seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
                 _release_captured(fork)
                 sizes = _sizes(fork, policy, job.budget)
+                if job.draft_tokens:
+                    lengths = accepted_lengths(model, prompts, cache, fork, job.draft_tokens)
+                    sizes = [{**size, **accepted} for size, accepted in zip(sizes, lengths, strict=True)]
                 with measured(model.device) as decode:
                     scores, _ = family.measure(model, prompts, fork, full)
                 if policy.pages is not None:  # some choose how much they read, token by token
@@ -217,6 +230,8 @@ def _sizes(cache: CompressedCache, policy: Policy, budget: Budget) -> list[dict[
             size["precision"] = policy.precision_name
         if with_budgets and cache.budgets is not None:
             size["budgets"] = (cache.budgets[:, row] / cache.prompt_lengths[row]).tolist()
+        if policy.precision is not None and policy.precision.shares_bytes:
+            size |= stored_bits(cache, row)
     return sizes
 
 

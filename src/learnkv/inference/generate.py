@@ -52,7 +52,7 @@ def _continue(
     model: PreTrainedModel, input_ids: Tensor, cache: CompressedCache, mask: Tensor | None, hidden: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
     ids, mask, padded = _with_pending(*_check_continuation(model, input_ids, mask, cache), cache)
-    outputs = _read(model, ids, mask, padded, cache, hidden=hidden)
+    outputs = read(model, ids, mask, padded, cache, hidden=hidden)
     begin = ids.shape[1] - input_ids.shape[1]
     states = outputs.hidden_states[1:] if hidden else ()
     return outputs.logits[:, begin:], [state[:, begin:] for state in states]
@@ -86,7 +86,7 @@ def _with_pending(ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCach
     return ids, mask, padded
 
 
-def _read(
+def read(
     model: PreTrainedModel,
     ids: Tensor,
     mask: Tensor,
@@ -95,7 +95,7 @@ def _read(
     logits_to_keep: int = 0,
     hidden: bool = False,
 ) -> Any:
-    """The model's output for ids [B, T], which are tokens where `mask` [B, T].
+    """The model's output for ids [B, T], which are tokens where `mask` [B, T]; the cache has read them then.
 
     Args:
         logits_to_keep: logits of so many last slots only; 0: of all.
@@ -179,16 +179,16 @@ def generate(
     given = {name: value for name, value in chosen.items() if value is not None}
     config = generation_config(model, {**settings, **given, "max_new_tokens": max_new_tokens, "do_sample": do_sample})
     criteria = stop_condition(config, stop, tokenizer)
-    ids, mask, padded, sequence = _question(model, input_ids, attention_mask, cache, config, criteria)
+    ids, mask, padded, sequence = question_of(model, input_ids, attention_mask, cache, config, criteria)
     if config.num_beams > 1:
         return beam_search(model, ids, mask, cache, config, sequence, earlier)
     sampling = sampling_of(model, config, sequence, ids.device, earlier, seeded=config.do_sample and seed is not None)
-    logits = _last_logits(model, ids, mask, padded, cache)
+    logits = last_logits(model, ids, mask, padded, cache)
     loop = decode_loop_for(model, cache, max_new_tokens, sampling, *special_tokens(config), graph)
     return loop.run(cache, logits, max_new_tokens, either(stop, criteria, sequence), seed, sequence)
 
 
-def _question(
+def question_of(
     model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -208,11 +208,11 @@ def _question(
     return ids, mask, padded, sequence_with(cache, ids, mask) if reader else None
 
 
-def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCache) -> Tensor:
+def last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, padded: bool, cache: CompressedCache) -> Tensor:
     """Logits [B, V] of the last token of every row of ids [B, T]."""
     if not padded:
-        last: Tensor = _read(model, ids, mask, padded, cache, logits_to_keep=1).logits[:, -1]
+        last: Tensor = read(model, ids, mask, padded, cache, logits_to_keep=1).logits[:, -1]
         return last
     ids, mask = right_padded(ids, mask)
-    logits: Tensor = _read(model, ids, mask, padded, cache).logits
+    logits: Tensor = read(model, ids, mask, padded, cache).logits
     return logits.gather(1, (mask.sum(-1) - 1).view(-1, 1, 1).expand(-1, 1, logits.shape[-1]))[:, 0]

@@ -237,6 +237,24 @@ def config_hash(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def attention_layers(model: str, expected_hash: str) -> list[str]:
+    """Module names of the attention layers of `model=` that a policy compresses, such as `model.layers.0.self_attn`.
+
+    Only its config is read.
+
+    Raises:
+        UserError: for a model that cannot be found, or of other sizes than those of `expected_hash`.
+    """
+    lm = empty_model(model)
+    if config_hash(lm) != expected_hash:
+        raise UserError(f"model={model}: the policy was trained for a model of other sizes")
+    kinds = getattr(lm.config.get_text_config(decoder=True), "layer_types", None) or ()
+    hybrid = len(set(kinds)) > 1
+    named = [(name, module) for name, module in lm.named_modules() if hasattr(module, "layer_idx")]
+    attention: list[tuple[str, Any]] = [(name, module) for name, module in named if hasattr(module, "o_proj")]
+    return [name for name, layer in attention if not hybrid or kinds[layer.layer_idx] != "sliding_attention"]
+
+
 def _known_name(path: str) -> str:
     """The name that `model=` takes for the folder of a shipped or fetched model; other paths in full, hub ids."""
     if path == str(REFERENCE):

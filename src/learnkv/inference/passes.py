@@ -2,8 +2,10 @@
 
 import functools
 import inspect
+import weakref
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
@@ -31,6 +33,7 @@ def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         return
     if (cause := _bypass(model)) is not None:
         raise UserError(cause)
+    cache.read_by = weakref.ref(model)
     if cache.pending is not None:
         _take_pending(cache, args, kwargs)
     for layer in cache.compressed_layers():
@@ -78,6 +81,8 @@ class CheckedInputs:
         if cache is None:
             return inputs
         name = self.model.config.model_type
+        if kwargs.get("is_first_iteration"):
+            _check_beginning(cache, kwargs.get("input_ids", args[0] if args else None))
         if inputs.get("use_cache") is False:
             raise UserError(
                 f"{name}: its generation config sets use_cache=False: a compressed cache needs use_cache=True"
@@ -88,6 +93,24 @@ class CheckedInputs:
                 "the length"
             )
         return inputs
+
+
+def _check_beginning(cache: CompressedCache, ids: Tensor | None) -> None:
+    """Raise UserError where a text that should begin with the tokens that the cache has read does not (host sync).
+
+    Texts of two parts are often tokenised otherwise than both parts by themselves. Shorter ids are a continuation.
+    """
+    if ids is None or cache.token_ids is None or ids.shape[1] <= cache.compressed_layers()[0].get_seq_length():
+        return
+    prompt = cache.token_ids[0].to(ids.device)
+    if prompt.shape[0] != ids.shape[0]:
+        return
+    different = (ids[:, : prompt.shape[1]] != prompt) & cache.prompt_mask.to(ids.device)
+    if bool(different.any()):
+        raise UserError(
+            f"input_ids differ from what the cache has read, first in slot {int(different.any(0).long().argmax())} of "
+            f"{prompt.shape[1]}: append to the ids that were read, or use learnkv.generate with what follows them"
+        )
 
 
 def _compressed(kwargs: dict[str, Any]) -> CompressedCache | None:

@@ -179,15 +179,30 @@ def next_token(
     largest, token = logits.max(-1)
     if not sampling.do_sample and not sampling.processors:
         return token, largest
-    with _FillsByScalars():
-        scores = sampling.processors(tokens, logits.to(torch.float32, copy=True))
+    scores = processed(logits, sampling, tokens)
     if not sampling.do_sample:
         return scores.argmax(-1), largest
     probabilities = scores.softmax(-1)
+    drawn = draw(probabilities, generator)
+    return drawn, torch.where(probabilities[:, 0].isnan(), torch.nan, largest)
+
+
+def processed(logits: Tensor, sampling: Sampling, tokens: Tensor | None = None) -> Tensor:
+    """Logits [B, V] after the processors, in float32.
+
+    Args:
+        tokens: [B, T] all tokens before, for processors that read them.
+    """
+    with _FillsByScalars():
+        scores: Tensor = sampling.processors(tokens, logits.to(torch.float32, copy=True))
+    return scores
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A token [B] of each row's probabilities [B, V], which need not sum to 1; no host sync."""
     # As torch.multinomial, which also checks the probabilities on the host; a CUDA graph cannot.
     noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    drawn = (probabilities / noise).argmax(-1)
-    return drawn, torch.where(probabilities[:, 0].isnan(), torch.nan, largest)
+    return (probabilities / noise).argmax(-1)
 
 
 class _FillsByScalars(TorchFunctionMode):

@@ -40,6 +40,7 @@ class HeteroCache(EntrySelector):
     """
 
     aligned = True
+    remembers = True
     window = 1
     table_argument = "kinds"
 

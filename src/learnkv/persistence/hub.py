@@ -5,6 +5,7 @@ from pathlib import Path
 
 from learnkv.errors import UserError
 from learnkv.formats.hub_network import hub_fault
+from learnkv.persistence import custom_generate
 
 FILES = (
     "policy.yaml",
@@ -15,7 +16,7 @@ FILES = (
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
 )
-"""Files that are uploaded and downloaded: text and safetensors, never code."""
+"""Files that are downloaded: text and safetensors, never code."""
 
 
 def is_repository(path: str) -> bool:
@@ -53,16 +54,19 @@ def fetch(name: str) -> Path:
 def push(folder: Path, repo_id: str) -> str:
     """Upload a policy's files to the hub; the repository is created where it is missing. Returns `repo_id`.
 
+    The code for transformers' `custom_generate` is among them where it is what learnkv writes.
+
     Raises:
         UserError: no network, no login, no permission, or an invalid name.
     """
     from huggingface_hub import HfApi
 
+    names = [*FILES, *custom_generate.unchanged(folder)]
     try:
         api = HfApi()
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="KV-cache policy of learnkv"
+            repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message="KV-cache policy of learnkv"
         )
     except (OSError, ValueError) as error:
         raise UserError(f"push={repo_id}: {_first_line(error)}") from None

@@ -26,7 +26,7 @@ def _introduction(manifest: Mapping[str, Any], spec: Mapping[str, Any]) -> Itera
     source = f"PATH/OF/{name}" if is_local else model
     yield "---"
     yield "library_name: learnkv"
-    yield "tags: [kv-cache, kv-cache-compression]"
+    yield "tags: [kv-cache, kv-cache-compression, custom_generate]"
     if model.count("/") == 1 and not Path(model).exists():  # an id of the hub; others would be dead links there
         yield f"base_model: {model}"
     yield "---"
@@ -50,6 +50,12 @@ def _introduction(manifest: Mapping[str, Any], spec: Mapping[str, Any]) -> Itera
     yield f'model, tokenizer = load_model("{source}")'
     yield 'policy = load_policy("PATH")  # this folder, or owner/name on the hub'
     yield "cache = prefill(model, input_ids, policy=policy, keep=0.1)"
+    yield "```"
+    yield ""
+    yield "Or in one line, with learnkv installed; it runs `custom_generate/generate.py` of this folder:"
+    yield ""
+    yield "```python"
+    yield 'model.generate(**inputs, custom_generate="PATH", trust_remote_code=True, keep=0.1, max_new_tokens=100)'
     yield "```"
     yield ""
     yield f"`learnkv eval --ckpt PATH model={source} tasks=niah keep=0.1` compares it with other methods."

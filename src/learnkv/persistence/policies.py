@@ -19,7 +19,7 @@ from learnkv.inference import lora as adapters
 from learnkv.inference.fingerprint import describe_with_weights, other_weights
 from learnkv.inference.models import describe_model
 from learnkv.ops.round_to_budget import round_to_budget
-from learnkv.persistence import hub
+from learnkv.persistence import custom_generate, hub
 from learnkv.persistence.allowed_classes import check_classes
 from learnkv.persistence.config_errors import explain
 from learnkv.persistence.model_card import model_card
@@ -245,6 +245,8 @@ def save_policy(
 ) -> Path:
     """Export a policy as a folder: `policy.yaml`, `policy.safetensors`, `budgets.csv`, `manifest.json`, `README.md`.
 
+    Beside them lies `custom_generate/`, for transformers' `generate(custom_generate=…)`; `load_policy` reads no code.
+
     Args:
         folder: created where it is missing; files of an older export are replaced.
         model: description of the model it was trained for (`learnkv.inference.fingerprint.describe_with_weights`).
@@ -272,6 +274,7 @@ def save_policy(
     }
     write_text(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     write_text(path / "README.md", model_card(manifest, policy.spec(), table))
+    custom_generate.write(path)
     return path
 
 

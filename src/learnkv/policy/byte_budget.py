@@ -80,17 +80,21 @@ def check_precision(
         raise UserError(f"precision={precision.name}: expected a scorer, by which bytes are shared out")
 
 
-def check_countable(byte_count: ByteCount, pages: AnySelector | None, decode: Scorer | None) -> None:
+def check_countable(
+    byte_count: ByteCount, pages: AnySelector | None, decode: Scorer | None, rerotate: Rerotate | None
+) -> None:
     """Raise UserError where a budget in bytes would not count everything that is held.
 
     Args:
-        pages: of the policy.
+        pages, rerotate: of the policy.
         decode: its scorer of decoded tokens, where it evicts again while they are added.
     """
     if pages is not None:
         raise UserError(f"bytes={byte_count}: expected a policy without pages, which frees nothing")
     if decode is not None and decode.decode_capture:
         raise UserError(f"bytes={byte_count}: {decode.name} holds statistics of every entry")
+    if rerotate is not None:
+        raise UserError(f"bytes={byte_count}: rerotate={rerotate} holds a second position of every entry")
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,9 @@ def uniform_levels(precision: Precision, budgets: Tensor, wanted: Tensor) -> Lev
     return LevelPlan(precision.levels, budgets.unsqueeze(0), wanted.unsqueeze(0), [True])
 
 
-def shared_levels(spend: ByteBudget, ranking: Tensor | None, scores: Tensor, budgets: Tensor) -> LevelPlan:
+def shared_levels(
+    spend: ByteBudget, ranking: Tensor | None, scores: Tensor, budgets: Tensor, unprotected: Tensor | None
+) -> LevelPlan:
     """Levels of entries under one budget for each row, or under one for each head where budgets are not by rank.
 
     Args:
@@ -224,9 +230,10 @@ def shared_levels(spend: ByteBudget, ranking: Tensor | None, scores: Tensor, bud
         ranking: [L, B, H, S] scores that are comparable over layers and heads; None: there are none.
         scores: [L, B, H, S] comparable within each head.
         budgets: [L, B, H] entries of each head at the reference level.
+        unprotected: as `ranking`, or `scores` where that is None, with scores of protected entries.
     """
     precision, dims = spend.precision, spend.head_dims
     if ranking is not None:
-        return precision.shares(ranking, torch.tensor(spend.entries), dims)
+        return precision.shares(ranking, torch.tensor(spend.entries), dims, unprotected)
     entry = torch.tensor([precision.reference.entry_bytes(dim) for dim in dims], device=budgets.device)
-    return precision.shares(scores, budgets * entry.view(-1, 1, 1), dims)
+    return precision.shares(scores, budgets * entry.view(-1, 1, 1), dims, unprotected)

@@ -65,8 +65,9 @@ def _relax_to_levels(student: CompressedCache, plan: Plan, temperature: float, r
     """Attend to kept entries as each one's level stores them; every step to a level has a gate."""
     assert plan.levels is not None
     layers, scores = student.compressed_layers(), unit_scale(plan.scores)
-    at_least = torch.cat([plan.wanted.unsqueeze(0), plan.levels.at_least[1:]])
-    gates = torch.stack([soft_topk(scores, wanted, temperature) for wanted in at_least])  # [M, L, B, H, S]
+    order = scores if plan.levels.order is None else unit_scale(plan.levels.order)
+    steps = [soft_topk(order, wanted, temperature) for wanted in plan.levels.at_least[1:]]
+    gates = torch.stack([soft_topk(scores, plan.wanted, temperature), *steps])  # [M, L, B, H, S]
     segments = compact_stored(layers, plan.scores.detach(), plan.budgets, plan.total, plan.levels.levels, plan.chosen)
     for layer_idx, segment, stored in segments:
         prompt = layers[layer_idx].prompt

@@ -9,7 +9,7 @@ from learnkv.core.precision import Level
 from learnkv.errors import UserError
 from learnkv.precision.shared import SharedPrecision
 
-_GROWTH = 5  # distortions and scales may change by orders of magnitude at a rate that suits the weights of a network
+_GROWTH = 10  # distortions and scales may change by orders of magnitude at a rate that suits the weights of a network
 _FAR_BELOW = -1e9  # any other level
 _LEAST = 1e-6
 _WORTH = 0.1  # distortion of the level of a uniform start
@@ -28,7 +28,8 @@ class LearnedPrecision(SharedPrecision):
     Args:
         menu: levels as bits of keys and values, such as K4V3; at most five.
         init: one of them: the policy at initialisation keeps the entries that the same policy keeps with this uniform
-            precision, at this level. Or `measured`: `train.py` measures distortions on its first prompts.
+            precision, at this level. Or a distortion for each, the same in all heads. Or `measured`: `train.py`
+            measures distortions on its first prompts.
         num_layers: layers of the model; 0 until `train.py` fills in this and the next one.
         num_heads: kv heads per layer.
     """
@@ -36,25 +37,30 @@ class LearnedPrecision(SharedPrecision):
     def __init__(
         self,
         menu: Sequence[str] = ("K3V2", "K4V2", "K4V3", "K8V4"),
-        init: str = "K4V3",
+        init: str | Sequence[float] = "K4V3",
         num_layers: int = 0,
         num_heads: int = 0,
     ) -> None:
         super().__init__(menu)
         self.label, self.shape = "learned", (num_layers, num_heads)
-        if init != "measured" and init not in menu:
-            raise UserError(f"init={init}: expected measured or one of {', '.join(menu)}")
-        self._reference = len(menu) // 2 if init == "measured" else self.menu.index(init)
+        self._reference = self.menu.index(init) if init in self.menu else len(menu) // 2
+        start = self._initial(init)
         self.scale_growth = nn.Parameter(torch.zeros(num_layers, num_heads, dtype=torch.float32))
         self.log_distortion = nn.Parameter(torch.zeros(num_layers, num_heads, len(menu), dtype=torch.float32))
-        self.set_distortions(self._initial(init))
+        self.set_distortions(start)
         self.available: Tensor | None = None
         """[L, H, M] levels that a training step tries alone; None: all."""
 
-    def _initial(self, init: str) -> Tensor:
+    def _initial(self, init: str | Sequence[float]) -> Tensor:
         """[M] distortions before training; NaN until they are measured."""
-        order = torch.arange(len(self.menu))
-        return torch.where(order < self._reference, 1.0, _WORTH if init != "measured" else torch.nan)
+        if init == "measured":
+            return torch.full((len(self.menu),), torch.nan)
+        if init in self.menu:
+            return torch.where(torch.arange(len(self.menu)) < self._reference, 1.0, _WORTH)
+        if isinstance(init, str) or len(init) != len(self.menu) or not all(number > 0 for number in init):
+            expected = f"measured, one of {', '.join(self.menu)}, or {len(self.menu)} distortions above 0"
+            raise UserError(f"init={init}: expected {expected}")
+        return torch.tensor(init)
 
     def set_distortions(self, distortion: Tensor) -> None:
         """Begin with these distortions, [L, H, M] or [M]."""

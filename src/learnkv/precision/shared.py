@@ -49,15 +49,17 @@ class SharedPrecision(Precision):
     def utility(self, scores: Tensor) -> Tensor:
         """Logarithms [L, B, H, S] of utilities, from finite scores."""
 
-    def shares(self, scores: Tensor, budget: Tensor, head_dims: Sequence[int]) -> LevelPlan:
+    def shares(
+        self, scores: Tensor, budget: Tensor, head_dims: Sequence[int], unprotected: Tensor | None = None
+    ) -> LevelPlan:
         layers, _, heads, _ = scores.shape
         self.check(layers, heads)
         steps = self._steps(head_dims)
         slopes = self._slopes(steps).to(scores.device).expand(layers, heads, -1)
-        at_least = share_bytes(self._values(scores, slopes), _whole_pieces(slopes.detach(), steps), budget)
+        at_least = share_bytes(self._values(scores, slopes, unprotected), _whole_pieces(slopes.detach(), steps), budget)
         exact = at_least.detach().round().long()
         counts = exact - torch.cat([exact[1:], torch.zeros_like(exact[:1])])
-        return LevelPlan(self.levels, counts, at_least, self.used(head_dims))
+        return LevelPlan(self.levels, counts, at_least, self.used(head_dims), unprotected)
 
     def used(self, head_dims: Sequence[int]) -> list[bool]:
         slopes = self._slopes(self._steps(head_dims)).detach()
@@ -78,14 +80,15 @@ class SharedPrecision(Precision):
         cost = steps.cumsum(0).T.unsqueeze(1).to(quality)  # [L, 1, M]
         return envelope_slopes(quality.expand(len(cost), -1, -1), cost)
 
-    def _values(self, scores: Tensor, slopes: Tensor) -> Tensor:
+    def _values(self, scores: Tensor, slopes: Tensor, unprotected: Tensor | None) -> Tensor:
         """Log value per byte [M, L, B, H, S] of the step of every entry to each level."""
         worth = slopes.clamp_min(torch.finfo(torch.float64).tiny).log().masked_fill(slopes <= 0, -torch.inf)
         protected, absent = scores == torch.inf, scores == -torch.inf
-        best = scores.masked_fill(protected, -torch.inf).amax(-1, keepdim=True)
-        best = best.masked_fill(best == -torch.inf, 0)
+        if unprotected is None:
+            best = scores.masked_fill(protected, -torch.inf).amax(-1, keepdim=True)
+            unprotected = best.masked_fill(best == -torch.inf, 0)
         # Infinite scores would make the gradients of what multiplies them NaN.
-        utility = self.utility(torch.where(protected, best, scores.masked_fill(absent | protected, 0)))
+        utility = self.utility(torch.where(protected, unprotected, scores.masked_fill(absent | protected, 0)))
         values = utility.double() + worth.movedim(-1, 0)[:, :, None, :, None]
         # Protected entries get the lowest level of the head that is in use, in any case.
         lowest = (slopes == slopes[..., :1]).movedim(-1, 0)[:, :, None, :, None]
