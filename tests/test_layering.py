@@ -19,7 +19,7 @@ FLOORS = [
     {"errors"},
     {"ops", "formats"},
     {"core"},
-    {"scorers", "allocators", "pages", "codecs"},
+    {"scorers", "allocators", "pages", "codecs", "residuals"},
     {"precision"},
     {"cache"},
     {"policy"},
@@ -33,7 +33,7 @@ FLOORS = [
 ]
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 STRANGERS = [  # on one floor, yet never each other
-    {"scorers", "allocators", "pages", "codecs"},
+    {"scorers", "allocators", "pages", "codecs", "residuals"},
     {"training", "evaluation", "integrations"},
 ]
 PRIVATE = {"cache.storage": "cache"}  # how a cache is laid out is its own affair

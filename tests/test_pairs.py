@@ -52,7 +52,7 @@ def read(which: str) -> CompressedCache:
     rows = [tokens(1, length, seed=8)[0] for length in LENGTHS]
     ids, mask = padded(rows[1:] if which == "alone" else rows)
     model = swapped_model() if which == "swapped" else attached("llama")
-    every = [Policy(scorer_of(scorer)) for scorer in SCORERS]
+    every = [Policy(scorer_of(scorer)) for scorer in SCORERS] + [Policy(None, build(a, *SHAPE)) for a in ALLOCATORS]
     return prefill(model, ids, mask, window=max(LENGTHS), policies=every, chunk_size=20 if which == "chunks" else None)
 
 

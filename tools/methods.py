@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from learnkv import allocators, load_policy, pages, scorers
+from learnkv import allocators, load_policy, pages, residuals, scorers
 from learnkv.core.component import Component
 from learnkv.persistence.methods import KINDS, kinds_of
 from learnkv.policy.policy import Policy
@@ -22,9 +22,10 @@ PARTS: dict[str, tuple[ModuleType, str]] = {
     "scorer": (scorers, "Scorers: how important is an entry"),
     "allocator": (allocators, "Allocators: how the budget is split over layers and heads"),
     "pages": (pages, "Page selectors: what a decode step reads"),
+    "residual": (residuals, "Residual stores: what is remembered of evicted entries"),
 }
 DEFAULT_ALLOCATOR = type(Policy(None).allocator)
-ABSTRACT = ("Scorer", "Allocator", "PageSelector")
+ABSTRACT = ("Scorer", "Allocator", "PageSelector", "EntrySelector", "ResidualStore")
 READS = {  # attributes of an observation
     "keys": "keys",
     "window_attention": "keys",
@@ -50,7 +51,7 @@ A **page selector** evicts nothing and chooses what each decode step reads. Trai
 A method's **kind** follows from its classes, and is a word for `baselines=` (`baselines=all,-trained`):
 `trained` by gradient descent (all others are training-free), `calibrated` reads a
 [file measured of the model](howto/own_model.md#tables), `extra_passes` reads the prompt again, `online` evicts while
-tokens are generated, `pages` evicts nothing and reads chosen pages.
+tokens are generated, `pages` evicts nothing and reads chosen pages, `residual` remembers moments of what it evicts.
 
 This page is generated from the classes when the site is built. How the methods compare:
 [method comparison](results/method_comparison.md).

@@ -9,10 +9,20 @@ import torch
 from support.tables import made_up
 from torch import Tensor
 
-from learnkv.allocators import LUKV, CompressKV, DuoAttention, FixedLayers, HeadKV
+from learnkv.allocators import (
+    LUKV,
+    CompressKV,
+    DuoAttention,
+    FixedLayers,
+    FluxAttention,
+    HeadKV,
+    HeteroCache,
+    NLLLayers,
+)
 from learnkv.core.allocator import Allocator
 from learnkv.errors import UserError
-from learnkv.formats import duo, headkv, layers, lukv
+from learnkv.formats import duo, headkv, heterocache, layers, lukv
+from learnkv.ops.head_taxonomy import Taxonomy
 
 INF = torch.inf
 
@@ -140,3 +150,49 @@ def test_a_table_of_another_model_is_named(make: Callable[..., Any], told: str) 
 def test_the_shipped_tables_say_whose_they_are() -> None:
     with pytest.raises(UserError, match=r"^scores=reference: made for 6 layers of 8 query heads, .*learnkv calibrate"):
         wishes(HeadKV(), 10, 32, 8)
+
+
+def test_heads_that_work_against_the_answer_count_as_nothing(tmp_path: Path) -> None:
+    """LOCOS' scores have a sign; the best query head of a group may speak for it."""
+    file = headkv.write(tmp_path / "scores.json", [[[-5.0], [3.0], [1.0], [0.0]]])
+    allocator = HeadKV(str(file), beta=1, table="logit_heads", negative="zero", group_reduce="max")
+    assert wishes(allocator, 10, 1, 4).flatten().tolist() == pytest.approx([0, 30, 10, 0])
+    assert wishes(allocator, 10, 1, 2).flatten().tolist() == pytest.approx([30, 10])
+    assert wishes(HeadKV(str(file), beta=1, negative="zero"), 10, 1, 2).flatten().tolist() == pytest.approx([15, 5])
+
+
+def test_layers_keep_everything_in_the_order_of_their_gains(tmp_path: Path) -> None:
+    """Of 100 entries 10 are the window; 40 on average are 30 more in 3 layers: one whole, none of a second."""
+    file = layers.write(tmp_path / "gains.json", [0.5, 2.0, 0.0])
+    allocator = NLLLayers(str(file), sink=2, recent=8)
+    assert wishes(allocator, 40, 3, 2, entries=100).tolist() == [[10, 10], [100, 100], [10, 10]]
+    assert wishes(allocator, 55, 3, 2, entries=100).tolist() == [[55, 55], [100, 100], [10, 10]]
+    assert wishes(allocator, 6, 3, 2, entries=100).tolist() == [[6, 6]] * 3
+    with pytest.raises(UserError, match="holds 3 layers, the model has 4"):
+        wishes(allocator, 6, 4, 2)
+
+
+def test_pivots_and_volatile_heads_keep_everything(tmp_path: Path) -> None:
+    heads = Taxonomy(
+        torch.tensor([[3, 4], [1, 2]]),
+        torch.tensor([[-1.0, 0.5], [1.5, -1.0]]),
+        torch.tensor([[-1, 0], [-1, -1]]),
+        [[0], []],
+    )
+    allocator = HeteroCache(str(heterocache.write(tmp_path / "kinds.json", heads)))
+    assert wishes(allocator, 60, 2, 2, entries=100).flatten().tolist() == pytest.approx([100, 10, 30, 100])
+    assert wishes(allocator, 40, 2, 2, entries=100).tolist() == [[100, 0], [0, 100]]  # then scaled to the budget
+    (tmp_path / "wrong.json").write_text('{"classification_matrix": [[4]]}')
+    with pytest.raises(UserError, match="expected the keys"):
+        HeteroCache(str(tmp_path / "wrong.json"))
+
+
+def test_a_router_s_layers_keep_everything(tmp_path: Path) -> None:
+    allocator = FluxAttention(made_up("router", 3, 2, 1), pool_size=4, sink=2, recent=8)
+    margin = torch.tensor([-1.0, 2.0, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 1)
+    scores, budget = torch.zeros(3, 1, 2, 100), torch.tensor([55.0])
+    assert allocator(scores, margin, budget)[:, 0].tolist() == [[10, 10], [100, 100], [55, 55]]
+    allocator = FluxAttention(made_up("router", 3, 2, 1), pool_size=4, sink=2, recent=8, decide="router")
+    assert allocator(scores, margin, budget)[:, 0].tolist() == [[10, 10], [100, 100], [100, 100]]
+    with pytest.raises(UserError, match="made for 3 layers, the model has 2"):
+        allocator(scores[:2], margin[:2], budget)

@@ -34,7 +34,7 @@ def test_sealing_copies_nothing_and_keeps_the_prompt() -> None:
 
 def test_an_evicted_prompt_is_not_complete() -> None:
     read = prompt()
-    kept = read.evict(read.seal().segment, None)
+    kept = Kept(read.seal().segment)
     with pytest.raises(UserError, match="already been compressed"):
         _ = kept.complete
     assert isinstance(kept.rows(torch.tensor([1]), 3), Kept)

@@ -36,6 +36,8 @@ def test_all_is_every_yaml_but_the_full_cache() -> None:
         ("cake_decode", {"online", "observation_window"}),
         ("kvzip", {"extra_passes"}),
         ("quest", {"pages"}),
+        ("delta", {"pages"}),
+        ("heterocache_reload", {"calibrated", "pages", "observation_window"}),
         ("duo_attention", {"calibrated", "trained"}),
         ("fast_kvzip", {"calibrated", "trained"}),
         ("headkv", {"calibrated", "observation_window"}),

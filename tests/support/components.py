@@ -51,6 +51,7 @@ KNOWS_ITS_HEAD = {
     learnkv.allocators.HeadKV,
     learnkv.allocators.LUKV,
     learnkv.allocators.DuoAttention,
+    learnkv.allocators.HeteroCache,
 }
 """Those of which a head's number is an input."""
 

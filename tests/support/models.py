@@ -179,7 +179,8 @@ def compressible(model: PreTrainedModel) -> list[int]:
 
 
 SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGURATIONS / "policies").glob("*.yaml")}
-EVICTING = sorted(name for name, spec in SHIPPED.items() if spec["scorer"] is not None and "precision" not in spec)
+ALTERING = {"precision", "residual"}  # attention is not that to the kept entries as they were
+EVICTING = sorted(name for name, spec in SHIPPED.items() if spec["scorer"] is not None and not ALTERING & spec.keys())
 DECODING = [name for name in EVICTING if SHIPPED[name].get("evict_interval")]
 HEURISTICS = [name for name in EVICTING if name not in DECODING]
 LEARNED = ["budgets", "conditioned", "tokens", "causal", "ranked", "sampled"]

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from learnkv.formats import duo, headkv, layers, lukv, tensors, unit_ends
+from learnkv.formats import duo, headkv, heterocache, layers, lukv, tensors, unit_ends
+from learnkv.ops.head_taxonomy import Taxonomy
+from learnkv.ops.layer_router import router_shapes
 from learnkv.ops.rotary import Layout
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.persistence.policies import build_policy
@@ -56,6 +58,24 @@ def _retention(path: Path, count: int, heads: int, group: int, dim: int, hidden:
     return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
 
 
+def _kinds(path: Path, count: int, heads: int) -> Path:
+    """The first layer begins with a pivot and its satellite, where there are two heads; all others are anchors."""
+    kinds = torch.ones(count, heads, dtype=torch.long)
+    pivots = torch.full_like(kinds, -1)
+    order: list[list[int]] = [[] for _ in range(count)]
+    if heads > 1:
+        kinds[:, 0], kinds[:, 1], pivots[:, 1], order = 3, 4, 0, [[0]] * count
+        kinds[1:, 0], kinds[1:, 1], pivots[1:], order[1:] = 1, 1, -1, [[]] * (count - 1)
+    weights = torch.where(kinds == 3, -1.0, 0.5 + _draw(count, heads).double())
+    return heterocache.write(path, Taxonomy(kinds, weights, pivots, order))
+
+
+def _router(path: Path, count: int, dim: int) -> Path:
+    draw = torch.Generator().manual_seed(count + dim)
+    shapes = router_shapes(dim)
+    return tensors.write(path, {name: torch.randn(count, *shape, generator=draw) for name, shape in shapes.items()})
+
+
 MAKE: dict[str, Callable[..., Path]] = {
     "scores": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
     "heads": lambda path, count, heads, group, *_: headkv.write(path, _draw(count, heads * group, 3).tolist()),
@@ -64,6 +84,9 @@ MAKE: dict[str, Callable[..., Path]] = {
     "errors": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
     "moments": _moments,
     "gate": _gate,
+    "router": lambda path, count, heads, group, dim, hidden: _router(path, count, dim),
+    "gains": lambda path, count, *_: layers.write(path, _draw(count).tolist()),
+    "kinds": lambda path, count, heads, *_: _kinds(path, count, heads),
     "queries": _queries,
     "retention": _retention,
     "ends": lambda path, *_: unit_ends.write(
@@ -86,7 +109,7 @@ def made_up(argument: str, count: int, heads: int, group: int, dim: int = 16, hi
 def policy_of(name: str, *shape: int) -> Policy:
     """The policy of a YAML; tables of the reference model give way to some for this shape."""
     spec = yaml.safe_load((CONFIGS / "policies" / f"{name}.yaml").read_text(encoding="utf-8"))
-    for part in (spec.get("scorer"), spec.get("allocator")):
+    for part in (spec.get("scorer"), spec.get("allocator"), spec.get("pages")):
         for argument, value in ((part or {}).get("init_args") or {}).items():
             if value == "reference":
                 part["init_args"][argument] = made_up(argument, *shape)

@@ -42,6 +42,7 @@ class AdaKV(Allocator):
             raise UserError(f"floor={floor}: expected 0 to 1")
         self.base = Uniform() if base is None else base
         self.window = self.base.window
+        self.functions, self.statistics = self.base.functions, self.base.statistics
         self.floor = floor
         self.rounding = rounding
         self.normalize = normalize

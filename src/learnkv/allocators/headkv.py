@@ -24,11 +24,18 @@ class HeadKV(Allocator):
     is 129); KVCache-Factory's port leaves the window in b, so that its heads keep a window more. Both lose what a head
     cannot hold; here others get it.
 
+    `table: logit_heads` are LOCOS' scores (arXiv 2607.01002): what a head adds to the logit of the answer. Their mean
+    may be below zero, in heads that work against the answer; these count as 0 (`negative: zero`). How query heads are
+    reduced to kv heads is not published.
+
     Args:
         scores: file of head scores, or `reference`.
         beta: 1/beta of the budget follows the scores; close to 1 means nearly all of it.
         temperature: exponent of the scores' shares.
         rounding: `exact` spends the budget; `original` rounds as the published code does.
+        table: which scores `reference` names: retrieval scores, or LOCOS' contributions to the logit.
+        negative: whether mean scores below zero are refused or count as 0.
+        group_reduce: over the query heads of a kv head.
     """
 
     table_argument = "scores"
@@ -40,13 +47,18 @@ class HeadKV(Allocator):
         beta: float = 1.01,
         temperature: float = 1.0,
         rounding: Literal["exact", "original"] = "exact",
+        table: Literal["head_scores", "logit_heads"] = "head_scores",
+        negative: Literal["refuse", "zero"] = "refuse",
+        group_reduce: Literal["mean", "max"] = "mean",
     ) -> None:
         super().__init__()
         if beta < 1:
             raise UserError(f"beta={beta}: expected 1 or more")
-        self.source, self.beta, self.rounding = scores, beta, rounding
-        file = locate(scores, "head_scores.json")
+        self.source, self.beta, self.rounding, self.group_reduce = scores, beta, rounding, group_reduce
+        file = locate(scores, f"{table}.json")
         measured = headkv.mean_scores(headkv.read(file))
+        if negative == "zero":
+            measured = measured.clamp_min(0)
         if bool((measured < 0).any()) or not bool(measured.sum() > 0):
             raise UserError(f"{file}: expected scores of at least 0, one of them above it")
         share = (measured / measured.sum()) ** temperature
@@ -62,10 +74,14 @@ class HeadKV(Allocator):
         if self.rounding == "original":
             pool = torch.floor_divide(free, self.beta)
             table = (importance * (pool * self.importance.numel()) + (free - pool)).round()
-            per_head: Tensor = table.unflatten(-1, (-1, group)).mean(-1).round()
-            return per_head + protected
+            return self._of_groups(table, group).round() + protected
         free = free.clamp_min(0)
         pool = free / self.beta
         table = importance * pool * self.importance.numel() + (free - pool)
-        per_head = table.unflatten(-1, (-1, group)).mean(-1)
-        return per_head + protected
+        return self._of_groups(table, group) + protected
+
+    def _of_groups(self, table: Tensor, group: int) -> Tensor:
+        """[L, B, H] of the query heads' [L, B, H*G]."""
+        grouped = table.unflatten(-1, (-1, group))
+        reduced: Tensor = grouped.mean(-1) if self.group_reduce == "mean" else grouped.amax(-1)
+        return reduced

@@ -30,6 +30,7 @@ class LayerByLayer(SequentialAllocator):
                 f"base={type(self.base).__name__}: expected a heuristic that is static, as Uniform and Pyramid"
             )
         self.window = self.heads.window
+        self.functions, self.statistics = self.heads.functions, self.heads.statistics
 
     def features(self, obs: Observation) -> Tensor | None:
         return self.heads.features(obs)

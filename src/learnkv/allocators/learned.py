@@ -120,6 +120,7 @@ class LearnedAllocator(Allocator):
         self.conditioned = conditioned and (heads or layers)
         self.static = base.static and not self.conditioned and not self.by_scores
         self.window = max(base.window, window if self.conditioned else 0)
+        self.functions, self.statistics = base.functions, base.statistics
         self._own_window = window
 
     @property

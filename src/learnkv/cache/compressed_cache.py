@@ -10,10 +10,12 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
 from learnkv.cache.accounting import Accounting
+from learnkv.cache.evicted import Evicted, evicted_entries
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.plain_layers import refuse_others
 from learnkv.cache.schedule import EvictionSchedule
+from learnkv.cache.states import Kept
 from learnkv.cache.storage import DecodeBuffer, rows_of
 from learnkv.cache.tiered_eviction import compact_levels
 from learnkv.core.adapter import Adapter
@@ -21,6 +23,7 @@ from learnkv.core.finite import Invalid, refuse_invalid
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.core.precision import LevelPlan
 from learnkv.core.protection import Protection
+from learnkv.core.residual_store import ResidualStore
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
 
@@ -104,6 +107,7 @@ class CompressedCache(Accounting):
         first: int = 0,
         rerotate: Rerotate | None = None,
         levels: LevelPlan | None = None,
+        residual: ResidualStore | None = None,
     ) -> None:
         """Keep the `budgets[l, b, h]` highest-scored entries of every head of the layers from `first` on.
 
@@ -113,17 +117,25 @@ class CompressedCache(Accounting):
             first: index of the first of these layers among the compressible ones.
             rerotate: consecutive positions for kept entries, from the `start` or up to the `end`; None: their own.
             levels: how many entries of these layers are stored at each level; None: all as they are.
+            residual: summarises what is evicted; None: it is forgotten.
         """
         layers = self.compressed_layers()[first : first + scores.shape[0]]
         decode_capture = None if self.schedule is None else self.schedule.capture_spec
+
+        def evicted(layer_idx: int) -> Evicted | None:
+            if residual is None:
+                return None
+            gone = evicted_entries(scores[layer_idx], budgets[layer_idx])
+            return layers[layer_idx].prompt.evicted_with(residual, gone)
+
         if levels is None:
             for layer_idx, segment in compact(layers, scores, budgets, total, decode_capture, rerotate):
-                layers[layer_idx].evict(segment, decode_capture)
+                layers[layer_idx].evict(Kept(segment, evicted=evicted(layer_idx)), decode_capture)
             return
         self.narrow = True
         tiered = compact_levels(layers, scores, levels, decode_capture, rerotate, self.no_entries)
         for layer_idx, segment, tiers in tiered:
-            layers[layer_idx].evict(segment, decode_capture, tiers)
+            layers[layer_idx].evict(Kept(segment, tiers=tiers, evicted=evicted(layer_idx)), decode_capture)
 
     def evict_if_due(self) -> None:
         """Let the policy evict again once the tail has reached the schedule's `evict_interval`."""

@@ -10,12 +10,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from learnkv.cache.attended import check_attended, check_continues, sizes_of
 from learnkv.cache.capture import Capture
-from learnkv.cache.page_index import PageIndex
-from learnkv.cache.states import Kept, Prompt, Relaxed, Stored
+from learnkv.cache.entry_index import AnyIndex, index_of
+from learnkv.cache.states import Kept, Prompt, Relaxed
 from learnkv.cache.storage import DecodeBuffer, Segment
-from learnkv.cache.tiers import StoredTier
+from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec, Observation
-from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
 from learnkv.ops.rotary import Layout
 
@@ -158,7 +157,7 @@ class CompressedLayer(CacheLayerMixin):
         return isinstance(self.state, Relaxed)
 
     @property
-    def page_index(self) -> PageIndex | None:
+    def page_index(self) -> AnyIndex | None:
         """The pages that a single token chooses from; None: it attends to everything."""
         return None if self.state is None else self.state.page_index
 
@@ -243,22 +242,16 @@ class CompressedLayer(CacheLayerMixin):
         if self.state is not None and not self.sealed:
             self.state = self.prompt.seal()
 
-    def evict(
-        self, segment: Segment, decode_capture: CaptureSpec | None = None, tiers: tuple[StoredTier, ...] = ()
-    ) -> None:
-        """Keep `segment` and `tiers` and nothing else of the prompt; of tokens to come capture `decode_capture`."""
-        self.state = self.prompt.evict(segment, self.page_index, tiers)
+    def evict(self, kept: Kept, decode_capture: CaptureSpec | None = None) -> None:
+        """Hold `kept` and nothing else of the prompt; of tokens to come capture `decode_capture`."""
+        pages = None if self.page_index is None else self.page_index.rebuilt(kept.segment)
+        self.state = replace(kept, page_index=pages)
         self.decode_capture = decode_capture
         self.capture.forget(decode_capture)
 
-    def relax(
-        self, segment: Segment, gates: Tensor, decode_capture: CaptureSpec | None = None, stored: Stored = ()
-    ) -> None:
-        """Train: attend to `segment`; every entry's gate [B, H, S] gets the gradient of its mask. Entries stay.
-
-        With levels, whose prompts are `stored`, gates are [M, B, H, S]: the mask of the step to each level.
-        """
-        self.state = self.prompt.relax(segment, gates, stored=stored)
+    def relax(self, relaxed: Relaxed, decode_capture: CaptureSpec | None = None) -> None:
+        """Train: attend to what is kept; every entry's gate gets the gradient of its mask. Entries stay."""
+        self.state = relaxed
         if decode_capture is not None:
             self.decode_capture = decode_capture
             self.capture.forget(decode_capture)
@@ -268,10 +261,10 @@ class CompressedLayer(CacheLayerMixin):
         assert self.segment is not None
         self.state = self.prompt.relax(self.segment, gates, soft=True)
 
-    def read_pages(self, selector: PageSelector, tokens: Sequence[int]) -> None:
+    def read_pages(self, selector: AnySelector, tokens: Sequence[int], shared: dict[str, Tensor]) -> None:
         """Let every single token attend to `tokens` [B] entries per head, in the pages that `selector` chooses."""
         assert isinstance(self.state, Kept)
-        index = None if self.layer_idx < selector.dense_layers else PageIndex(selector, tokens, self.state.segment)
+        index = index_of(selector, tokens, self.state.segment, self.layer_idx, self.observation, shared)
         self.state = replace(self.state, page_index=index)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

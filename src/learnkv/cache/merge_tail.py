@@ -49,7 +49,7 @@ def merge_tail(layer: CompressedLayer, longest: int, positions: Tensor) -> None:
         places = torch.cat([index.masked_fill(~valid, -1).view(shape), new], 2)
         carried = Carried(tier, places.gather(2, order))
     entries = (_moved(keys, order), _moved(values, order), None, positions_of_all.gather(2, order))
-    layer.state = Prompt(*entries, rotated, state.page_index, carried)
+    layer.state = Prompt(*entries, rotated, state.page_index, carried, state.evicted)
     layer.merged_tokens += tail.length
     tail.crop(0)
 

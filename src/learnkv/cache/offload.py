@@ -16,12 +16,12 @@ def offload(cache: CompressedCache) -> None:
     Tables, positions and the tail stay on the device. Forks that share the prompt keep it there as long as they live.
 
     Raises:
-        UserError: for a cache with pages, entries in fewer bits or gates, which only a device reads.
+        UserError: for a cache with pages, entries in fewer bits, a residual or gates, which only a device reads.
     """
     cache.seal()
     for layer in cache.compressed_layers():
         state = layer.state
-        if not isinstance(state, Kept) or state.page_index is not None or state.tiers:
+        if not isinstance(state, Kept) or state.page_index is not None or state.tiers or state.evicted is not None:
             raise UserError("offload: expected a cache with all entries of its prompt, as prefill returns it")
         segment = replace(state.segment, keys=_to_host(state.segment.keys), values=_to_host(state.segment.values))
         layer.state = Kept(segment)

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.entry_index import EntryIndex
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.states import Kept, Prompt
 from learnkv.cache.storage import Segment
@@ -100,6 +101,10 @@ def _refuse_unstored(cache: CompressedCache) -> None:
             raise UserError("a cache in training is not stored: expected one that compress or prefill returned")
         if not isinstance(layer.state, Kept):
             raise UserError("the prompt has not been read to its end: a cache that is being filled is not stored")
+        if layer.state.evicted is not None:
+            raise UserError(f"residual={layer.state.evicted.store.name}: not stored; expected a policy without")
+        if isinstance(layer.page_index, EntryIndex):
+            raise UserError(f"pages={layer.page_index.selector.name}: what it remembers of a cache is not stored")
 
 
 def _layer(

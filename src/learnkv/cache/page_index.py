@@ -56,12 +56,15 @@ class PageIndex:
         return bounds
 
     @torch.no_grad()
-    def choose(self, query: Tensor, segment: Segment, tail: DecodeBuffer, mask: Tensor | None) -> Pages | None:
+    def choose(
+        self, query: Tensor, segment: Segment, tail: DecodeBuffer, mask: Tensor | None, scaling: float = 1.0
+    ) -> Pages | None:
         """The pages that a single new token reads; None where there are several, which read everything.
 
         Args:
             query: [B, H*G, T, D].
             mask: [B, 1, T, M] True where a token attends to a slot of the tail; None: all.
+            scaling: factor on query-key products, by which their order does not change.
         """
         if self.tail_slots and (query.shape[2] > 1 or self.tail_slots >= tail.length):
             # Padding of a question is known after it only; slots that were cropped are still within the bounds.

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learnkv.cache.page_index import PageIndex
+from learnkv.cache.entry_index import AnyIndex
+from learnkv.cache.evicted import Evicted
 from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.cache.tiers import Carried, StoredTier
 from learnkv.core.codec import Codec
+from learnkv.core.residual_store import ResidualStore
 from learnkv.errors import UserError
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
@@ -44,10 +46,12 @@ class Prompt:
     """[B, H, S] prompt position of each entry of a merged prompt, negative where there is none; None: as read."""
     rotated: Tensor | None = None
     """[B, H, S] position that each key is rotated to; None: its prompt position."""
-    page_index: PageIndex | None = None
+    page_index: AnyIndex | None = None
     """Of the entries before the tail was merged; it is made anew for those that will be kept."""
     carried: Carried | None = None
     """Entries [B, H, S] of a merged prompt that are stored in fewer bits already."""
+    evicted: Evicted | None = None
+    """What is remembered of entries that were evicted before the tail was merged."""
     stored: dict[tuple[str, Codec], Tensor] = field(default_factory=dict, init=False, compare=False)
     """Training: keys and values as codecs store them, once for all students."""
 
@@ -91,13 +95,23 @@ class Prompt:
         prompt = replace(self, keys=self.keys.contiguous(), values=self.values.contiguous())
         return Kept(Segment.whole(prompt.keys, prompt.values, self.slot_positions()), prompt)
 
-    def evict(self, segment: Segment, page_index: PageIndex | None, tiers: tuple[StoredTier, ...] = ()) -> "Kept":
-        """Keep `segment` and `tiers` only; where there are pages, they are those of the segment from now on."""
-        return Kept(segment, page_index=None if page_index is None else page_index.rebuilt(segment), tiers=tiers)
+    def evicted_with(self, store: ResidualStore, weights: Tensor) -> Evicted:
+        """What `store` remembers of entries with weights [B, H, S], 1 for evicted ones, and of those evicted before."""
+        return Evicted.of(store, self.keys, self.values, weights.to(self.keys.device), self.evicted)
 
-    def relax(self, segment: Segment, gates: Tensor, soft: bool = False, stored: Stored = ()) -> "Relaxed":
-        """Train: attend to `segment`, or softly to all entries, with gates; nothing is freed."""
-        return Relaxed(segment, self, gates.to(self.keys.device), soft, stored=stored)
+    def relax(
+        self,
+        segment: Segment,
+        gates: Tensor,
+        soft: bool = False,
+        stored: Stored = (),
+        evicted: Evicted | None = None,
+    ) -> "Relaxed":
+        """Train: attend to `segment`, or softly to all entries, with gates [B, H, S]; nothing is freed.
+
+        With levels, whose prompts are `stored`, gates are [M, B, H, S]: the mask of the step to each level.
+        """
+        return Relaxed(segment, self, gates.to(self.keys.device), soft, stored=stored, evicted=evicted)
 
     def rows(self, batch: Tensor, heads: int) -> "Prompt":
         """The prompts of batch rows `batch` [B']."""
@@ -112,6 +126,7 @@ class Prompt:
             of(self.positions),
             of(self.rotated),
             None if self.page_index is None else self.page_index.rows(batch),
+            evicted=None if self.evicted is None else self.evicted.rows(batch),
         )
 
     def fork(self) -> "Prompt":
@@ -121,7 +136,7 @@ class Prompt:
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
         parts = (self.keys, self.values, self.valid, self.positions, self.rotated)
-        return [part for part in parts if part is not None]
+        return [*(part for part in parts if part is not None), *(self.evicted.tensors() if self.evicted else ())]
 
 
 @dataclass(frozen=True)
@@ -131,10 +146,12 @@ class Kept:
     segment: Segment
     prompt: Prompt | None = None
     """The complete prompt, of which the segment is a view, until entries are evicted or rows are selected."""
-    page_index: PageIndex | None = None
+    page_index: AnyIndex | None = None
     """Bounds of pages where a single token reads chosen pages only."""
     tiers: tuple[StoredTier, ...] = ()
     """Further entries, in fewer bits."""
+    evicted: Evicted | None = None
+    """What is remembered of the others."""
 
     copies = 1
 
@@ -150,10 +167,11 @@ class Kept:
 
     def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens; `mask` [B, 1, T, M] of the tail."""
-        pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask)
+        pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask, scaling)
         tiers = [tier.arguments(query.dtype) for tier in self.tiers]
         ragged = self.segment.on(query.device).ragged
-        return decode_attention(query, ragged, tail.arguments(mask), scaling, pages, tiers)[0]
+        output, lse = decode_attention(query, ragged, tail.arguments(mask), scaling, pages, tiers)
+        return output if self.evicted is None else self.evicted.added(output, lse, query, scaling)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions of all entries of one row (host sync)."""
@@ -170,12 +188,15 @@ class Kept:
         """Bytes of each row of the batch (host sync)."""
         of_heads = [self.segment.row_nbytes(), *(tier.row_nbytes() for tier in self.tiers)]
         pages = 0 if self.page_index is None else self.page_index.row_nbytes()
-        return (torch.tensor(of_heads).sum(0).view(-1, heads).sum(-1) + pages).tolist()
+        extra = 0 if self.evicted is None else self.evicted.head_nbytes(self.segment.keys.shape[-1])
+        return ((torch.tensor(of_heads).sum(0) + extra).view(-1, heads).sum(-1) + pages).tolist()
 
     def rows(self, batch: Tensor, heads: int) -> "Kept":
         """The kept entries of batch rows `batch` [B'], sharing the pool."""
         page_index = None if self.page_index is None else self.page_index.rows(batch)
-        return Kept(self.segment.rows(batch, heads), None, page_index, tuple(tier.rows(batch) for tier in self.tiers))
+        evicted = None if self.evicted is None else self.evicted.rows(batch)
+        tiers = tuple(tier.rows(batch) for tier in self.tiers)
+        return Kept(self.segment.rows(batch, heads), None, page_index, tiers, evicted)
 
     def fork(self) -> "Kept":
         """A state that shares storage with this one."""
@@ -184,7 +205,7 @@ class Kept:
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
         parts = [*self.segment.tensors()]
-        for part in (self.prompt, self.page_index, *self.tiers):
+        for part in (self.prompt, self.page_index, *self.tiers, self.evicted):
             parts += [] if part is None else part.tensors()
         return parts
 
@@ -204,6 +225,8 @@ class Relaxed:
     """Continuations per prompt."""
     stored: Stored = ()
     """The complete prompt as stored at each level of precision; none: as it is."""
+    evicted: Evicted | None = None
+    """What is remembered of the entries that do not count, differentiable in their gates."""
 
     page_index = None
     tiers = ()
@@ -213,10 +236,11 @@ class Relaxed:
         prompt, new = (self.complete.keys, self.complete.values, self.gates), tail.arguments(mask)
         if self.soft:
             return gated_attention(query, *prompt, new, scaling)
+        others = None if self.evicted is None else self.evicted.estimate(query, scaling, self.copies)
         if not self.stored:
-            return relaxed_attention(query, *prompt, self.segment.ragged, new, scaling)
+            return relaxed_attention(query, *prompt, self.segment.ragged, new, scaling, others)
         keys, values = zip(*self.stored, strict=True)
-        return relaxed_attention(query, keys, values, self.gates, self.segment.ragged, new, scaling)
+        return relaxed_attention(query, keys, values, self.gates, self.segment.ragged, new, scaling, others)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions of the entries of one row (host sync)."""
@@ -235,6 +259,7 @@ class Relaxed:
             self.gates[..., prompts.to(self.gates.device), :, :],
             self.soft,
             stored=tuple(prompt.rows(prompts) for prompt in self.stored),
+            evicted=None if self.evicted is None else self.evicted.rows(prompts),
         )
 
     def repeat(self, batch: Tensor, heads: int, repeats: int) -> "Relaxed":
@@ -248,4 +273,5 @@ class Relaxed:
     def tensors(self) -> list[Tensor]:
         """All tensors of the state."""
         stored = [part for prompt in self.stored for part in prompt]
-        return [*self.complete.tensors(), self.gates, *self.segment.tensors(), *stored]
+        evicted = [] if self.evicted is None else self.evicted.tensors()
+        return [*self.complete.tensors(), self.gates, *self.segment.tensors(), *stored, *evicted]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.calibration.trials import Trial
 from learnkv.inference.generate import continuation
 from learnkv.inference.prefill import prefill
@@ -33,20 +34,30 @@ def head_gates(
         if gates is None:
             gates = torch.ones(len(layers), layers[0].heads, dtype=torch.float32, requires_grad=True)
             adam = torch.optim.Adam([gates], learning_rate)
-        ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
-        first = trial.question.shape[1] - 1
-        with torch.no_grad():
-            teacher = continuation(model, ids, cache.fork())[:, first:-1].log_softmax(-1)
-        student = cache.fork()
-        positions = torch.arange(trial.context.shape[1])
-        protected = (positions < sink) | (positions >= len(positions) - recent)
-        for layer, layer_gates in zip(student.compressed_layers(), gates, strict=True):
-            layer.gate(torch.where(protected, 1.0, layer_gates.view(1, -1, 1)).to(layer.device))
-        gated = continuation(model, ids, student)[:, first:-1].log_softmax(-1)
-        kl = (teacher.exp() * (teacher - gated)).sum(-1).mean()
         adam.zero_grad()
-        (kl.cpu() + penalty * gates.mean()).backward()
+        (answer_kl(model, trial, cache, gates, sink, recent) + penalty * gates.mean()).backward()
         adam.step()
         gates.data.clamp_(0, 1)
     assert gates is not None
     return gates.detach()
+
+
+def answer_kl(model: Any, trial: Trial, cache: CompressedCache, gates: Tensor, sink: int, recent: int) -> Tensor:
+    """KL to the full cache, in nats per token of the answer, with gates [L, H] of streaming heads; differentiable."""
+    ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
+    with torch.no_grad():
+        teacher = continuation(model, ids, cache.fork())[:, trial.question.shape[1] - 1 : -1].log_softmax(-1)
+    gated = gated_answer(model, trial, cache, gates, sink, recent)
+    return (teacher.exp() * (teacher - gated)).sum(-1).mean().cpu()
+
+
+def gated_answer(model: Any, trial: Trial, cache: CompressedCache, gates: Tensor, sink: int, recent: int) -> Tensor:
+    """Log-probabilities [1, A, V] of the answer's tokens with gates [L, H] of streaming heads; differentiable."""
+    ids = torch.cat([trial.question, trial.answer], 1).to(model.device)
+    student = cache.fork()
+    positions = torch.arange(trial.context.shape[1])
+    protected = (positions < sink) | (positions >= len(positions) - recent)
+    for layer, layer_gates in zip(student.compressed_layers(), gates, strict=True):
+        layer.gate(torch.where(protected, 1.0, layer_gates.view(1, -1, 1)).to(layer.device))
+    logits: Tensor = continuation(model, ids, student)[:, trial.question.shape[1] - 1 : -1]
+    return logits.log_softmax(-1)

@@ -7,19 +7,23 @@ from typing import Literal, get_args
 
 import torch
 
+from learnkv.calibration.contributions import logit_heads
 from learnkv.calibration.covariance_rotations import covariance_rotations
 from learnkv.calibration.curve import budget_curve
 from learnkv.calibration.frequencies import query_frequencies
 from learnkv.calibration.gates import head_gates
+from learnkv.calibration.head_kinds import head_kinds
 from learnkv.calibration.heads import Kind, head_scores
 from learnkv.calibration.kvzip_gate import kvzip_gate
+from learnkv.calibration.layer_gains import layer_gains
+from learnkv.calibration.layer_router import layer_router
 from learnkv.calibration.layers import layer_errors
 from learnkv.calibration.moments import query_moments
 from learnkv.calibration.retention import retention_gates
 from learnkv.calibration.text_units import text_units
 from learnkv.calibration.trials import Trial, sample_trials
 from learnkv.errors import UserError
-from learnkv.formats import duo, headkv, layers, lukv, tensors, unit_ends
+from learnkv.formats import duo, headkv, heterocache, layers, lukv, tensors, unit_ends
 from learnkv.inference.models import load_model
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy
@@ -29,6 +33,7 @@ Measurement = Literal[
     "head_scores",
     "copying_heads",
     "semantic_heads",
+    "logit_heads",
     "layer_errors",
     "budget_curve",
     "head_gates",
@@ -37,6 +42,9 @@ Measurement = Literal[
     "kvzip_gate",
     "retention_gates",
     "unit_ends",
+    "head_kinds",
+    "layer_gains",
+    "layer_router",
     "covariance_rotation",
 ]
 UNUSED = ("copying_heads", "covariance_rotation")
@@ -56,10 +64,12 @@ class CalibrationConfig:
     Args:
         model: `reference`, a model's folder or a hub id.
         out: folder to write: `head_scores.json` (HeadKV), `copying_heads.json` (retrieval heads, in the same format),
-            `semantic_heads.json` and `layer_errors.json` (CompressKV), `lukv.npy` (LU-KV's budget curve), `duo/`
-            (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `query_frequencies.safetensors`
-            (TriAttention), `kvzip_gate.safetensors` (Fast KVzip), `retention_gates.safetensors` (TrimKV),
-            `unit_ends.json` (ShotKV), `covariance_rotation.safetensors` (the codec OSCAR).
+            `semantic_heads.json` and `layer_errors.json` (CompressKV), `logit_heads.json` (LOCOS, in HeadKV's format),
+            `lukv.npy` (LU-KV's budget curve), `duo/` (DuoAttention's gates), `query_moments.safetensors`
+            (ExpectedAttention), `query_frequencies.safetensors` (TriAttention), `kvzip_gate.safetensors` (Fast KVzip),
+            `retention_gates.safetensors` (TrimKV), `unit_ends.json` (ShotKV), `head_kinds.json` (HeteroCache),
+            `layer_router.safetensors` (Flux Attention), `layer_gains.json` (NLL-guided layers),
+            `covariance_rotation.safetensors` (the codec OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
         policy: policy that layer errors and the budget curve are measured for.
@@ -72,6 +82,7 @@ class CalibrationConfig:
         gate_penalty: weight in nats of the mean gate in the gates' loss.
         kvzip_steps: training steps of Fast KVzip's gate, per layer.
         retention_steps: training steps of TrimKV's gates, one context each, per layer.
+        stable: overlap of a head's best entries below which HeteroCache counts it as volatile.
         seed: seed of the questions.
         revision: branch, tag or commit of a hub id.
         dtype: auto, float32, bfloat16 or float16.
@@ -92,6 +103,7 @@ class CalibrationConfig:
     gate_penalty: float = 0.3
     kvzip_steps: int = 400
     retention_steps: int = 100
+    stable: float = 0.5
     seed: int = 0
     revision: str | None = None
     dtype: str = "auto"
@@ -130,10 +142,10 @@ def _written(
     kinds = {KINDS[name]: name for name in wanted if name in KINDS}
     if kinds:
         for kind, scores in head_scores(model, tokenizer, trials, list(kinds)).items():
-            rounded = [[[round(score, DECIMALS) for score in head] for head in layer] for layer in scores]
-            yield headkv.write(out / f"{kinds[kind]}.json", rounded)
+            yield headkv.write(out / f"{kinds[kind]}.json", _rounded(scores))
     contexts = [trial.context for trial in trials]
     measured: dict[str, Callable[[], Path]] = {
+        "logit_heads": lambda: headkv.write(out / "logit_heads.json", _rounded(logit_heads(model, trials))),
         "layer_errors": lambda: layers.write(
             out / "layer_errors.json",
             [round(error, DECIMALS) for error in layer_errors(model, trials, policy, config.keep).tolist()],
@@ -163,6 +175,16 @@ def _written(
             torch.float16,
         ),
         "unit_ends": lambda: unit_ends.write(out / "unit_ends.json", text_units(tokenizer)),
+        "head_kinds": lambda: heterocache.write(out / "head_kinds.json", head_kinds(model, trials, config.stable)),
+        "layer_gains": lambda: layers.write(
+            out / "layer_gains.json",
+            [round(gain, DECIMALS) for gain in layer_gains(model, trials, config.sink, config.recent).tolist()],
+        ),
+        "layer_router": lambda: tensors.write(
+            out / "layer_router.safetensors",
+            layer_router(model, trials, config.sink, config.recent, config.gate_steps, seed=config.seed),
+            torch.float16,
+        ),
         "covariance_rotation": lambda: tensors.write(
             out / "covariance_rotation.safetensors", covariance_rotations(model, contexts)
         ),
@@ -170,3 +192,7 @@ def _written(
     for name, write in measured.items():
         if name in wanted:
             yield write()
+
+
+def _rounded(trials: headkv.Trials) -> headkv.Trials:
+    return [[[round(score, DECIMALS) for score in head] for head in layer] for layer in trials]

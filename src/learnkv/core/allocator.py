@@ -9,7 +9,7 @@ from torch import Tensor
 
 from learnkv.core.component import Component
 from learnkv.core.finite import check_shape, without_nan
-from learnkv.core.observation import Observation
+from learnkv.core.observation import Observation, Statistic
 from learnkv.errors import UserError
 from learnkv.ops.round_to_budget import round_to_budget
 
@@ -37,6 +37,10 @@ class Allocator(Component, ABC):
     """Whether budgets follow learned scores relative to their baseline (`split`)."""
     window: int = 0
     """Number of last prompt queries that `features` reads (0: none)."""
+    functions: frozenset[str] = frozenset()
+    """Functions of the layer that `features` applies, as of `Scorer`."""
+    statistics: frozenset[Statistic] = frozenset()
+    """Running results over the prompt that `features` reads; they exist for a prompt only."""
     __call__: Callable[..., Tensor]
 
     @property

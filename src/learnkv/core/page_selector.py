@@ -17,6 +17,8 @@ class PageSelector(Component, ABC):
     page_size: int = 16
     dense_layers: int = 0
     """Number of first layers that attend to everything."""
+    aligned = False
+    window = 0
 
     @abstractmethod
     def count(self, entries: Tensor, tokens: Tensor) -> Tensor:

@@ -236,6 +236,8 @@ def _measured(
                     sizes = [{**size, **accepted} for size, accepted in zip(sizes, lengths, strict=True)]
                 with measured(model.device) as decode:
                     scores, _ = family.measure(model, prompts, fork, full)
+                if policy.pages is not None:  # some choose how much they read, token by token
+                    sizes = [{**size, "read": read} for size, read in zip(sizes, fork.read, strict=True)]
             for row, view in zip(rows, views, strict=True):
                 sizes[row][VIEW] = view
             cost = cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))

@@ -20,6 +20,19 @@ COVARIANCE_ROTATION = {"keys": "LHDD", "values": "LHDD"}
 """OSCAR's rotations of H kv heads, or of all alike with H = 1: stored = vector @ rotation."""
 RETENTION = {"in.weight": "LWE", "in.bias": "LW", "out.weight": "LHW", "out.bias": "LH"}
 """TrimKV's gates for H kv heads: W hidden units, E inputs."""
+LAYER_ROUTER = {
+    "f.0.weight": "LPD",
+    "f.0.bias": "LP",
+    "f.2.weight": "LQP",
+    "f.2.bias": "LQ",
+    "r.0.weight": "LRQ",
+    "r.0.bias": "LR",
+    "r.2.weight": "LDR",
+    "r.2.bias": "LD",
+    "r.4.weight": "LCD",
+    "r.4.bias": "LC",
+}
+"""Flux Attention's routers for head size D: features of P and Q numbers, then R and D, and C = 1 or 2 logits."""
 KVZIP_GATE = {
     "q_proj.weight": "LQE",
     "q_proj.bias": "LQ",

@@ -73,6 +73,7 @@ class LearnKVPress(BasePress):
             "evict_interval": policy.evict_interval,
             "rerotate": policy.rerotate,
             "precision": policy.precision,
+            "residual": policy.residual,
             "an adapter": policy.adapter,
         }
         if unsupported := [name for name, value in options.items() if value]:

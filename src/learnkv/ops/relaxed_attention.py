@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.dispatch import Impl, resolve
+from learnkv.ops.evicted_moments import merged_attention
 from learnkv.ops.mask_gradient import mask_gradient
 
 
@@ -21,6 +22,7 @@ def relaxed_attention(
     kept: Ragged,
     tail: Tail,
     scaling: float,
+    others: tuple[Tensor, Tensor] | None = None,
     *,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -43,13 +45,21 @@ def relaxed_attention(
         kept: B*C*H rows of kept entries.
         tail: [B*C, H, M, D], all M slots in use.
         scaling: factor on query-key products.
+        others: attention [B*C, H*G, T, D] to further entries and its log-sum-exp [B*C, H*G, T], which get gradients.
 
     Returns:
         [B*C, H*G, T, D].
     """
     stored = ((keys,), (values,)) if isinstance(keys, Tensor) else (tuple(keys), tuple(values))
     output: Tensor = _RelaxedAttention.apply(
-        query, gates, tail.keys, tail.values, (*stored, kept, tail.mask), scaling, resolve(impl)
+        query,
+        gates,
+        tail.keys,
+        tail.values,
+        *(others or (None, None)),
+        (*stored, kept, tail.mask),
+        scaling,
+        resolve(impl),
     )
     return output
 
@@ -62,13 +72,19 @@ class _RelaxedAttention(torch.autograd.Function):
         gates: Tensor,
         tail_keys: Tensor,
         tail_values: Tensor,
+        other: Tensor | None,
+        other_lse: Tensor | None,
         constants: tuple[tuple[Tensor, ...], tuple[Tensor, ...], Ragged, Tensor | None],
         scaling: float,
         impl: Impl,
     ) -> Tensor:
         keys, values, kept, mask = constants
         output, lse = decode_attention(query, kept, Tail(tail_keys, tail_values, mask), scaling, impl=impl)
-        ctx.save_for_backward(query, output, lse, tail_keys, tail_values, mask, *kept[:4], *keys, *values)
+        if other is not None and other_lse is not None:
+            # A softmax over both sets: with its output and log-sum-exp the gradients below are those of the union.
+            output, lse = merged_attention(output, lse, other, other_lse)
+        saved = (query, output, lse, other, other_lse, tail_keys, tail_values, mask)
+        ctx.save_for_backward(*saved, *kept[:4], *keys, *values)
         ctx.longest, ctx.spans = kept.longest, kept.spans
         ctx.scaling, ctx.impl, ctx.gate_type, ctx.by_level = scaling, impl, gates.dtype, gates.dim() == 4
         return output
@@ -76,7 +92,7 @@ class _RelaxedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, output, lse, tail_keys, tail_values, mask, *pool = ctx.saved_tensors
+        query, output, lse, other, other_lse, tail_keys, tail_values, mask, *pool = ctx.saved_tensors
         kept = Ragged(pool[0], pool[1], pool[2], pool[3], ctx.longest, ctx.spans)
         tail, levels = Tail(tail_keys, tail_values, mask), (len(pool) - 4) // 2
         results = [
@@ -86,4 +102,8 @@ class _RelaxedAttention(torch.autograd.Function):
         _, query_gradient, *tails = results[0]  # these are the same for all levels
         gates = torch.stack([masks for masks, *_ in results])
         gates = gates.diff(dim=0, prepend=torch.zeros_like(gates[:1])) if ctx.by_level else gates[0]
-        return query_gradient, gates.to(ctx.gate_type), *tails, None, None, None
+        of_others: tuple[Tensor | None, Tensor | None] = (None, None)
+        if other is not None:
+            weight = (other_lse - lse.masked_fill(lse == -torch.inf, 0)).exp().unsqueeze(-1)
+            of_others = weight * grads[0], (weight * grads[0] * (other - output)).sum(-1)
+        return query_gradient, gates.to(ctx.gate_type), *tails, *of_others, None, None, None

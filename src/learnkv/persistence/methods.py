@@ -31,10 +31,12 @@ KINDS: dict[str, Callable[[Policy], bool]] = {
     "pages": lambda policy: policy.pages is not None,
     "observation_window": lambda policy: policy.capture_spec.window > 0,
     "precision": lambda policy: policy.precision is not None,
+    "residual": lambda policy: policy.residual is not None,
 }
 """Kinds of methods: trained by gradient descent; reads a table calibrated for one model; reads the prompt again in
 extra passes; evicts while tokens are generated; reads selected pages; scores by the last queries of the prompt, which
-are the question's where it is compressed with the context; stores fewer bits, which `all` leaves out."""
+are the question's where it is compressed with the context; stores fewer bits, which `all` leaves out; remembers moments
+of what it evicts."""
 
 
 def kinds_of(policy: Policy) -> frozenset[str]:

@@ -76,6 +76,8 @@ def export_budgets(path: str | Path, policy: Policy, shapes: Mapping[str, int]) 
     _check_allocator(policy)
     if policy.precision is not None:
         raise UserError(f"precision={policy.precision.label}: a program has budgets in entries, expected none")
+    if policy.residual is not None:
+        raise UserError(f"residual={policy.residual.name}: a program says what is kept, expected none")
     with output_file(path) as part:
         inputs, exported = _traced(policy, shapes)
         description = {

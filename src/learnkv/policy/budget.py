@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learnkv.core.page_selector import PageSelector
 from learnkv.core.protection import Protection, tokens_in
 from learnkv.errors import UserError
 
@@ -23,12 +22,6 @@ def check_budget(keep: float | None, budget: float | None, byte_count: float | s
         raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries with 0 < keep <= 1")
     if budget is not None and not 1 <= budget < float("inf"):
         raise UserError(f"budget={budget:g}: expected at least one entry per head")
-
-
-def check_read(evicts: bool, pages: PageSelector | None, read: float | None) -> None:
-    """Raise unless `read` is a fraction for a policy that evicts and reads pages of the rest, and None for others."""
-    if (read is not None) != (evicts and pages is not None) or (read is not None and not 0 < read <= 1):
-        raise UserError(f"read={read}: expected a fraction, above 0 and at most 1, with a scorer and pages, else none")
 
 
 def entries_to_keep(lengths: Sequence[int], heads: int, keep: float | None, budget: float | None) -> list[int]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.eviction import Rerotate
-from learnkv.core.page_selector import PageSelector
+from learnkv.core.entry_selector import AnySelector
 from learnkv.core.precision import TABLE_BYTES, LevelPlan, Precision
+from learnkv.core.residual_store import ResidualStore
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.policy.budget import check_budget
@@ -60,7 +61,7 @@ def check_precision(
     precision: Precision | None,
     scorer: Scorer | None,
     evict_interval: int,
-    pages: PageSelector | None,
+    pages: AnySelector | None,
     rerotate: Rerotate | None,
 ) -> None:
     """Raise UserError for what a policy cannot have together with entries in fewer bits."""
@@ -80,7 +81,7 @@ def check_precision(
 
 
 def check_countable(
-    byte_count: ByteCount, pages: PageSelector | None, decode: Scorer | None, rerotate: Rerotate | None
+    byte_count: ByteCount, pages: AnySelector | None, decode: Scorer | None, rerotate: Rerotate | None
 ) -> None:
     """Raise UserError where a budget in bytes would not count everything that is held.
 
@@ -106,6 +107,7 @@ class ByteBudget:
         heads: kv heads per layer.
         head_dims: D of every layer.
         itemsize: bytes of a number as the model computes it.
+        residual: store of evicted entries, which counts like a table.
     """
 
     precision: Precision
@@ -113,9 +115,16 @@ class ByteBudget:
     heads: int
     head_dims: Sequence[int]
     itemsize: int
+    residual: ResidualStore | None = None
 
     @classmethod
-    def of(cls, cache: CompressedCache, precision: Precision, byte_count: ByteCount) -> "ByteBudget":
+    def of(
+        cls,
+        cache: CompressedCache,
+        precision: Precision,
+        byte_count: ByteCount,
+        residual: ResidualStore | None = None,
+    ) -> "ByteBudget":
         """The budget of a cache whose prompt is complete, or being read.
 
         Raises:
@@ -126,7 +135,7 @@ class ByteBudget:
         whole = [cache.narrow_token_nbytes() * n for n in cache.prompt_lengths]
         asked = [math.floor(parsed * row) if isinstance(parsed, float) else parsed for row in whole]
         dims = [channels for _, channels, _ in cache.layer_sizes()]
-        return cls(precision, asked, layers[0].heads, dims, layers[0].dtype.itemsize)
+        return cls(precision, asked, layers[0].heads, dims, layers[0].dtype.itemsize, residual)
 
     @functools.cached_property
     def tables(self) -> int:
@@ -136,7 +145,13 @@ class ByteBudget:
     def _tables(self, used: Sequence[bool]) -> int:
         levels, heads = list(itertools.compress(self.precision.levels, used)), [0] * self.heads
         own = sum(level.nbytes(heads, dim, self.itemsize) for level in levels for dim in self.head_dims)
-        return own + (0 if any(level.unchanged(self.itemsize) for level in levels) else TABLE_BYTES * self.heads)
+        shared = 0 if any(level.unchanged(self.itemsize) for level in levels) else TABLE_BYTES * self.heads
+        return own + shared + self._of_residual
+
+    @property
+    def _of_residual(self) -> int:
+        """Bytes of what is remembered of a row's evicted entries."""
+        return 0 if self.residual is None else self.heads * sum(map(self.residual.nbytes, self.head_dims))
 
     @property
     def entries(self) -> list[int]:
@@ -191,7 +206,7 @@ class ByteBudget:
     def sizes(self, budgets: Tensor) -> list[int]:
         """Bytes of each row with budgets [L, B, H] at the only level."""
         (level,) = self.precision.levels
-        extra = 0 if level.unchanged(self.itemsize) else TABLE_BYTES * self.heads
+        extra = self._of_residual + (0 if level.unchanged(self.itemsize) else TABLE_BYTES * self.heads)
         by_row = budgets.transpose(0, 1).tolist()
         return [
             extra

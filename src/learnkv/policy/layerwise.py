@@ -56,7 +56,7 @@ def compress_when_read(
         if planner.precision is not None:
             levels = uniform_levels(planner.precision, budgets, budgets.double())
         carry(policy.online, cache, budgets, layer_idx)
-        cache.evict(scores.unsqueeze(0), budgets, total, layer_idx, policy.rerotate, levels)
+        cache.evict(scores.unsqueeze(0), budgets, total, layer_idx, policy.rerotate, levels, policy.residual)
 
     for layer_idx, layer in enumerate(layers):
         layer.when_read = functools.partial(evict, layer_idx)

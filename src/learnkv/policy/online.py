@@ -12,8 +12,10 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.eviction import Rerotate
 from learnkv.cache.merge_tail import merge_tail
 from learnkv.cache.schedule import EvictionSchedule
+from learnkv.core.allocator import Allocator
 from learnkv.core.finite import Invalid
 from learnkv.core.observation import CaptureSpec, Observation
+from learnkv.core.residual_store import ResidualStore
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
@@ -23,8 +25,8 @@ from learnkv.policy.planner import Planner, with_keep
 from learnkv.policy.relax import relax_to_plan
 
 
-def check_online(interval: int, scorer: Scorer | None) -> None:
-    """Raise for a negative interval, and where a scorer cannot score tokens that come after the prompt."""
+def check_online(interval: int, scorer: Scorer | None, allocator: Allocator | None = None) -> None:
+    """Raise for a negative interval, and where parts read of a prompt what is not kept of later tokens."""
     if not isinstance(interval, Integral) or interval < 0:
         raise UserError(
             f"evict_interval={interval}: expected a number of tokens, 0 to keep all that come after the prompt"
@@ -34,6 +36,8 @@ def check_online(interval: int, scorer: Scorer | None) -> None:
             f"evict_interval={interval}: {type(scorer).__name__} reads of a prompt what is not held of "
             "later tokens; expected another scorer as decode"
         )
+    if interval and allocator is not None and allocator.statistics:
+        raise UserError(f"evict_interval={interval}: {allocator.name} reads the queries of a prompt; expected 0")
 
 
 class _Merge(NamedTuple):
@@ -59,12 +63,13 @@ class OnlineEviction:
     Args:
         planner: with the scorer of decoded tokens.
         interval: slots of the tail at which the cache evicts.
-        rerotate: as of `CompressedCache.evict`.
+        rerotate, residual: as of `CompressedCache.evict`.
     """
 
     planner: Planner
     interval: int
     rerotate: Rerotate | None = None
+    residual: ResidualStore | None = None
 
     @property
     def capture_spec(self) -> CaptureSpec:
@@ -121,12 +126,13 @@ class OnlineEviction:
                 if self.planner.precision is not None:
                     levels = uniform_levels(self.planner.precision, fixed, fixed.double())
                 carry(self, cache, fixed, layer_idx)
-                cache.evict(scores.unsqueeze(0), fixed, of_layer[layer_idx], layer_idx, self.rerotate, levels)
+                where = (of_layer[layer_idx], layer_idx, self.rerotate)
+                cache.evict(scores.unsqueeze(0), fixed, *where, levels, self.residual)
             return
         observations = [self._merged(cache, layer_idx, max(longest), merge) for layer_idx in range(layers)]
         plan = self.planner.plan(observations, cache.lengths, merge.totals, merge.protected, budgets, merge.evicted)
         carry(self, cache, plan.budgets)
-        cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
+        cache.evict(plan.scores, plan.budgets, plan.total, 0, self.rerotate, plan.levels, self.residual)
         cache.budgets = plan.budgets
         cache.invalid += plan.invalid
 
@@ -146,7 +152,7 @@ class OnlineEviction:
         student.invalid += plan.invalid
         fixed = upload(merge.evicted, plan.wanted.device).view(1, -1, 1)
         wanted = torch.where(fixed, schedule.wanted, plan.wanted)
-        relax_to_plan(student, replace(plan, wanted=wanted), temperature)
+        relax_to_plan(student, replace(plan, wanted=wanted), temperature, residual=self.residual)
 
     def _merge(self, cache: CompressedCache) -> _Merge:
         """Count the tail among the tokens that budgets are fractions of."""

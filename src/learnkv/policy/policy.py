@@ -13,26 +13,28 @@ from learnkv.cache.eviction import Rerotate
 from learnkv.core.adapter import Adapter
 from learnkv.core.allocator import Allocator
 from learnkv.core.component import Component
+from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec
-from learnkv.core.page_selector import PageSelector
 from learnkv.core.plan import Plan
 from learnkv.core.precision import Precision
+from learnkv.core.residual_store import ResidualStore
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.policy.base_parts import base_part, base_precision
-from learnkv.policy.budget import Protected, check_read, entries_to_keep, protected_per_head
+from learnkv.policy.budget import Protected, entries_to_keep, protected_per_head
 from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_countable, check_precision, check_spend
 from learnkv.policy.captured import check_captured, record_compression, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, carry, check_online
+from learnkv.policy.page_budget import check_read, read_pages
 from learnkv.policy.planner import Planner
 from learnkv.policy.relax import relax_to_plan
+from learnkv.policy.residual import check_residual, refuse_soft_residual
 from learnkv.precision.uniform import UniformPrecision, as_precision
+from learnkv.residuals.moments import as_residual
 from learnkv.scorers.constant import Constant
 
 TEMPERATURE = 0.5
-EVERYTHING = 2**30
-"""Tokens to read where a row's prompt is read whole, and what follows with it."""
 
 
 class Policy(Component):
@@ -52,6 +54,7 @@ class Policy(Component):
         pages: lets a decode step read chosen pages of what is retained. Without a scorer the budget is what it reads.
         read: fraction of what is retained that a step reads, for a policy with a scorer and pages.
         precision: of what is kept: bits (16, 8, 4, 3, 2), `{keys: 4, values: 3}`, or a `Precision`; None: as it is.
+        residual: what is remembered of evicted entries, `moments` or a `ResidualStore`; its bytes count.
     """
 
     def __init__(
@@ -63,24 +66,26 @@ class Policy(Component):
         evict_interval: int = 0,
         decode: Scorer | None = None,
         rerotate: Rerotate | None = None,
-        pages: PageSelector | None = None,
+        pages: AnySelector | None = None,
         read: float | None = None,
         precision: Precision | int | dict[str, int] | None = None,
+        residual: ResidualStore | str | None = None,
     ) -> None:
         super().__init__()
         if not all(isinstance(count, Integral) and count >= 0 for count in (sinks, recent)):
             raise UserError(f"sinks={sinks} recent={recent}: expected numbers of tokens >= 0")
         if rerotate not in (None, "start", "end"):
             raise UserError(f"rerotate={rerotate!r}: expected start, end or null")
-        check_online(evict_interval, decode or scorer)
+        check_online(evict_interval, decode or scorer, allocator)
         self.scorer = scorer
         self.evict_interval, self.decode, self.rerotate = evict_interval, decode, rerotate
         self.allocator = allocator if allocator is not None else Uniform()
         check_read(scorer is not None, pages, read)
         self.sinks, self.recent = sinks, recent
         self.pages, self.read = pages, read
-        self.precision = as_precision(precision)
+        self.precision, self.residual = as_precision(precision), as_residual(residual)
         check_precision(self.precision, self.scorer, self.evict_interval, self.pages, self.rerotate)
+        check_residual(self.residual, self.scorer, self.pages, self.rerotate)
         self.adapter: Adapter | None = None  # trained together with the policy
         self.trained_for: Mapping[str, Any] | None = None
         """Description of the model that the policy was trained for, as its manifest has it."""
@@ -113,13 +118,14 @@ class Policy(Component):
         if not self.evict_interval or scorer is None:
             return None
         planner = Planner(scorer, self.allocator, self.sinks, self.recent, self.precision)
-        return OnlineEviction(planner, self.evict_interval, self.rerotate)
+        return OnlineEviction(planner, self.evict_interval, self.rerotate, self.residual)
 
     @property
     def capture_spec(self) -> CaptureSpec:
         """What a prefill captures for this policy."""
-        functions = frozenset() if self.rerotate is None else frozenset({"rotation"})
-        spec = CaptureSpec(self.allocator.window, functions=functions)
+        functions = self.allocator.functions if self.rerotate is None else self.allocator.functions | {"rotation"}
+        window = max(self.allocator.window, self.pages.window if self.pages is not None else 0)
+        spec = CaptureSpec(window, statistics=self.allocator.statistics, functions=functions)
         for scorer in (self.scorer, self.decode):
             if scorer is not None:
                 spec |= scorer.capture_spec
@@ -145,6 +151,7 @@ class Policy(Component):
             self.pages,
             self.read,
             base_precision(self.precision),
+            self.residual,
         )
 
     def plan(
@@ -180,7 +187,7 @@ class Policy(Component):
         """What `byte_count` bytes hold of a cache; None: the budget is in entries."""
         if byte_count is None:
             return None
-        return ByteBudget.of(cache, self.precision or UniformPrecision(16, 16), byte_count)
+        return ByteBudget.of(cache, self.precision or UniformPrecision(16, 16), byte_count, self.residual)
 
     def totals(
         self, cache: CompressedCache, keep: float | None, budget: float | None, spend: ByteBudget | None = None
@@ -226,11 +233,11 @@ class Policy(Component):
                 plan = self.plan(cache, keep, budget, bytes)
                 self.schedule(cache, keep, budget, bytes)
                 carry(self.online, cache, plan.budgets)
-                cache.evict(plan.scores, plan.budgets, plan.total, rerotate=self.rerotate, levels=plan.levels)
+                cache.evict(plan.scores, plan.budgets, plan.total, 0, self.rerotate, plan.levels, self.residual)
             cache.budgets = plan.budgets
             cache.invalid += plan.invalid
         if self.pages is not None:
-            self._read_pages(self.pages, cache, keep, budget)
+            read_pages(cache, self.pages, self.read, keep, budget)
         record_compression(cache, self.spec(), self.adapter, keep=keep, budget=budget, bytes=bytes)
         return cache
 
@@ -242,16 +249,6 @@ class Policy(Component):
         if self.online is not None:
             spend = self.byte_budget(cache, byte_count)
             cache.schedule = self.online.with_bytes(spend).schedule_eviction(cache, keep, budget, spend=spend)
-
-    def _read_pages(
-        self, selector: PageSelector, cache: CompressedCache, keep: float | None, budget: float | None
-    ) -> None:
-        """Let every new token read a fraction `read` of the budget, per head, in pages that `selector` chooses."""
-        read, lengths = 1.0 if self.read is None else self.read, cache.prompt_lengths
-        tokens = [max(round(n * read), 1) for n in entries_to_keep(lengths, 1, keep, budget)]
-        tokens = [EVERYTHING if count == n else count for count, n in zip(tokens, lengths, strict=True)]
-        for layer in cache.compressed_layers():
-            layer.read_pages(selector, tokens)
 
     def relax(
         self,
@@ -282,6 +279,7 @@ class Policy(Component):
             raise UserError(f"rerotate={self.rerotate}: expected none in training, where evicted keys stay in place")
         if self.pages is not None:
             raise UserError("pages: query-aware reading is not trained, expected a policy without pages")
+        refuse_soft_residual(self.residual, soft)
         cache.seal()
         refuse_inference_tensors(cache)
         if self.online is not None and self.precision is not None:
@@ -296,5 +294,5 @@ class Policy(Component):
         student.adapter = self.adapter
         if self.online is not None and not soft:
             student.schedule = self.online.schedule_eviction(cache, keep, budget, temperature)
-        relax_to_plan(student, plan, temperature, soft)
+        relax_to_plan(student, plan, temperature, soft, self.residual)
         return student
