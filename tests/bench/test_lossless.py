@@ -19,22 +19,8 @@ def test_the_table_of_the_page_is_that_of_the_file() -> None:
 
 
 def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "--model",
-        "reference",
-        "--policies",
-        "random",
-        "--keeps",
-        "0.2",
-        "--prompts",
-        "1",
-        "--length",
-        "96",
-        "--new",
-        "6",
-        "--draft",
-        "2",
-    ]
+    words = ["--model", "reference", "--policies", "random", "--keeps", "0.2", "--prompts", "1"]
+    words += ["--length", "96", "--new", "6", "--draft", "2"]
     lossless.main([*words, "--out", str(tmp_path / "x.json")])
     (full, drafted) = json.loads((tmp_path / "x.json").read_text())["records"]
     assert (full["policy"], drafted["same_tokens"]) == ("full cache", 1)
