@@ -7,6 +7,7 @@ from learnkv.inference.lossless import generate_lossless
 from learnkv.inference.models import load_model
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy, save_policy
+from learnkv.persistence.stored_cache import load_cache, save_cache
 from learnkv.policy.policy import Policy
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "detach",
     "generate",
     "generate_lossless",
+    "load_cache",
     "load_model",
     "load_policy",
     "prefill",
+    "save_cache",
     "save_policy",
 ]

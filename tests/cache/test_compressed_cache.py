@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.live_tensors import alive, storages
 from support.models import (
     FAMILIES,
     HEURISTICS,
@@ -51,17 +52,6 @@ def held_bytes(cache: CompressedCache, tail: int = 0, kept_entries: int | None =
     dim, size = layer.segment.keys.shape[1], layer.segment.keys.element_size()
     entries = int(cache.budgets.sum()) if kept_entries is None else kept_entries
     return entries * (2 * dim * size + 4) + layers * batch * heads * (2 * 8 + tail * 2 * dim * size)
-
-
-def storages(tensors: list[Tensor] | Iterator[Any]) -> dict[int, int]:
-    """Bytes of every storage by its address."""
-    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-
-
-def alive() -> dict[int, int]:
-    """Every storage that a Python object holds; what a compiler traced with has none."""
-    gc.collect()
-    return storages([one for one in gc.get_objects() if type(one) in (Tensor, nn.Parameter)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,10 +38,10 @@ def test_the_help_of_a_command_names_it(name: str, capsys: pytest.CaptureFixture
 
 def test_no_command_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert error_of(capsys) == "error: no command: expected one of train, eval, calibrate, merge, memory, export, fetch"
+    assert error_of(capsys) == "error: no command: expected one of {}".format(", ".join(COMMANDS))
 
 
-@pytest.mark.parametrize(("word", "end"), [("evla", "; did you mean eval?"), ("xyz", "export, fetch")])
+@pytest.mark.parametrize(("word", "end"), [("evla", "; did you mean eval?"), ("xyz", "compress, ask, fetch")])
 def test_an_unknown_command_is_answered_with_the_nearest(
     word: Any, end: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

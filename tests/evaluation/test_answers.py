@@ -146,28 +146,29 @@ def test_scores_are_shares_of_the_answers_and_finished_rows_leave(
     ]
     script = [row + [1] * (60 - len(row)) for row in script]
     asked: list[Any] = []
+    counts: list[int] = []
 
     def scripted(
         model: Any, answered: Any, cache: Any, mask: Any, *, max_new_tokens: Any, earlier: Any, **settings: Any
     ) -> Any:
         assert settings == answers.GREEDY
-        assert earlier == len(asked) * max_new_tokens
+        assert earlier == sum(counts)
         first, rows = not asked, [row for row in range(3) if len(asked) < (4, 1, 2)[row]]
         if first:
             assert mask.sum(-1).tolist() == [len(prompt.suffix_ids) for prompt in prompts]
         else:
-            begin = len(asked) * max_new_tokens
-            assert answered.tolist() == [[script[row][begin - 1]] for row in rows]
+            assert answered.tolist() == [[script[row][earlier - 1]] for row in rows]
         assert len(cache.prompt_lengths) == len(rows)
         assert cache.pending is None
         asked.append(rows)
-        begin = (len(asked) - 1) * max_new_tokens
-        return torch.tensor([script[row][begin : begin + max_new_tokens] for row in rows])
+        counts.append(max_new_tokens)
+        return torch.tensor([script[row][earlier : earlier + max_new_tokens] for row in rows])
 
     monkeypatch.setattr(answers, "generate", scripted)
     cache = prefill(model, *pad([prompt.prefill_ids for prompt in prompts], "left", model.device))
     records, _ = Answers(prompts, tokenizer).measure(model, prompts, cache)
     assert asked == [[0, 1, 2], [0, 2], [0], [0]]
+    assert counts == [8, 8, 8, 6]  # no more than the longest limit of the rows that are left
     assert [one["score"] for one in records] == pytest.approx([200 / 3, 100, 0])
 
 

@@ -13,9 +13,10 @@ from learnkv.data.sample import Sample
 from learnkv.errors import RunError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.store import Store
-from learnkv.evaluation.tasks import Forced, given_tokens, load
+from learnkv.evaluation.tasks import Forced, load
 from learnkv.evaluation.tasks.answers import sample_of
 from learnkv.evaluation.tasks.base import pad
+from learnkv.inference import given_tokens
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy
 from learnkv.policy.policy import Policy

@@ -2,11 +2,13 @@
 
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.models import Loaded
 
+from learnkv.errors import UserError
 from learnkv.evaluation import tasks
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.base import Prompt
@@ -134,6 +136,44 @@ def test_rules_stand_in_the_system_message_and_are_not_repeated(
             assert not any(word in sample.question for _, word in sample.rules)
             assert sample.score(sample.gold) == 1
             assert LENGTH - 60 < prompt.room <= LENGTH
+
+
+@pytest.mark.parametrize(
+    ("rule", "bad"),
+    [
+        ("begin", "otterly"),
+        ("begin", "An otter"),
+        ("twice", "otter"),
+        ("twice", "An otter and otters"),
+        ("end", "otter swims"),
+        ("end", "It is a cotter"),
+        ("bracket", "[otters]"),
+        ("capitals", "123"),
+        ("small", "123"),
+        ("quotes", '""'),
+        ("quotes", '"An otter" swims'),
+    ],
+)
+def test_what_only_resembles_a_rule_breaks_it(rule: str, bad: str) -> None:
+    assert rule_sample((rule, "otter")).score(bad) == 0
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_is_written_as_it_is_checked(name: str) -> None:
+    text, check, apply = RULES[name]
+    assert ("{word}" in text) == (name in SHAPES)
+    assert not check("These pages are about many things.", "otter")
+    assert check(apply("These pages are about many things.", "otter"), "otter")
+
+
+def test_pages_that_cannot_be_made_are_named(loaded: Loaded, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"instructions_2: this prompt needs \d+ tokens of this tokenizer, length is"):
+        load(loaded, "instructions_2", lengths=(120,))
+    (empty := tmp_path / "essays.txt").write_text(" \n")
+    (broken := tmp_path / "broken.txt").write_bytes(b"caf\xe9")
+    for file, message in ((empty, "text"), (broken, "UTF-8"), (tmp_path / "none.txt", "none.txt")):
+        with pytest.raises(UserError, match=message):
+            load(loaded, "instructions_2", haystack=str(file))
 
 
 def test_made_prompts_are_functions_of_seed_and_number(loaded: Loaded) -> None:

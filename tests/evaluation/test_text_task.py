@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError
-from learnkv.evaluation.tasks import given_tokens
 from learnkv.evaluation.tasks.base import Prompt, pad
 from learnkv.evaluation.tasks.text import Text
+from learnkv.inference import given_tokens
 from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import load_policy
 

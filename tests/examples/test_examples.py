@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = ["compress_and_ask", "lossless_decoding", "train_a_policy", "add_a_method"]
+NAMES = [
+    "compress_and_ask",
+    "read_once_ask_often",
+    "keep_the_system_prompt",
+    "lossless_decoding",
+    "train_a_policy",
+    "add_a_method",
+]
 
 
 def output_of(name: str, folder: Path) -> str:
@@ -38,6 +45,29 @@ def test_compress_and_ask(tmp_path: Path) -> None:
     assert "4817293" in rows["reference"][1]
     assert "4817293" not in rows["streaming_llm"][1]
     assert re.search(r"^Ben 7720815", shown, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_read_once_ask_often(tmp_path: Path) -> None:
+    shown = output_of("read_once_ask_often", tmp_path)
+    (kept,) = map(int, re.findall(r"(\d+) of \d+ bytes kept", shown))
+    (stored,) = map(int, re.findall(r"on disk: (\d+) bytes", shown))
+    assert kept < stored < kept + 16_000
+    assert "Ada: 4817293" in shown
+    assert "Ben: 7720815" in shown
+    assert "same tokens before and after: True" in shown
+
+
+@pytest.mark.slow
+def test_keep_the_system_prompt(tmp_path: Path) -> None:
+    shown = output_of("keep_the_system_prompt", tmp_path)
+    rows = dict(re.findall(r"protect=(\w+): (.*)", shown))
+    assert "4817293" in rows["system"]
+    assert "4817293" not in rows["None"]
+    sizes = [row.split(", answers")[0] for row in rows.values()]
+    assert sizes[0] == sizes[1]  # bytes and entries
+    assert "named by hand: True" in shown
+    assert "kept after password: 7720815 True" in shown
 
 
 @pytest.mark.slow

@@ -113,6 +113,8 @@ def test_what_does_not_go_together_is_named() -> None:
     ids = tokens(1, 57)
     with pytest.raises(UserError, match="H2O holds statistics of every entry"):
         _compress(load_policy("h2o_decode"))
+    with pytest.raises(UserError, match=r"bytes=0\.3: rerotate=end holds a second position of every entry"):
+        _compress(Policy(Knorm(), rerotate="end"))
     with pytest.raises(UserError, match="pages=Quest precision=4: not supported together"):
         load_policy("quest").with_precision(4)
     with pytest.raises(UserError, match="stores keys before RoPE"):

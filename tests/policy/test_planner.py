@@ -10,11 +10,12 @@ from learnkv.allocators import CAKE, AdaKV, LearnedAllocator, Uniform
 from learnkv.core.allocator import Allocator
 from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer
+from learnkv.policy.budget import Protected
 from learnkv.policy.planner import Planner, with_keep
 from learnkv.scorers import CriticalKV, Knorm, SnapKV, VaSE
 
 LENGTHS, LAYERS, HEADS = [40, 25], 3, 2
-TOTALS, PROTECTED = [60, 31], [4, 2]
+TOTALS, PROTECTED = [60, 31], Protected.of_edges([4, 2])
 
 
 def observations() -> list[Observation]:
@@ -29,7 +30,7 @@ def test_a_plan_spends_the_budget_and_protects(scorer: Scorer, allocator: Alloca
     assert plan.budgets.sum((0, 2)).tolist() == TOTALS
     assert plan.total == sum(TOTALS)
     assert torch.equal(plan.kept.sum(-1), plan.budgets)
-    for row, (length, protected) in enumerate(zip(LENGTHS, PROTECTED, strict=True)):
+    for row, (length, protected) in enumerate(zip(LENGTHS, PROTECTED.edges, strict=True)):
         assert plan.budgets[:, row].min() >= protected
         always = (plan.raw_scores[:, row] == torch.inf).nonzero()[:, -1].unique() - (max(LENGTHS) - length)
         recent = min(3, protected)

@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from learnkv.formats import duo, headkv, layers, lukv, tensors
+from learnkv.ops.rotary import Layout
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.persistence.policies import build_policy
 from learnkv.policy.policy import Policy
@@ -30,6 +31,19 @@ def _moments(path: Path, count: int, heads: int, group: int, dim: int, hidden: i
     return tensors.write(path, {"mean": _draw(count, heads * group, dim), "covariance": root @ root.mT})
 
 
+def _queries(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
+    queries, pairs = _draw(count, heads * group, 2 * dim) - 0.5, dim // 2
+    frequency = 1e4 ** (-torch.arange(pairs) / pairs)
+    made = {
+        "mean": queries[..., :dim],
+        "magnitude": torch.hypot(queries[..., :pairs], queries[..., pairs:dim]) + queries[..., dim : dim + pairs].abs(),
+        "frequency": frequency.expand(count, -1),
+        "scale": torch.ones(count, pairs),
+        "layout": torch.tensor(Layout.halves(pairs)).expand(count, -1),
+    }
+    return tensors.write(path, made)
+
+
 def _gate(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
     sizes = {"L": count, "Q": heads * group * 4, "K": heads * 4, "E": hidden, "F": 4, "H": heads, "S": 3, "G": group}
     shapes = {name: [sizes.get(letter, 1) for letter in letters] for name, letters in tensors.KVZIP_GATE.items()}
@@ -44,6 +58,7 @@ MAKE: dict[str, Callable[..., Path]] = {
     "errors": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
     "moments": _moments,
     "gate": _gate,
+    "queries": _queries,
     "budgets": lambda path, count, heads, group, *_: layers.write(path, _draw(count).tolist()),
 }
 """The argument that names a table -> what writes one for `count` layers of `heads` kv heads of `group` query heads of

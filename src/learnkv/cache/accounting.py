@@ -39,7 +39,8 @@ class Accounting(Cache, ABC):
     def nbytes(self) -> int:
         """Bytes of unique storage: kept entries, positions, tables and the allocated tails."""
         storages = (tensor.untyped_storage() for tensor in self.tensors())
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        # An empty part of a mapped file begins where the next one does.
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
     @property
     def lengths(self) -> list[int]:
@@ -70,12 +71,22 @@ class Accounting(Cache, ABC):
         return [layer.sizes if layer.is_initialized else layers[0].sizes for layer in layers]
 
     def row_nbytes(self) -> list[int]:
-        """Bytes of what is kept of each row's prompt: entries, positions and tables, the tail not counted."""
+        """Bytes of what is kept of each row's prompt: entries, positions, tables, pages; the tail not counted."""
         layers = self.compressed_layers()
         segment = layers[0].segment
         # Where all kept entries are in tiers, one table of zeros serves the empty segments of all layers.
         shared = layers[0].heads * TABLE_BYTES if segment is not None and segment.length is segment.offset else 0
         return [sum(row) + shared for row in zip(*(layer.row_nbytes() for layer in layers), strict=True)]
+
+    def row_nbytes_with_tail(self) -> list[int]:
+        """`row_nbytes` with the allocated tail, and with the queries that are captured for online eviction.
+
+        The sum over all rows is `nbytes`, unless rows were repeated or left out.
+        """
+        layers = self.compressed_layers()
+        parts = [part for layer in layers for part in (*layer.capture.tensors(), *_buffers(layer))]
+        of_row = sum(part.untyped_storage().nbytes() for part in parts) // layers[0].batch
+        return [row + of_row for row in self.row_nbytes()]
 
     @property
     def spent(self) -> list[float]:
@@ -96,3 +107,8 @@ class Accounting(Cache, ABC):
         counts = [layer.attended_entries().cpu().view(len(self.lengths), -1) for layer in layers]
         share = torch.stack(counts).double().mean((0, 2))
         return (share / torch.tensor(self.lengths)).tolist()
+
+
+def _buffers(layer: CompressedLayer) -> list[Tensor]:
+    """The buffers of a layer's tail."""
+    return [] if layer.tail is None else layer.tail.tensors()

@@ -1,7 +1,8 @@
 """A transformers cache that owns the kept entries of a prompt."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from learnkv.core.adapter import Adapter
 from learnkv.core.finite import Invalid, refuse_invalid
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.core.precision import LevelPlan
+from learnkv.core.protection import Protection
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
 
@@ -42,6 +44,9 @@ class CompressedCache(Accounting):
             layers[index] = CompressedLayer(layer_idx, capture_spec or CaptureSpec())
         super().__init__(layers=layers)
         self.model_name: str = getattr(config, "_name_or_path", "")
+        self.read_by: Callable[[], object] | None = None  # a weak reference to the model that reads it
+        self.protection: Protection | None = None  # spans that every policy keeps
+        self.compression: dict[str, Any] | None = None  # policy and budget that it was compressed by; None: complete
         self.tail_mask: Tensor | None = None
         self.tail_padded = False
         self.pending: tuple[Tensor, Tensor] | None = None  # generated ids that were not read, and which are tokens
@@ -236,6 +241,7 @@ class CompressedCache(Accounting):
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
         self.token_ids, self.invalid, self.narrow, self.no_entries = None, (), False, {}
+        self.compression, self.protection = None, None
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""
@@ -250,6 +256,7 @@ class CompressedCache(Accounting):
             self.budgets = self.budgets[:, rows.to(self.budgets.device)]
         self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
         self.schedule = None if self.schedule is None else self.schedule.rows(rows)
+        self.protection = None if self.protection is None else self.protection.rows(rows.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies adjacent; the prompt is shared, tails are copied."""

@@ -125,6 +125,10 @@ class PageIndex:
             twin._writable = True
         return twin
 
+    def row_nbytes(self) -> int:
+        """Bytes of one row of the batch."""
+        return sum(part.nbytes for part in self.tensors()) // len(self.tokens)
+
     def tensors(self) -> list[Tensor]:
         """All tensors of the index."""
         return [self.tokens] if self.bounds is None else [self.tokens, self.bounds]

@@ -169,7 +169,8 @@ class Kept:
     def row_nbytes(self, heads: int) -> list[int]:
         """Bytes of each row of the batch (host sync)."""
         of_heads = [self.segment.row_nbytes(), *(tier.row_nbytes() for tier in self.tiers)]
-        return torch.tensor(of_heads).sum(0).view(-1, heads).sum(-1).tolist()
+        pages = 0 if self.page_index is None else self.page_index.row_nbytes()
+        return (torch.tensor(of_heads).sum(0).view(-1, heads).sum(-1) + pages).tolist()
 
     def rows(self, batch: Tensor, heads: int) -> "Kept":
         """The kept entries of batch rows `batch` [B'], sharing the pool."""

@@ -81,9 +81,15 @@ class Segment:
 
     def row_nbytes(self) -> list[int]:
         """Bytes of every row's entries, positions and tables (host sync); a table that all layers share not counted."""
-        entry = 2 * self.keys[:1].nbytes + self.positions.element_size() if len(self.keys) else 0
+        entry = 2 * self.keys[:1].nbytes + self.positions.element_size() + self.extra_nbytes if len(self.keys) else 0
         tables = 0 if self.length is self.offset else self.offset.element_size() + self.length.element_size()
         return [count * entry + tables for count in self.length.tolist()]
+
+    @property
+    def extra_nbytes(self) -> int:
+        """Bytes of an entry's statistics, and of the position that its key is rotated to."""
+        parts = [*self.statistics.values(), *(() if self.rotated is None else (self.rotated,))]
+        return sum(part[:1].nbytes for part in parts)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions [length] of one row (host sync)."""

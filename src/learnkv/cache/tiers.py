@@ -91,8 +91,9 @@ class StoredTier:
 
     def row_nbytes(self) -> list[int]:
         """Bytes of every row's entries, positions and tables (host sync)."""
-        dim = self.keys.head_dim
-        return [self.level.nbytes([count], dim, itemsize=4) for count in self.entries.length.tolist()]
+        dim, extra = self.keys.head_dim, self.entries.extra_nbytes
+        counts = self.entries.length.tolist()
+        return [self.level.nbytes([count], dim, itemsize=4) + count * extra for count in counts]
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions [length] of one row (host sync)."""

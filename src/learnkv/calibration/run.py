@@ -9,6 +9,7 @@ import torch
 
 from learnkv.calibration.covariance_rotations import covariance_rotations
 from learnkv.calibration.curve import budget_curve
+from learnkv.calibration.frequencies import query_frequencies
 from learnkv.calibration.gates import head_gates
 from learnkv.calibration.heads import Kind, head_scores
 from learnkv.calibration.kvzip_gate import kvzip_gate
@@ -30,6 +31,7 @@ Measurement = Literal[
     "budget_curve",
     "head_gates",
     "query_moments",
+    "query_frequencies",
     "kvzip_gate",
     "covariance_rotation",
 ]
@@ -51,8 +53,8 @@ class CalibrationConfig:
         model: `reference`, a model's folder or a hub id.
         out: folder to write: `head_scores.json` (HeadKV), `copying_heads.json` (retrieval heads, in the same format),
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `lukv.npy` (LU-KV's budget curve), `duo/`
-            (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `kvzip_gate.safetensors`
-            (Fast KVzip), `covariance_rotation.safetensors` (the codec OSCAR).
+            (DuoAttention's gates), `query_moments.safetensors` (ExpectedAttention), `query_frequencies.safetensors`
+            (TriAttention), `kvzip_gate.safetensors` (Fast KVzip), `covariance_rotation.safetensors` (the codec OSCAR).
         only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
             needs.
         policy: policy that layer errors and the budget curve are measured for.
@@ -138,6 +140,9 @@ def _written(
         ),
         "query_moments": lambda: tensors.write(
             out / "query_moments.safetensors", query_moments(model, contexts), torch.float16
+        ),
+        "query_frequencies": lambda: tensors.write(
+            out / "query_frequencies.safetensors", query_frequencies(model, contexts)
         ),
         "kvzip_gate": lambda: tensors.write(
             out / "kvzip_gate.safetensors",

@@ -1,6 +1,7 @@
-"""The console command: `learnkv train | eval | calibrate | memory | export [key=value …]`."""
+"""The console command: `learnkv train | eval | calibrate | memory | export | compress | ask | … [key=value …]`."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -24,13 +25,15 @@ class Command(NamedTuple):
     default: tuple[str, ...] = ()
     """Words in place of an empty command line."""
     positional: str = ""
-    """Key of the words in front that name no key; empty: every word has a key."""
+    """Keys of the words in front that name no key, the only one of all of them; empty: every word has a key."""
 
     def keyed(self, words: Sequence[str]) -> list[str]:
         """The words, those in front with their key; the default words where there are none."""
-        if self.positional and words and "=" not in words[0] and not words[0].startswith("-"):
-            return [f"--{self.positional}", *words]
-        return list(words or self.default)
+        keys, rest, front = self.positional.split(), list(words or self.default), list[str]()
+        for key in keys:
+            if rest and words and not re.match(r"-|[\w.]+=", rest[0]):
+                front += [f"--{key}", rest.pop(0)]
+        return front + rest
 
 
 COMMANDS = {
@@ -52,6 +55,10 @@ COMMANDS = {
         "learnkv.training.memory.predict", "report", "train", "train", "predict memory and time of a training run"
     ),
     "export": Command("learnkv.cli.export", "export", "export", "", "export a policy or its budgets", ("ckpt=",)),
+    "compress": Command(
+        "learnkv.cli.stored", "compress", "compress", "", "read a text once and store its compressed cache", ("text=",)
+    ),
+    "ask": Command("learnkv.cli.stored", "ask", "ask", "", "ask about a stored text", ("folder=",), "folder question"),
     "fetch": Command(
         "learnkv.cli.fetch", "fetch_model", "fetch", "gguf", "fetch a small model (smollm2)", ("model=",), "model"
     ),

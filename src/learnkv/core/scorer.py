@@ -3,7 +3,7 @@
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,9 +111,27 @@ class Scorer(Component, ABC):
         """
         return scores
 
+    @property
+    def refines_layers(self) -> bool:
+        """Whether `refine_layers` may change scores; then no layer is evicted before all have been read."""
+        return type(self).refine_layers is not Scorer.refine_layers
+
+    def refine_layers(self, observations: Sequence[Observation], scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [L, B, H, S] that rank within each head, for a method whose heads or layers choose together.
+
+        `refine` follows. Slots are the same tokens in all heads and layers where the observations are `aligned`.
+
+        Args:
+            observations: of all layers.
+            scores: [L, B, H, S] from `forward`, +inf for protected entries and -inf where there is none; these stay as
+                they are, whatever is returned for them.
+            budgets: [L, B, H] entries that every head keeps, protected ones included.
+        """
+        return scores
+
     def _builds_on(self, base: "Scorer") -> None:
         """Require everything that `base` reads; UserError for one that ranks by a head's budget (`refines`)."""
-        if base.refines:
+        if base.refines or base.refines_layers:
             raise UserError(f"base={type(base).__name__}: ranks by a head's budget, {type(self).__name__} needs scores")
         self.needs, self.window = base.needs, base.window
         self.extra_passes = base.extra_passes

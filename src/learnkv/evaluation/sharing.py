@@ -1,6 +1,7 @@
 """Sharing of scores between the budgets of one prompt, wherever they do not depend on the budget."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -59,6 +60,13 @@ class _Scores(Scorer):
 
     def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         return self.base.refine(obs, scores, budgets)
+
+    @property
+    def refines_layers(self) -> bool:
+        return self.base.refines_layers
+
+    def refine_layers(self, observations: Sequence[Observation], scores: Tensor, budgets: Tensor) -> Tensor:
+        return self.base.refine_layers(observations, scores, budgets)
 
 
 class _Features(Allocator):

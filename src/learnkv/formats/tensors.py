@@ -13,6 +13,9 @@ from learnkv.formats.files import output_file, read_tensors
 
 MOMENTS = {"mean": "LND", "covariance": "LNDD"}
 """Mean and covariance of the queries of N query heads before rotation."""
+FREQUENCIES = {"mean": "LND", "magnitude": "LNF", "frequency": "LF", "scale": "LF", "layout": "L4"}
+"""Mean query of N query heads before rotation, mean magnitudes of its F rotated pairs of channels, the pairs' radians
+per position, the factor that RoPE scales them by, and the numbers of `ops.rotary.Layout`."""
 COVARIANCE_ROTATION = {"keys": "LHDD", "values": "LHDD"}
 """OSCAR's rotations of H kv heads, or of all alike with H = 1: stored = vector @ rotation."""
 KVZIP_GATE = {
@@ -28,13 +31,13 @@ KVZIP_GATE = {
 
 
 def read(path: str | Path, shapes: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors in float32; the letters of `shapes` name their dimensions, equal letters equal sizes (1: size 1).
+    """Tensors in float32; the letters of `shapes` name their dimensions, equal letters equal sizes (1, 4: that size).
 
     Raises:
         UserError: no such file, another format, a tensor that is missing, sizes that contradict each other.
     """
     tensors = read_tensors(path)
-    sizes: dict[str, int] = {"1": 1}
+    sizes: dict[str, int] = {"1": 1, "4": 4}
     for name, letters in shapes.items():
         shape = tuple(tensors[name].shape) if name in tensors else ()
         if len(shape) != len(letters) or any(

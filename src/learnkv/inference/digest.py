@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -76,14 +77,15 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name."""
+def _tensors(model: nn.Module, as_is: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name; computed buffers rounded unless `as_is`."""
     yield from ((name, weight) for name, weight in model.named_parameters() if not lora.is_adapter_weight(name))
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             computed = name in module._non_persistent_buffers_set
             if not (computed and _follows_length(module, name)):
-                yield f"{path}.{name}", _rounded(buffer) if computed and buffer.is_floating_point() else buffer
+                rounded = computed and buffer.is_floating_point() and not as_is
+                yield f"{path}.{name}", _rounded(buffer) if rounded else buffer
 
 
 def _follows_length(module: nn.Module, name: str) -> bool:
@@ -134,3 +136,30 @@ def _values(config: Any) -> Any:
             if not str(key).startswith("_") and key not in left_out
         }
     return [_values(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
+_SAMPLED = 16
+"""Numbers of each tensor that are compared before a digest is used again."""
+
+
+def known_weights_digest(model: nn.Module) -> str:
+    """`weights_digest`, computed again only where a tensor was replaced or written to since the last call.
+
+    Writes are noticed by torch's version counters, and those through `.data`, which do not count, by a sample of every
+    tensor's numbers.
+    """
+    identity = (_settings(model), [(name, *_identity(tensor)) for name, tensor in _tensors(model, as_is=True)])
+    if (known := _known.get(model)) is not None and known[0] == identity:
+        return known[1]
+    digest = weights_digest(model)
+    _known[model] = (identity, digest)
+    return digest
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    if tensor.is_meta:
+        return ()
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(len(flat) // _SAMPLED, 1)].tolist()
+    return (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tuple(tensor.shape), sample)

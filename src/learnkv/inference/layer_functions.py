@@ -42,7 +42,7 @@ class ProbedLayer:
         self.expected = [name for name in ("position_ids", "cache_position") if given.get(name) is not None]
         self.nothing = [name for name, value in given.items() if value is None]
         self.shared = [name for name, value in given.items() if isinstance(value, MutableMapping)]
-        self.example = embeddings_of(given)
+        self.example = _last_tokens(embeddings_of(given))
         self.matrix: Tensor | None = None
 
     def prepare(self, functions: Iterable[str]) -> None:
@@ -231,6 +231,13 @@ class _NoCache(DynamicCache):
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
+
+
+def _last_tokens(embeddings: Embeddings | None) -> Embeddings | None:
+    """As many as a probe has, of one row; all would stay in memory as long as later tokens are scored."""
+    if embeddings is None or embeddings[0].ndim != 3:
+        return embeddings
+    return tuple(part[:1, -_TOKENS:].clone() for part in embeddings)
 
 
 def _only_records(hook: Callable[..., Any]) -> bool:

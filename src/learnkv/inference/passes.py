@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,7 @@ def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         return
     if (cause := _bypass(model)) is not None:
         raise UserError(cause)
+    cache.read_by = weakref.ref(model)
     if cache.pending is not None:
         _take_pending(cache, args, kwargs)
     for layer in cache.compressed_layers():

@@ -2,11 +2,11 @@
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.observation import CaptureSpec, HiddenSample
@@ -15,6 +15,7 @@ from learnkv.errors import UserError
 from learnkv.inference.attention import attach
 from learnkv.inference.extra_passes import run_extra_pass, scores_of
 from learnkv.inference.models import context_length, describe_model
+from learnkv.inference.protected_spans import Anchors, Protect, protection_of, unpadded
 from learnkv.inference.token_ids import check_ids, check_mask
 from learnkv.policy.byte_budget import ByteCount
 from learnkv.policy.layerwise import compress_when_read
@@ -35,6 +36,9 @@ def prefill(
     budget: float | None = None,
     bytes: ByteCount | None = None,
     sample: HiddenSample | None = None,
+    protect: Protect | None = None,
+    protect_after: Sequence[str] | Anchors | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> CompressedCache:
     """Read prompts with full attention and return a cache of all entries, or of those that `policy` keeps.
 
@@ -50,9 +54,14 @@ def prefill(
             every layer is evicted as soon as it has read the end of the prompt; without chunks, only one layer at a
             time holds all of its entries.
         sample: tokens whose hidden states trained scorers get gradients from; None: the default of `HiddenSample`.
+        protect: tokens that every policy keeps in every head, within the budget: spans (begin, end) of all prompts
+            alike, or a list of them for each, counted without padding; or `system`, the system message of a chat.
+        protect_after: words such as "password:" after which tokens are kept as far as a share of the budget goes.
+        tokenizer: of `system` and words.
 
     Raises:
-        UserError: for an empty prompt, right padding, or a prompt longer than the model's context.
+        UserError: for an empty prompt, right padding, a prompt longer than the model's context, or a budget below what
+            is protected.
     """
     lengths = _check_prompt(model, input_ids, attention_mask)
     if chunk_size is not None and chunk_size < 1:
@@ -69,6 +78,8 @@ def prefill(
     cache = CompressedCache(model.config, capture_spec.with_sample(sample))
     cache.set_prompt(lengths)
     cache.token_ids = (input_ids, input_ids[:, :0])
+    if protect is not None or protect_after is not None:
+        cache.protection = protection_of(unpadded(input_ids, lengths), protect, protect_after, tokenizer)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     one_shot = policy if policy is not None and policy.reads_once and (keep != 1 or policy.precision) else None
     slots = input_ids.shape[1]

@@ -79,17 +79,21 @@ def check_precision(
         raise UserError(f"precision={precision.name}: expected a scorer, by which bytes are shared out")
 
 
-def check_countable(byte_count: ByteCount, pages: PageSelector | None, decode: Scorer | None) -> None:
+def check_countable(
+    byte_count: ByteCount, pages: PageSelector | None, decode: Scorer | None, rerotate: Rerotate | None
+) -> None:
     """Raise UserError where a budget in bytes would not count everything that is held.
 
     Args:
-        pages: of the policy.
+        pages, rerotate: of the policy.
         decode: its scorer of decoded tokens, where it evicts again while they are added.
     """
     if pages is not None:
         raise UserError(f"bytes={byte_count}: expected a policy without pages, which frees nothing")
     if decode is not None and decode.decode_capture:
         raise UserError(f"bytes={byte_count}: {decode.name} holds statistics of every entry")
+    if rerotate is not None:
+        raise UserError(f"bytes={byte_count}: rerotate={rerotate} holds a second position of every entry")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Whether a prompt was read such that a policy can plan for it."""
 
+from typing import Any
+
 import torch
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.core.adapter import Adapter
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.errors import UserError
 
@@ -17,6 +20,11 @@ def check_captured(spec: CaptureSpec, scorer: str, obs: Observation) -> None:
         )
     if spec.hidden and obs.hidden is None:
         raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
+    if spec.functions and obs.project is None:
+        raise UserError(
+            f"the policy's {scorer} applies functions of the layers that a stored prompt does not have: compress it "
+            "before it is saved"
+        )
     if not spec.statistics | spec.extra_passes <= obs.statistics.keys():
         raise UserError(
             f"the policy's {scorer} reads more of a prompt than keys, values and the "
@@ -31,3 +39,10 @@ def refuse_inference_tensors(cache: CompressedCache) -> None:
             "the prompt was read within torch.inference_mode, whose tensors cannot be used in training: read it with "
             "torch.no_grad, as learnkv.prefill does by itself"
         )
+
+
+def record_compression(cache: CompressedCache, spec: dict[str, Any], adapter: Adapter | None, **spent: object) -> None:
+    """Record by which policy and budget a cache is compressed; its adapter acts on the tokens to come."""
+    cache.adapter = adapter
+    given = {name: value for name, value in spent.items() if value is not None}
+    cache.compression = {"policy": spec, **given}

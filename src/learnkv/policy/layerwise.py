@@ -13,6 +13,7 @@ from learnkv.core.observation import Observation
 from learnkv.ops.device import upload
 from learnkv.ops.round_to_budget import round_layer
 from learnkv.policy.byte_budget import ByteCount, uniform_levels
+from learnkv.policy.captured import record_compression
 from learnkv.policy.model_sizes import sizes_of
 from learnkv.policy.planner import with_keep
 from learnkv.policy.policy import Policy
@@ -40,9 +41,9 @@ def compress_when_read(
         scores = planner.score(obs, protected).scores
         scores = planner.without_nan(scores[None], invalid, layer_idx)[0]
         if layer_idx == 0:
-            cache.adapter = policy.adapter
+            record_compression(cache, policy.spec(), policy.adapter, keep=keep, budget=budget, bytes=byte_count)
             policy.schedule(cache, keep, budget, byte_count)
-            splits.append(_Split(policy.allocator, len(layers), scores, cache.lengths, totals, protected))
+            splits.append(_Split(policy.allocator, len(layers), scores, cache.lengths, totals, protected.counts))
             cache.budgets = splits[0].budgets
         budgets, total = splits[0].layer(layer_idx, obs, scores)
         budgets = budgets.to(scores.device)

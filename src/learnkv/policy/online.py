@@ -17,7 +17,7 @@ from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.device import upload
-from learnkv.policy.budget import entries_to_keep, protected_per_head
+from learnkv.policy.budget import Protected, entries_to_keep, protected_per_head
 from learnkv.policy.byte_budget import ByteBudget, uniform_levels
 from learnkv.policy.planner import Planner, with_keep
 from learnkv.policy.relax import relax_to_plan
@@ -43,8 +43,8 @@ class _Merge(NamedTuple):
     """[B, M] position of each slot of the tail, -1 for padding."""
     totals: list[int]
     """Entries to keep in each row."""
-    protected: list[int]
-    """Protected entries per head of each row."""
+    protected: Protected
+    """Protected entries of each row."""
     evicted: list[bool]
     """Whether a row has evicted anything before."""
 
@@ -108,7 +108,7 @@ class OnlineEviction:
         assert budgets is not None
         longest, of_layer = (part.tolist() for part in (budgets.amax((1, 2)), budgets.sum((1, 2))))
         layers = len(of_layer)
-        if all(merge.evicted):  # budgets are fixed: one layer at a time
+        if all(merge.evicted) and not self.planner.scorer.refines_layers:  # budgets are fixed: one layer at a time
             for layer_idx, fixed in enumerate(budgets):
                 obs = self._merged(cache, layer_idx, longest[layer_idx], merge)
                 obs = with_keep(obs, cache.lengths, merge.totals, layers)
@@ -154,8 +154,8 @@ class OnlineEviction:
         positions, new = _count_tail(cache)
         rows = zip(schedule.budget, schedule.kept, new, strict=True)
         totals = [min(most, kept + more * heads) for most, kept, more in rows]
-        most = self.planner.sinks + self.planner.recent
-        protected = protected_per_head(most, cache.lengths, schedule.budget, heads)
+        sinks, recent = self.planner.sinks, self.planner.recent
+        protected = protected_per_head(sinks, recent, cache.lengths, schedule.budget, heads, cache.protection)
         cache.schedule = replace(schedule, kept=tuple(totals))
         return _Merge(positions, totals, protected, evicted)
 

@@ -16,7 +16,7 @@ from learnkv.errors import UserError
 from learnkv.ops.device import upload
 from learnkv.ops.normal_scores import unit_scale
 from learnkv.ops.round_to_budget import round_in_order, round_to_budget
-from learnkv.policy.budget import protected_entries
+from learnkv.policy.budget import Protected, protected_entries, with_spans
 from learnkv.policy.byte_budget import ByteBudget, shared_levels, uniform_levels
 
 
@@ -47,7 +47,7 @@ class Planner:
         observations: Sequence[Observation],
         lengths: Sequence[int],
         totals: Sequence[int],
-        protected: Sequence[int],
+        protected: Protected,
         fixed: Tensor | None = None,
         is_fixed: Sequence[bool] = (),
         spend: ByteBudget | None = None,
@@ -58,7 +58,7 @@ class Planner:
             observations: one for each layer.
             lengths: entries per head of each row.
             totals: entries to keep in each row, over all heads.
-            protected: entries per head that are kept in any case, for each row.
+            protected: entries that are kept in any case, in every head of each row.
             fixed: [L, B, H] budgets of the rows that `is_fixed`; the allocator decides for the others.
             spend: bytes to spend, where budgets are in bytes; totals are those of its reference level.
         """
@@ -73,7 +73,7 @@ class Planner:
         else:
             features = [layer.to(device) for layer in map(self.allocator.features, observations) if layer is not None]
             stacked = torch.stack(features) if features else None
-            shared = (scores, stacked, lengths, protected, baseline_of(layers, device), invalid)
+            shared = (scores, stacked, lengths, protected.counts, baseline_of(layers, device), invalid)
             if spend is not None and not spend.precision.reference.independent:
                 totals = spend.fitting(lengths, lambda trial: self._allocate(trial, *shared)[1])
             wanted, budgets = self._allocate(totals, *shared)
@@ -92,17 +92,23 @@ class Planner:
             wanted, budgets = levels.at_least[0], levels.counts.sum(0)
             totals = budgets.sum((0, 2)).tolist()
         ranked = scores
+        if self.scorer.refines_layers:
+            ranked = self.without_nan(self.refine_layers(observations, scores, budgets), invalid)
         if self.scorer.refines:
-            refined = [self.refine(*layer) for layer in zip(observations, scores, budgets, strict=True)]
+            refined = [self.refine(*layer) for layer in zip(observations, ranked, budgets, strict=True)]
             ranked = torch.stack([layer.to(device) for layer in refined])
             ranked = self.without_nan(ranked, invalid)
-        return Plan(ranked, wanted, budgets, upload(protected, device), sum(totals), scores, tuple(invalid), levels)
+        return Plan(
+            ranked, wanted, budgets, upload(protected.counts, device), sum(totals), scores, tuple(invalid), levels
+        )
 
-    def score(self, obs: Observation, protected: Sequence[int]) -> Scores:
+    def score(self, obs: Observation, protected: Protected) -> Scores:
         """Scores [B, H, S] of one layer `with_keep`, with protected entries at +inf and absent ones at -inf."""
-        per_head = upload(protected, obs.positions.device).view(-1, 1, 1)
+        edges = upload(protected.edges, obs.positions.device).view(-1, 1, 1)
+        spans = None if protected.spans is None else protected.spans.to(obs.positions.device, non_blocking=True)
         length = obs.length.view(-1, 1, 1)
-        always = protected_entries(obs.positions, obs.valid, length, per_head, self.recent, self.sinks)
+        always = protected_entries(obs.positions, obs.valid, length, edges, self.recent, self.sinks)
+        always = with_spans(always, obs.positions, obs.valid, spans)
         before = _versions(obs)
         result = self.scorer.score(obs)
         check_shape(result.scores, obs.valid.shape, f"{self.scorer.name}: scores of layer {obs.layer_idx}", "[B, H, S]")
@@ -111,6 +117,12 @@ class Planner:
         scores = result.scores if result.scores.is_floating_point() else result.scores.float()
         scores = scores.masked_fill(scores.isinf(), torch.nan)  # infinite ones would count as protected
         return result._replace(scores=scores).masked(absent=~obs.valid, protected=always)
+
+    def refine_layers(self, observations: Sequence[Observation], scores: Tensor, budgets: Tensor) -> Tensor:
+        """Scores [L, B, H, S] of all layers that rank within their heads, given their budgets [L, B, H]."""
+        refined = self.scorer.refine_layers(observations, scores, budgets.to(scores.device)).float()
+        check_shape(refined, scores.shape, f"{self.scorer.name}: refined scores", "[L, B, H, S]")
+        return torch.where(scores.isfinite(), refined, scores)
 
     def refine(self, obs: Observation, scores: Tensor, budgets: Tensor) -> Tensor:
         """Scores [B, H, S] of one layer that rank within its heads, given their budgets [B, H]."""

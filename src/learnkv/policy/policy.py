@@ -20,9 +20,9 @@ from learnkv.core.precision import Precision
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.policy.base_parts import base_part, base_precision
-from learnkv.policy.budget import check_read, entries_to_keep, protected_per_head
+from learnkv.policy.budget import Protected, check_read, entries_to_keep, protected_per_head
 from learnkv.policy.byte_budget import ByteBudget, ByteCount, check_countable, check_precision, check_spend
-from learnkv.policy.captured import check_captured, refuse_inference_tensors
+from learnkv.policy.captured import check_captured, record_compression, refuse_inference_tensors
 from learnkv.policy.model_sizes import check_sizes, sizes_of
 from learnkv.policy.online import OnlineEviction, check_online
 from learnkv.policy.planner import Planner
@@ -129,7 +129,7 @@ class Policy(Component):
     @property
     def reads_once(self) -> bool:
         """Whether a layer can be evicted before the next one has read the prompt."""
-        evicts = self.scorer is not None and not self.scorer.extra_passes
+        evicts = self.scorer is not None and not (self.scorer.extra_passes or self.scorer.refines_layers)
         evicts = evicts and (self.precision is None or self.precision.known_bytes)
         return evicts and self.pages is None and (self.allocator.static or self.allocator.sequential)
 
@@ -185,14 +185,14 @@ class Policy(Component):
 
     def totals(
         self, cache: CompressedCache, keep: float | None, budget: float | None, spend: ByteBudget | None = None
-    ) -> tuple[list[int], list[int]]:
-        """Entries to keep in each row, and how many per head are protected; of bytes those at the reference level."""
+    ) -> tuple[list[int], Protected]:
+        """Entries to keep in each row, and those that are protected; of bytes those at the reference level."""
         layers, lengths = cache.compressed_layers(), cache.prompt_lengths
         heads = layers[0].heads * len(layers)
         totals = entries_to_keep(lengths, heads, keep, budget) if spend is None else spend.totals(lengths)
         if self.scorer is None and any(total < heads * n for total, n in zip(totals, lengths, strict=True)):
             raise UserError("a policy without a scorer keeps every entry: expected keep=1, or bytes that hold them all")
-        return totals, protected_per_head(self.sinks + self.recent, lengths, totals, heads)
+        return totals, protected_per_head(self.sinks, self.recent, lengths, totals, heads, cache.protection)
 
     def check_sizes(self, sizes: Mapping[str, int], model: str) -> None:
         """Raise UserError for a model of other sizes than a learned component was made for."""
@@ -202,7 +202,7 @@ class Policy(Component):
         """Raise UserError unless exactly one kind of budget is given that the policy can spend."""
         check_spend(keep, budget, byte_count, self.precision)
         if byte_count is not None:
-            check_countable(byte_count, self.pages, None if self.online is None else self.online.planner.scorer)
+            check_countable(byte_count, self.pages, self.online.planner.scorer if self.online else None, self.rerotate)
 
     def compress(
         self,
@@ -231,7 +231,7 @@ class Policy(Component):
             cache.invalid += plan.invalid
         if self.pages is not None:
             self._read_pages(self.pages, cache, keep, budget)
-        cache.adapter = self.adapter
+        record_compression(cache, self.spec(), self.adapter, keep=keep, budget=budget, bytes=bytes)
         return cache
 
     def schedule(

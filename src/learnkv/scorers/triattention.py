@@ -1,5 +1,6 @@
 """TriAttention scores."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,10 +11,9 @@ from learnkv.core.observation import Observation, Statistic
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.formats import tensors
+from learnkv.formats.files import locate
+from learnkv.ops.reduce_layers import reduce_layers
 from learnkv.ops.rotary import Layout
-
-QUERIES = {"mean": "LND", "magnitude": "LNF"}
-"""Mean query of N query heads before rotation, and mean magnitudes of its F rotated pairs of channels."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ class TriAttention(Scorer):
     the attention; channels without rotation add mean(q) k. z is averaged over d = 1, 2, 4, …, `furthest`, standardised
     over the entries of a query head, and the query heads of a kv head are reduced.
 
-    The published code measures mu and m once per model and evicts while tokens are generated, by default one set of
-    positions per kv head for all layers. Here they are those of the prompt's own queries unless `queries` names a file,
-    every layer has its own sets, and the prompt is compressed.
+    The published code measures mu and m once per model (before q_norm where a model has one, while here they are those
+    of the queries that RoPE rotates) and evicts while tokens are generated: whenever 128 have been added to the budget
+    the cache is brought back to it (`triattention_decode`), with the prompt pinned, which is not done here. One set of
+    positions per kv head serves all layers, or one set serves all heads (`sharing`); where heads have kept different
+    tokens before, a token counts in those heads and layers that have it.
 
     Args:
         furthest: largest distance of a future query, in positions.
@@ -53,8 +55,11 @@ class TriAttention(Scorer):
         trigonometric: whether the first term counts.
         concentration: whether |mu_f| is subtracted in the second term.
         parts: equal parts of the prompt that evict equally many entries (a third party's variant); 0: no parts.
-        queries: safetensors file with `mean` [L, N, D] and `magnitude` [L, N, F] of a model's queries; not given: those
-            of the prompt.
+        sharing: what ranks the entries of a head: its own scores (`none`, the original's per_layer_perhead), the mean
+            of those of its number in all layers (`per_head`, the default of the original's command), or the maximum
+            over all heads and layers (`union`, the default of its class).
+        queries: safetensors file with the queries and frequencies of a model (`tensors.FREQUENCIES`), or `reference`;
+            not given: those of the prompt, which are not known of tokens that come after it.
     """
 
     table_argument = "queries"
@@ -70,6 +75,7 @@ class TriAttention(Scorer):
         trigonometric: bool = True,
         concentration: bool = True,
         parts: int = 0,
+        sharing: Literal["none", "per_head", "union"] = "none",
         queries: str | None = None,
     ) -> None:
         super().__init__()
@@ -78,11 +84,15 @@ class TriAttention(Scorer):
         self.distances = [2**power for power in range(furthest.bit_length())]
         self.aggregation, self.group_reduce = aggregation, group_reduce
         self.standardise, self.trigonometric, self.concentration = standardise, trigonometric, concentration
-        self.parts = parts
+        self.parts, self.sharing = parts, sharing
         self.source = queries
-        self.measured = None if queries is None else tensors.read(queries, QUERIES)
+        self.measured: dict[str, Tensor] | None = None
         if queries is None:
             self.statistics = frozenset({QueryFrequencies()})
+        else:
+            file = locate(queries, "query_frequencies.safetensors")
+            self.measured = tensors.read(file, tensors.FREQUENCIES)
+            self.needs, self.functions = frozenset(), frozenset()
 
     def forward(self, obs: Observation) -> Tensor:
         scores = self.raw_scores(obs)
@@ -96,10 +106,8 @@ class TriAttention(Scorer):
 
     def raw_scores(self, obs: Observation) -> Tensor:
         """Scores [B, H, G, S] of every query head before they are standardised."""
-        mean, magnitude = self._queries(obs)
-        layout = _layout(obs)
+        mean, magnitude, waves, scale, layout = self._measured(obs) if self.measured else self._of_prompt(obs)
         keys = obs.keys.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
-        waves, scale = self._waves(obs, layout.pairs)
         sizes = torch.hypot(*layout.split(keys))  # with RoPE's scale, once
         mu = torch.complex(*(part.contiguous() for part in layout.split(mean)))
         spread = magnitude - mu.abs() if self.concentration else magnitude
@@ -113,6 +121,16 @@ class TriAttention(Scorer):
         for index in range(1, waves.shape[1]):
             first = torch.maximum(first, _real_product(mu * waves[:, index, None, None], keys, layout))
         return scores + first
+
+    @property
+    def refines_layers(self) -> bool:
+        return self.sharing != "none"
+
+    def refine_layers(self, observations: Sequence[Observation], scores: Tensor, budgets: Tensor) -> Tensor:
+        """The scores that layers, and with `union` heads too, have in common."""
+        if self.sharing == "per_head":
+            return reduce_layers(observations, scores, "mean")
+        return reduce_layers(observations, scores, "max", over_heads=True)
 
     @property
     def refines(self) -> bool:
@@ -136,36 +154,46 @@ class TriAttention(Scorer):
         inside = part.clamp(max=self.parts - 1)
         return (rank - bounds.gather(-1, inside) < quota.gather(-1, inside)).float()
 
-    def _queries(self, obs: Observation) -> tuple[Tensor, Tensor]:
-        """Mean [B, H, G, D] and magnitudes [B, H, G, F] of the queries before RoPE."""
-        dim = obs.keys.shape[3]
-        if self.measured is None:
-            gathered = obs.statistics[QueryFrequencies()]
-            return gathered[..., :dim], gathered[..., dim:]
-        layers, heads, have = self.measured["mean"].shape
-        if obs.layer_idx >= layers or (heads, have) != (obs.queries.shape[1], dim):
-            raise UserError(
-                f"queries={self.source}: made for {layers} layers of {heads} heads of {have}, layer {obs.layer_idx} of "
-                f"the model has {obs.queries.shape[1]} of {dim}"
-            )
-        mean, magnitude = (self.measured[name][obs.layer_idx].to(obs.keys.device) for name in QUERIES)
-        batch, kv_heads = obs.keys.shape[:2]
-        return (
-            mean.unflatten(0, (kv_heads, -1)).expand(batch, -1, -1, -1),
-            magnitude.unflatten(0, (kv_heads, -1)).expand(batch, -1, -1, -1),
-        )
-
-    def _waves(self, obs: Observation, pairs: int) -> tuple[Tensor, Tensor]:
-        """Complex numbers s e^(i (t + d) w) [B, distances, F], and s [B, 1, 1, F]."""
-        rope = obs.rope
+    def _of_prompt(self, obs: Observation) -> tuple[Tensor, Tensor, Tensor, Tensor, Layout]:
+        """As `_measured`, of the prompt's own queries and the rotation that the model applies."""
+        dim, layout, rope = obs.keys.shape[3], _layout(obs), obs.rope
+        gathered = obs.statistics[QueryFrequencies()]
         if rope is None:
-            ones = torch.ones(len(obs.keys), 1, pairs, device=obs.keys.device)
-            return torch.complex(ones, torch.zeros_like(ones)), ones.unsqueeze(1)
+            ones = torch.ones(len(obs.keys), 1, layout.pairs, device=obs.keys.device)
+            return gathered[..., :dim], gathered[..., dim:], torch.complex(ones, 0 * ones), ones.unsqueeze(1), layout
         cos, sin = rope.after(obs.length, 1)  # [B, 1, F] of position t
-        distances = torch.tensor(self.distances, dtype=torch.float64, device=cos.device).view(-1, 1)
-        angle = distances * rope.frequencies(obs.length).double()
-        waves = torch.complex(cos, sin) * torch.polar(torch.ones_like(angle), angle)
-        return waves.to(torch.complex64), torch.hypot(cos, sin).float().unsqueeze(1)
+        waves = torch.complex(cos, sin) * self._ahead(rope.frequencies(obs.length).double())
+        scale = torch.hypot(cos, sin).float().unsqueeze(1)
+        return gathered[..., :dim], gathered[..., dim:], waves.to(torch.complex64), scale, layout
+
+    def _measured(self, obs: Observation) -> tuple[Tensor, Tensor, Tensor, Tensor, Layout]:
+        """Mean [B, H, G, D] and magnitudes [B, H, G, F] of queries, s e^(i (t + d) w) [B, distances, F], s, layout."""
+        assert self.measured is not None
+        layers, heads, dim = self.measured["mean"].shape
+        known = obs.queries.shape[2] > 0  # without a window no queries are captured
+        expected = (obs.queries.shape[1] if known else heads, obs.keys.shape[3])
+        if obs.layer_idx >= layers or (heads, dim) != expected or heads % obs.keys.shape[1]:
+            raise UserError(
+                f"queries={self.source}: made for {layers} layers of {heads} heads of {dim}, layer {obs.layer_idx} of "
+                f"the model has {expected[0]} of {expected[1]}; learnkv calibrate model=MODEL out=FOLDER makes a file"
+            )
+        own = {name: tensor[obs.layer_idx].to(obs.keys.device) for name, tensor in self.measured.items()}
+        batch, kv_heads = obs.keys.shape[:2]
+        mean, magnitude = (own[name].unflatten(0, (kv_heads, -1)).expand(batch, -1, -1, -1) for name in _QUERIES)
+        frequency = own["frequency"].double()
+        now = torch.polar(own["scale"].double().expand(batch, 1, -1), obs.length.view(-1, 1, 1) * frequency)
+        waves = (now * self._ahead(frequency)).to(torch.complex64)
+        layout = Layout(*(int(part) for part in self.measured["layout"][obs.layer_idx].tolist()))
+        return mean, magnitude, waves, own["scale"].view(1, 1, 1, -1), layout
+
+    def _ahead(self, frequency: Tensor) -> Tensor:
+        """Complex numbers e^(i d w) [distances, F] of frequencies [F] float64."""
+        distances = torch.tensor(self.distances, dtype=torch.float64, device=frequency.device).view(-1, 1)
+        angle = distances * frequency
+        return torch.polar(torch.ones_like(angle), angle)
+
+
+_QUERIES = ("mean", "magnitude")
 
 
 def _layout(obs: Observation) -> Layout:

@@ -179,7 +179,8 @@ class Distillation(L.LightningModule):
     def _read(self, batch: Batch, policies: Sequence[Policy], sample: HiddenSample | None = None) -> CompressedCache:
         """The prompts' cache, with the observations that these policies need."""
         chunk_size, prompts = self.settings.chunk_size, (batch.prompts, batch.prompt_mask)
-        return prefill(self.model, *prompts, chunk_size=chunk_size, policies=policies, sample=sample)
+        spans = batch.protection
+        return prefill(self.model, *prompts, chunk_size=chunk_size, policies=policies, sample=sample, protect=spans)
 
     def _recomputing(self) -> AbstractContextManager[None]:
         """Activation checkpointing of a student, where `checkpointing` is set."""

@@ -50,6 +50,7 @@ class DataSettings:
         continuation_tokens: tokens of a text continuation, and at most of a span.
         query_aware: fraction of the batches whose question is read before compression.
         batch_size: contexts per batch.
+        protect_after: words such as "password:" after which every student keeps tokens, as `prefill` does.
         validation_batches: batches that the KL of the deployed policy and of its base policy is measured on, at fixed
             kept fractions; 0 only for budgets that do not depend on the prompt.
         workers: processes that make batches; 0: the training process makes them.
@@ -69,6 +70,7 @@ class DataSettings:
     batch_size: int = 2
     validation_batches: int = 8
     workers: int = 0
+    protect_after: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_positive(vars(self), "continuations", "batch_size")

@@ -8,24 +8,25 @@ import torch
 from torch import Tensor
 
 from learnkv.formats import tensors
-from learnkv.ops.rotary import Layout, Rotary
+from learnkv.ops.rotary import Layout
 from learnkv.policy.policy import Policy
 from support.originals.comparing import budgets, kept
 from support.originals.loading import Case, observation, policy
 
 
-def built(mean: Tensor, magnitude: Tensor, **arguments: object) -> Policy:
-    """The YAML's policy with query statistics [L, N, D] and [L, N, F] in a file."""
+def built(mean: Tensor, magnitude: Tensor, omega: np.ndarray, scale: float, **arguments: object) -> Policy:
+    """The YAML's policy with queries [L, N, D] and [L, N, F], frequencies [F] and RoPE's scale in a file."""
+    pairs = len(omega)
+    measured = {
+        "mean": mean,
+        "magnitude": magnitude,
+        "frequency": torch.from_numpy(omega).expand(len(mean), -1),
+        "scale": torch.full((len(mean), pairs), scale),
+        "layout": torch.tensor(Layout.halves(pairs)).expand(len(mean), -1),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        path = tensors.write(Path(folder) / "queries.safetensors", {"mean": mean, "magnitude": magnitude})
-        return policy("triattention", scorer={**arguments, "queries": str(path)})
-
-
-def rotary(omega: np.ndarray, length: int, scale: float) -> Rotary:
-    """RoPE of `length` positions at frequencies [F], which scales its output."""
-    angle = torch.arange(length, dtype=torch.float64).unsqueeze(-1) * torch.from_numpy(omega).double()
-    cos, sin = ((scale * wave).float().unsqueeze(0) for wave in (angle.cos(), angle.sin()))
-    return Rotary(((cos, sin),), Layout.halves(len(omega)))
+        path = tensors.write(Path(folder) / "queries.safetensors", measured)
+        return policy("triattention_decode", scorer={**arguments, "queries": str(path)})
 
 
 def assert_close(got: Tensor, want: np.ndarray) -> None:
@@ -56,35 +57,34 @@ def check_authors(case: Case) -> None:
         "concentration": not params["disable_mlr"],
     }
     mean = torch.cat([parts["q_mean_real"], parts["q_mean_imag"]], -1)
-    rope = rotary(shared[f"{name}_inv_freq"], params["absolute_position"], params["attention_scaling"])
+    statistics = (mean, parts["q_abs_mean"], shared[f"{name}_inv_freq"], params["attention_scaling"])
     positions = torch.from_numpy(shared[f"{name}_positions"]).long()[prefix:]
+    assert params["absolute_position"] == positions[-1] + 1
     queries = torch.zeros(1, params["Hq"], 0, params["D"])
-    raw, by_reduction = [], {}
-    for reduction in ("max", "mean"):
-        scorer = built(mean, parts["q_abs_mean"], **arguments, group_reduce=reduction).scorer
-        of_layers: list[Tensor] = []
-        for layer, keys in enumerate(parts["k_rot"][:, None, :, prefix:]):
-            more = {"layer_idx": layer, "rotation": lambda: rope, "positions": positions.expand(1, params["Hkv"], -1)}
-            obs = observation(queries, keys, keys, **more)
-            of_layers.append(scorer(obs)[0])
-            if reduction == "max":
-                raw.append(scorer.raw_scores(obs)[0].flatten(0, 1))
-        by_reduction[reduction] = torch.stack(of_layers)  # [L, H, n - prefix]
-    assert_close(torch.cat(raw), case["raw"])
-    best = by_reduction["max"]
-    for key, scores in {
-        "keep_per_layer_head_max": best,
-        "keep_per_layer_head_mean": by_reduction["mean"],
-        # Sets that layers share, which are left out here, follow from the same scores. The best of the union of all
-        # heads' choices are the best by the maximum over heads.
-        "keep_per_head": best.mean(0),
-        "keep_union": best.amax((0, 1)).unsqueeze(0),
+    raw = []
+    for key, changes in {
+        "keep_per_head": {"sharing": "per_head"},
+        "keep_union": {"sharing": "union"},
+        "keep_per_layer_head_max": {"sharing": "none"},
+        "keep_per_layer_head_mean": {"sharing": "none", "group_reduce": "mean"},
     }.items():
-        want = case[key].reshape(*scores.shape[:-1], -1)
+        scorer = built(*statistics, **arguments, **changes).scorer
+        more = {"positions": positions.expand(1, params["Hkv"], -1)}
+        layers = [
+            observation(queries, keys, keys, layer_idx=layer, **more)
+            for layer, keys in enumerate(parts["k_rot"][:, None, :, prefix:])
+        ]
+        raw = raw or [scorer.raw_scores(obs)[0].flatten(0, 1) for obs in layers]
+        scores = torch.stack([scorer(obs) for obs in layers])  # [L, 1, H, n - prefix]
+        wanted = torch.full(scores.shape[:-1], budget - prefix)
+        assert scorer.refines_layers == (changes["sharing"] != "none")
+        scores = scorer.refine_layers(layers, scores, wanted)[:, 0] if scorer.refines_layers else scores[:, 0]
         mask = np.zeros((*scores.shape[:-1], params["n"]), dtype=bool)
-        np.put_along_axis(mask, want, True, -1)
+        # A set that layers, or all heads, share is theirs in every one of them.
+        np.put_along_axis(mask, np.broadcast_to(case[key], (*scores.shape[:-1], budget)), True, -1)
         assert mask[..., :prefix].all()
-        assert_kept(kept(scores, torch.full(scores.shape[:-1], budget - prefix)), scores.numpy(), mask[..., prefix:])
+        assert_kept(kept(scores, wanted[:, 0]), scores.numpy(), mask[..., prefix:])
+    assert_close(torch.cat(raw), case["raw"])
 
 
 def check_port(case: Case) -> None:
@@ -97,10 +97,13 @@ def check_port(case: Case) -> None:
         keys = torch.cat([keys[..., 0::2], keys[..., 1::2]], -1)
     mean = [case["qr"], case["qi"], *([case["q_pass"]] if "q_pass" in case else [])]
     statistics = [torch.from_numpy(part).flatten(0, 1).unsqueeze(0) for part in (np.concatenate(mean, -1), case["qa"])]
-    scorer = built(*statistics, furthest=params["offset_max"], aggregation=params["aggregation"]).scorer
-    rope = rotary(case["omega"], params["round_start"], params["freq_scale_sq"] ** 0.5)
+    arguments = {"furthest": params["offset_max"], "aggregation": params["aggregation"]}
+    scorer = built(*statistics, case["omega"], params["freq_scale_sq"] ** 0.5, **arguments).scorer
     queries = torch.zeros(1, statistics[0].shape[1], 0, keys.shape[3])
-    assert_close(scorer.raw_scores(observation(queries, keys, keys, rotation=lambda: rope))[0], case["scores"])
+    # The port is given the next position, which here is that after the last entry.
+    positions = torch.arange(keys.shape[2]) + params["round_start"] - keys.shape[2]
+    more = {"positions": positions.expand(1, keys.shape[1], -1)}
+    assert_close(scorer.raw_scores(observation(queries, keys, keys, **more))[0], case["scores"])
 
 
 def check_segments(case: Case) -> None:

@@ -47,7 +47,7 @@ class Answers(Family):
     def measure(
         self, model: Any, prompts: Sequence[Prompt], cache: CompressedCache, full: Any = None
     ) -> tuple[list[dict[str, Any]], Any]:
-        """Generate until every answer has ended; finished rows leave the batch."""
+        """Generate until every answer has ended, never beyond the longest limit; finished rows leave the batch."""
         ends = EndOfAnswer(self.tokenizer, eos_tokens(model))
         generated: list[list[int]] = [[] for _ in prompts]
         ids, padded = pad([prompt.suffix_ids for prompt in prompts], "right", model.device)
@@ -55,8 +55,10 @@ class Answers(Family):
         rows, earlier = list(range(len(prompts))), 0  # prompts that are still in the batch, and their new tokens
         memory = HeldBytes(cache)
         while True:
-            new = generate(model, ids, cache, mask, max_new_tokens=ROUND, earlier=earlier, **GREEDY).tolist()
-            earlier += ROUND
+            longest = max(sample_of(prompts[row]).max_new_tokens for row in rows)
+            count = min(ROUND, longest - earlier)
+            new = generate(model, ids, cache, mask, max_new_tokens=count, earlier=earlier, **GREEDY).tolist()
+            earlier += count
             memory.update(cache, rows)
             for row, tokens in zip(rows, new, strict=True):
                 generated[row] = ends.cut(generated[row] + tokens, sample_of(prompts[row]))

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from learnkv.data.sample import Sample
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.cells import text_of
-from learnkv.evaluation.tasks.suite import Suite, SuiteSample, file_in, limit, rows_of, source_of
-from learnkv.evaluation.tasks.table import drawn
+from learnkv.evaluation.tasks.suite import RowSuite, SuiteSample, file_in, limit, rows_of, source_of
 from learnkv.evaluation.tasks.table_files import Row
 from learnkv.evaluation.tasks.templates import Template, template_of
 
@@ -63,7 +61,7 @@ class BabilongSample(SuiteSample):
         return "." in prediction
 
 
-class Babilong(Suite):
+class Babilong(RowSuite):
     """Rows with the columns task, input, question and target; one file per length, such as 4k.jsonl.
 
     `lengths=` takes the longest file that is not longer; questions of it that are, with their instruction, are cut.
@@ -76,14 +74,31 @@ class Babilong(Suite):
         """The first five tasks, those of the published comparisons."""
         return self.tasks[:5]
 
-    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        name, source = task.removeprefix(PREFIX), source_of(config, "babilong", "a folder of BABILong's files")
-        rows = _rows(source, name, _size(source, length))
-        template = template_of(config.suite.templates, (task, name), _template(name), {"context", "question"})
-        samples: list[tuple[int, Sample]] = [
-            (index, _sample(config, row, task, template)) for index, row in enumerate(rows)
-        ]
-        return drawn(samples, task, config.samples, config.seed)
+    def rows(self, config: EvalConfig, task: str, length: int) -> list[Row]:
+        source = source_of(config, "babilong", "a folder of BABILong's files")
+        return _rows(source, task.removeprefix(PREFIX), _size(source, length))
+
+    def template(self, config: EvalConfig, task: str) -> Template:
+        name = task.removeprefix(PREFIX)
+        return template_of(config.suite.templates, (task, name), _template(name), {"context", "question"})
+
+    def sample(self, config: EvalConfig, row: Row, task: str, template: Template) -> BabilongSample:
+        row.require("input", "question", "target")
+        context, question, target = (
+            text_of(row.cells[column], row.column(column), blank=False) for column in ("input", "question", "target")
+        )
+        labels = LABELS[task.removeprefix(PREFIX)]
+        known = {label.lower() for label in labels}
+        if target.lower() not in known and not {part.strip().lower() for part in target.split(",")} <= known:
+            raise UserError(f"{row.column('target')}: expected of {', '.join(labels)}, got {target[:60]}")
+        return BabilongSample(
+            *template.fill(context=context, question=question),
+            answers=[target],
+            task=task,
+            max_new_tokens=limit(config, NEW_TOKENS),
+            labels=labels,
+            asked=question,
+        )
 
 
 def _size(source: str, length: int) -> str:
@@ -118,23 +133,4 @@ def _template(name: str) -> Template:
         f"The text below hides facts among sentences that do not matter.{hint}\n\nText: {{context}}\n\n",
         f"Answer the question from the facts {form}.\n\nQuestion: {{question}}\n",
         "Answer:",
-    )
-
-
-def _sample(config: EvalConfig, row: Row, task: str, template: Template) -> BabilongSample:
-    row.require("input", "question", "target")
-    context, question, target = (
-        text_of(row.cells[column], row.column(column), blank=False) for column in ("input", "question", "target")
-    )
-    labels = LABELS[task.removeprefix(PREFIX)]
-    known = {label.lower() for label in labels}
-    if target.lower() not in known and not {part.strip().lower() for part in target.split(",")} <= known:
-        raise UserError(f"{row.column('target')}: expected of {', '.join(labels)}, got {target[:60]}")
-    return BabilongSample(
-        *template.fill(context=context, question=question),
-        answers=[target],
-        task=task,
-        max_new_tokens=limit(config, NEW_TOKENS),
-        labels=labels,
-        asked=question,
     )

@@ -11,8 +11,8 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError
 from learnkv.evaluation.tasks.answers import Answers, sample_of
 from learnkv.evaluation.tasks.base import Prompt, pad
-from learnkv.evaluation.tasks.given_tokens import kl_divergence, read
 from learnkv.evaluation.tasks.suite import SuiteSample
+from learnkv.inference.given_tokens import kl_divergence, read
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from difflib import SequenceMatcher
 from typing import Any, ClassVar
 
 from learnkv.data.fitting import filled
-from learnkv.data.sample import Draft, Sample
+from learnkv.data.sample import Draft
 from learnkv.data.words import number as random_number
 from learnkv.data.words import word_list
 from learnkv.evaluation.config import EvalConfig
-from learnkv.evaluation.tasks.ruler import template_tokens
-from learnkv.evaluation.tasks.suite import Suite, SuiteSample, limit
+from learnkv.evaluation.tasks.suite import MadeSuite, SuiteSample, generator, limit
 
 NEW_TOKENS = 96
 FORMS = ("note", "verse", "riddle", "letter", "speech", "recipe", "rumour", "prayer")
@@ -36,23 +35,16 @@ class ReplySample(SuiteSample):
         return "\n" in prediction.lstrip()
 
 
-class Coreference(Suite):
+class Coreference(MadeSuite):
     """Conversations with two, four or eight equal requests."""
 
     name = "mrcr"
     tasks: ClassVar[tuple[str, ...]] = ("mrcr_2", "mrcr_4", "mrcr_8")
-    cut = False
 
-    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        room = length - template_tokens(tokenizer)
-        return [(number, _sample(config, task, room, tokenizer, number)) for number in range(config.samples)]
-
-
-def _sample(config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> ReplySample:
-    rng = random.Random(f"{config.seed}:{task}:{number}")
-    tokens = limit(config, NEW_TOKENS)
-    chosen = filled(task, _draft(rng, int(task.removeprefix("mrcr_"))), tokenizer, length, tokens)
-    return ReplySample(**vars(chosen), task=task, max_new_tokens=tokens)
+    def sample(self, config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> ReplySample:
+        rng, tokens = generator(config, task, number), limit(config, NEW_TOKENS)
+        chosen = filled(task, _draft(rng, int(task.removeprefix("mrcr_"))), tokenizer, length, tokens)
+        return ReplySample(**vars(chosen), task=task, max_new_tokens=tokens)
 
 
 def _draft(rng: random.Random, count: int) -> Callable[[int], Draft]:

@@ -11,7 +11,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import RunError
 from learnkv.evaluation.tasks.answers import Answers, sample_of
 from learnkv.evaluation.tasks.base import Prompt, pad
-from learnkv.evaluation.tasks.given_tokens import kl_divergence, read
+from learnkv.inference.given_tokens import kl_divergence, read
 
 
 class Forced(Answers):

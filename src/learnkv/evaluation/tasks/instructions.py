@@ -4,17 +4,17 @@ Code checks the rules, as in IFEval (Zhou et al. 2023, arXiv 2311.07911); the ru
 """
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from learnkv.data.fitting import filled
 from learnkv.data.ruler_needles import essay_words
-from learnkv.data.sample import Draft, Sample
+from learnkv.data.sample import Draft
 from learnkv.data.words import word_list
 from learnkv.evaluation.config import EvalConfig
-from learnkv.evaluation.tasks.ruler import essay_name, template_tokens
-from learnkv.evaluation.tasks.suite import Suite, SuiteSample, limit
+from learnkv.evaluation.tasks.suite import MadeSuite, SuiteSample, generator, limit
 
 NEW_TOKENS = 64
 QUESTIONS = (
@@ -36,12 +36,12 @@ class Rule(NamedTuple):
 SHAPES = {
     "begin": Rule(
         'Begin with the word "{word}".',
-        lambda reply, word: _inside(reply).lower().startswith(word),
+        lambda reply, word: 0 in _places(_inside(reply), word),
         lambda reply, word: f"{word.capitalize()}: {reply}",
     ),
     "twice": Rule(
         'Use the word "{word}" at least twice.',
-        lambda reply, word: reply.lower().count(word) >= 2,
+        lambda reply, word: len(_places(reply, word)) >= 2,
         lambda reply, word: f"{reply.rstrip('.')} with {word} and {word}.",
     ),
     "bracket": Rule(
@@ -51,7 +51,7 @@ SHAPES = {
     ),
     "end": Rule(
         'Let the last word be "{word}".',
-        lambda reply, word: _inside(reply).rstrip(".!?").lower().endswith(word),
+        lambda reply, word: len(end := _inside(reply).rstrip(".!?")) - len(word) in _places(end, word),
         lambda reply, word: f"{reply.rstrip('.')}, {word}.",
     ),
 }
@@ -86,37 +86,27 @@ class RuleSample(SuiteSample):
         return sum(followed) / len(followed)
 
 
-class Instructions(Suite):
+class Instructions(MadeSuite):
     """A system message with two or three rules, essays, and a request that does not repeat the rules."""
 
     name = "instructions"
     tasks: ClassVar[tuple[str, ...]] = ("instructions_2", "instructions_3")
     essays = True
-    cut = False
 
-    def haystack(self, config: EvalConfig) -> str | None:
-        return essay_name(config.haystack)
+    def sample(self, config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> RuleSample:
+        rng, tokens = generator(config, task, number), limit(config, NEW_TOKENS)
+        rules = sampled_rules(rng, int(task.removeprefix("instructions_")))
+        texts = (f"({place}) {RULES[name].text.format(word=word)}" for place, (name, word) in enumerate(rules, 1))
+        system = f"Every reply of yours follows these rules: {' '.join(texts)}"
+        hay, question = essay_words(rng, config.haystack), rng.choice(QUESTIONS)
 
-    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        room = length - template_tokens(tokenizer)
-        return [(number, _sample(config, task, room, tokenizer, number)) for number in range(config.samples)]
+        def draft(units: int) -> Draft:
+            pages = f"Pages:\n{' '.join(hay(units))}\n"
+            return Draft(f"{system}\n\n{pages}", question, "", [obedient(rules)])
 
-
-def _sample(config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> RuleSample:
-    rng = random.Random(f"{config.seed}:{task}:{number}")
-    rules = sampled_rules(rng, int(task.removeprefix("instructions_")))
-    texts = (f"({place}) {RULES[name].text.format(word=word)}" for place, (name, word) in enumerate(rules, 1))
-    system = f"Every reply of yours follows these rules: {' '.join(texts)}"
-    hay, question = essay_words(rng, config.haystack), rng.choice(QUESTIONS)
-    tokens = limit(config, NEW_TOKENS)
-
-    def draft(units: int) -> Draft:
-        pages = f"Pages:\n{' '.join(hay(units))}\n"
-        return Draft(f"{system}\n\n{pages}", question, "", [obedient(rules)])
-
-    chosen = filled(task, draft, tokenizer, length - ROLE_TOKENS, tokens)
-    made = RuleSample(**vars(chosen), task=task, max_new_tokens=tokens, rules=rules)
-    return replace(made, context=made.context.removeprefix(f"{system}\n\n"), system=system)
+        chosen = filled(task, draft, tokenizer, length - ROLE_TOKENS, tokens)
+        made = RuleSample(**vars(chosen), task=task, max_new_tokens=tokens, rules=rules)
+        return replace(made, context=made.context.removeprefix(f"{system}\n\n"), system=system)
 
 
 ROLE_TOKENS = 16
@@ -136,6 +126,11 @@ def obedient(rules: tuple[tuple[str, str], ...]) -> str:
     for name, word in rules:
         reply = RULES[name].apply(reply, word)
     return reply
+
+
+def _places(reply: str, word: str) -> list[int]:
+    """Where a reply has the word, in capital or small letters, as a whole."""
+    return [match.start() for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", reply, re.IGNORECASE)]
 
 
 def _inside(reply: str) -> str:

@@ -3,16 +3,14 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from learnkv.data.sample import Sample
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.cells import answers_of, text_of
 from learnkv.evaluation.tasks.longbench_metrics import LongBenchSample
 from learnkv.evaluation.tasks.longbench_prompts import CUE, TASKS
-from learnkv.evaluation.tasks.suite import Suite, file_in, limit, rows_of, source_of
-from learnkv.evaluation.tasks.table import drawn
+from learnkv.evaluation.tasks.suite import RowSuite, file_in, limit, rows_of, source_of
 from learnkv.evaluation.tasks.table_files import Row
 from learnkv.evaluation.tasks.templates import Template, template_of
 
@@ -20,7 +18,7 @@ PREFIX = "longbench_"
 SLOTS = {"context", "input"}
 
 
-class LongBench(Suite):
+class LongBench(RowSuite):
     """Rows with the columns input, context and answers, with all_classes for classification; one file per task."""
 
     name = "longbench"
@@ -37,35 +35,32 @@ class LongBench(Suite):
             raise UserError(f"suite.longbench={source}: expected files such as qasper.jsonl in this folder, found none")
         return tasks
 
-    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
+    def rows(self, config: EvalConfig, task: str, length: int) -> list[Row]:
         name = task.removeprefix(PREFIX)
-        source = source_of(config, "longbench", "a folder of LongBench's files")
-        template = template_of(config.suite.templates, (task, name), TASKS[name].template, SLOTS)
-        rows = rows_of(source, "longbench", name, name=name)
-        samples: list[tuple[int, Sample]] = [
-            (index, _sample(config, row, task, template)) for index, row in enumerate(rows)
-        ]
-        return drawn(samples, task, config.samples, config.seed)
+        return rows_of(source_of(config, "longbench", "a folder of LongBench's files"), "longbench", name, name=name)
 
+    def template(self, config: EvalConfig, task: str) -> Template:
+        name = task.removeprefix(PREFIX)
+        return template_of(config.suite.templates, (task, name), TASKS[name].template, SLOTS)
 
-def _sample(config: EvalConfig, row: Row, task: str, template: Template) -> LongBenchSample:
-    row.require("input", "context", "answers")
-    about = TASKS[task.removeprefix(PREFIX)]
-    text = text_of(row.cells["input"], row.column("input"))
-    context = text_of(row.cells["context"], row.column("context"), blank=False)
-    answers = answers_of(row.cells["answers"], row.column("answers"))
-    if about.measure == "retrieval" and not all(re.search(r"\d", answer) for answer in answers):
-        raise UserError(f"{row.column('answers')}: expected the number of a paragraph, got {answers[0][:60]}")
-    return LongBenchSample(
-        *_with_cue(template.fill(context=context, input=text)),
-        answers=answers,
-        task=task,
-        max_new_tokens=limit(config, about.new_tokens),
-        chat=about.chat,
-        measure=about.measure,
-        first_line=about.first_line,
-        classes=_classes(row) if about.measure == "classification" else (),
-    )
+    def sample(self, config: EvalConfig, row: Row, task: str, template: Template) -> LongBenchSample:
+        row.require("input", "context", "answers")
+        about = TASKS[task.removeprefix(PREFIX)]
+        text = text_of(row.cells["input"], row.column("input"))
+        context = text_of(row.cells["context"], row.column("context"), blank=False)
+        answers = answers_of(row.cells["answers"], row.column("answers"))
+        if about.measure == "retrieval" and not all(re.search(r"\d", answer) for answer in answers):
+            raise UserError(f"{row.column('answers')}: expected the number of a paragraph, got {answers[0][:60]}")
+        return LongBenchSample(
+            *_with_cue(template.fill(context=context, input=text)),
+            answers=answers,
+            task=task,
+            max_new_tokens=limit(config, about.new_tokens),
+            chat=about.chat,
+            measure=about.measure,
+            first_line=about.first_line,
+            classes=_classes(row) if about.measure == "classification" else (),
+        )
 
 
 def _with_cue(parts: Template) -> Template:

@@ -11,7 +11,7 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.cells import text_of
 from learnkv.evaluation.tasks.choices import Choices, ChoiceSample
-from learnkv.evaluation.tasks.suite import Suite, limit, rows_of, source_of
+from learnkv.evaluation.tasks.suite import RowSuite, limit, rows_of, source_of
 from learnkv.evaluation.tasks.table import drawn
 from learnkv.evaluation.tasks.table_files import Row
 from learnkv.evaluation.tasks.templates import Template, template_of
@@ -52,7 +52,7 @@ class LetterSample(ChoiceSample):
         return f"{self.answer_prefix}{prediction}".replace("*", "")
 
 
-class LongBenchV2(Suite):
+class LongBenchV2(RowSuite):
     """Rows with the hub's columns; `longbench_v2` is all of them, the other tasks are parts of it."""
 
     name = "longbench_v2"
@@ -63,29 +63,33 @@ class LongBenchV2(Suite):
         return (self.name,)
 
     def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        rows = rows_of(source_of(config, "longbench_v2", "LongBench v2's rows"), "longbench_v2", split="train")
-        slots = {"context", "question", *(f"choice_{letter}" for letter in LETTERS)}
-        template = template_of(config.suite.templates, (self.name, "0shot"), TEMPLATE, slots)
-        samples = [(index, row, _sample(config, row, task, template)) for index, row in enumerate(rows)]
         part = task.removeprefix(self.name).removeprefix("_")
         chosen: list[tuple[int, Sample]] = [
-            (index, sample) for index, row, sample in samples if not part or row.cells[PARTS[part]] == part
+            (index, sample)
+            for index, (row, sample) in enumerate(self.checked(config, task, length))
+            if not part or row.cells[PARTS[part]] == part
         ]
         if not chosen:
             raise UserError(f"tasks={task}: suite.longbench_v2={config.suite.longbench_v2} has none of these rows")
         return drawn(chosen, self.name, config.samples, config.seed)
 
+    def rows(self, config: EvalConfig, task: str, length: int) -> list[Row]:
+        return rows_of(source_of(config, "longbench_v2", "LongBench v2's rows"), "longbench_v2", split="train")
 
-def _sample(config: EvalConfig, row: Row, task: str, template: Template) -> LetterSample:
-    row.require(*COLUMNS)
-    cells = {column: text_of(row.cells[column], row.column(column), blank=False).strip() for column in COLUMNS}
-    if cells["answer"] not in LETTERS or len(cells["answer"]) != 1:
-        raise UserError(f"{row.column('answer')}: expected one of {', '.join(LETTERS)}, got {cells['answer'][:60]}")
-    slots = {column: cells[column] for column in COLUMNS if column not in ("answer", "difficulty", "length")}
-    return LetterSample(
-        *template.fill(**slots),
-        answers=[f"({cells['answer']})"],
-        task=task,
-        max_new_tokens=limit(config, NEW_TOKENS),
-        choices=tuple(f"({letter})" for letter in LETTERS),
-    )
+    def template(self, config: EvalConfig, task: str) -> Template:
+        slots = {"context", "question", *(f"choice_{letter}" for letter in LETTERS)}
+        return template_of(config.suite.templates, (self.name, "0shot"), TEMPLATE, slots)
+
+    def sample(self, config: EvalConfig, row: Row, task: str, template: Template) -> LetterSample:
+        row.require(*COLUMNS)
+        cells = {column: text_of(row.cells[column], row.column(column), blank=False).strip() for column in COLUMNS}
+        if cells["answer"] not in LETTERS or len(cells["answer"]) != 1:
+            raise UserError(f"{row.column('answer')}: expected one of {', '.join(LETTERS)}, got {cells['answer'][:60]}")
+        slots = {column: cells[column] for column in COLUMNS if column not in ("answer", "difficulty", "length")}
+        return LetterSample(
+            *template.fill(**slots),
+            answers=[f"({cells['answer']})"],
+            task=task,
+            max_new_tokens=limit(config, NEW_TOKENS),
+            choices=tuple(f"({letter})" for letter in LETTERS),
+        )

@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 
 from learnkv.data.fitting import filled
 from learnkv.data.ruler_needles import DEPTHS, essay_words, hide, place_of
-from learnkv.data.sample import Draft, Sample
+from learnkv.data.sample import Draft
 from learnkv.evaluation.config import EvalConfig, Metric
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.choices import Choices, ChoiceSample
-from learnkv.evaluation.tasks.ruler import essay_name, template_tokens
-from learnkv.evaluation.tasks.suite import Suite, limit
+from learnkv.evaluation.tasks.suite import MadeSuite, generator, limit
 
 NEW_TOKENS = 24
 PEOPLE = 4
@@ -69,29 +68,19 @@ class NameSample(ChoiceSample):
         return any(name in prediction for name in self.choices)
 
 
-class Paraphrase(Suite):
+class Paraphrase(MadeSuite):
     """One fact about each of four people in essays; the question puts one of them into other words."""
 
     name = "paraphrase"
     tasks: ClassVar[tuple[str, ...]] = tuple(FACTS)
     families: ClassVar[Mapping[Metric, type[Answers]]] = {"generated": Answers, "forced": Choices}
     essays = True
-    cut = False
 
-    def haystack(self, config: EvalConfig) -> str | None:
-        return essay_name(config.haystack)
-
-    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        room = length - template_tokens(tokenizer)
-        return [(number, _sample(config, task, room, tokenizer, number)) for number in range(config.samples)]
-
-
-def _sample(config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> NameSample:
-    rng = random.Random(f"{config.seed}:{task}:{number}")
-    names, facts = rng.sample(NAMES, PEOPLE), rng.sample(FACTS[task], PEOPLE)
-    tokens = limit(config, NEW_TOKENS)
-    chosen = filled(task, _draft(rng, names, facts, config.haystack), tokenizer, length, tokens)
-    return NameSample(**vars(chosen), task=task, max_new_tokens=tokens, choices=tuple(sorted(names)))
+    def sample(self, config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> NameSample:
+        rng, tokens = generator(config, task, number), limit(config, NEW_TOKENS)
+        names, facts = rng.sample(NAMES, PEOPLE), rng.sample(FACTS[task], PEOPLE)
+        chosen = filled(task, _draft(rng, names, facts, config.haystack), tokenizer, length, tokens)
+        return NameSample(**vars(chosen), task=task, max_new_tokens=tokens, choices=tuple(sorted(names)))
 
 
 def _draft(

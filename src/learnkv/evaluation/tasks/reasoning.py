@@ -8,15 +8,13 @@ from typing import Any, ClassVar
 from math_verify import parse, verify
 
 from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.data.sample import Sample
 from learnkv.errors import UserError
 from learnkv.evaluation.config import EvalConfig, Metric
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.cells import text_of
 from learnkv.evaluation.tasks.forced import Forced
-from learnkv.evaluation.tasks.suite import Suite, SuiteSample, limit, rows_of, source_of
-from learnkv.evaluation.tasks.table import drawn
+from learnkv.evaluation.tasks.suite import RowSuite, SuiteSample, limit, rows_of, source_of
 from learnkv.evaluation.tasks.table_files import Row
 from learnkv.evaluation.tasks.templates import Template, template_of
 
@@ -64,7 +62,7 @@ class Written(Answers):
         return records, None
 
 
-class Reasoning(Suite):
+class Reasoning(RowSuite):
     """Rows with the columns question or problem, and answer; MATH's solution is the text that `score=forced` reads."""
 
     name = "reasoning"
@@ -79,35 +77,31 @@ class Reasoning(Suite):
             raise UserError(f"tasks={','.join(config.tasks)}: expected one or more of {keys}, got none")
         return tasks
 
-    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
-        hub = {"name": "main"} if task == "gsm8k" else {}
-        rows = rows_of(source_of(config, task, "its rows"), task, **hub)
-        template = template_of(config.suite.templates, (task, self.name), TEMPLATE, {"problem"})
-        samples: list[tuple[int, Sample]] = [
-            (index, _sample(config, row, task, template)) for index, row in enumerate(rows)
-        ]
-        return drawn(samples, task, config.samples, config.seed)
+    def rows(self, config: EvalConfig, task: str, length: int) -> list[Row]:
+        return rows_of(source_of(config, task, "its rows"), task, **({"name": "main"} if task == "gsm8k" else {}))
 
+    def template(self, config: EvalConfig, task: str) -> Template:
+        return template_of(config.suite.templates, (task, self.name), TEMPLATE, {"problem"})
 
-def _sample(config: EvalConfig, row: Row, task: str, template: Template) -> MathSample:
-    columns = {name.lower(): name for name in row.cells}
-    asked = next((columns[name] for name in ("problem", "question") if name in columns), "problem")
-    given = columns.get("answer", "answer")
-    row.require(asked, given)
-    problem = text_of(row.cells[asked], row.column(asked), blank=False)
-    cell = row.cells[given]
-    answer = text_of(str(cell) if isinstance(cell, int) else cell, row.column(given), blank=False)
-    solution, result = _worked(answer, row.column(given)) if task == "gsm8k" else ("", answer.strip())
-    solution = solution or text_of(row.cells.get("solution"), row.column("solution")).strip()
-    if not _parsed(_boxed(result)):
-        raise UserError(f"{row.column(given)}: expected a result in LaTeX, got {result[:60]}")
-    return MathSample(
-        *template.fill(problem=problem),
-        answers=[result],
-        task=task,
-        max_new_tokens=limit(config, NEW_TOKENS[task]),
-        wording=solution or _boxed(result),
-    )
+    def sample(self, config: EvalConfig, row: Row, task: str, template: Template) -> MathSample:
+        columns = {name.lower(): name for name in row.cells}
+        asked = next((columns[name] for name in ("problem", "question") if name in columns), "problem")
+        given = columns.get("answer", "answer")
+        row.require(asked, given)
+        problem = text_of(row.cells[asked], row.column(asked), blank=False)
+        cell = row.cells[given]
+        answer = text_of(str(cell) if isinstance(cell, int) else cell, row.column(given), blank=False)
+        solution, result = _worked(answer, row.column(given)) if task == "gsm8k" else ("", answer.strip())
+        solution = solution or text_of(row.cells.get("solution"), row.column("solution")).strip()
+        if not _parsed(_boxed(result)):
+            raise UserError(f"{row.column(given)}: expected a result in LaTeX, got {result[:60]}")
+        return MathSample(
+            *template.fill(problem=problem),
+            answers=[result],
+            task=task,
+            max_new_tokens=limit(config, NEW_TOKENS[task]),
+            wording=solution or _boxed(result),
+        )
 
 
 def _worked(answer: str, where: str) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Base of the suites: tasks of one benchmark with prompts in parts and a metric of their own."""
 
+import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,10 @@ from learnkv.evaluation.config import Metric as Score
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
 from learnkv.evaluation.tasks.forced import Forced
+from learnkv.evaluation.tasks.ruler import essay_name, template_tokens
+from learnkv.evaluation.tasks.table import drawn
 from learnkv.evaluation.tasks.table_files import FORMATS, Row, hub_rows, is_file, read_rows
+from learnkv.evaluation.tasks.templates import Template
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,60 @@ class Suite(ABC):
             length: tokens of a complete prompt with room for the answer, where the task's prompts are made to measure;
                 others are cut to it afterwards.
         """
+
+
+class RowSuite(Suite):
+    """A suite of rows that are given: all are checked, then `config.samples` are drawn."""
+
+    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
+        numbered: list[tuple[int, Sample]] = [
+            (index, sample) for index, (_, sample) in enumerate(self.checked(config, task, length))
+        ]
+        return drawn(numbered, task, config.samples, config.seed)
+
+    def checked(self, config: EvalConfig, task: str, length: int) -> list[tuple[Row, SuiteSample]]:
+        """All rows of a task with their samples. Raises UserError for a malformed one."""
+        template = self.template(config, task)
+        return [(row, self.sample(config, row, task, template)) for row in self.rows(config, task, length)]
+
+    @abstractmethod
+    def rows(self, config: EvalConfig, task: str, length: int) -> Sequence[Row]:
+        """The rows of a task at a length of its prompts."""
+
+    @abstractmethod
+    def template(self, config: EvalConfig, task: str) -> Template:
+        """The template of a task's prompts."""
+
+    @abstractmethod
+    def sample(self, config: EvalConfig, row: Row, task: str, template: Template) -> SuiteSample:
+        """The sample of a row. Raises UserError for a malformed one."""
+
+
+class MadeSuite(Suite):
+    """A suite of prompts that are made to measure; each is a function of the seed, the task and its number."""
+
+    cut = False
+
+    def haystack(self, config: EvalConfig) -> str | None:
+        return essay_name(config.haystack) if self.essays else None
+
+    def samples(self, config: EvalConfig, task: str, length: int, tokenizer: Any) -> list[tuple[int, Sample]]:
+        room = length - template_tokens(tokenizer)
+        numbers = range(config.samples * self.variants(config))
+        return [(number, self.sample(config, task, room, tokenizer, number)) for number in numbers]
+
+    def variants(self, config: EvalConfig) -> int:
+        """Prompts for each of `config.samples`."""
+        return 1
+
+    @abstractmethod
+    def sample(self, config: EvalConfig, task: str, length: int, tokenizer: Any, number: int) -> Sample:
+        """The sample of a number, of at most `length` tokens without the chat template, the answer included."""
+
+
+def generator(config: EvalConfig, task: str, number: int) -> random.Random:
+    """Random numbers for the prompt of this number."""
+    return random.Random(f"{config.seed}:{task}:{number}")
 
 
 def prompts(config: EvalConfig, suite: Suite, tasks: Iterable[str], length: int, tokenizer: Any) -> list[Prompt]:

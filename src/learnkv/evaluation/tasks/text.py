@@ -13,7 +13,7 @@ from learnkv.data.text import text_windows
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.tasks.base import Family, Prompt
-from learnkv.evaluation.tasks.given_tokens import kl_divergence, read
+from learnkv.inference.given_tokens import kl_divergence, read
 
 LONGEST_CONTINUATION = 128
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from learnkv.core.protection import Protection
+from learnkv.inference.protected_spans import ProtectedSpans
 from learnkv.training import seeding
 from learnkv.training.data.sources import Passage, Source
 
@@ -29,6 +31,8 @@ class Batch(NamedTuple):
     """[B*C, T] True where the next token belongs to the answer: these predictions are in the loss."""
     tokens_to_generate: int = 0
     """Length of the answers that the model has yet to generate; 0: the continuations are complete."""
+    protection: Protection | None = None
+    """Spans of the prompts that every policy keeps."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class BatchSampler:
         query_aware: fraction of the batches whose prompts end with the question.
         seed: seed of order and passages.
         part: "train" or "validation", which have independent random numbers.
+        protect: finds the protected spans of prompts.
     """
 
     sources: Sequence[tuple[float, Source]]
@@ -50,6 +55,7 @@ class BatchSampler:
     query_aware: float
     seed: int
     part: str = "train"
+    protect: ProtectedSpans | None = None
 
     def batch(self, index: int) -> Batch:
         """Batch number `index`."""
@@ -59,7 +65,7 @@ class BatchSampler:
         aware = rng.random() < self.query_aware
         rows = range(index * self.batch_size, (index + 1) * self.batch_size)
         passages = [source(rng, row, length) for row in rows]
-        return collate(index, passages, rng if aware else None)
+        return collate(index, passages, rng if aware else None, self.protect)
 
 
 class Batches(Dataset[Batch]):
@@ -75,7 +81,9 @@ class Batches(Dataset[Batch]):
         return self.sampler.batch(self.numbers[index])
 
 
-def collate(index: int, passages: list[Passage], query_aware: random.Random | None) -> Batch:
+def collate(
+    index: int, passages: list[Passage], query_aware: random.Random | None, protect: ProtectedSpans | None = None
+) -> Batch:
     """Tensors of passages; with `query_aware`, a random question of each is moved into the prompt.
 
     The last token of the question stays outside, as the first token of the answer is predicted there.
@@ -91,7 +99,9 @@ def collate(index: int, passages: list[Passage], query_aware: random.Random | No
         rows.append(continuations)
     copies = min(len(continuations) for continuations in rows)
     pairs = [continuation for continuations in rows for continuation in continuations[:copies]]
-    return Batch(index, *pad(prompts, left=True), *pad_continuations(pairs), passages[0].tokens_to_generate)
+    protection = None if protect is None else protect(prompts)
+    parts = (*pad(prompts, left=True), *pad_continuations(pairs))
+    return Batch(index, *parts, passages[0].tokens_to_generate, protection)
 
 
 def pad_continuations(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:

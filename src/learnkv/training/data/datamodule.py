@@ -11,6 +11,7 @@ from learnkv.data.retrieval import held_out_kinds
 from learnkv.data.text import text_windows
 from learnkv.errors import UserError
 from learnkv.inference.models import context_length
+from learnkv.inference.protected_spans import ProtectedSpans
 from learnkv.training.data.batches import Batch, Batches, BatchSampler
 from learnkv.training.data.sources import Episodes, NextText, OwnAnswers, Source, Spans
 from learnkv.training.data.text_windows import Pool, Stream, Text, Windows
@@ -35,8 +36,10 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.settings, self.tokenizer = settings, tokenizer
         train, validation = self._texts(lengths[1] + settings.continuation_tokens)
+        protect = ProtectedSpans(tokenizer, settings.protect_after) if settings.protect_after else None
+        sizes = (lengths, settings.batch_size, settings.query_aware, seed)
         self.samplers = {
-            part: BatchSampler(self._sources(text), lengths, settings.batch_size, settings.query_aware, seed, part)
+            part: BatchSampler(self._sources(text), *sizes, part, protect)
             for part, text in (("train", train), ("validation", validation))
         }
 

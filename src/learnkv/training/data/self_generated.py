@@ -87,4 +87,4 @@ def _with_answers(batch: Batch, answers: Tensor) -> Batch:
     rows = zip(batch.continuations, batch.continuation_mask, answers, strict=True)
     pairs = [(question[mask.bool()].tolist(), answer[answer >= 0].tolist()) for question, mask, answer in rows]
     ids, mask, counted = (tensor.to(batch.prompts.device) for tensor in pad_continuations(pairs))
-    return Batch(batch.number, batch.prompts, batch.prompt_mask, ids, mask, counted)
+    return Batch(batch.number, batch.prompts, batch.prompt_mask, ids, mask, counted, protection=batch.protection)
