@@ -1,9 +1,21 @@
 """lm-evaluation-harness with our model on three local tasks: generate_until, multiple choice, loglikelihood_rolling."""
 
+import importlib
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from support.commands import run
+from support.models import kept_mask
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from learnkv import load_model, load_policy, prefill
+from learnkv.errors import UserError
 
 MODULE = "learnkv.integrations.lm_eval"
 HERE = Path(__file__).parent / "lm_eval_tasks"

@@ -61,6 +61,7 @@ def run_tasks(config: LmEvalConfig, resolved: str) -> None:
     Raises:
         UserError: without lm-eval, for a task that it does not know, and for what `CompressedLM` refuses.
     """
+    import learnkv.integrations.lm_eval  # registers the model
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
