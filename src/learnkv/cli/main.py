@@ -1,4 +1,4 @@
-"""The console command: `learnkv train | eval | calibrate | memory | export | compress | ask | … [key=value …]`."""
+"""The console command: `learnkv train | eval | calibrate | inspect | memory | compress | ask | … [key=value …]`."""
 
 import os
 import re
@@ -51,6 +51,14 @@ COMMANDS = {
         ("folders=",),
         positional="folders",
     ),
+    "inspect": Command(
+        "learnkv.evaluation.inspection",
+        "inspect_text",
+        "inspect",
+        "eval",
+        "show what policies keep of a text",
+        ("text=",),
+    ),
     "memory": Command(
         "learnkv.training.memory.predict", "report", "train", "train", "predict memory and time of a training run"
     ),
@@ -66,8 +74,8 @@ COMMANDS = {
 
 
 OPTIONAL = frozenset(
-    {"datasets", "gguf", "jieba", "lightning", "math_verify", "matplotlib", "peft", "platformdirs", "pyarrow"}
-    | {"rapidfuzz", "rouge", "tqdm", "wandb", "wonderwords"}
+    {"datasets", "gguf", "jieba", "jinja2", "lightning", "math_verify", "matplotlib", "peft", "platformdirs", "plotly"}
+    | {"pyarrow", "rapidfuzz", "rouge", "tqdm", "wandb", "wonderwords"}
 )
 """What the extras `train`, `eval` and `gguf` install."""
 

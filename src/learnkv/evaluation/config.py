@@ -22,7 +22,8 @@ class EvalConfig:
 
     Args:
         ckpt: policies: Lightning checkpoint, folder of an exported policy or of a run, heuristic's YAML or its bare
-            name, `reference`, or `owner/name` of a policy on the Hugging Face hub.
+            name, `reference`, or `owner/name` of a policy on the Hugging Face hub. `@K4V3` behind a path stores what
+            the policy keeps at that precision.
         baselines: methods of configs/policies to compare with: names, `all`, or kinds (trained, calibrated,
             extra_passes, online, pages, observation_window); `-` before a word leaves out, as in `all,-online`.
         model: hub id, folder, or `reference`.
@@ -56,6 +57,7 @@ class EvalConfig:
         suite: rows and prompts of the other suites.
         output: folder for results; the same command continues an interrupted run, another one adds to the table.
         show: prompts to print with what was expected and what came of every policy.
+        viewer: prompts that `report.html` shows with the tokens that every head kept.
         seed: random seed.
         allow: module prefixes besides learnkv whose classes a policy's file may name.
     """
@@ -86,6 +88,7 @@ class EvalConfig:
     suite: SuiteKeys = field(default_factory=SuiteKeys)
     output: str = "runs/eval"
     show: int = 0
+    viewer: int = 3
     seed: int = 42
     allow: tuple[str, ...] = ()
 
@@ -100,8 +103,9 @@ class EvalConfig:
                     raise UserError(f"{key}={number}: expected at least 1")
         if self.draft_tokens < 0:
             raise UserError(f"draft_tokens={self.draft_tokens}: expected a number of tokens, at least 0")
-        if self.show < 0:
-            raise UserError(f"show={self.show}: expected a number of prompts, at least 0")
+        for key in ("show", "viewer"):
+            if getattr(self, key) < 0:
+                raise UserError(f"{key}={getattr(self, key)}: expected a number of prompts, at least 0")
         for key in ("tasks", "lengths", "setting"):
             if not getattr(self, key):
                 raise UserError(f"{key}=: expected at least one, got none")

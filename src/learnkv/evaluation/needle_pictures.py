@@ -1,6 +1,8 @@
 """Heat maps of needles: score by the needle's depth and the prompt's length, one figure per task."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,17 +19,32 @@ Cells = dict[tuple[str, str], list[Record]]
 
 def needle_maps(records: Iterable[Record]) -> Mapping[str, Figure]:
     """Figures by their file names; a row of maps per policy, the full cache first, and a column per budget."""
-    figures: dict[str, Cells] = {}
+    return {f"needles-{name}.png": _figure(name, cells) for name, cells in needle_cells(records).items()}
+
+
+def needle_cells(records: Iterable[Record]) -> dict[str, Cells]:
+    """Records by task and setting, then by policy and budget; the budget of the full cache is "all"."""
+    groups: dict[str, Cells] = {}
     for record in records:
         if str(record["task"]).startswith(GRID):
             kind = kind_of(record)
-            name = "-".join(["needles", record["task"], record["setting"], *([] if kind in SCORED else [kind])])
+            name = "-".join([record["task"], record["setting"], *([] if kind in SCORED else [kind])])
             label = "all" if record["policy"] == FULL else budget_label(record)
-            figures.setdefault(f"{name}.png", {}).setdefault((record["policy"], label), []).append(record)
-    return {file: _figure(file, cells) for file, cells in figures.items()}
+            groups.setdefault(name, {}).setdefault((record["policy"], label), []).append(record)
+    return groups
 
 
-def _figure(file: str, cells: Cells) -> Figure:
+def mean_scores(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """`lengths`, `depths`, and `scores` [depths, lengths]: means, None where nothing was measured."""
+    lengths, depths = (sorted({record[key] for record in records}) for key in ("length", "depth"))
+    cells: dict[tuple[float, int], list[float]] = {}
+    for record in records:
+        cells.setdefault((record["depth"], record["length"]), []).append(record["score"])
+    scores = [[fmean(cells[cell]) if (cell := (d, n)) in cells else None for n in lengths] for d in depths]
+    return {"lengths": lengths, "depths": depths, "scores": scores}
+
+
+def _figure(name: str, cells: Cells) -> Figure:
     policies = list(dict.fromkeys(policy for policy, _ in cells))
     budgets = [label for label in dict.fromkeys(label for _, label in cells) if label != "all"] or ["all"]
     records = [record for group in cells.values() for record in group]
@@ -49,8 +66,7 @@ def _figure(file: str, cells: Cells) -> Figure:
     for line in axes:
         line[0].set_ylabel("depth, %")
     figure.colorbar(image, ax=axes, label="score", shrink=0.8)
-    title = file.removesuffix(".png").removeprefix("needles-").replace("_", " ").replace("-", ", ")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(name.replace("_", " ").replace("-", ", "), fontsize=11)
     return figure
 
 

@@ -38,7 +38,7 @@ def pareto(rows: Sequence[Row]) -> Figure:
     axes = grid[: len(groups)]
     for unused in grid[len(groups) :]:
         unused.remove()
-    order = sorted({row["policy"] for row in rows} - {FULL}, key=lambda name: (not name.startswith(LEARNED), name))
+    order = in_order(rows)
     for axis, (panel, in_bytes, group) in zip(axes, groups, strict=True):
         _panel(axis, group, order, panel.kind, in_bytes)
         title = panel.title.replace(": ", "\n").replace("; ", "\n")
@@ -46,6 +46,11 @@ def pareto(rows: Sequence[Row]) -> Figure:
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", ncols=columns, frameon=False)
     return figure
+
+
+def in_order(rows: Sequence[Row]) -> list[str]:
+    """Policies in the order of their colours, trained ones first; the full cache has none."""
+    return sorted({row["policy"] for row in rows} - {FULL}, key=lambda name: (not name.startswith(LEARNED), name))
 
 
 def _panel(axis: Axes, rows: Sequence[Row], order: Sequence[str], kind: Kind, in_bytes: bool) -> None:

@@ -1,9 +1,11 @@
 """`precision=`: methods without training at given precisions, beside the whole cache at each of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from learnkv.errors import UserError
 from learnkv.evaluation.results import FULL
+from learnkv.persistence.hub import is_repository
 from learnkv.policy.policy import Policy
 from learnkv.precision.fixed_tiers import FixedTiers, tiers_of
 from learnkv.precision.uniform import BITS, pair_of
@@ -27,6 +29,17 @@ def parse_precision(value: int | str) -> int | dict[str, int] | FixedTiers:
     if not {keys, values} <= set(BITS):
         raise UserError(f"precision={value}: expected {', '.join(map(str, BITS))} bits, or K4V3 for keys and values")
     return keys if keys == values else {"keys": keys, "values": values}
+
+
+def without_precision(path: str) -> tuple[str, str | None]:
+    """A policy's path and the precision that follows it, as in `smollm2@K4V3`; None where none does.
+
+    `owner/name@revision` on the hub, and a file whose name has an `@`, are paths without a precision.
+    """
+    base, _, precision = path.rpartition("@")
+    if not base or is_repository(path) or Path(path).expanduser().exists():
+        return path, None
+    return base, precision
 
 
 def check_precisions(precisions: Sequence[int | str], key: str = "precision") -> None:

@@ -14,14 +14,16 @@ from learnkv.errors import RunError, UserError
 from learnkv.evaluation import pictures, report, runner, tasks
 from learnkv.evaluation.accepted import check_drafts
 from learnkv.evaluation.config import EvalConfig
-from learnkv.evaluation.folder import check_folder, evaluation_folder
+from learnkv.evaluation.folder import CONFIG, check_folder, evaluation_folder
+from learnkv.evaluation.html.page import REPORT, Contents, write_page
 from learnkv.evaluation.needle_pictures import needle_maps
-from learnkv.evaluation.precisions import at_precisions
+from learnkv.evaluation.precisions import at_precisions, without_precision
 from learnkv.evaluation.results import FULL, SCHEMA, Record, rows_of
 from learnkv.evaluation.show import shown
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tabled import tabled
 from learnkv.evaluation.tasks.suite import cut_notes
+from learnkv.evaluation.typed_command import typed_command
 from learnkv.evaluation.written_answers import written_answers
 from learnkv.formats.files import write_text
 from learnkv.inference.attention import attach
@@ -33,33 +35,34 @@ from learnkv.policy.policy import Policy
 
 
 def evaluate(config: EvalConfig, resolved: str) -> None:
-    """Run a comparison and write `config.yaml`, `samples.jsonl`, `results.json`, `results.md` and pictures.
+    """Run a comparison and write its configuration, samples, tables, pictures and page.
 
     A second evaluation into a folder adds its rows to the table. An interrupted run writes a report of its finished
     samples, and the same command continues it.
     """
     check_folder(config.output)
     for path in policy_paths(config):
-        load_policy(path, config.allow)  # a missing file is an error before a large model is loaded
+        _load(path, config)  # a missing file is an error before a large model is loaded
     model, tokenizer = load_model(config.model, config.revision, config.dtype, config.device, config.attn)
     attach(model)
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
     check_drafts(config.draft_tokens, families)
     with evaluation_folder(config.output) as output:
-        write_text(output / "config.yaml", resolved)
+        write_text(output / CONFIG, resolved)
         jobs = runner.jobs_of(model, policies, config.budgets, config.draft_tokens)
+        command = typed_command("learnkv eval", config)
         store = Store(output / "samples.jsonl")
         try:
-            runner.run(model, families, jobs, store, config.batch_size)
+            runner.run(model, families, jobs, store, config.batch_size, config.viewer)
         except (KeyboardInterrupt, RunError):
             if runner.finished(families, jobs, store):
-                write_report(output, model, policies, tabled(families, jobs, store))
+                write_report(output, model, policies, tabled(families, jobs, store), command)
             done = sum(job.fingerprint(prompt) in store for job in jobs for f in families for prompt in f.prompts)
             print(f"{done:,} samples are stored in {output}: the same command continues", file=sys.stderr)
             raise
         records = tabled(families, jobs, store)
-        write_report(output, model, policies, records)
+        write_report(output, model, policies, records, command)
         print("\n".join(shown(records, config.show)), end="")
 
 
@@ -76,8 +79,8 @@ def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
     described = describe_with_weights(model)
     loaded: dict[str, Policy] = {}
     for path in policy_paths(config):
-        policy = load_policy(path, config.allow, described).to(model.device)
-        name = describe_policy_file(path)
+        name, policy = _load(path, config, described)
+        policy = policy.to(model.device)
         if name == FULL:
             continue
         if name in loaded:
@@ -86,17 +89,26 @@ def load_policies(config: EvalConfig, model: Any) -> dict[str, Policy]:
     return _at_precisions(config, loaded, load_policy(FULL).to(model.device)) if config.precision else loaded
 
 
+def _load(path: str, config: EvalConfig, described: Mapping[str, Any] | None = None) -> tuple[str, Policy]:
+    """A policy with its name in tables, at the precision that follows its path if one does."""
+    file, precision = without_precision(path)
+    name, policy = describe_policy_file(file), load_policy(file, config.allow, described)
+    return (name, policy) if precision is None else at_precisions({name: policy}, [precision]).popitem()
+
+
 def _at_precisions(config: EvalConfig, loaded: Mapping[str, Policy], whole: Policy) -> dict[str, Policy]:
     """The policies as they are, without the baselines that have no training: these, and `whole`, at every precision."""
-    alone = set(map(describe_policy_file, config.ckpt))
+    alone = {name for name in loaded if "@" in name} | set(map(describe_policy_file, config.ckpt))
     baselines = set(map(describe_policy_file, select_methods(config.baselines)))
     uniform = {name: each for name, each in loaded.items() if name in baselines and "trained" not in kinds_of(each)}
     others = {name: each for name, each in loaded.items() if name in alone or name not in uniform}
     return {**others, **at_precisions({FULL: whole, **uniform}, config.precision)}
 
 
-def write_report(output: Path, model: Any, policies: Mapping[str, Policy], records: Sequence[Record]) -> None:
-    """Write `results.json`, `results.md` and pictures, each replaced in one step."""
+def write_report(
+    output: Path, model: Any, policies: Mapping[str, Policy], records: Sequence[Record], command: str = ""
+) -> None:
+    """Write `results.json`, `results.md`, `report.html` and pictures, each replaced in one step."""
     rows = rows_of(records)
     name = describe_model(model)["id"]
     notes = [f"{policy}: {made.other_weights}" for policy, made in policies.items() if made.other_weights]
@@ -113,9 +125,21 @@ def write_report(output: Path, model: Any, policies: Mapping[str, Policy], recor
     figures |= needle_maps(records)
     for file, figure in figures.items():
         pictures.save(figure, output / file)
+    config = output / CONFIG
+    about = Contents(
+        title=f"Compressed caches of {name}",
+        model=name,
+        environment=environment(model),
+        records=records,
+        rows=rows,
+        notes=notes,
+        command=command,
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+    )
+    write_page(output / REPORT, about)
     tables = (output / "results.md").read_text(encoding="utf-8")
     print(tables.split(report.EVERY_TASK)[0].split(report.COSTS)[0])
-    print("\n".join(str(output / file) for file in ("results.json", "results.md", *figures)))
+    print("\n".join(str(output / file) for file in ("results.json", "results.md", REPORT, *figures)))
 
 
 def environment(model: Any) -> dict[str, str]:

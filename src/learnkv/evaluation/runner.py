@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from learnkv.errors import UserError
 from learnkv.evaluation.accepted import accepted_lengths
 from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.cost import Cost, measured, now
+from learnkv.evaluation.kept_entries import VIEW, kept_view, prompt_view, viewed_prompts
 from learnkv.evaluation.keys import policy_digest
 from learnkv.evaluation.results import FULL, Record
 from learnkv.evaluation.sharing import for_one_prompt
@@ -78,18 +79,27 @@ def baselines_of(policies: Mapping[str, Policy]) -> dict[str, str]:
     return baselines
 
 
-def run(model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Store, batch_size: int) -> None:
-    """Measure every job on every prompt that `store` lacks; finished batches are stored at once."""
+def run(
+    model: Any, families: Sequence[Family], jobs: Sequence[Job], store: Store, batch_size: int, viewer: int = 0
+) -> None:
+    """Measure every job on every prompt that `store` lacks; finished batches are stored at once.
+
+    Args:
+        viewer: prompts of which records also hold what every head kept; stored records without it are measured again.
+    """
     store.forget_outdated(
         (j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs
     )
-    batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size)]
+    viewed = viewed_prompts((prompt for family in families for prompt in family.prompts), viewer)
+    batches = [
+        (family, *batch) for family in families for batch in _unfinished(family, jobs, store, batch_size, viewed)
+    ]
     policies = [job.policy for job in jobs if job.policy is not None]
     with tqdm(total=sum(len(jobs) for _, jobs, _ in batches), unit="run", dynamic_ncols=True) as progress:
         for family, pending, prompts in batches:
             progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
             prefilled = _read(model, prompts, policies)
-            for job, sizes, scores in _measured(model, family, prompts, pending, prefilled):
+            for job, sizes, scores in _measured(model, family, prompts, pending, prefilled, viewed):
                 store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
                 progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
                 progress.update()
@@ -125,10 +135,16 @@ def _read(model: Any, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> 
 
 
 def _measured(
-    model: Any, family: Family, prompts: list[Prompt], jobs: Sequence[Job], prefilled: _Prefilled
+    model: Any,
+    family: Family,
+    prompts: list[Prompt],
+    jobs: Sequence[Job],
+    prefilled: _Prefilled,
+    viewed: Collection[str],
 ) -> Iterator[tuple[Job, list[dict[str, Any]], list[dict[str, Any]]]]:
     """Each job with the sizes, costs and scores of the prompts that were read, on forks of their cache."""
     cache, full, decode = prefilled.cache, None, Cost()
+    rows = [row for row, prompt in enumerate(prompts) if prompt.digest in viewed]
     if jobs[0].policy is None or family.needs_full:
         with measured(model.device) as decode:
             scores, full = family.measure(model, prompts, cache.fork(), None)
@@ -138,17 +154,21 @@ def _measured(
         seconds = prefilled.seconds_for(group[0].policy)
         for job in group:
             sizes, compress = _full_sizes(cache), Cost()
+            views = [prompt_view(family.tokenizer, prompts[row]) for row in rows]
             if policy is not None:
                 with measured(model.device) as compress:
                     fork = _compressed(policy, cache, job)
                 seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
                 _release_captured(fork)
                 sizes = _sizes(fork, policy, job.budget)
+                views = [kept_view(fork, row) for row in rows]
                 if job.draft_tokens:
                     lengths = accepted_lengths(model, prompts, cache, fork, job.draft_tokens)
                     sizes = [{**size, **accepted} for size, accepted in zip(sizes, lengths, strict=True)]
                 with measured(model.device) as decode:
                     scores, _ = family.measure(model, prompts, fork, full)
+            for row, view in zip(rows, views, strict=True):
+                sizes[row][VIEW] = view
             cost = _cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
             yield job, [{**size, **cost} for size in sizes], scores
 
@@ -179,12 +199,17 @@ def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> l
 
 
 def _unfinished(
-    family: Family, jobs: Sequence[Job], store: Store, size: int
+    family: Family, jobs: Sequence[Job], store: Store, size: int, viewed: Collection[str]
 ) -> Iterator[tuple[list[Job], list[Prompt]]]:
-    """Batches of prompts with the same unfinished jobs."""
+    """Batches of prompts with the same unfinished jobs; a record of a viewed prompt needs its view."""
+
+    def lacks(job: Job, prompt: Prompt) -> bool:
+        fingerprint = job.fingerprint(prompt)
+        return fingerprint not in store or (prompt.digest in viewed and VIEW not in store[fingerprint])
+
     groups: dict[tuple[int, ...], list[Prompt]] = {}
     for prompt in sorted(family.prompts, key=family.effort):
-        pending = tuple(index for index, job in enumerate(jobs) if job.fingerprint(prompt) not in store)
+        pending = tuple(index for index, job in enumerate(jobs) if lacks(job, prompt))
         if pending:
             groups.setdefault(pending, []).append(prompt)
     for pending, prompts in groups.items():
