@@ -207,8 +207,8 @@ def test_sampling_is_repeatable_and_equal_caches_accept_everything() -> None:
 def test_what_cannot_be_lossless_is_refused() -> None:
     model, question = attached("llama"), tokens(1, 4)
     full, draft = pair("llama", "snapkv", [tokens(1, 30)[0]])
-    other, evicting = prefill(model, tokens(1, 31)), full.fork()
-    policy_for("h2o_decode", model).compress(evicting, budget=30)  # all entries of the prompt, and no more later
+    other = prefill(model, tokens(1, 31))
+    _, evicting = pair("llama", "h2o_decode", [tokens(1, 30)[0]], budget=30)  # the whole prompt, and no more later
     ahead = draft.fork()
     continuation(model, question, ahead)
     for cache, drafting, cause in (
