@@ -11,7 +11,17 @@ import torch
 from support.models import attached, build, padded, plain, policy_for, tokens
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer, pipeline
 
-from learnkv import CompressedCache, attach, generate, load_model, load_policy, prefill, save_policy
+from learnkv import (
+    CompressedCache,
+    attach,
+    generate,
+    load_cache,
+    load_model,
+    load_policy,
+    prefill,
+    save_cache,
+    save_policy,
+)
 from learnkv.errors import UserError
 from learnkv.inference.models import describe_model
 from learnkv.integrations import custom_generate
@@ -125,17 +135,22 @@ DOCUMENT = (RAIN + "The secret number of Ada is 4817293. " + RAIN).rstrip()
 QUESTIONS = (" The secret number of Ada is", "\nThe secret number of Ada is")
 
 
-def of_the_reference() -> tuple[Any, Any, CompressedCache]:
-    """The reference model, its tokenizer, and a fifth of the document's cache."""
+@pytest.fixture(params=["compressed", "loaded"])
+def of_the_reference(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, CompressedCache]:
+    """The reference model, its tokenizer, and a fifth of the document's cache, as it is or stored and loaded."""
     model, tokenizer = load_model("reference")
     policy = load_policy("reference")
     ids = tokenizer(DOCUMENT, return_tensors="pt").input_ids
-    return model, tokenizer, policy.compress(prefill(model, ids, policies=[policy]), keep=0.2)
+    cache = policy.compress(prefill(model, ids, policies=[policy]), keep=0.2)
+    if request.param == "compressed":
+        return model, tokenizer, cache
+    save_cache(cache, tmp_path / "stored", tokenizer=tokenizer)
+    return model, tokenizer, load_cache(tmp_path / "stored", model)
 
 
 @pytest.mark.compat
-def test_transformers_pipeline_goes_on_with_a_compressed_cache() -> None:
-    model, tokenizer, cache = of_the_reference()
+def test_transformers_pipeline_goes_on_with_a_compressed_cache(of_the_reference: tuple[Any, Any, Any]) -> None:
+    model, tokenizer, cache = of_the_reference
     asked = tokenizer(QUESTIONS[0], add_special_tokens=False, return_tensors="pt").input_ids
     expected = tokenizer.decode(generate(model, asked, cache.fork(), max_new_tokens=9)[0], skip_special_tokens=True)
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -146,9 +161,11 @@ def test_transformers_pipeline_goes_on_with_a_compressed_cache() -> None:
 
 
 @pytest.mark.compat
-def test_the_chat_loop_of_transformers_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_chat_loop_of_transformers_documentation(
+    of_the_reference: tuple[Any, Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Messages grow, the template is applied to all of them, and the cache has read the beginning already."""
-    model, tokenizer, cache = of_the_reference()
+    model, tokenizer, cache = of_the_reference
     tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     read, answers = cache.get_seq_length(), []
     messages = [{"role": "system", "content": DOCUMENT}]
@@ -166,9 +183,9 @@ def test_the_chat_loop_of_transformers_documentation(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.compat
-def test_a_text_that_begins_with_other_tokens_is_refused() -> None:
+def test_a_text_that_begins_with_other_tokens_is_refused(of_the_reference: tuple[Any, Any, Any]) -> None:
     """A space that ends the document belongs to the next word where both are tokenised together."""
-    model, tokenizer, cache = of_the_reference()
+    model, tokenizer, cache = of_the_reference
     ids = tokenizer(DOCUMENT + QUESTIONS[0], return_tensors="pt").input_ids
     other = ids.clone()
     other[0, 7] += 1

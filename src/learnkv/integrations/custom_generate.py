@@ -76,7 +76,8 @@ def generate(
     kept = {name: value for name, value in settings.items() if value is not None and name not in _REPOSITORY}
     if (rows := _rows_per_prompt(model, kept)) > 1:
         cache.batch_repeat_interleave(rows)
-    return model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **kept)
+    # The class's own: a model's repository may have replaced that of the instance by such a function.
+    return type(model).generate(model, input_ids=ids, attention_mask=mask, past_key_values=cache, **kept)
 
 
 def _loaded(policy: str | Path, model: PreTrainedModel, allow: Sequence[str]) -> Policy:
