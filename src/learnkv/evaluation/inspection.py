@@ -123,7 +123,7 @@ def inspect_text(config: InspectConfig, resolved: str) -> None:
     about = Contents(
         title=f"What is kept of {Path(config.text).name}",
         model=describe_model(model)["id"],
-        environment=environment(model),
+        environment=environment(model, tokenizer),
         records=records,
         scored=bool(config.answer),
         notes=[f"{name}: {policy.other_weights}" for name, policy in policies.items() if policy.other_weights],

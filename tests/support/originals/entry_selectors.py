@@ -1,5 +1,7 @@
 """What decode steps read of a whole cache: DELTA's pages and Louver's thresholds."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -60,7 +62,7 @@ def check_louver(case: Case) -> None:
     stored = torch.cat([sample, torch.zeros_like(sample[:, :1])], 1).unsqueeze(0)  # and the token itself
     logits = torch.einsum("hgd,hed->hge", grouped, stored[0]).unsqueeze(0)
     entries = torch.full((1, heads), stored.shape[2])
-    parts = (query.unsqueeze(0), stored, logits, entries, entries - 1, torch.tensor([1]), 0, 1.0, {})
+    parts: tuple[Any, ...] = (query.unsqueeze(0), stored, logits, entries, entries - 1, torch.tensor([1]), 0, 1.0, {})
     read, _ = louver(Lookup(*parts), {})
     margin = 1e-4 * np.abs(golden[:, None])
     passing = logits[0, ..., :-1].flatten(0, 1).numpy()

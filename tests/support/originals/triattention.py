@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def check_authors(case: Case) -> None:
     positions = torch.from_numpy(shared[f"{name}_positions"]).long()[prefix:]
     assert params["absolute_position"] == positions[-1] + 1
     queries = torch.zeros(1, params["Hq"], 0, params["D"])
-    raw = []
+    raw: list[Any] = []
     for key, changes in {
         "keep_per_head": {"sharing": "per_head"},
         "keep_union": {"sharing": "union"},
