@@ -63,7 +63,8 @@ def build(cls: type[AnyComponent], layers: int, heads: int, group: int, dim: int
         return learned
     arguments = inspect.signature(cls).parameters
     if cls.table_argument and arguments[cls.table_argument].default is not None:
-        return cls(**{cls.table_argument: made_up(cls.table_argument, layers, heads, group, dim, hidden)})
+        few = {name: 2 for name in ("pool_size", "sink", "recent") if name in arguments}  # of prompts of tens of tokens
+        return cls(**few, **{cls.table_argument: made_up(cls.table_argument, layers, heads, group, dim, hidden)})
     if "base" in arguments and arguments["base"].default is inspect.Parameter.empty:
         return cls(SnapKV(window=8))
     if "level" in arguments:

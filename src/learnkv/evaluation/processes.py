@@ -89,6 +89,12 @@ class Processes:
         else:
             self._wait("prepared")
 
+    def meet(self) -> None:
+        """Wait until every process is here."""
+        self.store.set(f"here {self.number}", "")
+        for number in range(self.count):
+            self._wait(f"here {number}")
+
     def finish(self, lines: Sequence[str]) -> list[str]:
         """The lines of all processes, on the first one, when all are finished; on the others none."""
         self.store.set(f"finished {self.number}", json.dumps(list(lines)))

@@ -109,6 +109,7 @@ def run(
         store.read()
     viewed = viewed_prompts((prompt for family in families for prompt in family.prompts), viewer)
     batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, packing, viewed)]
+    group.meet()  # whoever measures before others have listed what is missing would shorten their lists
     policies = [job.policy for job in jobs if job.policy is not None]
     counts = list(itertools.accumulate((len(jobs) for _, jobs, _ in batches), initial=0))
     skipped: list[str] = []
