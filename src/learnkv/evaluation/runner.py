@@ -105,8 +105,7 @@ def run(
     group = Processes() if group is None else group
     known = ((j.fingerprint(p), tuple(j.slot(p).values())) for f in families for p in f.prompts for j in jobs)
     group.after_first(lambda: store.forget_outdated(known))
-    if not group.is_first:
-        store.read()
+    store.read()
     viewed = viewed_prompts((prompt for family in families for prompt in family.prompts), viewer)
     batches = [(family, *batch) for family in families for batch in _unfinished(family, jobs, store, packing, viewed)]
     group.meet()  # whoever measures before others have listed what is missing would shorten their lists
