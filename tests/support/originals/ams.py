@@ -8,6 +8,7 @@ from torch import Tensor
 
 from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer
+from learnkv.policy.budget import Protected
 from learnkv.scorers.ams import Credit
 from support.originals.comparing import assert_scores, kept
 from support.originals.loading import Case, observation, policy, sidecar_of
@@ -69,7 +70,7 @@ def check(case: Case) -> None:
     )
     budget = torch.full((batch, heads), params["t_keep"])
     protected = params["sink"] + params["last"]
-    scores = planner.score(obs, [protected] * batch).scores
+    scores = planner.score(obs, Protected.of_edges([protected] * batch)).scores
     assert (scores == torch.inf).sum() == batch * heads * protected
     mass, credit = scorer._mass(obs, budget)
     mass = mass.mean(0) / mass.mean(0).sum(-1, keepdim=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from learnkv.core.observation import Observation
 from learnkv.ops.retention_attention import retention_attention
+from learnkv.policy.budget import Protected
 from learnkv.policy.policy import Policy
 from support.originals.comparing import assert_scores, kept
 from support.originals.loading import Case, observation, policy
@@ -27,7 +28,7 @@ def observed(case: Case, policy: Policy) -> list[Observation]:
 
 def scores_of(policy: Policy, layers: list[Observation], protected: int = 0) -> Tensor:
     """[L, 1, H, T]."""
-    return torch.stack([policy.planner.score(obs, [protected]).scores for obs in layers])
+    return torch.stack([policy.planner.score(obs, Protected.of_edges([protected])).scores for obs in layers])
 
 
 def check_kept(scores: Tensor, counts: Tensor, golden: np.ndarray) -> None:
