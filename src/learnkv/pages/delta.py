@@ -62,7 +62,7 @@ class DELTA(EntrySelector):
         """True for the `count` [B] pages [B, P] to read of heads with `entries` [B], by `scores` [B, P]."""
         number = torch.arange(scores.shape[-1], device=scores.device)
         pages = (-(-entries // self.page_size)).unsqueeze(-1)
-        ranked = scores.double() - self.tie_break * number
+        ranked = scores.double() - self.tie_break * number.double()
         recent = count.clamp(max=self.recent_pages).unsqueeze(-1)
         ranked = ranked.masked_fill(number >= pages - recent, torch.inf).masked_fill(number >= pages, -torch.inf)
         order = ranked.argsort(dim=-1, descending=True, stable=True)
