@@ -91,8 +91,7 @@ def base_entries(weights: Tensor, entries: Tensor, keep: Tensor, whole_numbers: 
         weights: [L, H], -1 for heads that keep all their `entries` [B].
         keep: [B] float64 fraction of all entries.
     """
-    count, full = weights.numel(), int((weights < 0).sum())
-    if full == count:
-        return torch.zeros_like(entries)
-    base = (keep * count - full) * entries / (count - full)
+    count, full = weights.numel(), (weights < 0).sum()  # on the device, which nothing waits for
+    base = (keep * count - full) * entries / (count - full).clamp_min(1)
+    base = base.masked_fill(full == count, 0.0)
     return (base.trunc() if whole_numbers else base).clamp_min(0)
