@@ -191,7 +191,7 @@ heuristic = functools.cache(load_policy)
 
 def read(model: PreTrainedModel, *prompt: Tensor, **more: object) -> CompressedCache:
     """A prompt, read for whatever `policy_for` gives."""
-    return prefill(model, *prompt, policies=[policy_for(name, model) for name in HEURISTICS + LEARNED], **more)
+    return prefill(model, *prompt, policies=[policy_for(name, model) for name in EVICTING + LEARNED], **more)
 
 
 @functools.cache
