@@ -1,6 +1,7 @@
 """Adaptive mass segments: budgets that end, exact counts, and the credit that entries carry."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,15 +15,41 @@ from learnkv.scorers import AMS, KeyDiff
 from learnkv.scorers.ams import Credit
 
 
+def segments_of(mass: torch.Tensor, *sizes: float) -> list[tuple[int, int]]:
+    bounds = mass_segments(mass, torch.tensor(len(mass)), *sizes).tolist()
+    return [pair for pair in itertools.pairwise(bounds) if pair[0] < pair[1]]
+
+
+def budgets_of(lengths: Sequence[int], masses: Sequence[float], total: int, least: int) -> list[int]:
+    return segment_budgets(
+        torch.tensor(lengths), torch.tensor(masses, dtype=torch.float64), torch.tensor(total), least
+    ).tolist()
+
+
 def test_segments_hold_a_step_of_mass_within_their_lengths() -> None:
     mass = torch.full((100,), 0.01)
-    assert mass_segments(mass, 0.25, 1, 100) == [(0, 24), (24, 49), (49, 74), (74, 100)]
-    assert mass_segments(mass, 0.5, 1, 20) == [(0, 20), (20, 40), (40, 49), (49, 69), (69, 89), (89, 100)]
-    assert mass_segments(mass, 0.25, 30, 100) == [(0, 49), (49, 100)]
+    assert segments_of(mass, 0.25, 1, 100) == [(0, 24), (24, 49), (49, 74), (74, 100)]
+    assert segments_of(mass, 0.5, 1, 20) == [(0, 20), (20, 40), (40, 49), (49, 69), (69, 89), (89, 100)]
+    assert segments_of(mass, 0.25, 30, 100) == [(0, 49), (49, 100)]
     peak = torch.zeros(100)
     peak[50] = 1
-    assert mass_segments(peak, 0.1, 1, 100) == [(0, 50), (50, 100)]
-    assert mass_segments(torch.ones(1), 0.1, 4, 8) == [(0, 1)]
+    assert segments_of(peak, 0.1, 1, 100) == [(0, 50), (50, 100)]
+    assert segments_of(torch.ones(1), 0.1, 4, 8) == [(0, 1)]
+
+
+@pytest.mark.parametrize("total", [1, 9, 40, 61])
+def test_heads_of_other_lengths_beside_it_change_nothing(total: int) -> None:
+    scorer = AMS(KeyDiff(), step=0.05, shortest=4, longest=16, least=2)
+    mass, entries = torch.rand(5, 70, generator=torch.Generator().manual_seed(0)), torch.tensor([70, 61, 61, 64, 69])
+    mass = mass.masked_fill(torch.arange(70) >= entries.unsqueeze(-1), 0.0)
+    mass = mass / mass.sum(-1, keepdim=True)
+    for own, length, bounds, counts in zip(
+        mass, entries, *scorer.portions(mass, entries, torch.full_like(entries, total)), strict=True
+    ):
+        alone, kept = scorer.portions(own[:length], length, torch.tensor(total))
+        assert bounds.unique().tolist() == alone.unique().tolist() == sorted({0, *bounds.tolist(), int(length)})
+        assert counts[counts > 0].tolist() == kept[kept > 0].tolist()
+        assert counts.sum() == total
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 20, 59, 60])
@@ -30,7 +57,7 @@ def test_budgets_are_exact_also_for_more_segments_than_entries(total: int) -> No
     """The original does not end for fewer entries than segments."""
     lengths, masses = [10, 1, 20, 4, 25], [0.1, 0.3, 0.05, 0.35, 0.2]
     for least in (0, 1, 8):
-        budgets = segment_budgets(lengths, masses, total, least)
+        budgets = budgets_of(lengths, masses, total, least)
         assert sum(budgets) == total
         assert all(0 <= count <= length for count, length in zip(budgets, lengths, strict=True))
     if total == 2:
@@ -111,4 +138,4 @@ def test_what_cannot_be_done_is_refused() -> None:
 def test_all_budgets_of_small_cases_end() -> None:
     for lengths in itertools.product((1, 2, 3), repeat=3):
         for total in range(1, sum(lengths) + 1):
-            assert sum(segment_budgets(lengths, [0.0, 0.5, 0.5], total, 2)) == total
+            assert sum(budgets_of(lengths, [0.0, 0.5, 0.5], total, 2)) == total

@@ -102,15 +102,10 @@ class AMS(Scorer):
             mass = mass.mean(0, keepdim=True).expand_as(mass)
             mass = mass / mass.sum(-1, keepdim=True)
         own = self._attention(obs, budgets) if self.base is None else self.base(obs)
-        chosen = torch.zeros(scores.shape, dtype=torch.float32)
-        mass, own, always, valid, counts = (
-            part.cpu() for part in (mass, own.float(), scores == torch.inf, obs.valid, budgets)
-        )
-        for row, head in torch.cartesian_prod(*(torch.arange(size) for size in scores.shape[:2])).tolist():
-            slots = valid[row, head].nonzero()[:, 0]
-            parts = mass[row, head, slots], own[row, head, slots], always[row, head, slots]
-            chosen[row, head, slots] = self._chosen(*parts, total=int(counts[row, head])).float()
-        return chosen.to(scores.device)
+        order = obs.valid.int().argsort(dim=-1, descending=True, stable=True)  # entries first, as they were
+        mass, own, always = (part.gather(-1, order) for part in (mass, own.float(), scores == torch.inf))
+        chosen = self._chosen(mass, own, always, entries=obs.valid.sum(-1), total=budgets.long())
+        return torch.zeros_like(mass, dtype=torch.float32).scatter_(-1, order, chosen.float())
 
     def carry(self, obs: Observation, budgets: Tensor) -> Mapping[Statistic | PromptPass, Tensor]:
         if not self.credit:
@@ -119,25 +114,33 @@ class AMS(Scorer):
         credit = self._mass(obs, budgets)[1].unsqueeze(-1)
         return {Credit(): torch.where(evicts, credit, obs.statistics[Credit()])}
 
-    def portions(self, mass: Tensor, total: int) -> list[tuple[int, int, int]]:
-        """Begin, end and kept entries of each segment of entries with shares `mass` [T], `total` kept in all."""
-        bounds = mass_segments(mass, self.step, self.shortest, self.longest)
-        masses = [float(mass[begin:end].sum()) for begin, end in bounds]
-        kept = segment_budgets([end - begin for begin, end in bounds], masses, total, self.least)
-        return [(*bound, count) for bound, count in zip(bounds, kept, strict=True)]
+    def portions(self, mass: Tensor, entries: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds [..., K + 1] of segments of the first `entries` [...], with shares `mass` [..., T], and what is kept.
 
-    def _chosen(self, mass: Tensor, scores: Tensor, always: Tensor, total: int) -> Tensor:
-        """Which entries [T] of one head are kept, `always` among them."""
-        if total >= len(mass):
-            return torch.ones_like(always)
-        picked = torch.zeros_like(always)
-        for begin, end, count in self.portions(mass, total):
-            picked[begin + scores[begin:end].topk(count).indices] = True
-        # Ranked in three classes: protected, picked, others.
-        place = scores.argsort(descending=True, stable=True)
-        rank = torch.empty_like(place).scatter_(0, place, torch.arange(len(place)))
-        order = rank + len(place) * torch.where(always, 0, torch.where(picked, 1, 2))
-        return torch.zeros_like(always).scatter_(0, order.argsort()[:total], True)
+        Of each segment that many entries [..., K], `total` [...] in all.
+        """
+        bounds = mass_segments(mass, entries, self.step, self.shortest, self.longest)
+        masses = F.pad(mass.double().cumsum(-1), (1, 0)).gather(-1, bounds).diff(dim=-1)
+        return bounds, segment_budgets(bounds.diff(dim=-1), masses, total, self.least)
+
+    def _chosen(self, mass: Tensor, scores: Tensor, always: Tensor, entries: Tensor, total: Tensor) -> Tensor:
+        """Which of the first `entries` [B, H] are kept [B, H, T], `total` [B, H] of them, the earlier of equal ones."""
+        total = total.minimum(entries)
+        bounds, counts = self.portions(mass, entries, total)
+        number = torch.arange(mass.shape[-1], device=mass.device).expand(mass.shape).contiguous()
+        present = number < entries.unsqueeze(-1)
+        segment = torch.searchsorted(bounds[..., 1:].contiguous(), number, right=True)
+        place = scores.masked_fill(~present, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        # Entries by segment, in each the best first; a segment's begin where its entries lie.
+        place_in = place.gather(-1, segment.gather(-1, place).argsort(dim=-1, stable=True))
+        own = segment.clamp(max=counts.shape[-1] - 1)
+        best = present & (number - bounds.gather(-1, own) < counts.gather(-1, own))
+        picked = torch.zeros_like(best).scatter_(-1, place_in, best)
+        # Ranked in classes: protected, picked, others, and what is no entry.
+        rank = torch.empty_like(place).scatter_(-1, place, number)
+        kind = torch.where(always, 0, torch.where(picked, 1, torch.where(present, 2, 3)))
+        order = (rank + mass.shape[-1] * kind).argsort(dim=-1)
+        return torch.zeros_like(best).scatter_(-1, order, number < total.unsqueeze(-1))
 
     def _mass(self, obs: Observation, budgets: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of a head's mass and the new credit, [B, H, S] each."""

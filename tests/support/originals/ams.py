@@ -75,7 +75,9 @@ def check(case: Case) -> None:
     mass, credit = scorer._mass(obs, budget)
     mass = mass.mean(0) / mass.mean(0).sum(-1, keepdim=True)
     for own, golden in zip(mass, case["segments"], strict=True):
-        assert scorer.portions(own, params["t_keep"]) == [tuple(row) for row in golden.tolist() if row[0] >= 0]
+        bounds, counts = scorer.portions(own, torch.tensor(len(own)), torch.tensor(params["t_keep"]))
+        segments = zip(bounds[:-1].tolist(), bounds[1:].tolist(), counts.tolist(), strict=True)
+        assert [one for one in segments if one[0] < one[1]] == [tuple(row) for row in golden.tolist() if row[0] >= 0]
     mask = kept(planner.refine(obs, scores, budget), budget)
     golden = case["kept"]
     if params["uw"]:  # the last entries share one score: which of them are kept is chance
