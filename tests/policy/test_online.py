@@ -27,7 +27,13 @@ from learnkv.scorers import H2O, TOVA, GateScorer, HiddenScorer, KVzip, SnapKV, 
 
 pytestmark = pytest.mark.compat
 
-SCORED = [name for name in HEURISTICS if not (heuristic(name).scorer.needs or heuristic(name).scorer.extra_passes)]
+
+def scores_later_tokens(policy: Policy) -> bool:
+    """Whether nothing that the policy reads of a prompt is missing of later tokens."""
+    return not (policy.scorer.needs or policy.scorer.extra_passes or policy.allocator.statistics)
+
+
+SCORED = [name for name in HEURISTICS if scores_later_tokens(heuristic(name))]
 TOKENS = {"hidden": HiddenScorer, "gate": GateScorer}
 """What these two, and `ranked`, read of hidden states or of several heads is held with every entry."""
 SCORED += [*LEARNED, *TOKENS]
@@ -289,6 +295,12 @@ def test_a_scorer_that_cannot_score_decoded_tokens_is_refused(build: Callable[..
     with pytest.raises(UserError, match=r"^evict_interval=4: KVzip reads of a prompt .* another scorer as decode"):
         build()
     assert Policy(KVzip(), evict_interval=4, decode=H2O()).capture_spec.statistics
+
+
+def test_an_allocator_that_reads_the_queries_of_a_prompt_is_refused() -> None:
+    assert "flux_attention" in HEURISTICS
+    with pytest.raises(UserError, match=r"^evict_interval=7: FluxAttention reads the queries of a prompt; expected 0$"):
+        evicting("flux_attention", evict_interval=7)
 
 
 def test_without_an_interval_the_tail_grows() -> None:
