@@ -16,7 +16,8 @@ from learnkv.errors import RunError, UserError
 from learnkv.inference.lossless import LosslessOutput
 from learnkv.persistence.methods import select_methods
 
-POLICIES = [*select_methods(["all"]), *LEARNED]
+REMEMBERS = "heterocache_reload"  # tokens that a draft proposes, also those that are rejected
+POLICIES = [*select_methods(["all", f"-{REMEMBERS}"]), *LEARNED]
 NEW = 14
 MARGIN = 1e-4
 
@@ -210,12 +211,14 @@ def test_what_cannot_be_lossless_is_refused() -> None:
     other = prefill(model, tokens(1, 31))
     _, evicting = pair("llama", "h2o_decode", [tokens(1, 30)[0]], budget=30)  # the whole prompt, and no more later
     ahead = draft.fork()
+    remembering = pair("llama", REMEMBERS, [tokens(1, 30)[0]])[1]
     continuation(model, question, ahead)
     for cache, drafting, cause in (
         (draft, full, "cache: expected all entries"),
         (evicting, draft, "this one evicts while tokens are added"),
         (full, full, "draft: expected a compressed fork, got the cache itself"),
         (full, other, r"draft of prompts of \[31\] tokens, the cache's have \[30\]"),
+        (full, remembering, "draft: pages=HeteroCache: remembers tokens, which cannot be removed"),
         (full, ahead, "draft has read 4 tokens after the prompt, the cache 0"),
         (full, None, "draft: expected a CompressedCache, as prefill returns it, got NoneType"),
     ):

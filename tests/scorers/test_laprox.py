@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnkv import Policy, load_policy, prefill
 from learnkv.core.observation import Observation
+from learnkv.policy.budget import Protected
 from learnkv.scorers import LaProx
 
 WINDOW = 8
@@ -70,7 +71,7 @@ def test_a_layer_with_larger_values_gets_no_larger_share() -> None:
     budgets = []
     for factor in (1, 10):
         changed = [dataclasses.replace(observations[1], values=factor * observations[1].values)]
-        plan = policy.planner.plan([observations[0], *changed, *observations[2:]], [90], [160], [6])
+        plan = policy.planner.plan([observations[0], *changed, *observations[2:]], [90], [160], Protected.of_edges([6]))
         assert int(plan.budgets.sum()) == 160
         budgets.append(plan.budgets)
     assert torch.equal(*budgets)

@@ -221,7 +221,8 @@ def test_every_variant_of_smollm2_begins_with_what_it_has_of_the_shipped_policy(
     config, _ = parse(TrainConfig, [f"config=study/smollm2/{name}"], "train")
     described = json.loads((SHIPPED["smollm2"] / "manifest.json").read_text())["model"]
     assert config.policy is not None
-    assert (config.model, config.start, config.trainer["max_steps"]) == ("smollm2", "smollm2", 120)
+    steps = 180 if name == "learned-bytes" else 120
+    assert (config.model, config.start, config.trainer["max_steps"]) == ("smollm2", "smollm2", steps)
     assert not config.distillation.objective.at_step(0).targets  # no regression: the scores are regressed already
     policy = build_policy(fill_sizes(config.policy.spec(), described["shapes"]))
     told = take_weights(config.start, policy, torch.nn.Module(), described, ())
@@ -229,14 +230,15 @@ def test_every_variant_of_smollm2_begins_with_what_it_has_of_the_shipped_policy(
     common = own.keys() & shipped.keys()
     assert_same({key: own[key] for key in common}, {key: shipped[key] for key in common})
     anew = own.keys() - common
-    assert bool(anew) == (name in ("learned-all", "learned-conditioned"))
-    assert all(".conditioner." in key for key in anew)
-    assert ("not used: nothing" in told) == (name in ("learned-all", "learned-both", "learned-conditioned"))
+    assert bool(anew) == (name in ("learned-all", "learned-bytes", "learned-conditioned"))
+    assert all(".conditioner." in key or key.startswith("precision.") for key in anew)
+    whole = ("learned-all", "learned-both", "learned-bytes", "learned-conditioned")
+    assert ("not used: nothing" in told) == (name in whole)
 
 
 def test_no_two_variants_of_smollm2_are_one_policy() -> None:
     names = [path.stem for path in (CONFIGS / "train/study/smollm2").glob("*.yaml")]
     configs = [parse(TrainConfig, [f"config=study/smollm2/{name}"], "train")[0] for name in names]
-    assert len(names) == 7
-    assert len({json.dumps(config.policy.spec()) for config in configs if config.policy is not None}) == 7
-    assert len({config.output for config in configs}) == 7
+    assert len(names) == 8
+    assert len({json.dumps(config.policy.spec()) for config in configs if config.policy is not None}) == 8
+    assert len({config.output for config in configs}) == 8

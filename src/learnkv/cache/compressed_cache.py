@@ -1,7 +1,7 @@
 """A transformers cache that owns the kept entries of a prompt."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from learnkv.cache.evicted import Evicted, evicted_entries
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.plain_layers import refuse_others
+from learnkv.cache.reader import Reader
 from learnkv.cache.schedule import EvictionSchedule
 from learnkv.cache.states import Kept
 from learnkv.cache.storage import DecodeBuffer, rows_of
@@ -47,7 +48,7 @@ class CompressedCache(Accounting):
             layers[index] = CompressedLayer(layer_idx, capture_spec or CaptureSpec())
         super().__init__(layers=layers)
         self.model_name: str = getattr(config, "_name_or_path", "")
-        self.read_by: Callable[[], object] | None = None  # a weak reference to the model that reads it
+        self.read_by = Reader()
         self.protection: Protection | None = None  # spans that every policy keeps
         self.compression: dict[str, Any] | None = None  # policy and budget that it was compressed by; None: complete
         self.tail_mask: Tensor | None = None

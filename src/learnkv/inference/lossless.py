@@ -117,6 +117,9 @@ def _check_caches(cache: CompressedCache, draft: CompressedCache, draft_tokens: 
     windows = [layer.sliding_window for i, layer in enumerate(cache.layers) if i not in cache.compressible]
     if windows and draft_tokens + 1 >= min(windows):
         raise UserError(f"draft_tokens={draft_tokens}: the sliding window of {min(windows)} tokens is too short for it")
+    for layer in draft.compressed_layers():
+        if layer.page_index is not None and layer.page_index.selector.remembers:
+            raise UserError(f"draft: pages={layer.page_index.selector.name}: remembers tokens, which cannot be removed")
     draft.refuse_invalid()
     draft.pending = None
 

@@ -2,13 +2,13 @@
 
 import functools
 import inspect
-import weakref
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.reader import Reader
 from learnkv.errors import UserError
 from learnkv.inference import moving_rope
 from learnkv.inference.lora import follow_cache
@@ -33,7 +33,7 @@ def begin_pass(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
         return
     if (cause := _bypass(model)) is not None:
         raise UserError(cause)
-    cache.read_by = weakref.ref(model)
+    cache.read_by = Reader(model)
     if cache.pending is not None:
         _take_pending(cache, args, kwargs)
     for layer in cache.compressed_layers():

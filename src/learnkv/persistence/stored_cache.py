@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.pack import pack
+from learnkv.cache.reader import Reader
 from learnkv.cache.unpack import unpack
 from learnkv.core.adapter import Adapter
 from learnkv.errors import RunError, UserError
@@ -63,7 +63,7 @@ def save_cache(
     """
     cache.seal()
     cache.refuse_invalid()
-    model: Any = None if cache.read_by is None else cache.read_by()
+    model = cache.read_by()
     if not isinstance(model, nn.Module):
         raise UserError("the model that read this cache is not alive: save a cache while its model is")
     description, tensors, components = pack(cache)
@@ -126,7 +126,7 @@ def load_cache(
     except _BROKEN as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: {MANIFEST} and its tensors do not belong together ({reason})") from None
-    cache.adapter, cache.compression, cache.read_by = adapter, manifest["compression"], weakref.ref(model)
+    cache.adapter, cache.compression, cache.read_by = adapter, manifest["compression"], Reader(model)
     if manifest["rotation"] is not None:
         cache.rotation = moving_rope.Rotation(moving_rope.moving_embeddings(model), int(manifest["rotation"]))
     return cache

@@ -20,7 +20,8 @@ def check_captured(spec: CaptureSpec, scorer: str, obs: Observation) -> None:
         )
     if spec.hidden and obs.hidden is None:
         raise UserError("the policy reads hidden states: hand it to prefill, among policies= or as policy=")
-    if spec.functions and obs.project is None:
+    functions = {"projection": obs.project, "rotation": obs.rotation}
+    if any(functions[name] is None for name in spec.functions):
         raise UserError(
             f"the policy's {scorer} applies functions of the layers that a stored prompt does not have: compress it "
             "before it is saved"
