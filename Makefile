@@ -114,7 +114,8 @@ test-kvpress: $(KVPRESS)/.dev
 	$(KVPRESS)/bin/python -m pytest tests/integrations/test_kvpress.py
 
 test-lm-eval: $(LM_EVAL)/.dev
-	$(LM_EVAL)/bin/python -m pytest tests/integrations/test_lm_eval.py tests/integrations/test_compressed_model.py
+	$(LM_EVAL)/bin/python -m pytest tests/integrations/test_lm_eval.py tests/integrations/test_lm_eval_words.py \
+		tests/integrations/test_compressed_model.py
 
 format: $(VENV)/.dev
 	$(VENV)/bin/python -m ruff check --fix .

@@ -21,10 +21,10 @@ GOLD = {
 }
 CHOICES = {
     "longbench_v2": [" (A)", " (B)", " (C)", " (D)"],
-    "paraphrase_meaning": None,
-    "paraphrase_knowledge": None,
+    "paraphrased_needles_meaning": None,
+    "paraphrased_needles_knowledge": None,
 }
-MADE = ("niah_single_1", "vt", "needle_grid_single", "needle_grid_multi", "mrcr_2", "instructions_2")
+MADE = ("niah_single_1", "vt", "needle_grid_single", "needle_grid_multi", "coreference_2", "instruction_survival_2")
 
 
 def test_every_suite_is_here() -> None:

@@ -11,6 +11,7 @@ from support.models import Loaded
 
 from learnkv.core.precision import POSITION_BYTES, TABLE_BYTES
 from learnkv.evaluation import runner
+from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.kept_entries import VIEW, kept_view, packed, prompt_view, token_texts, unpacked, viewed_prompts
 from learnkv.evaluation.precisions import at_precision
@@ -115,7 +116,7 @@ def test_only_viewed_prompts_have_views_and_more_are_measured_when_asked_for(
         read.clear()
         families, jobs = [Answers(prompts, loaded[1])], runner.jobs_of(loaded[0], policies("snapkv"), HALF)
         store = Store(tmp_path / "samples.jsonl")
-        runner.run(loaded[0], families, jobs, store, 4, viewer=count)
+        runner.run(loaded[0], families, jobs, store, Packing(4), viewer=count)
         records = runner.finished(families, jobs, store)
         assert [(r["score"], r["answer"]) for r in records] == [(r["score"], r["answer"]) for r in plain]
         return [record["index"] for record in records if VIEW in record]
@@ -133,7 +134,7 @@ def test_views_of_the_full_cache_have_the_prompt(loaded: Loaded, tmp_path: Path)
     prompts = question_prompts(loaded[1], 1)
     families, jobs = [Answers(prompts, loaded[1])], runner.jobs_of(loaded[0], policies("adakv"), HALF)
     store = Store(tmp_path / "samples.jsonl")
-    runner.run(loaded[0], families, jobs, store, 4, viewer=1)
+    runner.run(loaded[0], families, jobs, store, Packing(4), viewer=1)
     full, adakv = runner.finished(families, jobs, store)
     assert "".join(full[VIEW]["tokens"]) == loaded[1].decode(prompts[0].prefill_ids)
     assert full[VIEW]["after"] == "\nWhat? It"
@@ -144,5 +145,5 @@ def test_views_of_the_full_cache_have_the_prompt(loaded: Loaded, tmp_path: Path)
 def test_text_without_a_tokenizer_is_viewed_too(loaded: Loaded, tmp_path: Path) -> None:
     jobs = runner.jobs_of(loaded[0], policies("snapkv"), HALF)
     store = Store(tmp_path / "samples.jsonl")
-    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, 4, viewer=1)
+    runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, Packing(4), viewer=1)
     assert sum(VIEW in record for record in store.records.values()) == 2

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,34 +160,6 @@ def masked_model(harness: Any, policy: Policy) -> Any:
     return MaskedLM(plain, tokenizer=tokenizer, batch_size=2, max_length=LENGTH)
 
 
-def test_without_lm_eval_one_line_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("lm_eval", "lm_eval.api.registry"):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    assert main(["lm-eval", "model_args=policy=snapkv,keep=0.1", "tasks=answers"]) == 2
-    error = capsys.readouterr().err
-    assert "expected lm-eval, pip install learnkv[lm-eval]" in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("word", "line"),
-    [
-        ("model_args=snapkv", "model_args=snapkv: expected pretrained=MODEL,policy=NAME,keep=FRACTION"),
-        ("tasks=", "tasks=: expected names of lm-eval's tasks"),
-        ("include_path=nowhere", "include_path=nowhere: expected a folder"),
-        ("limit=0", "limit=0: expected documents per task"),
-        ("log_samples=true", "log_samples=true: expected output=FOLDER"),
-        ("task=answers", "did you mean"),
-    ],
-)
-def test_what_is_typed_wrong_is_named(word: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lm-eval", "model_args=policy=snapkv,keep=0.1", "tasks=answers", word]) == 2
-    assert line in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def of_hflm(evaluate: Any) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
@@ -300,10 +271,3 @@ def _without_defaults(tasks: Any) -> Callable[..., None]:
         original(self, include_path=include_path, include_defaults=False)
 
     return init
-
-
-def test_future_releases_find_the_model_by_its_entry_point() -> None:
-    import tomllib
-
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["lm_eval.models"] == {"learnkv": f"{MODULE}:CompressedLM"}

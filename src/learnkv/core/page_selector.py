@@ -19,6 +19,7 @@ class PageSelector(Component, ABC):
     """Number of first layers that attend to everything."""
     aligned = False
     window = 0
+    remembers = False
 
     @abstractmethod
     def count(self, entries: Tensor, tokens: Tensor) -> Tensor:

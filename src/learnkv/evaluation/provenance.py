@@ -2,11 +2,12 @@
 
 import hashlib
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import learnkv
+from learnkv.evaluation.sources import PACKAGE
 
 DIGITS = 16
 UNKNOWN = "unknown"
@@ -14,9 +15,9 @@ UNKNOWN = "unknown"
 
 def commit() -> str:
     """The commit of the checkout that the package is in, and whether its files were changed since; else `UNKNOWN`."""
-    package = Path(learnkv.__path__[0]).resolve()
+    package = Path(sys.modules[PACKAGE].__path__[0]).resolve()
     root = _git(package, "rev-parse", "--show-toplevel")
-    if root is None or Path(root).resolve() / "src" / "learnkv" != package:
+    if root is None or Path(root).resolve() / "src" / PACKAGE != package:
         return UNKNOWN
     changes = _git(package, "status", "--porcelain", "--untracked-files=no")
     return f"{_git(package, 'rev-parse', 'HEAD')}{' with changes' if changes else ''}"

@@ -47,7 +47,8 @@ class AMS(Scorer):
         window: number of last queries.
         kernel_size: neighbouring entries whose attention is averaged, odd.
         step: mass of a segment.
-        shortest, longest: entries of a segment.
+        shortest: entries below which a segment takes in the next one.
+        longest: entries above which a segment is split, before short ones take in others.
         least: entries that every segment keeps where there is room.
         credit: weight of the credit in the mass; 0: none is kept.
         decay: how much of the credit stays.
