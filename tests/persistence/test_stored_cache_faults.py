@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from learnkv import Policy, continuation, load_cache, load_model, prefill, save_cache
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.reader import Reader
 from learnkv.errors import RunError, UserError
 from learnkv.persistence import stored_cache
 from learnkv.persistence.stored_manifest import seal_manifest
@@ -159,7 +160,7 @@ def test_what_is_not_stored(tmp_path: Path) -> None:
         save_cache(online.compress(cache.fork(), keep=0.3), tmp_path)
     with pytest.raises(UserError, match="a cache in training"):
         save_cache(SNAPKV.relax(cache, keep=0.3), tmp_path)
-    cache.read_by = lambda: None
+    cache.read_by = Reader()
     with pytest.raises(UserError, match="the model that read this cache is not alive"):
         save_cache(cache, tmp_path)
     assert not list(tmp_path.iterdir())
