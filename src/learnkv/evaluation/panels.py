@@ -1,12 +1,16 @@
 """What rows of a comparison have in common, and cells of its tables."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from learnkv.evaluation.budget import WHOLE
 from learnkv.evaluation.results import FULL, Estimate, Kind, budget_of, kind_of, mean_of_tasks
 
 Row = Mapping[str, Any]
+Result = TypeVar("Result", bound=Mapping[str, Any])
+NEAR_ZERO = 5.0
+"""Score of the full cache below which a task cannot compare policies."""
 TITLES = {
     "query_agnostic": "Query-agnostic: the question is read after compression",
     "query_aware": "Query-aware: the question is compressed with the context",
@@ -36,6 +40,23 @@ def panels(rows: Iterable[Row]) -> dict[Panel, list[Row]]:
         groups.setdefault(panel_of(row), []).append(row)
     order = get_args(Kind)
     return dict(sorted(groups.items(), key=lambda item: (order.index(item[0].kind), item[0].length, item[0].setting)))
+
+
+def answerable(results: Iterable[Result]) -> list[Result]:
+    """Rows or records without the tasks whose score with the full cache is near 0: such scores compare no policies.
+
+    Everything where a kind, setting and length has no other task; only generated scores are left out.
+    """
+    listed = list(results)
+    full: dict[Panel, dict[str, list[float]]] = {}
+    for result in listed:
+        if result["policy"] == FULL and kind_of(result) == "generated":
+            full.setdefault(panel_of(result), {}).setdefault(result["task"], []).append(result["score"])
+    failed = {
+        panel: {task for task, scores in tasks.items() if fmean(scores) < NEAR_ZERO} for panel, tasks in full.items()
+    }
+    left_out = {panel: tasks for panel, tasks in failed.items() if len(tasks) < len(full[panel])}
+    return [one for one in listed if one["task"] not in left_out.get(panel_of(one), ())]
 
 
 def panel_of(result: Mapping[str, Any]) -> Panel:

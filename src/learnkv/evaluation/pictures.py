@@ -8,7 +8,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from learnkv.evaluation.panels import Row, budget_label, by_axis, grouped, is_whole, mean, panels, score_of, size
+from learnkv.evaluation.panels import (
+    Row,
+    answerable,
+    budget_label,
+    by_axis,
+    grouped,
+    is_whole,
+    mean,
+    panels,
+    score_of,
+    size,
+)
 from learnkv.evaluation.report import LEARNED
 from learnkv.evaluation.results import FULL, SCORED, Kind, Record
 from learnkv.formats.files import atomic_write
@@ -27,9 +38,10 @@ MOST_LABELLED = 128
 def pareto(rows: Sequence[Row]) -> Figure:
     """Score or KL against bytes per prompt, a panel per kind, setting and length, a line per policy.
 
-    Budgets of bytes have panels of their own, with the part of the full cache's bytes at 16 bits across.
+    Budgets of bytes have panels of their own, with the part of the full cache's bytes at 16 bits across. Tasks that the
+    full cache fails are left out.
     """
-    groups = [(panel, *axis) for panel, chosen in panels(rows).items() for axis in by_axis(chosen).items()]
+    groups = [(panel, *axis) for panel, chosen in panels(answerable(rows)).items() for axis in by_axis(chosen).items()]
     across = min(len(groups), 3)
     down = -(-len(groups) // across)
     columns = 1 + len({row["policy"] for row in rows}) // NAMES_PER_COLUMN

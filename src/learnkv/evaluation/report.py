@@ -6,8 +6,10 @@ from typing import Any
 from learnkv.evaluation.accepted import accepted_table
 from learnkv.evaluation.budget import WHOLE, Budget
 from learnkv.evaluation.panels import (
+    NEAR_ZERO,
     TITLES,
     Row,
+    answerable,
     budget_labels,
     grouped,
     mean,
@@ -38,8 +40,6 @@ READ_CELLS = {
     "choices": "% of prompts whose right choice is the most likely ± standard error · KL of that choice",
 }
 READ_SCORES = {"forced": ", answers ranked first", "choices": ", right choice the most likely"}
-NEAR_ZERO = 5.0
-"""Score of the full cache below which a task cannot compare policies."""
 
 
 def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselines: Mapping[str, str]) -> str:
@@ -63,14 +63,17 @@ def markdown(model: str, rows: Sequence[Row], records: Sequence[Record], baselin
             lines += _comparison(chosen, _text_cell, "KL · perplexity")
             lines += _differences(samples, baselines, "Text: KL", "kl")
             continue
+        counted = answerable(chosen)
+        lasting = {row["task"] for row in counted}
+        samples = [record for record in samples if record["task"] in lasting]
         short = TITLES[panel.setting].split(":")[0]
-        lines += [f"## {heading}", ""]
+        lines += [f"## {heading}", "", *_impossible(chosen, counted)]
         if panel.kind in READ_CELLS:
-            lines += _comparison(chosen, _forced_cell, READ_CELLS[panel.kind])
+            lines += _comparison(counted, _forced_cell, READ_CELLS[panel.kind])
             lines += _differences(samples, baselines, f"{short}, KL of the answer", "kl")
             short += READ_SCORES[panel.kind]
         else:
-            lines += _comparison(chosen, _score_cell, "score ± standard error")
+            lines += _comparison(counted, _score_cell, "score ± standard error")
         lines += _differences(samples, baselines, short)
         details += [f"### {heading}", "", *_per_task(chosen)]
     lines += accepted_table(rows)
@@ -109,7 +112,6 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
     many = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
     yield f"{over}, {many} {'sample' if many == '1' else 'samples'} each. Full cache: {cell(full)}."
     yield ""
-    yield from _impossible(full)
     yield f"Cells: {what} · bytes held per prompt · fraction of entries kept."
     yield ""
     if not by_policy:
@@ -129,16 +131,17 @@ def _comparison(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str], what:
             yield ""
 
 
-def _impossible(full: Sequence[Row]) -> Iterator[str]:
-    """A warning about tasks that the model cannot do."""
+def _impossible(rows: Sequence[Row], counted: Sequence[Row]) -> Iterator[str]:
+    """A warning about tasks that the model cannot do; `counted` are the rows that means are over."""
     failed = [
         f"{row['task']} ({row['score']:.1f})"
-        for row in full
-        if kind_of(row) == "generated" and row["score"] < NEAR_ZERO
+        for row in rows
+        if row["policy"] == FULL and kind_of(row) == "generated" and row["score"] < NEAR_ZERO
     ]
     if failed:
+        alone = len(counted) == len(rows)
         yield f"**The full cache scores near 0 on {', '.join(failed)}**: this model cannot do it with everything kept,"
-        yield "so these scores compare no policies."
+        yield "so these scores compare no policies." if alone else "so no mean has these scores."
         yield ""
 
 

@@ -5,7 +5,19 @@ from math import isnan, sqrt
 from statistics import median
 from typing import Any
 
-from learnkv.evaluation.panels import Panel, Row, budget_label, by_axis, grouped, is_whole, mean, panels, score_of, size
+from learnkv.evaluation.panels import (
+    Panel,
+    Row,
+    answerable,
+    budget_label,
+    by_axis,
+    grouped,
+    is_whole,
+    mean,
+    panels,
+    score_of,
+    size,
+)
 from learnkv.evaluation.pictures import COLOURS, in_order
 from learnkv.evaluation.report import LEARNED
 from learnkv.evaluation.results import FULL, SCORED, Estimate
@@ -18,11 +30,14 @@ DASHES = ("solid", "dash", "dot")
 
 
 def pareto_charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Title and figure of every kind, setting and length; of budgets in bytes with charts of their own."""
+    """Title and figure of every kind, setting and length; of budgets in bytes with charts of their own.
+
+    Tasks that the full cache fails are left out.
+    """
     order = in_order(rows)
     return [
         {"title": f"{panel.title}, {panel.length:,} tokens", "figure": _figure(panel, group, order, in_bytes)}
-        for panel, chosen in panels(rows).items()
+        for panel, chosen in panels(answerable(rows)).items()
         for in_bytes, group in by_axis(chosen).items()
     ]
 

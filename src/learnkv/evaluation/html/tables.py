@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from learnkv.evaluation.budget import Budget
-from learnkv.evaluation.panels import Panel, Row, budget_label, panel_of
+from learnkv.evaluation.panels import Panel, Row, answerable, budget_label, panel_of
 from learnkv.evaluation.results import FULL, SCORED, Record, budget_of, kind_of, paired_difference
 
 EVERYTHING = "everything"
@@ -76,7 +76,7 @@ def differences(records: Sequence[Record]) -> list[dict[str, Any]]:
         full cache is compared at every budget.
     """
     groups: dict[Panel, list[Record]] = {}
-    for record in records:
+    for record in answerable(records):
         groups.setdefault(panel_of(record), []).append(record)
     compared = [_differences(panel, group) for panel, group in groups.items()]
     return [panel for panel in compared if panel["cells"]]
