@@ -229,3 +229,20 @@ def test_of_equal_heuristics_none_is_the_best() -> None:
     record = {"task": "vt", "score": 0.0}
     assert _best({"snapkv": [record], "adakv": [record]}, "score") == "2 alike"
     assert _best({"snapkv": [record], "adakv": [{**record, "score": 1.0}]}, "score") == "adakv"
+
+
+def test_tasks_that_the_full_cache_fails_are_named_and_in_no_mean() -> None:
+    able = records_of("query_agnostic", ("niah_single_1",))
+    failed = [{**one, "score": 0.0} for one in records_of("query_agnostic", ("vt",))]
+    text = report([*able, *failed])
+    assert tables(text)["## Query-agnostic: the question is read after compression, 1,024 tokens"] == next(
+        table for title, table in tables(report(able)).items() if title.startswith("## Query-agnostic")
+    )
+    assert "The full cache scores near 0 on vt (0.0)" in text
+    assert "no mean has these scores" in text
+    assert "| policy | budget | bytes | niah_single_1 | vt |" in text
+    (figure,), (alone,) = (pictures.pareto(rows_of(records)).axes for records in ([*able, *failed], able))
+    assert len(figure.lines) == len(alone.lines) > 0
+    for line, other in zip(figure.lines, alone.lines, strict=True):
+        assert np.array_equal(line.get_ydata(), other.get_ydata())
+    assert "compare no policies" in report(failed)

@@ -56,7 +56,7 @@ def answerable(results: Iterable[Result]) -> list[Result]:
         panel: {task for task, scores in tasks.items() if fmean(scores) < NEAR_ZERO} for panel, tasks in full.items()
     }
     left_out = {panel: tasks for panel, tasks in failed.items() if len(tasks) < len(full[panel])}
-    return [one for one in listed if one["task"] not in left_out.get(panel_of(one), ())]
+    return [each for each in listed if each["task"] not in left_out.get(panel_of(each), ())]
 
 
 def panel_of(result: Mapping[str, Any]) -> Panel:
