@@ -122,3 +122,9 @@ def test_an_evaluation_writes_its_maps(model_folder: Path, tmp_path: Path) -> No
     words = [f"model={model_folder}", "ckpt=knorm", "tasks=needle_grid_single", "suite.depths=0,100", "samples=1"]
     assert eval([*words, "lengths=256,320", "keep=0.5", "suite.max_new_tokens=4", f"output={tmp_path}"]) == 0
     assert (tmp_path / "needles-needle_grid_single-query_agnostic.png").stat().st_size > 1000
+
+
+def test_depths_that_are_one_place_are_measured_each(loaded: Loaded, essays: str) -> None:
+    first, second, other = load(loaded, depths=(0, 0.1, 100), samples=1, haystack=essays)
+    assert first.prefill_ids == second.prefill_ids != other.prefill_ids
+    assert len({prompt.digest for prompt in (first, second, other)}) == 3

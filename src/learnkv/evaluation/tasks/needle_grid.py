@@ -13,6 +13,14 @@ NEW_TOKENS = 32
 """Of the answer, for every needle."""
 
 
+class GridSample(Sample):
+    """A prompt with its depth; in a short prompt two depths may be one place, and each is measured."""
+
+    @property
+    def scoring(self) -> tuple[Any, ...]:
+        return (*super().scoring, self.depth)
+
+
 class NeedleGrid(MadeSuite):
     """`samples=` prompts for every length and depth, of one needle and of `suite.needles`, all of which are asked for.
 
@@ -37,4 +45,4 @@ class NeedleGrid(MadeSuite):
         draft = needles(generator(config, task, number), "eval", config.haystack)
         tokens = limit(config, NEW_TOKENS * count)
         chosen = filled(task, draft, tokenizer, length, tokens)
-        return replace(Sample(**vars(chosen), task=task, max_new_tokens=tokens), depth=depth)
+        return replace(GridSample(**vars(chosen), task=task, max_new_tokens=tokens), depth=depth)
