@@ -14,9 +14,11 @@ from experiments.study.listed.archive import file_of, read_archive, write_archiv
 from experiments.suites.config import SuitesConfig
 from learnkv.cli.parser import run_main
 from learnkv.errors import UserError
+from learnkv.evaluation import pictures
 from learnkv.evaluation.html.page import REPORT, Contents, write_page
+from learnkv.evaluation.needle_pictures import needle_maps
 from learnkv.evaluation.report import COSTS
-from learnkv.evaluation.results import FULL, Record, prompt_key, rows_of
+from learnkv.evaluation.results import FULL, Record, budget_of, prompt_key, rows_of
 from learnkv.evaluation.run import SAMPLES, evaluate
 from learnkv.evaluation.store import Store
 from learnkv.formats.files import write_text
@@ -64,12 +66,11 @@ def write(config: SuitesConfig, resolved: str) -> None:
     results: dict[str, Any] = {}
     for page in pages:
         folder = config.folder / page
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        measured = list(in_table(folder))
-        pictures = [picture for picture in sorted(folder.glob("*.png")) if not picture.name.startswith("heatmap-")]
-        for picture in pictures:
+        results, measured = json.loads((folder / RESULTS).read_text(encoding="utf-8")), list(in_table(folder))
+        drawn = [picture for picture in sorted(folder.glob("*.png")) if not picture.name.startswith("heatmap-")]
+        for picture in drawn:
             shutil.copyfile(picture, out / f"{page}-{picture.name}")
-        names = [f"{page}-{picture.name}" for picture in pictures]
+        names = [f"{page}-{picture.name}" for picture in drawn] + smallest_maps(measured, page, out)
         write_text(out / f"{page}.md", "\n".join(text_of(config, page, results["environment"]["commit"], names)))
         write_text(out / f"{page}.json", json.dumps(results) + "\n")
         write_archive(out / file_of(page), {page: measured})
@@ -93,6 +94,16 @@ def in_table(folder: Path) -> Iterator[Record]:
     same = [one for one in records if one["conditions_digest"] == records[-1]["conditions_digest"]]
     prompts = {prompt_key(one) for one in same if one["policy"] == FULL}
     yield from (one for one in same if prompt_key(one) in prompts)
+
+
+def smallest_maps(records: Sequence[Record], page: str, out: Path) -> list[str]:
+    """Heat maps of needles at the smallest budget alone, policies side by side; gives the files' names."""
+    budgets = sorted({budget_of(one) for one in records if one["policy"] != FULL}, key=lambda budget: budget.order)
+    maps = needle_maps(one for one in records if one["policy"] == FULL or budget_of(one) == budgets[-1])
+    files = {f"{page}-smallest-{name.removeprefix('needles-')}": figure for name, figure in maps.items()}
+    for name, figure in files.items():
+        pictures.save(figure, out / name)
+    return list(files)
 
 
 def text_of(config: SuitesConfig, page: str, commit: str | None, pictures: Sequence[str]) -> Iterator[str]:

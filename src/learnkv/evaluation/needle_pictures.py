@@ -1,6 +1,7 @@
 """Heat maps of needles: score by the needle's depth and the prompt's length, one figure per task."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -14,6 +15,8 @@ from learnkv.evaluation.results import FULL, SCORED, Record, kind_of
 
 GRID = "needle_grid"
 """How the names of the tasks begin whose records lie on a grid."""
+ACROSS = 4
+"""Policies side by side, where there is one budget."""
 Cells = dict[tuple[str, str], list[Record]]
 
 
@@ -45,26 +48,32 @@ def mean_scores(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def _figure(name: str, cells: Cells) -> Figure:
+    """A row per policy and a column per budget; of a single budget the policies side by side."""
     policies = list(dict.fromkeys(policy for policy, _ in cells))
     budgets = [label for label in dict.fromkeys(label for _, label in cells) if label != "all"] or ["all"]
     records = [record for group in cells.values() for record in group]
     lengths, depths = (sorted({record[key] for record in records}) for key in ("length", "depth"))
+    grid: list[list[tuple[str, str]]] = [[(policy, budget) for budget in budgets] for policy in policies]
+    if len(budgets) == 1:
+        line = [pair for (pair,) in grid]
+        grid = [line[begin : begin + ACROSS] for begin in range(0, len(line), ACROSS)]
+    rows, columns = len(grid), max(map(len, grid))
     width, height = max(2.2, 0.62 * len(lengths)), max(1.8, 0.34 * len(depths))
-    size = (1.6 + (width + 0.3) * len(budgets), 1.0 + (height + 0.5) * len(policies))
+    size = (1.6 + (width + 0.3) * columns, 1.0 + (height + 0.5) * rows)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(policies), len(budgets), squeeze=False, sharex=True, sharey=True)
-    for row, policy in enumerate(policies):
-        for column, budget in enumerate(budgets):
-            axis, label = axes[row][column], "all" if policy == FULL else budget
-            if (policy, label) not in cells or (policy == FULL and column):
-                axis.set_axis_off()
-                continue
-            image = _map(axis, cells[policy, label], lengths, depths)
-            axis.set_title(f"{policy}, {'everything kept' if label == 'all' else label}", fontsize=9)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for row, column in product(range(rows), range(columns)):
+        policy, budget = grid[row][column] if column < len(grid[row]) else (FULL, "")
+        axis, label = axes[row][column], "all" if policy == FULL else budget
+        if not budget or (policy, label) not in cells or (policy == FULL and (row, column) != (0, 0)):
+            axis.set_axis_off()
+            continue
+        image = _map(axis, cells[policy, label], lengths, depths)
+        axis.set_title(f"{policy}, {'everything kept' if label == 'all' else label}", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("tokens of the prompt")
-    for line in axes:
-        line[0].set_ylabel("depth, %")
+    for first in axes:
+        first[0].set_ylabel("depth, %")
     figure.colorbar(image, ax=axes, label="score", shrink=0.8)
     figure.suptitle(name.replace("_", " ").replace("-", ", "), fontsize=11)
     return figure
