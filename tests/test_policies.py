@@ -74,6 +74,7 @@ MADE_OF = {
     "triattention_decode": (scorers.TriAttention, Uniform),
     "shotkv": (scorers.ShotKV, Uniform),
     "snapstream": (SnapKV, Uniform),
+    "thought_hierarchy": (scorers.ThoughtHierarchy, Uniform),
     "laprox": (scorers.LaProx, Flat),
     "kvec": (scorers.KVEC, Uniform),
     "ams": (scorers.AMS, Uniform),

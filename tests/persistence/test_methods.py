@@ -49,6 +49,7 @@ def test_all_is_every_yaml_but_the_full_cache() -> None:
         ("dbtrimkv_decode", {"calibrated", "trained", "online"}),
         ("snapstream", {"online", "observation_window"}),
         ("ams_decode", {"online", "observation_window"}),
+        ("thought_hierarchy", {"online"}),
         ("triattention", set()),
         ("triattention_decode", {"calibrated", "online"}),
         ("headkv", {"calibrated", "observation_window"}),

@@ -29,6 +29,7 @@ from learnkv.scorers.shotkv import ShotKV
 from learnkv.scorers.snapkv import SnapKV
 from learnkv.scorers.snapstream import SnapStream
 from learnkv.scorers.streaming_llm import StreamingLLM
+from learnkv.scorers.thought_hierarchy import ThoughtHierarchy
 from learnkv.scorers.tova import TOVA
 from learnkv.scorers.triattention import TriAttention
 from learnkv.scorers.trimkv import TrimKV
@@ -65,6 +66,7 @@ __all__ = [
     "SnapKV",
     "SnapStream",
     "StreamingLLM",
+    "ThoughtHierarchy",
     "TriAttention",
     "TrimKV",
     "VaSE",
