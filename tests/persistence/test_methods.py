@@ -20,7 +20,16 @@ from learnkv.scorers import ExpectedAttention, SnapKV
 
 def test_all_is_every_yaml_but_the_full_cache() -> None:
     of_bytes = select_methods(["precision"])
-    assert of_bytes == ["kivi", "quantized_4bit", "rdkv", "turboquant"]
+    assert of_bytes == [
+        "kivi",
+        "logquant",
+        "oscar_rotation",
+        "oscar_token_norm",
+        "quantized_4bit",
+        "rdkv",
+        "think",
+        "turboquant",
+    ]
     assert {*select_methods(), *of_bytes, FULL} == {path.stem for path in (CONFIGS / "policies").glob("*.yaml")}
     assert not {*select_methods()} & {*of_bytes}
     assert select_methods(["all"]) == sorted(select_methods())
@@ -50,6 +59,8 @@ def test_all_is_every_yaml_but_the_full_cache() -> None:
         ("snapstream", {"online", "observation_window"}),
         ("ams_decode", {"online", "observation_window"}),
         ("thought_hierarchy", {"online"}),
+        ("vase_decode", {"online", "observation_window"}),
+        ("vase_dkv", {"online"}),
         ("triattention", set()),
         ("triattention_decode", {"calibrated", "online"}),
         ("headkv", {"calibrated", "observation_window"}),

@@ -8,6 +8,8 @@ from learnkv.scorers.compresskv import CompressKV
 from learnkv.scorers.constant import Constant
 from learnkv.scorers.criticalkv import CriticalKV
 from learnkv.scorers.defensivekv import DefensiveKV
+from learnkv.scorers.dkv import DKV
+from learnkv.scorers.dropkv import DropKV
 from learnkv.scorers.expected_attention import ExpectedAttention
 from learnkv.scorers.fast_kvzip import FastKVzip
 from learnkv.scorers.gate import GateScorer
@@ -38,6 +40,7 @@ from learnkv.scorers.vase import VaSE
 __all__ = [
     "AMS",
     "CAKE",
+    "DKV",
     "H2O",
     "KVEC",
     "RKV",
@@ -47,6 +50,7 @@ __all__ = [
     "Constant",
     "CriticalKV",
     "DefensiveKV",
+    "DropKV",
     "ExpectedAttention",
     "FastKVzip",
     "GateScorer",
