@@ -24,6 +24,8 @@ class ThinK(Codec):
         window: last queries that count.
     """
 
+    status = "numbers"
+
     def __init__(self, ratio: float = 0.4, recent: int = 32, window: int = 32) -> None:
         super().__init__()
         if not 0 <= ratio < 1 or recent < 0 or window < 1:

@@ -50,6 +50,8 @@ class AMS(Scorer):
         batch: whether the mass of a segment is that of each of the `rows`, or `joint`, as in the original.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         base: Scorer | None = None,

@@ -24,6 +24,8 @@ class DKV(Scorer):
         seed: another seed, other directions.
     """
 
+    status = "numbers"
+
     def __init__(self, rank: int = 20, resample: bool = False, seed: int = 0) -> None:
         super().__init__()
         if rank < 1:

@@ -24,6 +24,8 @@ class DropKV(Scorer):
         epsilon: added to 1 - p.
     """
 
+    status = "numbers"
+
     def __init__(self, window: int = 32, kernel_size: int = 7, epsilon: float = 1e-6) -> None:
         super().__init__()
         if window < 1 or kernel_size < 1 or kernel_size % 2 == 0 or epsilon <= 0:

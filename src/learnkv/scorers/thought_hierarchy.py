@@ -62,6 +62,7 @@ class ThoughtHierarchy(Scorer):
         least: candidates below which nothing is offloaded.
     """
 
+    status = "numbers"
     statistics = frozenset({LatestAttention(), Offloaded(), PromptLength()})
 
     def __init__(

@@ -55,6 +55,7 @@ class VaSE(Scorer):
         self.temperature = temperature
         self.noise = Random(seed)
         self.size, self.odds = size, odds
+        self.status = "numbers" if odds == "scores" else "abstract"
 
     def forward(self, obs: Observation) -> Tensor:
         draw = self.noise(obs) + 2.0**-25  # in (0, 1): the generator gives multiples of 2^-24 from 0 on

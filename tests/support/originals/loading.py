@@ -79,7 +79,12 @@ def built(name: str, changes: str) -> Policy:
         return load_policy(path)
 
 
+BUILT: set[str] = set()
+"""Names of the YAML files whose policies were built."""
+
+
 def policy(name: str, **changes: dict[str, Any]) -> Policy:
+    BUILT.add(name)
     return built(name, json.dumps(changes, sort_keys=True))
 
 
