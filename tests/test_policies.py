@@ -59,6 +59,7 @@ MADE_OF = {
     "rkv": (RKV, Uniform),
     "fastkv": (SnapKV, Uniform),
     "h2o": (H2O, Uniform),
+    "kvgrad": (scorers.KVgrad, Flat),
     "kvzip": (KVzip, Flat),
     "observed_attention": (ObservedAttention, Uniform),
     "expected_attention": (scorers.ExpectedAttention, Uniform),

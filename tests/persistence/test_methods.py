@@ -85,7 +85,10 @@ def test_a_kind_of_a_component_within_another_counts() -> None:
     [
         ([], []),
         (["snapkv", "knorm", "snapkv"], ["snapkv", "knorm"]),
-        (["pages", "extra_passes"], ["delta", "heterocache_reload", "louver", "quest", "sink_router", "kvzip"]),
+        (
+            ["pages", "extra_passes"],
+            ["delta", "heterocache_reload", "louver", "quest", "sink_router", "kvgrad", "kvzip"],
+        ),
         (
             ["trained", "-duo_attention"],
             ["dbtrimkv", "dbtrimkv_decode", "fast_kvzip", "flux_attention", "trimkv", "trimkv_decode"],

@@ -18,6 +18,7 @@ from learnkv.scorers.hidden import HiddenScorer
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
 from learnkv.scorers.kvec import KVEC
+from learnkv.scorers.kvgrad import KVgrad
 from learnkv.scorers.kvzip import KVzip
 from learnkv.scorers.laprox import LaProx
 from learnkv.scorers.lava import LAVa
@@ -55,6 +56,7 @@ __all__ = [
     "FastKVzip",
     "GateScorer",
     "HiddenScorer",
+    "KVgrad",
     "KVzip",
     "KeyDiff",
     "Knorm",
