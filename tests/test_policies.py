@@ -60,6 +60,7 @@ MADE_OF = {
     "fastkv": (SnapKV, Uniform),
     "h2o": (H2O, Uniform),
     "kvgrad": (scorers.KVgrad, Flat),
+    "indexmem": (scorers.IndexMem, Uniform),
     "kvzip": (KVzip, Flat),
     "observed_attention": (ObservedAttention, Uniform),
     "expected_attention": (scorers.ExpectedAttention, Uniform),

@@ -52,6 +52,7 @@ def test_all_is_every_yaml_but_the_full_cache() -> None:
         ("duo_attention", {"calibrated", "trained"}),
         ("fast_kvzip", {"calibrated", "trained"}),
         ("flux_attention", {"calibrated", "trained", "observation_window"}),
+        ("indexmem", {"calibrated", "trained", "observation_window"}),
         ("trimkv", {"calibrated", "trained"}),
         ("dbtrimkv", {"calibrated", "trained"}),
         ("trimkv_decode", {"calibrated", "trained", "online"}),
@@ -91,7 +92,7 @@ def test_a_kind_of_a_component_within_another_counts() -> None:
         ),
         (
             ["trained", "-duo_attention"],
-            ["dbtrimkv", "dbtrimkv_decode", "fast_kvzip", "flux_attention", "trimkv", "trimkv_decode"],
+            ["dbtrimkv", "dbtrimkv_decode", "fast_kvzip", "flux_attention", "indexmem", "trimkv", "trimkv_decode"],
         ),
         (["knorm", "all", "-all", "random"], ["random"]),
         (["./mine.yaml", "full"], ["./mine.yaml", "full"]),

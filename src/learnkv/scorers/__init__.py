@@ -15,6 +15,7 @@ from learnkv.scorers.fast_kvzip import FastKVzip
 from learnkv.scorers.gate import GateScorer
 from learnkv.scorers.h2o import H2O
 from learnkv.scorers.hidden import HiddenScorer
+from learnkv.scorers.indexmem import IndexMem
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
 from learnkv.scorers.kvec import KVEC
@@ -56,6 +57,7 @@ __all__ = [
     "FastKVzip",
     "GateScorer",
     "HiddenScorer",
+    "IndexMem",
     "KVgrad",
     "KVzip",
     "KeyDiff",
