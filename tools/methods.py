@@ -62,15 +62,28 @@ A method's **kind** follows from its classes, and is a word for `baselines=` (`b
 [file measured of the model](howto/own_model.md#tables), `extra_passes` reads the prompt again, `online` evicts while
 tokens are generated, `pages` evicts nothing and reads chosen pages, `residual` remembers moments of what it evicts.
 
-A method's **status** says what it was made from: `original's numbers`, the published code, whose numbers
-[golden files](https://github.com/learnkv/learnkv/tree/main/tests/golden) hold and tests compare with; `numbers of a port`,
-the same of somebody else's code, where the authors' is not public; `description` or `abstract`, where there is no code: the
-class says what was read into it. It is the least sure one of a method's parts.
+A method's **status** says what it was made from. `original's numbers`: the published code, whose numbers lie in
+`tests/golden` and are compared with in every test run. `numbers of a port`: the same of somebody else's code, where the
+authors' is not public. `description` or `abstract`: there is no code, or it was only read; the class says what was read
+into it. A method has the least sure status of its parts.
 
 This page is generated from the classes when the site is built. How the methods compare:
 [method comparison](results/method_comparison.md).
 
 """
+ABSENT = {
+    "ProxyKV, arXiv 2605.16360": "a second, smaller model of the family reads every prompt, and a mapper is trained "
+    "for each pair of models",
+    "SOL, arXiv 2605.10875": "trains the model, whose MLPs and bits it prunes beside the cache; an abstract only",
+    "SP-KV, Neural Garbage Collection as published": "train the model; `train.py config=spkv` and "
+    "`config=policy_gradient` train such a gate and by such a gradient for a frozen one",
+    "IndexMem's latent memory": "a trained map of what a whole layer evicts; residual stores here are those of single "
+    "heads, without training",
+    "RetroInfer, IceCache, AB-Sparse": "indices that find entries of an offloaded cache faster; `momentkv_means` has "
+    "RetroInfer's estimate with one cluster per head",
+    "SPEED, arXiv 2605.06105": "upper layers do not read the prompt, which changes how the model is run",
+}
+"""Published systems that are not here, and why."""
 
 
 def page() -> str:
@@ -82,7 +95,8 @@ def page() -> str:
     for part, (module, title) in PARTS.items():
         names = sorted(filter(partial(_is_method, module), module.__all__), key=str.lower)
         sections += [f"## {title}\n", *(_section(part, getattr(module, name)) for name in names)]
-    return HEAD + "\n".join(sections)
+    absent = _table(["what", "why"], [[_prose(what), _prose(why)] for what, why in ABSENT.items()])
+    return HEAD + "\n".join([*sections, f"## Published, and not here\n\n{absent}"])
 
 
 def _is_method(module: ModuleType, name: str) -> bool:
