@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -73,8 +73,8 @@ def _constants(cache: CompressedCache) -> DynamicCache:
 
 
 def _record(outputs: dict[int, Tensor]) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs[int(module.layer_idx)] = _first(output)
+    def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        outputs[module.layer_idx] = _first(output)
 
     return hook
 

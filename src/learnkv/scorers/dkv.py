@@ -52,5 +52,5 @@ class DKV(Scorer):
         if self.resample:
             word = hash_bits(word ^ obs.length.view(-1, 1))
         word = hash_bits(word ^ torch.arange(dim * self.rank, device=word.device))
-        normal: Tensor = torch.special.ndtri(((word >> 8).double() + 0.5) / 2**24)
-        return normal.float().view(-1, 1, dim, self.rank) / self.rank**0.5
+        directions: Tensor = torch.special.ndtri(((word >> 9).float() + 0.5) / 2**23) / self.rank**0.5
+        return directions.view(-1, 1, dim, self.rank)

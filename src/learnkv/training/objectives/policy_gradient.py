@@ -44,7 +44,8 @@ class PolicyGradient(Objective):
         self.name, self.hidden = loss.name, loss.hidden
 
     def forward(self, inputs: Comparison) -> Tensor:
-        return self.loss(inputs)
+        loss: Tensor = self.loss(inputs)
+        return loss
 
     def over_samples(self, plan: Plan, drawn: Sequence[Plan], losses: Tensor) -> Tensor:
         """[B] mean loss of the samples, with the gradient of the policy's.
