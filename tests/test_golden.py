@@ -13,10 +13,17 @@ from typing import Any
 
 import pytest
 from support import originals
-from support.originals.loading import Case, sidecar_of
+from support.originals.loading import BUILT, Case, sidecar_of
 
-FOLDER = Path(os.environ.get("LEARNKV_GOLDEN", Path(__file__).resolve().parent / "golden"))
+from learnkv.persistence.methods import components, method_names, status_of
+from learnkv.persistence.policies import load_policy
+
+OWN = Path(__file__).resolve().parent / "golden"
+FOLDER = Path(os.environ.get("LEARNKV_GOLDEN", OWN))
 DATA = (".json", ".npz", ".npy", ".tsv")
+
+
+CHECKED: set[tuple[Path, int | None]] = set()
 
 
 def collected(kind: str) -> dict[str, Any]:
@@ -75,6 +82,7 @@ def test_a_file_without_its_cases_fails(file: str, text: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("path", "name", "number"), list(found(FOLDER)))
 def test_golden(path: Path, name: str, number: int | None) -> None:
+    CHECKED.add((path, number))
     family = family_of(name)
     assert family is not None, f"{name}: no check for a file of this family"
     if family in FILES:
@@ -84,3 +92,19 @@ def test_golden(path: Path, name: str, number: int | None) -> None:
     case = Case(path.with_suffix(""), number)
     FAMILIES[family](case)
     assert not case.unread, f"{name}: no check for {', '.join(case.unread)}"
+
+
+def test_methods_have_the_numbers_of_the_originals_where_their_status_says_so() -> None:
+    """What a golden file checks, and nothing else, has that status; the cases above are not computed again."""
+    for one in found(FOLDER):
+        path, name, number = one.values
+        if (path, number) not in CHECKED:
+            test_golden(path, name, number)
+    for name in BUILT:
+        assert status_of(load_policy(name)) in ("numbers", "port"), name
+    if FOLDER != OWN:
+        return
+    checked = {type(part) for name in BUILT for part in components(load_policy(name))}
+    for name in method_names():
+        parts = [part for part in components(load_policy(name)) if part.status in ("numbers", "port")]
+        assert {type(part) for part in parts} <= checked, name

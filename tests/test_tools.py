@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from learnkv import allocators, pages, scorers
-from learnkv.persistence.methods import method, select_methods
+from learnkv import allocators, load_policy, pages, scorers
+from learnkv.persistence.methods import method, method_names, select_methods, status_of
 from tools import methods, result_picture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,20 @@ def test_every_method_has_its_kinds(page: str) -> None:
         assert kinds[name] == method(name).kinds - {"observation_window"}
     assert kinds["fast_kvzip"] == {"trained", "calibrated"}
     assert kinds["snapkv"] == set()
+
+
+def test_every_method_has_its_status(page: str) -> None:
+    """As its classes say, which tests/test_golden.py compares with the golden files."""
+    status = {row[1]: row[2] for row in re.finditer(r"^\| `(\w+)`\S* \| .*? \| (.*?) \|", page, re.MULTILINE)}
+    for name in method_names():
+        assert status[name] == methods.STATUS[status_of(load_policy(name))]
+    assert [status[name] for name in ("snapkv", "turboquant", "snapstream", "kvec", "random")] == [
+        "original's numbers",
+        "numbers of a port",
+        "description",
+        "abstract",
+        "–",
+    ]
 
 
 @pytest.mark.parametrize(("part", "module"), [("scorer", scorers), ("allocator", allocators), ("pages", pages)])

@@ -5,16 +5,16 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
 
-from learnkv import allocators, load_policy, pages, residuals, scorers
-from learnkv.core.component import Component
-from learnkv.persistence.methods import KINDS, kinds_of
+from learnkv import allocators, codecs, load_policy, pages, precision, residuals, scorers
+from learnkv.core.component import Component, Status
+from learnkv.persistence.methods import KINDS, components, kinds_of, status_of
 from learnkv.policy.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +23,18 @@ PARTS: dict[str, tuple[ModuleType, str]] = {
     "allocator": (allocators, "Allocators: how the budget is split over layers and heads"),
     "pages": (pages, "Page selectors: what a decode step reads"),
     "residual": (residuals, "Residual stores: what is remembered of evicted entries"),
+    "precision": (precision, "Precisions: in how many bits kept entries are stored"),
+    "codec": (codecs, "Codecs: how keys or values are stored"),
+}
+STATUS: dict[Status | None, str] = {
+    "numbers": "original's numbers",
+    "port": "numbers of a port",
+    "description": "description",
+    "abstract": "abstract",
+    None: "–",
 }
 DEFAULT_ALLOCATOR = type(Policy(None).allocator)
-ABSTRACT = ("Scorer", "Allocator", "PageSelector", "EntrySelector", "ResidualStore")
+ABSTRACT = ("Scorer", "Allocator", "PageSelector", "EntrySelector", "ResidualStore", "Codec", "Precision")
 READS = {  # attributes of an observation
     "keys": "keys",
     "window_attention": "keys",
@@ -53,22 +62,47 @@ A method's **kind** follows from its classes, and is a word for `baselines=` (`b
 [file measured of the model](howto/own_model.md#tables), `extra_passes` reads the prompt again, `online` evicts while
 tokens are generated, `pages` evicts nothing and reads chosen pages, `residual` remembers moments of what it evicts.
 
+A method's **status** says what it was made from. `original's numbers`: the published code, whose numbers lie in
+`tests/golden` and are compared with in every test run. `numbers of a port`: the same of somebody else's code, where the
+authors' is not public. `description` or `abstract`: there is no code, or it was only read; the class says what was read
+into it. A method has the least sure status of its parts.
+
 This page is generated from the classes when the site is built. How the methods compare:
 [method comparison](results/method_comparison.md).
 
 """
+ABSENT = {
+    "ProxyKV, arXiv 2605.16360": "a second, smaller model of the family reads every prompt, and a mapper is trained "
+    "for each pair of models",
+    "SOL, arXiv 2605.10875": "trains the model, whose MLPs and bits it prunes beside the cache; an abstract only",
+    "SP-KV, Neural Garbage Collection as published": "train the model; `train.py config=spkv` and "
+    "`config=policy_gradient` train such a gate and by such a gradient for a frozen one",
+    "IndexMem's latent memory": "a trained map of what a whole layer evicts; residual stores here are those of single "
+    "heads, without training",
+    "RetroInfer, IceCache, AB-Sparse": "indices that find entries of an offloaded cache faster; `momentkv_means` has "
+    "RetroInfer's estimate with one cluster per head",
+    "SPEED, arXiv 2605.06105": "upper layers do not read the prompt, which changes how the model is run",
+}
+"""Published systems that are not here, and why."""
 
 
 def page() -> str:
     """The Markdown of the page."""
     files = sorted((ROOT / "configs" / "policies").glob("*.yaml"))
     rows = [_row(file) for file in files]
-    table = _table(["name, paper", "kind", "what it keeps", "scorer, allocator", "reads of a prompt"], rows)
+    table = _table(["name, paper", "kind", "status", "what it keeps", "parts and options", "reads of a prompt"], rows)
     sections = [f'<div class="methods" markdown>\n\n{table}\n</div>\n']
     for part, (module, title) in PARTS.items():
-        names = sorted((name for name in module.__all__ if name not in ABSTRACT), key=str.lower)
+        names = sorted(filter(partial(_is_method, module), module.__all__), key=str.lower)
         sections += [f"## {title}\n", *(_section(part, getattr(module, name)) for name in names)]
-    return HEAD + "\n".join(sections)
+    absent = _table(["what", "why"], [[_prose(what), _prose(why)] for what, why in ABSENT.items()])
+    return HEAD + "\n".join([*sections, f"## Published, and not here\n\n{absent}"])
+
+
+def _is_method(module: ModuleType, name: str) -> bool:
+    """Whether a public name of a room is a class that a policy's file may name."""
+    kind = getattr(module, name)
+    return name not in ABSTRACT and issubclass(kind, Component) and not inspect.isabstract(kind)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -77,20 +111,25 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _row(file: Path) -> list[str]:
-    """One method: name and papers, kinds, the first sentence of its file, its parts, what it reads of a prompt."""
+    """One method: name and papers, kinds, status, the first sentence of its file, parts, what it reads of a prompt."""
     text = file.read_text(encoding="utf-8")
     spec, policy = yaml.safe_load(text), load_policy(str(file))
     comment = " ".join(line.lstrip("# ") for line in text.splitlines() if line[:1] == "#")
-    components = {part: getattr(policy, part) for part in PARTS if isinstance(spec.get(part), dict)}
-    own = [_doc(component) for component in components.values() if type(component) is not DEFAULT_ALLOCATOR]
+    parts = [(part, getattr(policy, part)) for part in PARTS if isinstance(spec.get(part), dict)]
+    if policy.decode is not None:
+        parts.insert(1, ("scorer", policy.decode))
+    stored = [part for part in components(policy) if isinstance(part, codecs.Codec) and part.status]
+    parts += [("codec", part) for part in {type(part): part for part in stored}.values()]
+    own = [_doc(part) for _, part in parts if type(part) is not DEFAULT_ALLOCATOR]
     papers = dict.fromkeys(paper for source in [comment, *own] for paper in _papers(source)[:1])
-    parts = [_link(part, type(component)) for part, component in components.items()]
+    links = [_link(name, type(part)) for name, part in parts]
     kinds = kinds_of(policy)
     words = [f"`{kind}`" for kind in SHOWN_KINDS if kind in kinds]
     reads = dict.fromkeys(reads_of(policy))
     summary = comment.partition(". ")[0].rstrip(".") + "."
     name = "<br>".join([f"`{file.stem}`", *papers])
-    return [name, ", ".join(words) or "–", _prose(summary), " · ".join(parts), ", ".join(reads) or "–"]
+    status = STATUS[status_of(policy)]
+    return [name, ", ".join(words) or "–", status, _prose(summary), " · ".join(links), ", ".join(reads) or "–"]
 
 
 def reads_of(policy: Policy) -> Iterator[str]:
@@ -124,7 +163,8 @@ def _section(part: str, kind: type) -> str:
     summary, *rest = _doc(kind).split("\n\n")
     prose = [block for block in rest if not block.startswith(("Args:", "Returns:", "Raises:"))]
     reads = reads_of_class(kind) if part == "scorer" else ()
-    lines = [f"### {kind.__name__} {{ #{_anchor(part, kind)} }}\n", _prose(summary), ""]
+    status = f" Status: {STATUS[kind.status]}." if getattr(kind, "status", None) else ""
+    lines = [f"### {kind.__name__} {{ #{_anchor(part, kind)} }}\n", _prose(summary) + status, ""]
     lines += [f"{_prose(block)}\n" for block in prose]
     if reads:
         lines += [f"Reads: {', '.join(reads)}.\n"]
@@ -157,7 +197,9 @@ def _doc(component: Any) -> str:
 
 
 def _papers(text: str) -> list[str]:
-    return [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"arXiv (\d{4}\.\d{5})", text)]
+    on_arxiv = [f"[{number}](https://arxiv.org/abs/{number})" for number in re.findall(r"arXiv (\d{4}\.\d{5})", text)]
+    elsewhere = re.findall(r"https://openreview\.net/forum\?id=(\w+)", text)
+    return on_arxiv + [f"[OpenReview](https://openreview.net/forum?id={number})" for number in elsewhere]
 
 
 def _anchor(part: str, kind: type) -> str:

@@ -65,7 +65,7 @@ def test_policies_of_every_kind_in_one_run(
 
 
 def test_baselines_are_compared_after_the_policies_of_ckpt(words: list[str], tmp_path: Path) -> None:
-    assert eval([*words, "--ckpt", "knorm", "baselines=extra_passes,knorm,random,-kvzip", "samples=1"]) == 0
+    assert eval([*words, "--ckpt", "knorm", "baselines=extra_passes,knorm,random,-kvzip,-kvgrad", "samples=1"]) == 0
     assert list(dict.fromkeys(row["policy"] for row in results(tmp_path)["rows"])) == ["full", "knorm", "random"]
 
 

@@ -20,7 +20,16 @@ from learnkv.scorers import ExpectedAttention, SnapKV
 
 def test_all_is_every_yaml_but_the_full_cache() -> None:
     of_bytes = select_methods(["precision"])
-    assert of_bytes == ["kivi", "quantized_4bit", "rdkv", "turboquant"]
+    assert of_bytes == [
+        "kivi",
+        "logquant",
+        "oscar_rotation",
+        "oscar_token_norm",
+        "quantized_4bit",
+        "rdkv",
+        "think",
+        "turboquant",
+    ]
     assert {*select_methods(), *of_bytes, FULL} == {path.stem for path in (CONFIGS / "policies").glob("*.yaml")}
     assert not {*select_methods()} & {*of_bytes}
     assert select_methods(["all"]) == sorted(select_methods())
@@ -43,12 +52,16 @@ def test_all_is_every_yaml_but_the_full_cache() -> None:
         ("duo_attention", {"calibrated", "trained"}),
         ("fast_kvzip", {"calibrated", "trained"}),
         ("flux_attention", {"calibrated", "trained", "observation_window"}),
+        ("indexmem", {"calibrated", "trained", "observation_window"}),
         ("trimkv", {"calibrated", "trained"}),
         ("dbtrimkv", {"calibrated", "trained"}),
         ("trimkv_decode", {"calibrated", "trained", "online"}),
         ("dbtrimkv_decode", {"calibrated", "trained", "online"}),
         ("snapstream", {"online", "observation_window"}),
         ("ams_decode", {"online", "observation_window"}),
+        ("thought_hierarchy", {"online"}),
+        ("vase_decode", {"online", "observation_window"}),
+        ("vase_dkv", {"online"}),
         ("triattention", set()),
         ("triattention_decode", {"calibrated", "online"}),
         ("headkv", {"calibrated", "observation_window"}),
@@ -73,10 +86,13 @@ def test_a_kind_of_a_component_within_another_counts() -> None:
     [
         ([], []),
         (["snapkv", "knorm", "snapkv"], ["snapkv", "knorm"]),
-        (["pages", "extra_passes"], ["delta", "heterocache_reload", "louver", "quest", "sink_router", "kvzip"]),
+        (
+            ["pages", "extra_passes"],
+            ["delta", "heterocache_reload", "louver", "quest", "sink_router", "kvgrad", "kvzip"],
+        ),
         (
             ["trained", "-duo_attention"],
-            ["dbtrimkv", "dbtrimkv_decode", "fast_kvzip", "flux_attention", "trimkv", "trimkv_decode"],
+            ["dbtrimkv", "dbtrimkv_decode", "fast_kvzip", "flux_attention", "indexmem", "trimkv", "trimkv_decode"],
         ),
         (["knorm", "all", "-all", "random"], ["random"]),
         (["./mine.yaml", "full"], ["./mine.yaml", "full"]),

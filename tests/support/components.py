@@ -46,6 +46,7 @@ KNOWS_ITS_HEAD = {
     learnkv.scorers.CompressKV,
     learnkv.scorers.VaSE,
     learnkv.scorers.FastKVzip,
+    learnkv.scorers.IndexMem,
     LearnedAllocator,
     LearnedSequentialAllocator,
     learnkv.allocators.HeadKV,

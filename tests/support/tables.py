@@ -58,6 +58,12 @@ def _retention(path: Path, count: int, heads: int, group: int, dim: int, hidden:
     return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
 
 
+def _indexer(path: Path, count: int, heads: int, group: int, dim: int, hidden: int) -> Path:
+    sizes = {"L": count, "Q": heads * group * dim, "E": hidden, "F": 4, "I": 2, "R": 8}
+    shapes = {name: [sizes[letter] for letter in letters] for name, letters in tensors.INDEXER.items()}
+    return tensors.write(path, {name: _draw(*shape) - 0.5 for name, shape in shapes.items()})
+
+
 def _kinds(path: Path, count: int, heads: int) -> Path:
     """The first layer begins with a pivot and its satellite, where there are two heads; all others are anchors."""
     kinds = torch.ones(count, heads, dtype=torch.long)
@@ -89,6 +95,7 @@ MAKE: dict[str, Callable[..., Path]] = {
     "kinds": lambda path, count, heads, *_: _kinds(path, count, heads),
     "queries": _queries,
     "retention": _retention,
+    "indexer": _indexer,
     "ends": lambda path, *_: unit_ends.write(
         path, {"sentence": range(0, 97, 5), "line": [5, 10, 60], "paragraph": [7]}
     ),

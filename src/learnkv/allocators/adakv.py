@@ -29,6 +29,8 @@ class AdaKV(Allocator):
             layer budgets towards each other. KVCache-Factory normalizes by default, Ada-KV's authors do not.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         base: Allocator | None = None,

@@ -31,6 +31,8 @@ class CAKE(Allocator):
             back what it has lost. With exact shares of a constant total, shares only fall, and it makes no difference.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         window: int = 32,

@@ -25,6 +25,7 @@ class CompressKV(Allocator):
             takes single entries, the layer with the largest error first, until the total is met.
     """
 
+    status = "numbers"
     table_argument = "errors"
     static = True
 

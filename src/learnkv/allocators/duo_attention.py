@@ -35,6 +35,7 @@ class DuoAttention(Allocator):
             authors break ties by noise, kvpress by an unstable sort, we by layer and head.
     """
 
+    status = "numbers"
     table_argument = "gates"
     trained = True
     static = True

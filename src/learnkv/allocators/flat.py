@@ -25,6 +25,8 @@ class Flat(Allocator):
         floor: part of the mean budget that every head gets, whole entries, before all compete for the rest (DBTrimKV).
     """
 
+    status = "numbers"
+
     def __init__(self, rounding: Literal["exact", "kvzip", "trimkv"] = "exact", floor: float = 0.0) -> None:
         super().__init__()
         if not 0 <= floor <= 1 or (floor and rounding == "kvzip"):

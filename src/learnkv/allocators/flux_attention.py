@@ -35,6 +35,7 @@ class FluxAttention(Allocator):
         decide: by the `budget`, or the `router` alone, whose layers the budget then scales.
     """
 
+    status = "numbers"
     table_argument = "router"
     trained = True
     functions = frozenset({"rotation"})

@@ -38,6 +38,7 @@ class HeadKV(Allocator):
         group_reduce: over the query heads of a kv head.
     """
 
+    status = "numbers"
     table_argument = "scores"
     static = True
 

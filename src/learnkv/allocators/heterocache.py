@@ -29,6 +29,7 @@ class HeteroCache(Allocator):
         rounding: `exact` spends the budget; `original` rounds b and b * w down, as the authors do.
     """
 
+    status = "numbers"
     table_argument = "kinds"
     static = True
 

@@ -20,6 +20,8 @@ class LAVa(Allocator):
         rounding: `exact` spends the budget; `original` cuts off fractions, as the authors' code does.
     """
 
+    status = "numbers"
+
     def __init__(self, rounding: Literal["exact", "original"] = "exact") -> None:
         super().__init__()
         self.rounding = rounding

@@ -21,6 +21,8 @@ class LayerByLayer(SequentialAllocator):
         heads: split of a layer's budget over its heads, from that layer alone. `AdaKV` if not given.
     """
 
+    status = "numbers"
+
     def __init__(self, base: Allocator | None = None, heads: Allocator | None = None) -> None:
         super().__init__()
         self.base = Uniform() if base is None else base

@@ -25,6 +25,7 @@ class LUKV(Allocator):
         rounding: `exact` spends the budget; `original` rounds as kvpress does.
     """
 
+    status = "numbers"
     table_argument = "curve"
     static = True
 

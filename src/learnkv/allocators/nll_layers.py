@@ -23,6 +23,7 @@ class NLLLayers(Allocator):
         recent: latest tokens of the other layers.
     """
 
+    status = "description"
     table_argument = "gains"
     static = True
 

@@ -25,6 +25,7 @@ class Pyramid(Allocator):
             steps, never flat), `kvpress` (each layer rounded; flat where the progression does not fit the prompt).
     """
 
+    status = "numbers"
     static = True
 
     def __init__(

@@ -16,6 +16,8 @@ class Threshold(Allocator):
         level: lowest score that counts.
     """
 
+    status = "numbers"
+
     def __init__(self, level: float) -> None:
         super().__init__()
         self.level = level

@@ -63,7 +63,9 @@ def _stored(level: Level, segment: Segment, layer: CompressedLayer, index: Tenso
     carried = layer.prompt.carried
     if carried is not None:
         carried = carried._replace(places=carried.places.flatten()[index])
-    return StoredTier.store(level, segment, layer.layer_idx, layer.heads, layer.observation().queries, carried)
+    obs = layer.observation()
+    queries = obs.queries.masked_fill((obs.query_positions < 0)[:, None, :, None], 0.0)  # of padding
+    return StoredTier.store(level, segment, layer.layer_idx, layer.heads, queries, carried)
 
 
 def _level_indices(scores: Tensor, counts: Tensor, sizes: list[int]) -> list[Tensor]:

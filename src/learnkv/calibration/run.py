@@ -14,6 +14,7 @@ from learnkv.calibration.frequencies import query_frequencies
 from learnkv.calibration.gates import head_gates
 from learnkv.calibration.head_kinds import head_kinds
 from learnkv.calibration.heads import Kind, head_scores
+from learnkv.calibration.indexer import indexer
 from learnkv.calibration.kvzip_gate import kvzip_gate
 from learnkv.calibration.layer_gains import layer_gains
 from learnkv.calibration.layer_router import layer_router
@@ -41,6 +42,7 @@ Measurement = Literal[
     "query_frequencies",
     "kvzip_gate",
     "retention_gates",
+    "indexer",
     "unit_ends",
     "head_kinds",
     "layer_gains",
@@ -48,7 +50,7 @@ Measurement = Literal[
     "covariance_rotation",
 ]
 UNUSED = ("copying_heads", "covariance_rotation")
-"""What no policy here reads; the second needs a head size that is a power of two."""
+"""What is measured where it is named only; the second needs a head size that is a power of two."""
 EVERYTHING: tuple[Measurement, ...] = tuple(name for name in get_args(Measurement) if name not in UNUSED)
 KINDS: dict[Measurement, Kind] = {
     "head_scores": "reasoning",
@@ -67,11 +69,12 @@ class CalibrationConfig:
             `semantic_heads.json` and `layer_errors.json` (CompressKV), `logit_heads.json` (LOCOS, in HeadKV's format),
             `lukv.npy` (LU-KV's budget curve), `duo/` (DuoAttention's gates), `query_moments.safetensors`
             (ExpectedAttention), `query_frequencies.safetensors` (TriAttention), `kvzip_gate.safetensors` (Fast KVzip),
-            `retention_gates.safetensors` (TrimKV), `unit_ends.json` (ShotKV), `head_kinds.json` (HeteroCache),
+            `retention_gates.safetensors` (TrimKV), `indexer.safetensors` (IndexMem),
+            `unit_ends.json` (ShotKV), `head_kinds.json` (HeteroCache),
             `layer_router.safetensors` (Flux Attention), `layer_gains.json` (NLL-guided layers),
             `covariance_rotation.safetensors` (the codec OSCAR).
-        only: measurements to make; by default all but `copying_heads` and `covariance_rotation`, which no policy here
-            needs.
+        only: measurements to make; by default all but `copying_heads`, which no policy here needs, and
+            `covariance_rotation`.
         policy: policy that layer errors and the budget curve are measured for.
         keep: kept fraction of the layer errors, and that TrimKV's gates may retain of a context.
         lengths: tokens of the contexts.
@@ -81,6 +84,7 @@ class CalibrationConfig:
         gate_steps: steps of the gates' training, one question each.
         gate_penalty: weight in nats of the mean gate in the gates' loss.
         kvzip_steps: training steps of Fast KVzip's gate, per layer.
+        indexer_steps: training steps of IndexMem's indexers, one window of queries each, per layer.
         retention_steps: training steps of TrimKV's gates, one context each, per layer.
         stable: overlap of a head's best entries below which HeteroCache counts it as volatile.
         seed: seed of the questions.
@@ -103,6 +107,7 @@ class CalibrationConfig:
     gate_penalty: float = 0.3
     kvzip_steps: int = 400
     retention_steps: int = 100
+    indexer_steps: int = 300
     stable: float = 0.5
     seed: int = 0
     revision: str | None = None
@@ -113,11 +118,12 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if not self.out:
             raise UserError("out=: expected a folder to write, got nothing")
-        steps = (self.gate_steps, self.kvzip_steps, self.retention_steps)
+        steps = (self.gate_steps, self.kvzip_steps, self.retention_steps, self.indexer_steps)
         if self.samples < 1 or not self.lengths or min(steps) < 1:
             raise UserError(
                 f"samples={self.samples} lengths={self.lengths} gate_steps={self.gate_steps} "
-                f"kvzip_steps={self.kvzip_steps} retention_steps={self.retention_steps}: expected one at least"
+                f"kvzip_steps={self.kvzip_steps} retention_steps={self.retention_steps} "
+                f"indexer_steps={self.indexer_steps}: expected one at least"
             )
 
 
@@ -143,8 +149,19 @@ def _written(
     if kinds:
         for kind, scores in head_scores(model, tokenizer, trials, list(kinds)).items():
             yield headkv.write(out / f"{kinds[kind]}.json", _rounded(scores))
+    measured = _measurements(config, policy, model, tokenizer, trials)
+    for name, write in measured.items():
+        if name in wanted:
+            yield write()
+
+
+def _measurements(
+    config: CalibrationConfig, policy: Policy, model: torch.nn.Module, tokenizer: object, trials: list[Trial]
+) -> dict[str, Callable[[], Path]]:
+    """What measures and writes each table but the heads' scores, which are read of the same answers."""
+    out = Path(config.out).expanduser()
     contexts = [trial.context for trial in trials]
-    measured: dict[str, Callable[[], Path]] = {
+    return {
         "logit_heads": lambda: headkv.write(out / "logit_heads.json", _rounded(logit_heads(model, trials))),
         "layer_errors": lambda: layers.write(
             out / "layer_errors.json",
@@ -174,6 +191,11 @@ def _written(
             retention_gates(model, contexts, config.keep, config.retention_steps, seed=config.seed),
             torch.float16,
         ),
+        "indexer": lambda: tensors.write(
+            out / "indexer.safetensors",
+            indexer(model, contexts, config.indexer_steps, seed=config.seed),
+            torch.float16,
+        ),
         "unit_ends": lambda: unit_ends.write(out / "unit_ends.json", text_units(tokenizer)),
         "head_kinds": lambda: heterocache.write(out / "head_kinds.json", head_kinds(model, trials, config.stable)),
         "layer_gains": lambda: layers.write(
@@ -189,9 +211,6 @@ def _written(
             out / "covariance_rotation.safetensors", covariance_rotations(model, contexts)
         ),
     }
-    for name, write in measured.items():
-        if name in wanted:
-            yield write()
 
 
 def _rounded(trials: headkv.Trials) -> headkv.Trials:

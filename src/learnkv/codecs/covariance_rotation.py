@@ -31,6 +31,7 @@ class CovarianceRotation(PerToken):
         scale_dtype: of scales and zeros.
     """
 
+    status = "numbers"
     table_argument = "table"
 
     def __init__(

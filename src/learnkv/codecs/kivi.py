@@ -43,6 +43,8 @@ class KIVIKeys(LatestExact):
         scale_dtype: of scales and zeros.
     """
 
+    status = "numbers"
+
     def __init__(
         self, bits: int = 2, group: int = 32, residual: int = 128, scale_dtype: ScaleDtype = "float16"
     ) -> None:
@@ -59,6 +61,8 @@ class KIVIValues(LatestExact):
         residual: latest entries at full precision.
         scale_dtype: of scales and zeros.
     """
+
+    status = "numbers"
 
     def __init__(
         self, bits: int = 2, group: int = 32, residual: int = 128, scale_dtype: ScaleDtype = "float16"

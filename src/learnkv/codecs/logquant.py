@@ -55,6 +55,8 @@ class LogQuant(PartlyExact):
         scale_dtype: of scales and zeros.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         bits: int = 2,

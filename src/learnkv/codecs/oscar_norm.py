@@ -132,6 +132,8 @@ class OScaRKeys(LatestExact):
         scale_dtype: of scales, zeros and norms.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         bits: int = 2,
@@ -158,6 +160,8 @@ class OScaRValues(LatestExact):
         blocks: whether entries behind the last whole block stay at full precision, or the last `residual`.
         scale_dtype: of scales and zeros.
     """
+
+    status = "numbers"
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ class PartlyExact(Codec):
     def __init__(self, codec: Codec) -> None:
         super().__init__()
         self.codec = codec
-        self.scale_dtype, self.needs_queries = codec.scale_dtype, codec.needs_queries
+        self.scale_dtype, self.query_window = codec.scale_dtype, codec.query_window
 
     @abstractmethod
     def exact(self, entries: int) -> Tensor:

@@ -30,6 +30,7 @@ class Spherical(Codec):
         scale_dtype: of the scales.
     """
 
+    status = "numbers"
     table_argument = "table"
     before_rope = True
 

@@ -24,7 +24,7 @@ class ThinK(Codec):
         window: last queries that count.
     """
 
-    needs_queries = True
+    status = "numbers"
 
     def __init__(self, ratio: float = 0.4, recent: int = 32, window: int = 32) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class ThinK(Codec):
                 f"ratio={ratio} recent={recent} window={window}: expected a fraction below 1, a number of keys and at "
                 "least one query"
             )
-        self.ratio, self.recent, self.window = ratio, recent, window
+        self.ratio, self.recent, self.query_window = ratio, recent, window
 
     def channels(self, head_dim: int) -> int:
         """Channels that a row keeps."""
@@ -66,7 +66,7 @@ class ThinK(Codec):
         """[R, kept] int64, ascending."""
         if queries.shape[0] != len(rows) or queries.shape[-1] != dim:
             raise UserError(f"{self.name}: queries {list(queries.shape)} for {len(rows)} rows of {dim} channels")
-        of_queries = queries[:, :, -self.window :].float().square().mean((1, 2))
+        of_queries = queries[:, :, -self.query_window :].float().square().mean((1, 2))
         if not bool(of_queries.isfinite().all()):
             raise UserError(f"{self.name}: queries hold NaN or infinite numbers")
         of_keys = of_queries.new_zeros(of_queries.shape)

@@ -40,6 +40,7 @@ class TurboQuant(Codec):
         scale_dtype: of the norms.
     """
 
+    status = "port"
     table_argument = "table"
     independent = True
 

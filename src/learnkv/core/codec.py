@@ -89,7 +89,8 @@ class Codec(Component, ABC):
 
     before_rope: bool = False
     """Whether keys are stored as they are before RoPE; the cache turns them back and rotates what it decodes."""
-    needs_queries: bool = False
+    query_window: int = 0
+    """Last queries of the prompt that it reads."""
     independent: bool = False
     """Whether entries are stored without regard to others, in equally many bytes each."""
     unchanged: bool = False
@@ -140,7 +141,7 @@ class Codec(Component, ABC):
         Raises:
             UserError: for NaN, infinite numbers, numbers whose scale exceeds its dtype, or a D the codec does not have.
         """
-        if self.needs_queries and rows.queries is None:
+        if self.query_window and rows.queries is None:
             raise UserError(f"{self.name}: needs the last queries of the prompt, got none")
         lengths = rows.length.tolist()
         head_dim = entries.shape[-1]

@@ -2,14 +2,20 @@
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
+
+Status = Literal["numbers", "port", "description", "abstract"]
+"""What a method was made from here, the surest first: the published code, whose numbers it gives; somebody else's code,
+whose numbers it gives; a description; an abstract."""
 
 
 class Component(nn.Module):
     """Base of scorers, allocators and policies: the constructor's signature is the configuration's schema."""
 
+    status: Status | None = None
+    """What the method was made from; None: it is no published method."""
     table_argument: str = ""
     """Constructor argument that names a table calibrated for one model; empty: the component reads none."""
     trained: bool = False

@@ -214,6 +214,8 @@ class PassTokens:
     """[B] prompt position of the first repeated token."""
     end: Tensor
     """[B] prompt position after the last repeated token."""
+    gradient_norms: Tensor | None = None
+    """[L, B, R] of how much the last hidden states depend on each layer's output, for a pass with `gradients`."""
 
 
 class PromptPass(ABC):
@@ -224,6 +226,8 @@ class PromptPass(ABC):
 
     hidden: bool = False
     """Whether it reads the hidden states of the pass."""
+    gradients: bool = False
+    """Whether it reads `gradient_norms`."""
 
     @abstractmethod
     def passes(self, ids: Tensor, mask: Tensor) -> Iterator[PassTokens]:

@@ -90,6 +90,11 @@ class Precision(Component, ABC):
         """Whether entries may differ in precision."""
         return len(self.levels) > 1
 
+    @property
+    def query_window(self) -> int:
+        """Last queries of the prompt that the codecs read."""
+        return max(codec.query_window for level in self.levels for codec in level)
+
     def check(self, layers: int, heads: int) -> None:
         """Raise UserError for a model of L layers and H kv heads that the precision was not made for."""
 

@@ -141,6 +141,17 @@ class Scorer(Component, ABC):
         """
         return {}
 
+    def carry_layers(
+        self, observations: Sequence[Observation], budgets: Tensor
+    ) -> Sequence[Mapping[Statistic | PromptPass, Tensor]]:
+        """The results of `carry` for layers that are evicted together, for a method whose layers remember together.
+
+        Args:
+            observations: of L layers: all of the model where `refine_layers` ranks, else possibly one.
+            budgets: [L, B, H].
+        """
+        return [self.carry(obs, kept.to(obs.keys.device)) for obs, kept in zip(observations, budgets, strict=True)]
+
     def _builds_on(self, base: "Scorer") -> None:
         """Require everything that `base` reads; UserError for one that ranks by a head's budget (`refines`)."""
         if base.refines or base.refines_layers:

@@ -20,6 +20,14 @@ COVARIANCE_ROTATION = {"keys": "LHDD", "values": "LHDD"}
 """OSCAR's rotations of H kv heads, or of all alike with H = 1: stored = vector @ rotation."""
 RETENTION = {"in.weight": "LWE", "in.bias": "LW", "out.weight": "LHW", "out.bias": "LH"}
 """TrimKV's gates for H kv heads: W hidden units, E inputs."""
+INDEXER = {
+    "query.weight": "LRQ",
+    "q_norm.weight": "LF",
+    "key.weight": "LFE",
+    "k_norm.weight": "LF",
+    "gate.weight": "LIE",
+}
+"""IndexMem's indexers: Q numbers of all queries of a token, hidden size E, I index heads of F channels, R = I*F."""
 LAYER_ROUTER = {
     "f.0.weight": "LPD",
     "f.0.bias": "LP",

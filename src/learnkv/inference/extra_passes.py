@@ -1,6 +1,7 @@
 """Extra passes of a model over a complete prompt, for scorers that need them."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from learnkv.core.observation import CaptureSpec, PassTokens, PromptPass
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.inference.models import context_length
+from learnkv.inference.pass_gradients import gradient_norms
 
 
 @torch.no_grad()
@@ -26,6 +28,8 @@ def run_extra_pass(
     read = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
     for tokens in prompt_pass.passes(ids, mask):
         check_pass(model, tokens, mask)
+        if prompt_pass.gradients:
+            tokens = replace(tokens, gradient_norms=gradient_norms(model, cache, tokens, mask))
         fork = cache.fork()
         for layer, source in zip(fork.compressed_layers(), cache.compressed_layers(), strict=True):
             spec = CaptureSpec(tokens.ids.shape[1], prompt_pass.hidden)

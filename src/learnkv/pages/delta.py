@@ -29,6 +29,7 @@ class DELTA(EntrySelector):
         tie_break: subtracted from a page's score for every page before it.
     """
 
+    status = "numbers"
     aligned = True
 
     def __init__(

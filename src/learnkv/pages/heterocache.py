@@ -39,6 +39,7 @@ class HeteroCache(EntrySelector):
         ratio: rho, fraction of all entries; None: the policy's budget.
     """
 
+    status = "numbers"
     aligned = True
     remembers = True
     window = 1

@@ -33,6 +33,8 @@ class Louver(EntrySelector):
         seed: of the sample.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         mode: Literal["budget", "sample_max", "sample_mean_max", "sample_gap"] = "budget",

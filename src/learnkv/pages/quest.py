@@ -30,6 +30,8 @@ class Quest(PageSelector):
         dense_layers: number of first layers that read everything, beyond the budget.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         page_size: int = 16,

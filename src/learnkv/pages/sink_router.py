@@ -26,6 +26,7 @@ class SinkRouter(EntrySelector):
         cubic: coefficients c of a threshold, the sum of c_i (tokens / 1000)^i; the budget is not used then.
     """
 
+    status = "description"
     aligned = True
 
     def __init__(

@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from learnkv.core.component import Component
+from learnkv.core.component import Component, Status
 from learnkv.errors import UserError
 from learnkv.persistence.named_configs import config_names, nearest
 from learnkv.persistence.policies import load_policy
@@ -49,6 +49,12 @@ def components(policy: Policy) -> list[Component]:
     return [module for module in policy.modules() if isinstance(module, Component)]
 
 
+def status_of(policy: Policy) -> Status | None:
+    """What a method was made from: the least sure of what its parts were; None: none of them is published."""
+    known = {part.status for part in components(policy)}
+    return max((status for status in get_args(Status) if status in known), key=get_args(Status).index, default=None)
+
+
 @functools.cache
 def method(name: str) -> Method:
     """The method of `configs/policies/NAME.yaml`."""
@@ -86,7 +92,8 @@ def _named(word: str, typed: str, key: str) -> Iterable[str]:
     if word == ALL:
         return _all()
     if word in KINDS:
-        return [name for name in _every() if word in method(name).kinds]
+        among = method_names() if word == "precision" else _all()
+        return [name for name in among if word in method(name).kinds]
     available = config_names("policies")
     if word not in available and "/" not in word and not word.endswith(".yaml"):
         expected = f"{ALL}, a kind ({', '.join(KINDS)}) or a method of configs/policies"
@@ -96,10 +103,11 @@ def _named(word: str, typed: str, key: str) -> Iterable[str]:
 
 def _all() -> list[str]:
     """Methods that spend entries; a precision makes an axis of its own."""
-    return [name for name in _every() if "precision" not in method(name).kinds]
+    return [name for name in method_names() if "precision" not in method(name).kinds]
 
 
-def _every() -> list[str]:
+def method_names() -> list[str]:
+    """Names of all methods, those that `all` leaves out too."""
     return [name for name in config_names("policies") if name != FULL]
 
 

@@ -184,9 +184,9 @@ def carry(online: OnlineEviction | None, cache: CompressedCache, budgets: Tensor
     """
     if online is None:
         return
-    for layer, kept in zip(cache.compressed_layers()[first:], budgets, strict=False):
-        obs = layer.observation()
-        new = online.planner.scorer.carry(obs, kept.to(obs.keys.device))
+    layers = cache.compressed_layers()[first : first + len(budgets)]
+    remembered = online.planner.scorer.carry_layers([layer.observation() for layer in layers], budgets)
+    for layer, new in zip(layers, remembered, strict=True):
         layer.capture.statistics = {**layer.capture.statistics, **dict(new)}
 
 

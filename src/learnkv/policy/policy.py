@@ -125,6 +125,7 @@ class Policy(Component):
         """What a prefill captures for this policy."""
         functions = self.allocator.functions if self.rerotate is None else self.allocator.functions | {"rotation"}
         window = max(self.allocator.window, self.pages.window if self.pages is not None else 0)
+        window = max(window, self.precision.query_window if self.precision is not None else 0)
         spec = CaptureSpec(window, statistics=self.allocator.statistics, functions=functions)
         for scorer in (self.scorer, self.decode):
             if scorer is not None:

@@ -26,6 +26,7 @@ class RateDistortion(SharedPrecision):
             and 8 bits, means over keys and values.
     """
 
+    status = "description"
     label = "rate-distortion"
     raw_scores = True
 

@@ -27,6 +27,8 @@ class Moments(ResidualStore):
         order: 1 with the covariance, D^2 numbers per head; 0 with the means alone.
     """
 
+    status = "description"
+
     def __init__(self, order: Literal[0, 1] = 1) -> None:
         super().__init__()
         if order not in (0, 1):

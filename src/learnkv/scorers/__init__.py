@@ -8,14 +8,18 @@ from learnkv.scorers.compresskv import CompressKV
 from learnkv.scorers.constant import Constant
 from learnkv.scorers.criticalkv import CriticalKV
 from learnkv.scorers.defensivekv import DefensiveKV
+from learnkv.scorers.dkv import DKV
+from learnkv.scorers.dropkv import DropKV
 from learnkv.scorers.expected_attention import ExpectedAttention
 from learnkv.scorers.fast_kvzip import FastKVzip
 from learnkv.scorers.gate import GateScorer
 from learnkv.scorers.h2o import H2O
 from learnkv.scorers.hidden import HiddenScorer
+from learnkv.scorers.indexmem import IndexMem
 from learnkv.scorers.keydiff import KeyDiff
 from learnkv.scorers.knorm import Knorm
 from learnkv.scorers.kvec import KVEC
+from learnkv.scorers.kvgrad import KVgrad
 from learnkv.scorers.kvzip import KVzip
 from learnkv.scorers.laprox import LaProx
 from learnkv.scorers.lava import LAVa
@@ -29,6 +33,7 @@ from learnkv.scorers.shotkv import ShotKV
 from learnkv.scorers.snapkv import SnapKV
 from learnkv.scorers.snapstream import SnapStream
 from learnkv.scorers.streaming_llm import StreamingLLM
+from learnkv.scorers.thought_hierarchy import ThoughtHierarchy
 from learnkv.scorers.tova import TOVA
 from learnkv.scorers.triattention import TriAttention
 from learnkv.scorers.trimkv import TrimKV
@@ -37,6 +42,7 @@ from learnkv.scorers.vase import VaSE
 __all__ = [
     "AMS",
     "CAKE",
+    "DKV",
     "H2O",
     "KVEC",
     "RKV",
@@ -46,10 +52,13 @@ __all__ = [
     "Constant",
     "CriticalKV",
     "DefensiveKV",
+    "DropKV",
     "ExpectedAttention",
     "FastKVzip",
     "GateScorer",
     "HiddenScorer",
+    "IndexMem",
+    "KVgrad",
     "KVzip",
     "KeyDiff",
     "Knorm",
@@ -65,6 +74,7 @@ __all__ = [
     "SnapKV",
     "SnapStream",
     "StreamingLLM",
+    "ThoughtHierarchy",
     "TriAttention",
     "TrimKV",
     "VaSE",

@@ -12,19 +12,14 @@ from learnkv.core.observation import Observation, PromptPass, Statistic
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.mass_segments import mass_segments, segment_budgets
+from learnkv.scorers.carried import Carried
 
 _LEAST = 1e-12
 
 
 @dataclass(frozen=True)
-class Credit(Statistic):
-    """Running mean of an entry's attention mass over evictions, [B, H, S, 1]; 0 for entries that are new."""
-
-    def update(self, chunk: Observation, gathered: Tensor | None) -> Tensor:
-        batch, heads, slots = chunk.valid.shape
-        before = 0 if gathered is None else gathered.shape[2]
-        new = chunk.keys.new_zeros(batch, heads, slots - before, 1, dtype=torch.float32)
-        return new if gathered is None else torch.cat([gathered, new], 2)
+class Credit(Carried):
+    """Running mean of an entry's attention mass over evictions."""
 
 
 class AMS(Scorer):
@@ -54,6 +49,8 @@ class AMS(Scorer):
         decay: how much of the credit stays.
         batch: whether the mass of a segment is that of each of the `rows`, or `joint`, as in the original.
     """
+
+    status = "numbers"
 
     def __init__(
         self,

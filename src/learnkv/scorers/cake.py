@@ -21,6 +21,8 @@ class CAKE(Scorer):
         gamma: weight of the variance.
     """
 
+    status = "numbers"
+
     def __init__(self, window: int = 32, kernel_size: int = 5, pooling: Pooling = "avg", gamma: float = 200.0) -> None:
         super().__init__()
         if window < 1 or kernel_size < 1 or kernel_size % 2 == 0:

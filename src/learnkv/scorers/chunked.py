@@ -25,6 +25,8 @@ class Chunked(Scorer):
         reduce: mean, sum or maximum over the entries of a chunk.
     """
 
+    status = "description"
+
     def __init__(self, base: Scorer, size: int = 10, reduce: Literal["mean", "sum", "max"] = "mean") -> None:
         super().__init__()
         if size < 1:

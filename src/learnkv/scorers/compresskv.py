@@ -25,6 +25,7 @@ class CompressKV(Scorer):
         pooling: mean or maximum over the neighbours.
     """
 
+    status = "numbers"
     table_argument = "heads"
 
     def __init__(

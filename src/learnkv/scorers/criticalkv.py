@@ -24,6 +24,7 @@ class CriticalKV(Scorer):
         epsilon: added to scores before they are multiplied, so that zero scores are ranked by N_j.
     """
 
+    status = "numbers"
     functions = frozenset({"projection"})
 
     def __init__(self, base: Scorer, first_stage: float = 0.5, floor: float = 0.0, epsilon: float = 1e-4) -> None:

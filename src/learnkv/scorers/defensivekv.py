@@ -52,6 +52,7 @@ class DefensiveKV(Scorer):
         variant: `repaired` as above; `original` as the authors' code.
     """
 
+    status = "numbers"
     reads_budget = True
     functions = frozenset({"projection"})
 

@@ -31,6 +31,7 @@ class ExpectedAttention(Scorer):
         moments: safetensors file with the moments of a model's queries, or `reference`; not given: those of the prompt.
     """
 
+    status = "numbers"
     table_argument = "moments"
     needs = frozenset({"rope"})
     functions = frozenset({"rotation"})

@@ -24,6 +24,7 @@ class FastKVzip(Tokenwise):
         bias: how often b is added.
     """
 
+    status = "numbers"
     table_argument = "gate"
     trained = True
 

@@ -33,6 +33,8 @@ class H2O(Scorer):
         window: last queries that are causal even then.
     """
 
+    status = "numbers"
+
     def __init__(
         self, group_reduce: GroupReduce = "mean", recent: int = 0, causal: bool = True, window: int = 8
     ) -> None:

@@ -23,7 +23,10 @@ class HiddenScorer(Residual):
     predictor (arXiv 2601.07891), of 512 hidden units or none, and Locret's (arXiv 2410.01805), of 1024 with `silu`:
     that one reads queries, keys and values before rotation, which are linear in hidden states unless the model
     normalises them, and its biases are zero. What KVzap evicts is below a threshold, here a budget is kept. The last
-    layer starts at zero.
+    layer starts at zero. SP-KV's utility (arXiv 2605.14037) is the sigmoid of the same network with E / 4 hidden units
+    and `silu`; it keeps what has at least a half, whatever number that is, and the model is trained with it, by next
+    tokens and log(utility) on logits outside a window of 128. `train.py config=spkv` trains it for a frozen model under
+    exact budgets, which the allocator `Threshold` splits by how many tokens of a head have a half.
 
     Args:
         base: the heuristic; see `Residual`.

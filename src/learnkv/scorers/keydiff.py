@@ -14,6 +14,8 @@ class KeyDiff(Scorer):
     while the prompt is read; here, as in kvpress, the mean is over the whole prompt. Nothing is protected.
     """
 
+    status = "numbers"
+
     def forward(self, obs: Observation) -> Tensor:
         keys = obs.keys.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
         anchor = F.normalize(keys, dim=-1).sum(2, keepdim=True) / obs.valid.sum(-1).clamp(min=1)[..., None, None]

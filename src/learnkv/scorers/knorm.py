@@ -12,6 +12,8 @@ class Knorm(Scorer):
     The authors leave the first two layers whole and protect nothing; kvpress treats all layers alike, as here.
     """
 
+    status = "numbers"
+
     def forward(self, obs: Observation) -> Tensor:
         norm: Tensor = obs.keys.float().norm(dim=-1)
         return -norm

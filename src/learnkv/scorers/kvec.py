@@ -27,6 +27,8 @@ class KVEC(Scorer):
         layers: whether earlier layers count.
     """
 
+    status = "abstract"
+
     def __init__(self, base: Scorer, weight: float = 0.1, heads: bool = True, layers: bool = True) -> None:
         super().__init__()
         if weight < 0:

@@ -48,6 +48,8 @@ class KVzip(Scorer):
             heads with low figures lose everything but the prefix.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         prefix: int = 0,

@@ -31,6 +31,7 @@ class LaProx(Scorer):
         epsilon: added to the norm of the attention, 1e-12 in one reading.
     """
 
+    status = "description"
     functions = frozenset({"projection"})
 
     def __init__(

@@ -22,6 +22,8 @@ class LAVa(Scorer):
         pooling: mean or maximum over the neighbours.
     """
 
+    status = "numbers"
+
     def __init__(self, window: int = 32, kernel_size: int = 7, pooling: Pooling = "max") -> None:
         super().__init__()
         if window < 1 or kernel_size < 1 or kernel_size % 2 == 0:

@@ -18,6 +18,8 @@ class ObservedAttention(Scorer):
         group_reduce: mean, maximum or sum over the query heads that share a kv head.
     """
 
+    status = "numbers"
+
     def __init__(self, group_reduce: GroupReduce = "mean") -> None:
         super().__init__()
         self.statistics = frozenset({ReceivedAttention()})

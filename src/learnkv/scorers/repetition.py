@@ -29,6 +29,8 @@ class Repetition(PromptPass):
             input at the query (KVzip+, KVzap).
         softmax: over the sinks, the chunk and the pass, or over `all` entries before the query.
         queries: all of the pass, or those of the tokens `repeated`.
+        gradients: multiply by the norm of what the value adds to the layer's output, and by how much the model's last
+            hidden states depend on the layer's output at the query (KVgrad).
     """
 
     prefix: int = 0
@@ -40,6 +42,7 @@ class Repetition(PromptPass):
     normalized: bool = False
     softmax: Literal["chunk", "all"] = "chunk"
     queries: Literal["all", "repeated"] = "all"
+    gradients: bool = False
 
     @property
     def hidden(self) -> bool:  # type: ignore[override]
@@ -83,9 +86,9 @@ class Repetition(PromptPass):
             valid=among.unsqueeze(1).expand_as(positions),
             scaling=obs.scaling,
             reduce="max",
-            query_weight=self._query_weight(obs),
+            query_weight=self._query_weight(obs, tokens),
         )  # [B, H, G, J]
-        if self.normalized:
+        if self.normalized or self.gradients:
             columns = columns * projected_l2(obs.values.gather(2, each), obs.projection)
         repeated = (positions >= tokens.begin[:, None, None]) & (positions < tokens.end[:, None, None])
         received = obs.keys.new_zeros(obs.positions.shape, dtype=torch.float32)
@@ -104,7 +107,10 @@ class Repetition(PromptPass):
         slots = taking.to(torch.int8).argsort(dim=-1, stable=True)[:, -most:]
         return slots, taking.gather(1, slots)
 
-    def _query_weight(self, obs: Observation) -> Tensor | None:
+    def _query_weight(self, obs: Observation, tokens: PassTokens) -> Tensor | None:
+        if self.gradients:
+            assert tokens.gradient_norms is not None
+            return tokens.gradient_norms[obs.layer_idx].to(obs.keys.device)
         if not self.normalized:
             return None
         assert obs.hidden is not None

@@ -43,6 +43,7 @@ class ReSTKV(Scorer):
         group_reduce: mean, maximum or sum over the query heads that share a kv head.
     """
 
+    status = "numbers"
     reads_budget = True
 
     def __init__(

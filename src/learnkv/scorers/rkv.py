@@ -32,6 +32,8 @@ class RKV(Scorer):
         keep_copy: which copy of a key does not count as redundant.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         window: int = 8,

@@ -27,6 +27,7 @@ class ShotKV(Scorer):
         window: number of last prompt queries.
     """
 
+    status = "description"
     table_argument = "ends"
     needs = frozenset({"token_ids"})
 

@@ -28,6 +28,8 @@ class SnapKV(Scorer):
         group_first: reduce the query heads before the neighbours are pooled.
     """
 
+    status = "numbers"
+
     def __init__(
         self,
         window: int = 32,

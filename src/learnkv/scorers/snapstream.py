@@ -38,6 +38,7 @@ class SnapStream(Scorer):
         ring: latest tokens that are held.
     """
 
+    status = "description"
     statistics = frozenset({PromptLength()})
 
     def __init__(self, ring: int = 8) -> None:

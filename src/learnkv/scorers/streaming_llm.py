@@ -19,6 +19,8 @@ class StreamingLLM(Scorer):
         sinks: number of first entries that come before all others.
     """
 
+    status = "numbers"
+
     def __init__(self, sinks: int = 4) -> None:
         super().__init__()
         if sinks < 0:

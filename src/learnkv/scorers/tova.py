@@ -14,6 +14,7 @@ class TOVA(Scorer):
     the newest, which here is up to the policy's `recent`.
     """
 
+    status = "numbers"
     window = 1
 
     def forward(self, obs: Observation) -> Tensor:

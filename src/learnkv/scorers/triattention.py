@@ -62,6 +62,7 @@ class TriAttention(Scorer):
             not given: those of the prompt, which are not known of tokens that come after it.
     """
 
+    status = "numbers"
     table_argument = "queries"
     needs = frozenset({"rope"})
     functions = frozenset({"rotation"})

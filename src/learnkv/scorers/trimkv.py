@@ -46,6 +46,7 @@ class TrimKV(Tokenwise):
         key_norm: whether the logarithm of the key's norm is added to the score.
     """
 
+    status = "numbers"
     table_argument = "retention"
     trained = True
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from learnkv.inference.prefill import prefill
 from learnkv.persistence.policies import GRID
 from learnkv.policy.policy import Policy
 from learnkv.scorers.streaming_llm import StreamingLLM
-from learnkv.training import levels, seeding
+from learnkv.training import levels, samples, seeding
 from learnkv.training.activation_checkpointing import recomputed
 from learnkv.training.continuation import continuation_outputs
 from learnkv.training.data.batches import Batch
@@ -154,10 +155,13 @@ class Distillation(L.LightningModule):
     ) -> tuple[list[Tensor], list[float]]:
         """Mean loss of each student, and what each one spends over what was requested."""
         objective, soft = self.step_objective, self.global_step < self.settings.soft_steps
-        keeps = self.keeps(batch.number)
-        losses: list[Tensor] = []
-        spent: list[float] = []
-        for index, keep in enumerate(keeps if objective.budgets else keeps[:1]):
+        losses, spent = list[Tensor](), list[float]()
+        for index, keep in enumerate(self.keeps(batch.number)[: None if objective.budgets else 1]):
+            if objective.samples:
+                rng = seeding.generator(self.seed, "samples", batch.number, index)
+                read = partial(self._outputs, batch=batch)
+                losses.append(samples.loss(self.policy, objective, cache, keep, inputs, read, rng).mean())
+                continue
             with self._recomputing():
                 plan = self._plan(cache, keep, batch.number, index)
                 student_inputs = replace(inputs, plan=plan)

@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from learnkv.core.codec import Codec, Encoded, Rows
 from learnkv.formats import tensors
 from support.originals.comparing import assert_scores
 from support.originals.loading import Case
+from support.originals.loading import codec as codec_of
 
 TIES = 2e-3
 """Fraction of codes that may differ by one level, where numbers lie halfway between two."""
@@ -46,9 +47,9 @@ def table(folder: str, **named: Tensor) -> str:
 def check_kivi(case: Case) -> None:
     bits, group, x = case.params["bits"], case.params["group"], torch.from_numpy(case["x"])
     of_keys = case.params["what"] == "key"
-    codec: Codec = (
-        codecs.KIVIKeys(bits, group, group, "float32") if of_keys else codecs.KIVIValues(bits, group, 0, "float32")
-    )
+    residual = group if of_keys else 0
+    arguments = {"bits": bits, "group": group, "residual": residual, "scale_dtype": "float32"}
+    codec = codec_of("kivi", "keys" if of_keys else "values", **arguments)
     made = encoded(codec, x)
     golden = {name: case[name] for name in ("code", "scale", "mn")}
     assert made.nbytes == sum(array.nbytes for array in golden.values())
@@ -80,10 +81,10 @@ def check_turboquant(case: Case) -> None:
     bits, dim = params["bits"], x.shape[-1]
     with tempfile.TemporaryDirectory() as folder:
         path = table(folder, rotation=rotation)
-        codec = codecs.TurboQuant(bits, table=path)
+        codec = codec_of("turboquant", "keys", bits=bits, table=path)
         made = encoded(codec, x.unsqueeze(0))
     if params["rotation"] == "qr":
-        seeded = codecs.TurboQuant(bits, "qr", params["seed"]).basis(0, dim)
+        seeded = codec_of("turboquant", "keys", bits=bits, rotation="qr", seed=params["seed"]).basis(0, dim)
         assert seeded is not None
         assert_scores(seeded[0].T.numpy(), rotation.numpy(), atol=1e-5)
     assert_scores((lloyd_max(bits) / math.sqrt(dim)).numpy(), case["centroids"])
@@ -111,7 +112,10 @@ def check_logquant(case: Case) -> None:
     parts = LogSparse.of_prompt(prompt, window)
     logs, recent = case["log_index"], case["local_index"]
     partial = params["cache"] == "PartialLogQuantizedCache"
-    keys, values = (codecs.LogQuant(2, window, log) for log in (True, not partial))
+    keys, values = (
+        cast(codecs.LogQuant, codec_of("logquant", part, window=window, log=log))
+        for part, log in (("keys", True), ("values", not partial))
+    )
     assert keys.exact(prompt).nonzero().flatten().tolist() == sorted(parts.log + parts.local)
     of_keys, of_values = case["requant"], case["requant_v"]
     for step in range(len(logs)):
@@ -170,7 +174,7 @@ def check_think(case: Case) -> None:
     original = params["impl"] == "original"
     (batch, heads, slots, dim), window = k.shape, params["query_window" if original else "window"]
     recent = params["recent_size"] if original else 0
-    codec = codecs.ThinK(params["ratio"], recent, window)
+    codec = codec_of("think", "keys", ratio=params["ratio"], recent=recent, window=window)
     queries = q.reshape(batch * heads, -1, *q.shape[2:])
     made = encoded(codec, k, Rows.of([slots] * batch * heads, queries=queries))
     keep = np.zeros((batch * heads, dim), np.uint8)

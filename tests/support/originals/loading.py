@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from learnkv.core.codec import Codec
 from learnkv.core.observation import Observation
 from learnkv.ops.rotary import Layout, Rotary
 from learnkv.persistence.policies import load_policy
@@ -78,8 +79,23 @@ def built(name: str, changes: str) -> Policy:
         return load_policy(path)
 
 
+BUILT: set[str] = set()
+"""Names of the YAML files whose policies were built."""
+
+
 def policy(name: str, **changes: dict[str, Any]) -> Policy:
+    BUILT.add(name)
     return built(name, json.dumps(changes, sort_keys=True))
+
+
+def codec(name: str, part: str, **arguments: Any) -> Codec:
+    """What the YAML's policy stores `keys` or `values` with, with constructor arguments changed."""
+    stored = yaml.safe_load((POLICIES / f"{name}.yaml").read_text())["precision"]["init_args"][part]
+    stored["init_args"].update(arguments)
+    precision = policy(name, precision={part: stored}).precision
+    assert precision is not None
+    (level,) = precision.levels
+    return getattr(level, part)
 
 
 def inputs_of(case: Case) -> dict[str, Tensor]:

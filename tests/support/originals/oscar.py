@@ -1,6 +1,7 @@
 """OScaR's norms, quantiser and schedule; OSCAR's rotations and codes."""
 
 import tempfile
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from learnkv.ops.hadamard import hadamard
 from learnkv.ops.quantize import Grid, dequantize, quantize
 from support.originals.codecs import assert_decoded, encoded, table
 from support.originals.comparing import assert_scores
-from support.originals.loading import Case
+from support.originals.loading import Case, codec
 
 NORMS: dict[str | bool, Norm] = {
     False: "none",
@@ -41,8 +42,7 @@ def check_oscar_norm(case: Case) -> None:
     """Every codec of one norm over all heads divides by it; `rsqrt` is the L2 norm by another way."""
     x = torch.from_numpy(case["x"])
     norm = NORMS[case.params["method"]]
-    codec = codecs.TokenNorm(codecs.PerToken(8, "none"), norm, x.shape[1], "float32")
-    made = encoded(codec, x)
+    made = encoded(codecs.TokenNorm(codecs.PerToken(8, "none"), norm, x.shape[1], "float32"), x)
     norms, golden = made.tensors["norm"], case["norm"]
     assert_scores(norms.numpy(), golden.flatten())
     assert_scores((x / norms.view(golden.shape)).numpy(), case["y"], atol=1e-5)
@@ -54,10 +54,12 @@ def check_oscar_schedule(case: Case) -> None:
     heads, total = k.shape[1], k.shape[2]
     norm = NORMS[params["k_norm_factoring"]]
     residual, blocks = params["residual_length"], params["v_flush_mode"] == "block"
-    of_keys = codecs.OScaRKeys(
-        params["k_bits"], params["k_groupsize"], residual, norm, heads, params.get("k_token_rotation", False), "float32"
-    )  # fmt: skip
-    of_values = codecs.OScaRValues(params["v_bits"], params["v_groupsize"], residual, blocks, "float32")
+    shared = {"residual": residual, "scale_dtype": "float32"}
+    arguments = {"bits": params["k_bits"], "group": params["k_groupsize"], "norm": norm, "heads": heads}
+    arguments |= {"rotate_entries": params.get("k_token_rotation", False)}
+    of_keys = cast(codecs.OScaRKeys, codec("oscar_token_norm", "keys", **arguments, **shared))
+    arguments = {"bits": params["v_bits"], "group": params["v_groupsize"], "blocks": blocks}
+    of_values = cast(codecs.OScaRValues, codec("oscar_token_norm", "values", **arguments, **shared))
     assert_scores(of_keys.rotate(k[0]).numpy(), case["k_rot"][0], atol=1e-4)
     assert_decoded(of_keys.decode(encoded(of_keys, k)).view(k.shape), case["k_state"])
     values = of_values.unrotate(of_values.decode(encoded(of_values, v)).view(v.shape[1:])).unsqueeze(0)
@@ -103,10 +105,11 @@ def check_oscar_int2(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = table(folder, keys=torch.eye(dim)[None, None])
         group = dim // params["num_groups"]
-        codec = codecs.CovarianceRotation(path, "keys", 2, clip, group, "float32")
+        arguments = {"table": path, "clip": clip, "group": group, "scale_dtype": "float32"}
+        stored = codec("oscar_rotation", "keys", **arguments)
         heads = x.transpose(0, 1)
-        made = encoded(codec, heads)
-        decoded = codec.decode(made).view(heads.shape).transpose(0, 1)
+        made = encoded(stored, heads)
+        decoded = stored.decode(made).view(heads.shape).transpose(0, 1)
     for name in ("deq", "deq_sim"):
         if name in case:
             assert_decoded(decoded, case[name], float(made.tensors["scale"].max()))

@@ -4,6 +4,7 @@ from learnkv.training.objectives.base import Comparison, Objective, Outputs
 from learnkv.training.objectives.budgets import BudgetRegression
 from learnkv.training.objectives.hidden import HiddenMSE
 from learnkv.training.objectives.kl import ForwardKL, ReverseKL
+from learnkv.training.objectives.policy_gradient import PolicyGradient
 from learnkv.training.objectives.scores import ScoreRegression
 from learnkv.training.objectives.stages import Stages
 from learnkv.training.objectives.weighted_sum import WeightedSum
@@ -15,6 +16,7 @@ __all__ = [
     "HiddenMSE",
     "Objective",
     "Outputs",
+    "PolicyGradient",
     "ReverseKL",
     "ScoreRegression",
     "Stages",

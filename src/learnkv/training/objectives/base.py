@@ -1,7 +1,7 @@
 """`Objective`, and its inputs: the outputs of one student and of its teacher."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -70,6 +70,10 @@ class Objective(Component, ABC):
     """Whether it needs the plan, also at keep=1."""
     budgets: bool = True
     """Whether it depends on the kept fraction; otherwise a prompt is planned once."""
+    samples: int = 0
+    """Samples of each plan that it compares (`over_samples`); 0: the plan itself has a student."""
+    noise: float = 0.0
+    """Scale of the Gumbel noise on the scores of a sample, in units of normal scores."""
     targets: tuple[Scorer, ...] = ()
     """Scorers whose scores of the prompt it needs; their extra passes are run."""
 
@@ -80,3 +84,7 @@ class Objective(Component, ABC):
     @abstractmethod
     def forward(self, inputs: Comparison) -> Tensor:
         """Loss [B] of each prompt."""
+
+    def over_samples(self, plan: Plan, drawn: Sequence[Plan], losses: Tensor) -> Tensor:
+        """Loss [B] with the gradient of a plan, from the losses [N, B] of N samples of it."""
+        raise NotImplementedError(f"{self.name}: has no samples")
