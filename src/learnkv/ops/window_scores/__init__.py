@@ -7,6 +7,7 @@ from torch import Tensor
 from learnkv.ops.dispatch import Impl, implementation
 from learnkv.ops.pool_apart import Pooling
 from learnkv.ops.reduce_group import GroupReduce
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 WindowReduce = Literal["mean", "sum"]
 
@@ -24,6 +25,7 @@ def window_scores(
     window_reduce: WindowReduce = "mean",
     group_reduce: GroupReduce | Literal["none"] = "mean",
     group_first: bool = True,
+    terms: SoftmaxTerms = NO_TERMS,
     lse: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -52,7 +54,8 @@ def window_scores(
         window_reduce: mean or sum over the queries of the window.
         group_reduce: mean, maximum or sum over the query heads of a kv head; none: no reduction.
         group_first: reduce heads before pooling slots.
-        lse: [B, H*G, W] log-sum-exp of every query's masked scaled products, where attention to the prompt returned
+        terms: soft cap and sinks of the model.
+        lse: [B, H*G, W] log-sum-exp of every query's masked logits and its sink, where attention to the prompt returned
             them; None: computed, with one more pass over the keys.
     """
     assert (kernel_size % 2, queries.shape[1] % keys.shape[1]) == (1, 0), (kernel_size, queries.shape, keys.shape)
@@ -68,6 +71,7 @@ def window_scores(
         window_reduce=window_reduce,
         group_reduce=group_reduce,
         group_first=group_first,
+        terms=terms,
         lse=lse,
     )
     return scores
