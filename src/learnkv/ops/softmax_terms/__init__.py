@@ -26,6 +26,10 @@ class SoftmaxTerms(NamedTuple):
         """Sinks [H, G, 1] of the query heads of every kv head."""
         return None if self.sinks is None else self.sinks.view(heads, -1, 1)
 
+    def of_query_heads(self, query_heads: Tensor) -> "SoftmaxTerms":
+        """Of some query heads [N]."""
+        return self if self.sinks is None else SoftmaxTerms(self.softcap, self.sinks[query_heads])
+
     def of_rows(self, batch: int, heads: int, new: int) -> Tensor | None:
         """Sinks [B*H, G*T, 1] of T packed queries of every kv head."""
         sinks = self.of_heads(heads)
