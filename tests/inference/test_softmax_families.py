@@ -107,8 +107,9 @@ def test_a_loaded_prompt_is_compressed_as_the_one_that_was_read(family: str, tmp
 @every_family
 @torch.enable_grad()
 def test_the_gradient_of_gates_is_the_slope_of_the_loss(family: str) -> None:
-    """Of all gates of all layers along one direction, in float64, against a central difference."""
-    model, ids, new = attach(dense(family)).double(), tokens(1, 24), tokens(1, 5)
+    """Of all gates of all layers along one direction, against a central difference; norms round to float32."""
+    every_expert = {"num_experts_per_tok": 4} if family == "gpt-oss" else {}  # a choice would make steps
+    model, ids, new = attach(dense(family, **every_expert)).double(), tokens(1, 24), tokens(1, 5)
     model.config._experts_implementation = "eager"  # others have no float64
     with torch.no_grad():
         prompt = prefill(model, ids)
@@ -126,9 +127,9 @@ def test_the_gradient_of_gates_is_the_slope_of_the_loss(family: str) -> None:
     leaf = gates.clone().requires_grad_()
     (slope,) = torch.autograd.grad(loss(leaf), leaf)
     with torch.no_grad():
-        difference = (loss(gates + 1e-5 * direction) - loss(gates - 1e-5 * direction)) / 2e-5
-    assert float(slope.norm()) > 1e-3
-    torch.testing.assert_close((slope * direction).sum(), difference, rtol=1e-6, atol=1e-8)
+        difference = (loss(gates + 3e-3 * direction) - loss(gates - 3e-3 * direction)) / 6e-3
+    assert abs(float(difference)) > 0.1
+    torch.testing.assert_close((slope * direction).sum(), difference, rtol=1e-2, atol=0)
 
 
 def test_expected_attention_needs_the_mean_alone() -> None:

@@ -43,7 +43,8 @@ def mask_gradient(
         tail_keys, tail_values = tail_keys.contiguous(), tail_values.contiguous()
     mask = None if tail_mask is None else tail_mask.expand(rows, 1, new, tail_slots)
 
-    by_query, by_entry, by_slot = (_tiles(packed, dim, query.element_size(), outputs) for outputs in (1, 0, 2))
+    capped = terms.softcap is not None
+    by_query, by_entry, by_slot = (_tiles(packed, dim, query.element_size(), outputs, capped) for outputs in (1, 0, 2))
     shared = {
         "HEADS": heads,
         "DIM": dim,
@@ -117,14 +118,18 @@ def mask_gradient(
     return gradient, query_gradient, tail_gradients[0], tail_gradients[1]
 
 
-def _tiles(packed: int, dim: int, element_size: int, outputs: int) -> dict[str, int]:
+def _tiles(packed: int, dim: int, element_size: int, outputs: int, capped: bool) -> dict[str, int]:
     """Tile sizes and launch options of a kernel that gathers `outputs` tiles of vectors: what stays in registers."""
     block_d = max(triton.next_power_of_2(dim), 16)
     wide = block_d > 128 or element_size == 4
+    small = wide or outputs * block_d >= 256 or (capped and outputs == 2)  # slopes take as much room as weights
+    many = wide or outputs * block_d >= 128
+    if capped and not wide and block_d <= 64:
+        many = outputs == 1
     return {
-        "BLOCK_M": min(max(triton.next_power_of_2(packed), 16), 32 if wide or outputs * block_d >= 256 else 64),
+        "BLOCK_M": min(max(triton.next_power_of_2(packed), 16), 32 if small else 64),
         "BLOCK_N": 32 if wide else 64,
-        "num_warps": 8 if wide or outputs * block_d >= 128 else 4,
+        "num_warps": 8 if many else 4,
         "num_stages": 2,
     }
 
