@@ -159,9 +159,9 @@ def test_what_a_layers_own_attention_does_not_compute_is_refused(name: str) -> N
 def test_other_sinks_than_the_layers_own_are_refused() -> None:
     attention = plain("gpt-oss").model.layers[0].self_attn
     assert softmax_terms(attention, None, attention.sinks).sinks is attention.sinks
-    with pytest.raises(UserError, match="^GptOssAttention uses s_aux, which"):
+    with pytest.raises(UserError, match=r"^GptOssAttention uses s_aux, which"):
         softmax_terms(attention, None, attention.sinks.clone())
-    with pytest.raises(UserError, match="^GptOssAttention uses softcap, which"):
+    with pytest.raises(UserError, match=r"^GptOssAttention uses softcap, which"):
         softmax_terms(attention, 5.0, attention.sinks)
 
 
@@ -173,5 +173,5 @@ def test_sinks_that_would_be_trained_are_refused() -> None:
         cache = policy.relax(prefill(model, tokens(1, 30)), keep=0.5)
     continuation(model, tokens(1, 3), cache.fork())
     model.model.layers[0].self_attn.sinks.requires_grad_(True)
-    with pytest.raises(UserError, match=r"^GptOssAttention: its attention sinks require gradients, .* freeze the model$"):
+    with pytest.raises(UserError, match=r"^GptOssAttention: its attention sinks require .* freeze the model$"):
         continuation(model, tokens(1, 3), cache)

@@ -116,7 +116,9 @@ CASES = {
     "nothing kept at all": Case([0, 0], group=1, dim=32, masked=True),
     "soft cap and sinks, rows split over programs": Case([700, 0, 3, 64], group=4, capped=True),
     "soft cap and sinks, nothing kept, masked": Case([0, 0], group=2, dim=32, masked=True, capped=True),
-    "soft cap and sinks, several tokens, bfloat16": Case([65], heads=1, group=7, new=3, dtype=torch.bfloat16, capped=True),
+    "soft cap and sinks, several tokens, bfloat16": Case(
+        [65], heads=1, group=7, new=3, dtype=torch.bfloat16, capped=True
+    ),
 }
 
 

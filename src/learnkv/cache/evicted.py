@@ -38,9 +38,7 @@ class Evicted:
         """The parts without gradients."""
         return {name: part.detach() for name, part in self.parts.items()}
 
-    def estimate(
-        self, query: Tensor, scaling: float, terms: SoftmaxTerms, copies: int = 1
-    ) -> tuple[Tensor, Tensor]:
+    def estimate(self, query: Tensor, scaling: float, terms: SoftmaxTerms, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Attention [B*C, H*G, T, D] to evicted entries and its log-sum-exp, for C continuations of each prompt."""
         parts = self.parts
         if copies > 1:

@@ -90,7 +90,13 @@ class _RelaxedAttention(torch.autograd.Function):
         saved = (query, output, lse, other, other_lse, tail_keys, tail_values, mask)
         ctx.save_for_backward(*saved, *kept[:4], *keys, *values)
         ctx.longest, ctx.spans = kept.longest, kept.spans
-        ctx.scaling, ctx.terms, ctx.impl, ctx.gate_type, ctx.by_level = scaling, terms, impl, gates.dtype, gates.dim() == 4
+        ctx.scaling, ctx.terms, ctx.impl, ctx.gate_type, ctx.by_level = (
+            scaling,
+            terms,
+            impl,
+            gates.dtype,
+            gates.dim() == 4,
+        )
         return output
 
     @staticmethod

@@ -19,10 +19,11 @@ class RKV(Scorer):
 
     score_j = mix_lambda * pool_max(attention_j) - (1 - mix_lambda) * softmax_j(mean_i sim_ij), sim the cosines between
     the keys of a head. The largest logit of a kv head's query heads goes into a softmax over the entries before the
-    window, averaged over the window's queries; of learned attention sinks the largest, too. Entries are not redundant to themselves, nor to one key that they
-    resemble (cosine above `threshold`), so that of several copies one stays: the last (`keep_copy`), or, as the code
-    does under the name `first`, the prompt's first entry, whatever it resembles. The paper weighs attention with 0.1
-    and compresses what was generated; the authors' code has 0.07, the default here.
+    window, averaged over the window's queries; of learned attention sinks the largest, too. Entries are not redundant
+    to themselves, nor to one key that they resemble (cosine above `threshold`), so that of several copies one stays:
+    the last (`keep_copy`), or, as the code does under the name `first`, the prompt's first entry, whatever it
+    resembles. The paper weighs attention with 0.1 and compresses what was generated; the authors' code has 0.07, the
+    default here.
 
     Args:
         window: number of last queries.

@@ -6,7 +6,7 @@ from torch import Tensor
 from learnkv.ops.arguments import Tail
 from learnkv.ops.decode_attention.reference import causal_tail
 from learnkv.ops.mask_gradient import OVERFLOW_CLIP
-from learnkv.ops.softmax_terms import SoftmaxTerms
+from learnkv.ops.softmax_terms import SoftmaxTerms, at_least
 
 
 def gated_attention(
@@ -44,7 +44,7 @@ def gated_attention(
     sinks = terms.of_rows(1, heads, new)  # [H, G*T, 1]
     if sinks is not None:
         sinks = sinks.detach().to(exact).view(1, heads, 1, -1, 1)
-        top = torch.maximum(top, sinks)
+    top = at_least(top, sinks)
     top = top.masked_fill(top == float("-inf"), 0)
     # The second term is zero and has the gate's gradient, which a gate of 0 needs a bound for.
     past_weight = (biased - top).exp() + (gate - gate.detach()) * (past.detach() - top).clamp_max(OVERFLOW_CLIP).exp()

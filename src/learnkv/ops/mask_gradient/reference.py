@@ -6,7 +6,7 @@ from torch import Tensor
 from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention.reference import causal_tail, row_views, strided
 from learnkv.ops.mask_gradient import OVERFLOW_CLIP
-from learnkv.ops.softmax_terms import SoftmaxTerms, times
+from learnkv.ops.softmax_terms import SoftmaxTerms, at_least, times
 
 
 def mask_gradient(
@@ -38,13 +38,12 @@ def mask_gradient(
     tail_keys, tail_values = (part.to(exact).reshape(-1, slots, dim) for part in (tail.keys, tail.values))
     mask = tail.mask if tail.mask is not None else causal_tail(new, slots, query.device)
     mask = mask.expand(rows, 1, new, slots).unsqueeze(2).expand(rows, heads, packed // new, new, slots)
-    capped = terms.capped(scaled_query @ tail_keys.mT)
-    scores = capped.masked_fill(~mask.reshape(-1, packed, slots), -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    if (sinks := terms.of_rows(rows, heads, new)) is not None:
-        top = torch.maximum(top, sinks.to(exact))
+    scores = terms.capped(scaled_query @ tail_keys.mT)
+    capped_slope = terms.slope(scores)
+    scores = scores.masked_fill(~mask.reshape(-1, packed, slots), -torch.inf)
+    top = at_least(scores.amax(-1, keepdim=True), terms.of_rows(rows, heads, new))
     weight = (scores - log_mass).exp()
-    slope = times(weight * (pull @ tail_values.mT - delta), terms.slope(capped))
+    slope = times(weight * (pull @ tail_values.mT - delta), capped_slope)
     query_gradient = slope @ tail_keys
     tail_gradients = [(slope.mT @ scaled_query).view(tail.keys.shape), (weight.mT @ pull).view(tail.values.shape)]
 

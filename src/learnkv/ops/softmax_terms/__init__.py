@@ -36,6 +36,11 @@ class SoftmaxTerms(NamedTuple):
         return None if sinks is None else sinks.expand(batch, heads, -1, new).reshape(batch * heads, -1, 1)
 
 
+def at_least(top: Tensor, sinks: Tensor | None) -> Tensor:
+    """The largest logits [..., 1], of which the sinks are some."""
+    return top if sinks is None else torch.maximum(top, sinks.to(top.dtype))
+
+
 def times(gradient: Tensor, slope: Tensor | None) -> Tensor:
     """A gradient with respect to logits, multiplied by their `slope`."""
     return gradient if slope is None else gradient * slope

@@ -47,16 +47,13 @@ def window_scores(
         queries: [B, H*G, W, D] after RoPE; query heads h*G .. h*G+G-1 read kv head h.
         keys: [B, H, S, D] after RoPE, slots in position order.
         query_positions: [B, W] prompt position of each query, negative where it is padding.
-        positions: [B, H, S] prompt position of each entry.
-        valid: [B, H, S] bool, False where there is no entry.
-        scaling: factor on query-key products.
+        positions, valid: [B, H, S] prompt position of each entry; False where there is none.
+        scaling, terms: factor on query-key products; soft cap and sinks of the model.
         kernel_size, pooling: mean or maximum over an odd number of slots.
         window_reduce: mean or sum over the queries of the window.
         group_reduce: mean, maximum or sum over the query heads of a kv head; none: no reduction.
         group_first: reduce heads before pooling slots.
-        terms: soft cap and sinks of the model.
-        lse: [B, H*G, W] log-sum-exp of every query's masked logits and its sink, where attention to the prompt returned
-            them; None: computed, with one more pass over the keys.
+        lse: [B, H*G, W] log-sum-exp of every query's masked logits and its sink; None: computed, one more pass over keys.
     """
     assert (kernel_size % 2, queries.shape[1] % keys.shape[1]) == (1, 0), (kernel_size, queries.shape, keys.shape)
     scores: Tensor = implementation("window_scores", impl, ("reference", "triton"), queries, keys).window_scores(
