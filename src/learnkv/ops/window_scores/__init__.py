@@ -53,7 +53,7 @@ def window_scores(
         window_reduce: mean or sum over the queries of the window.
         group_reduce: mean, maximum or sum over the query heads of a kv head; none: no reduction.
         group_first: reduce heads before pooling slots.
-        lse: [B, H*G, W] log-sum-exp of every query's masked logits and its sink; None: computed, one more pass over keys.
+        lse: [B, H*G, W] log-sum-exp of every query's masked logits and its sink; None: one more pass computes it.
     """
     assert (kernel_size % 2, queries.shape[1] % keys.shape[1]) == (1, 0), (kernel_size, queries.shape, keys.shape)
     scores: Tensor = implementation("window_scores", impl, ("reference", "triton"), queries, keys).window_scores(
