@@ -96,7 +96,8 @@ HYBRIDS = ("gemma3", "gemma2", "gpt-oss")
 
 
 def build(family: str, attn: str | None = None, **changes: object) -> PreTrainedModel:
-    """A new model of the family with the same weights every time, in evaluation mode; with sdpa where it has that."""
+    """A new model of the family with the same weights every time, in evaluation mode; with sdpa where that is exact."""
+    attn = attn or ("eager" if family in ("gemma2", "gpt-oss") else "sdpa")
     settings = {**COMMON, **CONFIGS[family], **changes}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng():

@@ -76,6 +76,8 @@ def load_model(
             )
     except _UNREADABLE as error:
         raise UserError(f"model={model}: {_reason(error, folder, fault)}") from error
+    if attn == "sdpa" and getattr(lm.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        lm.set_attn_implementation("eager")  # sdpa of transformers 5.17 leaves the cap out
     _check_vocabulary(lm, tokenizer, model)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
