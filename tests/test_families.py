@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from learnkv import Policy, attach, continuation, generate, prefill
 from learnkv.allocators import AdaKV
 from learnkv.errors import UserError
+from learnkv.ops.softmax_terms import SoftmaxTerms
 from learnkv.scorers import ExpectedAttention, SnapKV, StreamingLLM
 from tools import families
 
@@ -115,7 +116,8 @@ def test_keys_are_rotated_as_the_layer_rotates_them(name: Any) -> None:
 
 @every_family
 def test_expected_attention_is_that_of_the_layers_own_queries(name: Any) -> None:
-    scorer = ExpectedAttention(future=FUTURE, sinks=SINKS)
+    capped = getattr(plain(name).config, "attn_logit_softcapping", None) if supported(name) else None
+    scorer = ExpectedAttention(future=FUTURE, sinks=SINKS, covariance=capped is None)
     if (family := supported(name)) is None:
         return
     if family.rotation:
@@ -127,7 +129,7 @@ def test_expected_attention_is_that_of_the_layers_own_queries(name: Any) -> None
         if index not in cache.compressible:
             continue
         obs = cache.layers[index].observation()
-        expected = layer.expected_attention(obs.scaling)
+        expected = layer.expected_attention(obs.scaling, obs.terms)
         got = scorer(obs)[0, :, SINKS:].double()
         torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-6)
 
@@ -179,7 +181,7 @@ class OwnLayer:
         after = self(self.hidden, torch.full((SPLIT,), position))[0].flatten(1, 2)[0]
         return torch.linalg.lstsq(before, after).solution
 
-    def expected_attention(self, scaling: float) -> Tensor:
+    def expected_attention(self, scaling: float, terms: SoftmaxTerms) -> Tensor:
         """Scores [H, S - sinks]."""
         queries = self(self.hidden, None)[0][0, :, SINKS:]
         _, keys, values = (part[0, :, :] for part in self(self.hidden, torch.arange(SPLIT)))
@@ -194,8 +196,13 @@ class OwnLayer:
             attention = []
             for member in range(head * group, (head + 1) * group):
                 spread = torch.einsum("sd,de,se->s", own_keys, covariance[member], own_keys)
-                logits = scaling * own_keys @ mean[member] + scaling**2 / 2 * spread
-                attention.append(logits[SINKS:].softmax(0))
+                logits = scaling * own_keys @ mean[member]
+                if terms.softcap is None:
+                    logits = logits + scaling**2 / 2 * spread
+                logits = terms.capped(logits)[SINKS:]
+                if terms.sinks is not None:
+                    logits = torch.cat([logits, terms.sinks[member : member + 1].double()])
+                attention.append(logits.softmax(0)[: SPLIT - SINKS])
             scores.append(torch.stack(attention).mean(0) * own_values[SINKS:].norm(dim=-1))
         return torch.stack(scores)
 

@@ -7,6 +7,7 @@ import torch
 from support.models import (
     FAMILIES,
     HEURISTICS,
+    HYBRIDS,
     LEARNED,
     WINDOW,
     assert_kept_alike,
@@ -183,7 +184,7 @@ def test_live_caches_do_not_know_each_other(family: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_questions_of_different_lengths_continue_as_alone(family: str, side: str) -> None:
     model, policy = attached(family), policy_for("snapkv", attached(family))
-    size = 4 if family == "gemma3" else 15  # all within the window of the sliding layers
+    size = 4 if family in HYBRIDS else 15  # all within the window of the sliding layers
     prompts = [tokens(1, length, seed=10)[0] for length in (2 * size, 3 * size, 2 * size + 1)]
     questions = [tokens(1, length, seed=11)[0] for length in (size, 1, size // 2)]
     more = tokens(3, 2, seed=12)

@@ -98,7 +98,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 POLICIES: dict[str, Callable[[], Policy]] = {
     "evicts": lambda: Policy(SnapKV(window=8)),
-    "rotation": lambda: Policy(ExpectedAttention(future=16), rerotate="start"),
+    "rotation": lambda: Policy(ExpectedAttention(future=16, covariance=False), rerotate="start"),
     "projection": lambda: Policy(CriticalKV(SnapKV(window=8))),
 }
 HEAD = """# Model families

@@ -234,6 +234,24 @@ def test_prompts_as_long_as_the_scaling_allows(rope: Any, context: Any) -> None:
         prefill(model, tokens(1, context + 1))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [YARN, LLAMA3])
+def test_fixed_scalings_rotate_on_both_sides_of_the_original_length(rope: Any) -> None:
+    """A prompt crosses it within a chunk; kept entries that are moved across it get the angles of their new places."""
+    model = attach(build("llama", max_position_embeddings=64, rope_parameters={"rope_theta": 1e4, **rope}))
+    ids, policy = tokens(1, 60), Policy(StreamingLLM(sinks=0), sinks=0, recent=0, rerotate="start")
+    whole = prefill(model, ids, policies=[policy], chunk_size=25)
+    moved, later = policy.compress(whole, keep=0.2).layers[0], prefill(model, ids[:, -12:]).layers[0]
+    for head in range(2):
+        begin = int(moved.segment.offset[head])
+        keys = moved.segment.keys[begin : begin + 12]
+        torch.testing.assert_close(keys, later.prompt.keys[0, head], rtol=0, atol=1e-4)
+
+
 def test_untouched_models_have_no_moving_rope() -> None:
     for family in ("llama", "gemma3"):
         assert attach(build(family))._learnkv_embeddings == []

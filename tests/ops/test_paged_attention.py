@@ -1,14 +1,17 @@
 """Attention that reads listed pages only, against loops in float64, on the reference and on the kernel."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.arguments import call
-from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
+from support.kernels import DEVICE, ROUNDING, STORED, assert_within, capped_with_sinks, draw, poisoned
 from torch import Tensor
 
 from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.softmax_terms import NO_TERMS
 
 
 def problem(
@@ -22,7 +25,8 @@ def problem(
     per_query: bool = False,
     padded: bool = False,
     spare: int = 0,
-) -> dict[str, int | Tensor]:
+    capped: bool = False,
+) -> dict[str, Any]:
     """Inputs of one token per row; what no row owns is NaN, and so are `spare` slots behind the tail."""
     batch, generator = len(lengths) // heads, torch.Generator().manual_seed(sum(lengths))
     length = torch.tensor(lengths)
@@ -56,12 +60,14 @@ def problem(
         "tail_used": torch.tensor([tail], device=DEVICE) if spare else None,
         "pages": pages.to(DEVICE),
         "page_size": page_size,
+        "terms": capped_with_sinks(heads * group) if capped else NO_TERMS,
     }
 
 
-def in_loops(given: dict[str, int | Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def in_loops(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Output, log-sum-exp and the output for values of the same sizes, all positive; float64."""
     query, pages, page_size = given["query"].double(), given["pages"].cpu(), given["page_size"]
+    terms = given["terms"]
     batch, query_heads, _, _ = query.shape
     heads = given["tail_keys"].shape[1]
     used = given["tail_keys"].shape[2] if given["tail_used"] is None else int(given["tail_used"])
@@ -78,15 +84,19 @@ def in_loops(given: dict[str, int | Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             row = (b * query_heads + h) * len(pages) // (batch * query_heads)
             listed = [page for page in pages[row].tolist() if page >= 0]
             read = [i for page in listed for i in range(page * page_size, (page + 1) * page_size) if i < len(k)]
-            if read:
-                scores = k[read] @ query[b, h, 0] * given["scaling"]
+            k, v = k[read], v[read]
+            scores = terms.capped(k @ query[b, h, 0] * given["scaling"])
+            if terms.sinks is not None:  # one more entry of every list, whose value is 0
+                scores = torch.cat([scores, terms.sinks[h : h + 1].double()])
+                v = torch.cat([v, torch.zeros_like(query[b, h])])
+            if len(scores):
                 lse[b, h, 0] = scores.logsumexp(0)
-                output[b, h, 0] = scores.softmax(0) @ v[read]
-                sizes[b, h, 0] = scores.softmax(0) @ v[read].abs()
+                output[b, h, 0] = scores.softmax(0) @ v
+                sizes[b, h, 0] = scores.softmax(0) @ v.abs()
     return output, lse, sizes
 
 
-def check(given: dict[str, int | Tensor], impl: str) -> None:
+def check(given: dict[str, Any], impl: str) -> None:
     with poisoned():
         output, lse = call(decode_attention, given, impl=impl)
     truth, log_mass, sizes = in_loops(given)
@@ -144,6 +154,14 @@ CASES = {
         "tail": 21,
         "page_size": 5,
         "spare": 11,
+    },
+    "soft cap and sinks": {
+        **{"lengths": [37, 0, 70, 64], "heads": 2, "group": 2, "dim": 32, "tail": 3, "page_size": 16},
+        **{"padded": True, "capped": True},
+    },
+    "soft cap and sinks, a list for every query head": {
+        **{"lengths": [37, 0], "heads": 1, "group": 4, "dim": 32, "tail": 3, "page_size": 16},
+        **{"per_query": True, "capped": True},
     },
     "largest head": {"lengths": [65, 300], "heads": 2, "group": 8, "dim": 256, "tail": 3, "page_size": 16},
 }

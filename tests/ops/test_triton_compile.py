@@ -63,6 +63,7 @@ def test_sm_80() -> None:
         "window d128",
         "gated d128",
         "gradient d64",
+        "terms",
     )
     assert len(compiled(80, *words)) == len([row for row in compiled(90) if any(w in str(row["case"]) for w in words)])
     assert [row for row in compiled(80, *words) if spills(row) or int(row["shared"]) > SHARED[80]] == []

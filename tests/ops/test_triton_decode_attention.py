@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.arguments import call
-from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
+from support.kernels import DEVICE, ROUNDING, STORED, assert_within, capped_with_sinks, draw, poisoned
 from torch import Tensor
 
 from learnkv.ops.decode_attention import decode_attention
@@ -28,10 +28,12 @@ class Case:
     masked: bool = False
     capacity: int | None = None
     """Slots of the tail that are handed over, where tail_used says how many are in use."""
+    capped: bool = False
+    """With a soft cap and sinks."""
     shared: bool = False
     """All batch rows read the segments of the first."""
 
-    def inputs(self) -> dict[str, Tensor | int | float | None]:
+    def inputs(self) -> dict[str, Any]:
         rows = len(self.lengths)
         batch = rows // self.heads
         length = torch.tensor(self.lengths)
@@ -69,6 +71,7 @@ class Case:
             "tail_mask": mask,
             "scaling": 1.5 * self.dim**-0.5,
             "tail_used": None if self.capacity is None else torch.tensor([self.tail], device=DEVICE),
+            **({"terms": capped_with_sinks(self.heads * self.group)} if self.capped else {}),
         }
 
 
@@ -111,6 +114,11 @@ CASES = {
     "a tail of fixed capacity, masked": Case([90, 0], group=4, tail=3, capacity=64, masked=True),
     "beams that share a segment": Case([80, 5, 0, 0, 0, 0], group=2, shared=True, dtype=torch.bfloat16),
     "nothing kept at all": Case([0, 0], group=1, dim=32, masked=True),
+    "soft cap and sinks, rows split over programs": Case([700, 0, 3, 64], group=4, capped=True),
+    "soft cap and sinks, nothing kept, masked": Case([0, 0], group=2, dim=32, masked=True, capped=True),
+    "soft cap and sinks, several tokens, bfloat16": Case(
+        [65], heads=1, group=7, new=3, dtype=torch.bfloat16, capped=True
+    ),
 }
 
 
@@ -122,6 +130,13 @@ def test_against_the_truth(case: Case) -> None:
 def test_a_tile_of_queries_per_program() -> None:
     """So many queries that every tile has one program, which then reads all rows and leaves nothing to merge."""
     check(Case([70, 10], heads=2, group=4, dim=32, new=70, tail=70))
+
+
+def test_the_sink_joins_once_whatever_the_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of one program, and one of 23."""
+    for count in (1, 12):
+        monkeypatch.setattr("learnkv.ops.decode_attention.triton.processors", lambda device, n=count: n)
+        check(Case([700], heads=1, group=2, dim=32, capped=True))
 
 
 def test_more_parts_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,8 @@ CASES = {
     "three prompts": Case([5, 0, 17], heads=1, group=2, copies=2, masked=True),
     "more queries than a tile, a tail of more than a block": Case([20], heads=1, group=1, new=67, tail=70),
     "nothing kept at all": Case([0, 0], group=1, masked=True),
+    "soft cap and sinks, two continuations, padded": Case([30, 0], copies=2, dim=40, masked=True, capped=True),
+    "soft cap and sinks, bfloat16": Case([65], heads=1, group=4, dim=64, new=1, dtype=torch.bfloat16, capped=True),
 }
 
 
@@ -128,6 +130,7 @@ GATED = {
     "group of 4, head size 256": Case([30], heads=1, group=4, dim=256),
     "group of 8, three prompts, bfloat16": Case([9, 0, 70], heads=1, group=8, dim=64, new=1, dtype=torch.bfloat16),
     "more queries than a tile": Case([20], heads=1, group=1, new=130, tail=130),
+    "soft cap and sinks, padded": Case([9, 0], copies=2, dim=40, masked=True, capped=True),
 }
 
 

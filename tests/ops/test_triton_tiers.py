@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.kernels import DEVICE, ROUNDING, STORED, assert_within, draw, poisoned
+from support.kernels import DEVICE, ROUNDING, STORED, assert_within, capped_with_sinks, draw, poisoned
 from torch import Tensor
 
 from learnkv.errors import UserError
@@ -13,6 +13,7 @@ from learnkv.ops.arguments import Codes, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.hadamard import hadamard
 from learnkv.ops.quantize import Quantized, dequantize, quantize
+from learnkv.ops.softmax_terms import NO_TERMS
 
 SPARE = 3  # entries around and between the rows whose scale is NaN
 
@@ -60,6 +61,7 @@ class Case:
     capacity: int | None = None
     shared: bool = False
     rotated: tuple[bool, bool] = (True, True)
+    capped: bool = False
 
     def inputs(self) -> dict[str, Any]:
         batch = len(self.kept) // self.heads
@@ -89,6 +91,7 @@ class Case:
             "tail": Tail(*tail, mask, used),
             "scaling": 1.2 * self.dim**-0.5,
             "tiers": tiers,
+            "terms": capped_with_sinks(self.heads * self.group) if self.capped else NO_TERMS,
         }
 
 
@@ -162,6 +165,7 @@ CASES = {
     "keys rotated": Case([5, 4], {(3, 4): [20, 31]}, rotated=(True, False)),
     "values rotated": Case([5, 4], {(8, 2): [20, 31]}, rotated=(False, True)),
     "nothing kept at all": Case([0, 0], {(4, 3): [0, 0]}, masked=True),
+    "soft cap and sinks": Case([70, 0], {(4, 3): [66, 130], (8, 2): [3, 0]}, new=2, masked=True, capped=True),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.kernels import DEVICE, ROUNDING, assert_within, poisoned
+from support.kernels import DEVICE, ROUNDING, assert_within, capped_with_sinks, poisoned
 from support.observations import observe
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,7 @@ def run(obs: Observation, impl: str, **options: Any) -> Tensor:
         positions=obs.positions,
         valid=obs.valid,
         scaling=obs.scaling,
+        terms=obs.terms,
         impl=impl,
         **(DEFAULTS | options),
     )
@@ -68,6 +69,12 @@ SHAPES = [
     {"lengths": [60], "window": 33, "heads": 1, "group": 7, "dim": 40},
     {"lengths": [40], "window": 5, "heads": 2, "group": 8, "dim": 80},
 ]
+
+
+def test_soft_cap_and_sinks() -> None:
+    for number in (1, 2):
+        obs = on_device(observe(**SHAPES[number]))
+        check(dataclasses.replace(obs, scaling=1.0, terms=capped_with_sinks(obs.queries.shape[1])))
 
 
 @pytest.mark.parametrize("at", range(0, len(OPTIONS), 2))

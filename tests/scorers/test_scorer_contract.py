@@ -7,10 +7,13 @@ import pytest
 import torch
 from support import components
 from support.components import KNOWS_ITS_HEAD, SCORERS
+from support.kernels import capped_with_sinks
 from support.observations import observe, permuted
 
 from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer
+from learnkv.errors import UserError
+from learnkv.ops.softmax_terms import SoftmaxTerms
 
 every_scorer = pytest.mark.parametrize("cls", SCORERS)
 
@@ -19,7 +22,7 @@ def build(cls: type[Scorer]) -> Scorer:
     return components.build(cls, 2, 2, 3, 16)
 
 
-def seen_by(scorer: Scorer, lengths: list[int], **more: int) -> Observation:
+def seen_by(scorer: Scorer, lengths: list[int], **more: Any) -> Observation:
     return observe(lengths, statistics=scorer.capture_spec.statistics, extra_passes=scorer.extra_passes, **more)
 
 
@@ -88,3 +91,24 @@ def test_permuted_heads_give_permuted_scores(cls: type[Any]) -> None:
     obs = seen_by(scorer, [40, 25], heads=4)
     got = scorer(permuted(obs, order))
     torch.testing.assert_close(got[obs.valid], scorer(obs)[:, order][obs.valid], rtol=1e-5, atol=1e-7)
+
+
+READS_NO_ATTENTION = {
+    *("Constant", "FastKVzip", "KVec", "KeyDiff", "Knorm", "PromptOrder", "Random", "StreamingLLM", "TokenwiseMLP"),
+    *("KVzip", "KVzipPlus", "Repetition", "SnapStream", "TriAttention", "TrimKV"),  # extra passes are made up here
+}
+
+
+@every_scorer
+@pytest.mark.parametrize("term", ["softcap", "sinks"])
+def test_attention_is_the_models_own(cls: type[Any], term: str) -> None:
+    """Scorers that read attention weights read those with a soft cap and sinks."""
+    scorer, terms = build(cls), capped_with_sinks(6)
+    only = SoftmaxTerms(0.1, None) if term == "softcap" else SoftmaxTerms(None, terms.sinks)
+    plain = seen_by(scorer, [40, 25])
+    if cls.__name__ == "ExpectedAttention" and term == "softcap":
+        with pytest.raises(UserError, match=r"^ExpectedAttention: .* soft-capped logits, expected covariance=false$"):
+            scorer(seen_by(scorer, [40, 25], terms=only))
+        scorer.covariance = False
+    scores, others = (scorer(obs)[plain.valid] for obs in (plain, seen_by(scorer, [40, 25], terms=only)))
+    assert torch.equal(scores, others) == (cls.__name__ in READS_NO_ATTENTION)

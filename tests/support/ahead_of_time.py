@@ -28,6 +28,7 @@ from learnkv.ops.page_bounds import page_bounds, page_scores
 from learnkv.ops.quantize import dequantize, empty, quantize, quantize_entries
 from learnkv.ops.rotary import Layout
 from learnkv.ops.select import select, select_slots
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 from learnkv.ops.window_scores import window_scores
 
 HALF = torch.bfloat16
@@ -61,6 +62,7 @@ def decode(
     graphed: bool = False,
     lists: int = 0,
     levels: tuple[tuple[int, int], ...] = (),
+    capped: bool = False,
 ) -> None:
     batch, heads = 8, 8
     table = meta(batch * heads, dtype=torch.int64)
@@ -74,8 +76,13 @@ def decode(
         dim**-0.5,
         Pages(meta(lists, 128, dtype=torch.int32), 16) if lists else None,
         [tier(batch * heads, dim, keys, values) for keys, values in levels],
+        terms(heads * group, capped),
         impl="triton",
     )
+
+
+def terms(heads: int, capped: bool) -> SoftmaxTerms:
+    return SoftmaxTerms(50.0, meta(heads)) if capped else NO_TERMS
 
 
 def tier(rows: int, dim: int, keys: int, values: int) -> Tier:
@@ -134,7 +141,9 @@ def continued(dim: int, group: int, new: int, dtype: torch.dtype) -> tuple[Tenso
     return query, meta(2, 8, 4000, dim, dtype=dtype), meta(8, 8, new, dim, dtype=dtype)
 
 
-def gradient(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF, gated: bool = False) -> None:
+def gradient(
+    dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF, gated: bool = False, capped: bool = False
+) -> None:
     query, keys, tail = continued(dim, group, new, dtype)
     table, pool = meta(64, dtype=torch.int64), meta(30_000, dim, dtype=dtype)
     mask_gradient(
@@ -148,14 +157,16 @@ def gradient(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF, gat
         Tail(tail, tail, meta(8, 1, new, new, dtype=torch.bool) if gated else None),
         dim**-0.5,
         meta(30_000, dtype=torch.float32) if gated else None,
+        terms(8 * group, capped),
         impl="triton",
     )
 
 
-def gated(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF) -> None:
+def gated(dim: int, group: int, new: int = 64, dtype: torch.dtype = HALF, capped: bool = False) -> None:
     query, keys, tail = continued(dim, group, new, dtype)
     gates, mask = meta(2, 8, 4000, dtype=torch.float32), meta(8, 1, new, new, dtype=torch.bool)
-    gated_attention(query, keys, keys, gates, Tail(tail, tail, mask), dim**-0.5, impl="triton")
+    tails = Tail(tail, tail, mask)
+    gated_attention(query, keys, keys, gates, tails, dim**-0.5, terms(8 * group, capped), impl="triton")
 
 
 def quantized(dim: int, bits: int, dtype: torch.dtype = HALF, rotation: str = "hadamard") -> None:
@@ -192,10 +203,17 @@ CASES: dict[str, Callable[[], None]] = {
     "decode d256 g8 tiers q64": lambda: decode(256, 8, 64, levels=((4, 3),)),
     "decode d128 g4 fp32 tiers": lambda: decode(128, 4, dtype=torch.float32, levels=((4, 3),)),
     "decode d80 g4 tiers": lambda: decode(80, 4, levels=((4, 3),)),
+    "decode d64 g8 terms": lambda: decode(64, 8, capped=True),
+    "decode d256 g2 terms": lambda: decode(256, 2, capped=True),
+    "decode d256 g2 t64 terms": lambda: decode(256, 2, 64, capped=True),
+    "decode d64 g8 graphed tiers terms": lambda: decode(64, 8, graphed=True, levels=((8, 4), (4, 3)), capped=True),
     "pages d128 g4": lambda: paged(128, 4),
     "gated d128 g4": lambda: gated(128, 4),
     "gated d256 g2": lambda: gated(256, 2),
     "gated d128 g4 fp32": lambda: gated(128, 4, dtype=torch.float32),
+    "gated d64 g8 terms": lambda: gated(64, 8, capped=True),
+    "gradient d64 g8 terms": lambda: gradient(64, 8, capped=True),
+    "gradient d256 g2 terms": lambda: gradient(256, 2, gated=True, capped=True),
     "gradient d64 g7": lambda: gradient(64, 7),
     "gradient d128 g4": lambda: gradient(128, 4),
     "gradient d128 g4 gated": lambda: gradient(128, 4, gated=True),
@@ -212,6 +230,7 @@ CASES: dict[str, Callable[[], None]] = {
     "select": chosen,
     "window d128 g4": lambda: window(128, 4),
     "window d128 g4 apart": lambda: window(128, 4, 16, group_reduce="none"),
+    "window d64 g8 terms": lambda: window(64, 8, terms=terms(64, True)),
     "window d64 g7 w64 max": lambda: window(64, 7, 64, group_first=False, group_reduce="max", pooling="max"),
 }
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.kernels import DEVICE, draw
+from support.kernels import DEVICE, capped_with_sinks, draw
 
 SPARE = 5  # NaN entries around and between the segments
 
@@ -25,6 +25,8 @@ class Case:
     tail: int = 5
     dtype: torch.dtype = torch.float32
     masked: bool = False
+    capped: bool = False
+    """With a soft cap and sinks."""
 
     @property
     def batch(self) -> int:
@@ -76,6 +78,7 @@ class Case:
             "longest": max(self.lengths),
             "tail_mask": mask,
             "scaling": 1.5 * self.dim**-0.5,
+            **({"terms": capped_with_sinks(self.heads * self.group)} if self.capped else {}),
             **dict(zip(names, (*tables, *tails), strict=True)),
         }
 

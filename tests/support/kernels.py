@@ -6,12 +6,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from learnkv.ops.softmax_terms import SoftmaxTerms
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Largest relative error of rounding to nearest."""
 
 STORED = ROUNDING | ({} if DEVICE.type == "cuda" else {torch.bfloat16: 2.0**-7})
 """The same of a stored result: the interpreter truncates instead of rounding."""
+
+
+def capped_with_sinks(heads: int) -> SoftmaxTerms:
+    """A cap below many logits, and sinks [H*G] of which some take most of the attention."""
+    return SoftmaxTerms(2.5, torch.linspace(-2, 3, heads, device=DEVICE))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def masked_logits(
     entries, before = len(prompt), model.config._attn_implementation
 
     def attention(
-        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **_: Any
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **more: Any
     ) -> Any:
         group, new, total = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
         visible = torch.ones(key.shape[1], new, total, dtype=torch.bool).tril(total - new)
@@ -31,8 +31,14 @@ def masked_logits(
         query, key, value = (part.double() for part in (query, key, value))
         key, value, visible = (part.repeat_interleave(group, dim) for part, dim in ((key, 1), (value, 1), (visible, 0)))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~visible, -torch.inf)
-        return (scores.softmax(-1) @ value).transpose(1, 2).float().contiguous(), None
+        scores = query @ key.transpose(-1, -2) * scale
+        if (cap := more.get("softcap")) is not None:
+            scores = cap * torch.tanh(scores / cap)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        if (sinks := more.get("s_aux")) is not None:  # an entry more, without a value
+            scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        weights = scores.softmax(-1)[..., :total]
+        return (weights @ value).transpose(1, 2).float().contiguous(), None
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

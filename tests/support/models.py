@@ -52,6 +52,7 @@ def sizes(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int) ->
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOW = 24
 HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 """What `load_model` returns."""
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -72,15 +73,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 16,
         **sizes(32, 4, 4, 2, 16),
     },
-    "gemma2": {"model_type": "gemma2", "sliding_window": WINDOW, **sizes(32, 2, 4, 2, 16)},
-    "gpt-oss": {"model_type": "gpt_oss", "num_local_experts": 4, **EXPERTS, **sizes(32, 2, 4, 2, 16)},
+    "gemma2": {
+        "model_type": "gemma2",
+        "sliding_window": WINDOW,
+        "layer_types": HYBRID,
+        "attn_logit_softcapping": 5.0,  # far below the logits
+        **sizes(32, 4, 4, 2, 16),
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "sliding_window": WINDOW,
+        "layer_types": HYBRID[1:],
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 256},
+        **EXPERTS,
+        **sizes(32, 3, 4, 2, 16),
+    },
 }
-REFUSED = ("gemma2", "gpt-oss")
-FAMILIES = [name for name in CONFIGS if name not in REFUSED]
+FAMILIES = list(CONFIGS)
+HYBRIDS = ("gemma3", "gemma2", "gpt-oss")
+"""Families with sliding layers."""
 
 
-def build(family: str, attn: str = "sdpa", **changes: object) -> PreTrainedModel:
-    """A new model of the family with the same weights every time, in evaluation mode."""
+def build(family: str, attn: str | None = None, **changes: object) -> PreTrainedModel:
+    """A new model of the family with the same weights every time, in evaluation mode; with sdpa where that is exact."""
+    attn = attn or ("eager" if family in ("gemma2", "gpt-oss") else "sdpa")
     settings = {**COMMON, **CONFIGS[family], **changes}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.random.fork_rng():
@@ -89,6 +106,8 @@ def build(family: str, attn: str = "sdpa", **changes: object) -> PreTrainedModel
         for name, held in model.named_parameters():
             if "norm" in name:  # norms that are not the identity
                 nn.init.normal_(held, float(held.detach().mean()), 0.1)
+            if "sinks" in name:  # that hold much of the attention
+                nn.init.normal_(held, 2.0, 1.0)
     return model.eval().requires_grad_(False)
 
 
@@ -128,12 +147,14 @@ class Oracle:
         AttentionInterface.register(self.NAME, self._attention)
         AttentionMaskInterface.register(self.NAME, sdpa_mask)
         self.model = build(family)
+        self.before = self.model.config._attn_implementation
+        self.compressible = compressible(self.model)
         self.kept: Tensor | None = None
 
     def __call__(self, prompt: Tensor, kept: Tensor | None, new_tokens: Tensor) -> Tensor:
         """Logits [T, V] of the tokens `new_tokens` [T] after `prompt` [S], of which heads see `kept` [L, H, S] only."""
         cache = DynamicCache(config=self.model.config)
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation(self.before)
         self.model(input_ids=prompt.unsqueeze(0), past_key_values=cache, logits_to_keep=1)
         self.kept = kept
         self.model.set_attn_implementation(self.NAME)
@@ -148,21 +169,28 @@ class Oracle:
         value: Tensor,
         attention_mask: Tensor,
         scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         group, new, seen = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
         query, key, value = (x.double() for x in (query, key, value))
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
         scores = query @ key.transpose(-1, -2) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         order = torch.arange(seen)
         hidden = order > order[seen - new :].unsqueeze(-1)
         if attention_mask is not None:
             hidden = hidden | ~attention_mask
         scores = scores.masked_fill(hidden, float("-inf"))
-        if self.kept is not None and not getattr(module, "is_sliding", False):
+        if self.kept is not None and module.layer_idx in self.compressible:
             evicted = ~self.kept[module.layer_idx].repeat_interleave(group, 0)
             scores[..., : evicted.shape[-1]].masked_fill_(evicted.view(1, -1, 1, evicted.shape[-1]), float("-inf"))
-        return (scores.softmax(-1) @ value).transpose(1, 2).to(torch.float32).contiguous(), None
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        weights = scores.softmax(-1)[..., :seen]
+        return (weights @ value).transpose(1, 2).to(torch.float32).contiguous(), None
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from learnkv.core.observation import HiddenSample, Observation, PromptPass, Statistic
 from learnkv.ops.rotary import Layout, Rotary
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -29,6 +30,7 @@ def observe(
     statistics: Iterable[Statistic] = (),
     extra_passes: Iterable[PromptPass] = (),
     sample: HiddenSample | None = None,
+    terms: SoftmaxTerms = NO_TERMS,
 ) -> Observation:
     """A batch of left-padded rows with these lengths; whatever is padding is NaN. A row depends on its length and seed.
 
@@ -57,6 +59,7 @@ def observe(
         keys=made["keys"],
         values=made["values"],
         scaling=dim**-0.5,
+        terms=terms,
         valid=(positions >= 0).unsqueeze(1).expand(-1, heads, -1),
         positions=positions.unsqueeze(1).expand(-1, heads, -1),
         project=lambda: torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),

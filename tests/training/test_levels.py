@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import attached, tokens
+from support.models import attached, compressible, tokens
 from support.training import batch, distillation, gradients
 from transformers import PreTrainedModel
 
@@ -77,11 +77,13 @@ def test_budgets_of_a_policy_with_a_precision_are_bytes() -> None:
     assert budget_arguments(Policy(SnapKV(window=8)), 0.1) == {"keep": 0.1}
 
 
-def test_distortions_are_changes_of_outputs_one_entry_at_a_time() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+def test_distortions_are_changes_of_outputs_one_entry_at_a_time(family: str) -> None:
     """Against attention computed anew with one entry stored at a level: the sum over entries, to first order."""
-    model = attached("llama")
-    precision = LearnedPrecision(("K4V3", "K8V4"), "measured", 3, 2)
-    allocator = LearnedAllocator(AdaKV(), 3, 2, by="scores")
+    model = attached(family)
+    layers, cap = len(compressible(model)), getattr(model.config, "attn_logit_softcapping", None)
+    precision = LearnedPrecision(("K4V3", "K8V4"), "measured", layers, 2)
+    allocator = LearnedAllocator(AdaKV(), layers, 2, by="scores")
     made = Policy(SnapKV(window=4), allocator, sinks=2, recent=3, precision=precision)
     cache = prefill(model, tokens(1, 40), policies=[made], window=4)
     assert not precision.measured
@@ -99,9 +101,13 @@ def test_distortions_are_changes_of_outputs_one_entry_at_a_time() -> None:
     ]
 
     def masses(keys: torch.Tensor) -> torch.Tensor:
-        return (queries @ keys.T).masked_fill(hidden, -torch.inf)
+        logits = queries @ keys.T
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).masked_fill(hidden, -torch.inf)
 
     lse = masses(keys).logsumexp(-1, keepdim=True)
+    if family == "gpt-oss":
+        sinks = model.model.layers[compressible(model)[1]].self_attn.sinks[2:4].double()
+        lse = torch.logaddexp(lse, sinks.view(2, 1, 1))
     weights, other = (masses(keys) - lse).exp(), (masses(stored[0]) - lse).exp()
     outputs = weights @ values
     want_level, want_evicted = 0.0, 0.0

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import memory
+from support.models import build
 
 from learnkv.cli.parser import parse
 from learnkv.inference.models import describe_model, load_model
@@ -55,6 +56,28 @@ def test_the_prediction_is_what_a_step_holds(
     assert step == pytest.approx(live.peak, rel=0.01)
     assert parts["weights of the model"] == sum(4 * held.numel() for held in model.parameters())
     assert parts["what is trained, and its optimizer"] == 3 * sum(4 * held.numel() for held in built.parameters())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_prompts_of_soft_caps_and_sinks_are_predicted(
+    words: list[str], folder: Path, family: str, tmp_path: Path
+) -> None:
+    """Which sdpa does not read: prompts are read block by block."""
+    build(family, vocab_size=128, num_hidden_layers=2, layer_types=["full_attention"] * 2).save_pretrained(tmp_path)
+    load_model(str(folder))[1].save_pretrained(tmp_path)
+    words = [word for word in words if word.split("=")[0] not in ("model", "lengths", "keep_range", "continuations")]
+    config, _ = parse(TrainConfig, [*words, f"model={tmp_path}", "lengths=100,200", "keep=0.2"], "train")
+    model = load_model(str(tmp_path))[0]
+    assert model.config._attn_implementation == "eager"
+    assert 0 < predicted(config)[STEP] < 2**22, "a kernel holds no logits"
+    if family == "gpt-oss":  # on the meta device PyTorch multiplies experts in bfloat16 only
+        return
+    built = build_policy(fill_sizes(config.policy.spec(), describe_model(model)["shapes"]), allow=["learnkv"])
+    module = step_of(config, model, built.requires_grad_(True))
+    with LiveBytes() as live:
+        module.training_step(largest_batch(config, 200, "cpu"), 0).backward()
+    parts = predicted(config, kernels=False)
+    assert parts[CONTEXTS] + parts[STEP] == pytest.approx(live.peak, rel=0.02)
 
 
 def test_the_command_tells_the_parts_and_their_sum(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

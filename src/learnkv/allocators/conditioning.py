@@ -40,6 +40,7 @@ def attention_features(obs: Observation, window: int) -> Tensor:
         positions=obs.positions,
         valid=obs.valid,
         scaling=obs.scaling,
+        terms=obs.terms,
         kernel_size=1,
     )
     share = attention / attention.sum(-1, keepdim=True).clamp_min(1e-30)

@@ -15,6 +15,7 @@ from learnkv.core.observation import (
     Statistic,
 )
 from learnkv.ops.rotary import Rotary
+from learnkv.ops.softmax_terms import NO_TERMS
 
 
 class Capture:
@@ -38,7 +39,7 @@ class Capture:
         self.embeddings: tuple[Embeddings, ...] = ()
         """Rotary embeddings of every chunk of the prompt."""
         self.functions: LayerFunctions | None = None
-        self.scaling = 1.0
+        self.scaling, self.terms = 1.0, NO_TERMS
         self.aligned = True
 
     def record(self, hidden: Tensor, after_prompt: bool = False) -> None:
@@ -129,6 +130,7 @@ class Capture:
             keys=keys,
             values=values,
             scaling=self.scaling,
+            terms=self.terms,
             valid=positions >= 0,
             positions=positions,
             project=None if self.functions is None else self.functions.projection,
@@ -159,7 +161,8 @@ class Capture:
         chosen.hidden, chosen.token_ids = _rows(self.hidden, batch), _rows(self.token_ids, batch)
         chosen.statistics = {key: tensor[batch.to(tensor.device)] for key, tensor in self.statistics.items()}
         chosen.embeddings = tuple(tuple(_shared(part, batch) for part in parts) for parts in self.embeddings)
-        chosen.functions, chosen.scaling, chosen.aligned = self.functions, self.scaling, self.aligned
+        chosen.functions, chosen.aligned = self.functions, self.aligned
+        chosen.scaling, chosen.terms = self.scaling, self.terms
         return chosen
 
     def crop(self, slots: int) -> None:

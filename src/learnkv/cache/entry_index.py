@@ -14,6 +14,7 @@ from learnkv.core.page_selector import PageSelector
 from learnkv.errors import UserError
 from learnkv.ops.arguments import Pages
 from learnkv.ops.device import upload
+from learnkv.ops.softmax_terms import SoftmaxTerms
 from learnkv.ops.tail_slots import padding_last, tail_slots
 
 
@@ -64,7 +65,13 @@ class EntryIndex:
 
     @torch.no_grad()
     def choose(
-        self, query: Tensor, segment: Segment, tail: DecodeBuffer, mask: Tensor | None, scaling: float
+        self,
+        query: Tensor,
+        segment: Segment,
+        tail: DecodeBuffer,
+        mask: Tensor | None,
+        scaling: float,
+        terms: SoftmaxTerms,
     ) -> Pages | None:
         """The entries that a single new token reads, as pages; None where it, or each of several, reads everything.
 
@@ -72,6 +79,7 @@ class EntryIndex:
             query: [B, H*G, T, D].
             mask: [B, 1, T, M] True where a token attends to a slot of the tail; None: all.
             scaling: factor on query-key products.
+            terms: soft cap and sinks of the model.
         """
         if query.shape[2] > 1:
             return None
@@ -84,7 +92,7 @@ class EntryIndex:
         logits = (grouped @ keys.float().mT * scaling).masked_fill(~valid.unsqueeze(2), -torch.inf)
         prompt = segment.length.view(batch, heads)
         parts = (query[:, :, 0], keys, logits, valid.sum(-1), prompt, self.tokens, self.layer_idx)
-        chosen, state = self.selector(Lookup(*parts, scaling, self.shared), self.state)
+        chosen, state = self.selector(Lookup(*parts, scaling, self.shared, terms), self.state)
         newest = visible[:, -1]  # padding of a batch leaves no trace
         self.state = {name: _rows_where(newest, new, self.state.get(name)) for name, new in state.items()}
         if chosen is None:

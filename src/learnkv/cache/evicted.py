@@ -8,6 +8,7 @@ from torch import Tensor
 
 from learnkv.core.residual_store import Parts, ResidualStore
 from learnkv.ops.evicted_moments import merged_attention
+from learnkv.ops.softmax_terms import SoftmaxTerms
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,16 @@ class Evicted:
         """The parts without gradients."""
         return {name: part.detach() for name, part in self.parts.items()}
 
-    def estimate(self, query: Tensor, scaling: float, copies: int = 1) -> tuple[Tensor, Tensor]:
+    def estimate(self, query: Tensor, scaling: float, terms: SoftmaxTerms, copies: int = 1) -> tuple[Tensor, Tensor]:
         """Attention [B*C, H*G, T, D] to evicted entries and its log-sum-exp, for C continuations of each prompt."""
         parts = self.parts
         if copies > 1:
             parts = {name: part.repeat_interleave(copies, 0) for name, part in parts.items()}
-        return self.store.attend(query, parts, scaling)
+        return self.store.attend(query, parts, scaling, terms)
 
-    def added(self, output: Tensor, lse: Tensor, query: Tensor, scaling: float) -> Tensor:
+    def added(self, output: Tensor, lse: Tensor, query: Tensor, scaling: float, terms: SoftmaxTerms) -> Tensor:
         """Attention [B, H*G, T, D] with what is estimated, from that to the kept entries and its log-sum-exp."""
-        return merged_attention(output, lse, *self.estimate(query, scaling))[0]
+        return merged_attention(output, lse, *self.estimate(query, scaling, terms))[0]
 
     def rows(self, batch: Tensor) -> "Evicted":
         """Of batch rows `batch` [B']."""

@@ -17,6 +17,7 @@ from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.errors import UserError
 from learnkv.ops.rotary import Layout
+from learnkv.ops.softmax_terms import SoftmaxTerms
 
 NOTHING = CaptureSpec()
 
@@ -267,14 +268,14 @@ class CompressedLayer(CacheLayerMixin):
         index = index_of(selector, tokens, self.state.segment, self.layer_idx, self.observation, shared)
         self.state = replace(self.state, page_index=index)
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, terms: SoftmaxTerms) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens to the kept entries and to the tail."""
         assert self.tail is not None
         assert isinstance(self.state, Kept | Relaxed)
         self.tail.visible = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1)
         if self.decode_capture is not None:
             self.capture.hold_back(query)
-        return self.state.attend(query, self.tail, mask, scaling)
+        return self.state.attend(query, self.tail, mask, scaling, terms)
 
     def fork(self) -> "CompressedLayer":
         """A layer that shares storage with this one until either changes."""

@@ -142,6 +142,8 @@ def _complete(prompt: Prompt, layer: CompressedLayer, packed: PackedTensors) -> 
         "queries": packed.add("queries", capture.queries),
         "query_positions": packed.add("query_positions", capture.query_positions),
         "scaling": capture.scaling,
+        "softcap": capture.terms.softcap,
+        "sinks": packed.add("sinks", capture.terms.sinks),
     }
 
 

@@ -11,6 +11,7 @@ from learnkv.core.page_selector import PageSelector
 from learnkv.ops.arguments import Pages
 from learnkv.ops.device import upload
 from learnkv.ops.page_bounds import empty_bounds, page_bounds
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 from learnkv.ops.tail_slots import tail_slots
 
 
@@ -57,14 +58,20 @@ class PageIndex:
 
     @torch.no_grad()
     def choose(
-        self, query: Tensor, segment: Segment, tail: DecodeBuffer, mask: Tensor | None, scaling: float = 1.0
+        self,
+        query: Tensor,
+        segment: Segment,
+        tail: DecodeBuffer,
+        mask: Tensor | None,
+        scaling: float = 1.0,
+        terms: SoftmaxTerms = NO_TERMS,
     ) -> Pages | None:
         """The pages that a single new token reads; None where there are several, which read everything.
 
         Args:
             query: [B, H*G, T, D].
             mask: [B, 1, T, M] True where a token attends to a slot of the tail; None: all.
-            scaling: factor on query-key products, by which their order does not change.
+            scaling, terms: of the logits, whose order they do not change.
         """
         if self.tail_slots and (query.shape[2] > 1 or self.tail_slots >= tail.length):
             # Padding of a question is known after it only; slots that were cropped are still within the bounds.

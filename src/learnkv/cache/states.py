@@ -16,6 +16,7 @@ from learnkv.errors import UserError
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.relaxed_attention import relaxed_attention
+from learnkv.ops.softmax_terms import SoftmaxTerms
 
 
 class StoredPrompt(NamedTuple):
@@ -165,13 +166,16 @@ class Kept:
             )
         return self.prompt
 
-    def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(
+        self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float, terms: SoftmaxTerms
+    ) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens; `mask` [B, 1, T, M] of the tail."""
-        pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask, scaling)
+        logits = (scaling, terms)
+        pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask, *logits)
         tiers = [tier.arguments(query.dtype) for tier in self.tiers]
         ragged = self.segment.on(query.device).ragged
-        output, lse = decode_attention(query, ragged, tail.arguments(mask), scaling, pages, tiers)
-        return output if self.evicted is None else self.evicted.added(output, lse, query, scaling)
+        output, lse = decode_attention(query, ragged, tail.arguments(mask), scaling, pages, tiers, terms)
+        return output if self.evicted is None else self.evicted.added(output, lse, query, *logits)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions of all entries of one row (host sync)."""
@@ -231,16 +235,18 @@ class Relaxed:
     page_index = None
     tiers = ()
 
-    def attend(self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(
+        self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float, terms: SoftmaxTerms
+    ) -> Tensor:
         """Attention [B*C, H*G, T, D] of the newest T tokens; `mask` [B*C, 1, T, M] of the tail."""
         prompt, new = (self.complete.keys, self.complete.values, self.gates), tail.arguments(mask)
         if self.soft:
-            return gated_attention(query, *prompt, new, scaling)
-        others = None if self.evicted is None else self.evicted.estimate(query, scaling, self.copies)
+            return gated_attention(query, *prompt, new, scaling, terms)
+        others = None if self.evicted is None else self.evicted.estimate(query, scaling, terms, self.copies)
         if not self.stored:
-            return relaxed_attention(query, *prompt, self.segment.ragged, new, scaling, others)
+            return relaxed_attention(query, *prompt, self.segment.ragged, new, scaling, others, terms)
         keys, values = zip(*self.stored, strict=True)
-        return relaxed_attention(query, keys, values, self.gates, self.segment.ragged, new, scaling, others)
+        return relaxed_attention(query, keys, values, self.gates, self.segment.ragged, new, scaling, others, terms)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions of the entries of one row (host sync)."""

@@ -17,6 +17,7 @@ from learnkv.core.codec import Encoded
 from learnkv.core.observation import CaptureSpec
 from learnkv.core.precision import Level
 from learnkv.core.protection import Protection
+from learnkv.ops.softmax_terms import SoftmaxTerms
 
 
 class UnpackedTensors:
@@ -123,6 +124,8 @@ def _complete(
     capture.query_positions = parts.optional(described["query_positions"], device)
     capture.capture_spec = CaptureSpec(0 if capture.queries is None else capture.queries.shape[2])
     capture.scaling = float(described["scaling"])
+    cap = described.get("softcap")
+    capture.terms = SoftmaxTerms(None if cap is None else float(cap), parts.optional(described.get("sinks"), device))
     return Prompt(keys, values, parts.optional(described["valid"], device)).seal()
 
 

@@ -84,8 +84,10 @@ def retention_losses(gate: dict[str, Tensor], obs: Observation, keep: float) -> 
     faded = log_retention(gate, obs.hidden.float()).transpose(1, 2)  # [1, H, S]
     parts = (obs.queries, obs.keys, obs.values)
     with torch.no_grad():
-        full = retention_attention(*parts, torch.zeros_like(faded), obs.scaling)
-    error = (retention_attention(*parts, faded, obs.scaling) - full).square().sum() / full.square().sum()
+        full = retention_attention(*parts, torch.zeros_like(faded), obs.scaling, terms=obs.terms)
+    error = (
+        retention_attention(*parts, faded, obs.scaling, terms=obs.terms) - full
+    ).square().sum() / full.square().sum()
     place = torch.arange(faded.shape[-1], device=faded.device)
     age = place.unsqueeze(-1) - place  # [S, S]
     retained = (faded.unsqueeze(2) * age.clamp(min=0)).exp().masked_fill(age < 0, 0.0).sum(-1)  # [1, H, S]

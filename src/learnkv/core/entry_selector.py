@@ -4,11 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from learnkv.core.component import Component
 from learnkv.core.observation import Observation
 from learnkv.core.page_selector import PageSelector
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms, softmax
 
 State = Mapping[str, Tensor]
 """What a selector remembers of earlier tokens in one layer; the first dimension of every tensor is the batch."""
@@ -23,7 +25,7 @@ class Lookup:
     keys: Tensor
     """[B, H, E, D]; arbitrary where there is no entry."""
     logits: Tensor
-    """[B, H, G, E] float32, scaled query-key products; -inf where there is no entry."""
+    """[B, H, G, E] float32, scaled query-key products, without a soft cap; -inf where there is no entry."""
     entries: Tensor
     """[B, H] entries of every head."""
     prompt_entries: Tensor
@@ -36,6 +38,16 @@ class Lookup:
     """Factor on query-key products."""
     shared: dict[str, Tensor]
     """What earlier layers have left for later ones, for the same token."""
+    terms: SoftmaxTerms = NO_TERMS
+    """Soft cap and sinks of the model."""
+
+    @property
+    def weights(self) -> Tensor:
+        """Softmax weights [B, H, G, E] of the token, 0 where there is no entry."""
+        capped = self.terms.capped(self.logits)
+        if self.terms.softcap is not None:  # it would raise what is masked
+            capped = capped.masked_fill(self.logits == -torch.inf, -torch.inf)
+        return softmax(capped, self.terms.of_heads(self.keys.shape[1]))
 
 
 class EntrySelector(Component, ABC):

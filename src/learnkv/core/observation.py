@@ -12,6 +12,7 @@ from torch import Tensor
 from learnkv.errors import UserError
 from learnkv.ops.hash_bits import WORD, hash_bits
 from learnkv.ops.rotary import Rotary
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 from learnkv.ops.window_attention import in_window, window_attention
 
 Embeddings = tuple[Tensor, ...]
@@ -74,6 +75,8 @@ class Observation:
     """The sample of tokens whose hidden states are among `statistics`; None where nothing trained was captured."""
     aligned: bool = True
     """Whether a slot is the same token in every head, as in a prompt; False once heads have evicted."""
+    terms: SoftmaxTerms = NO_TERMS
+    """Soft cap of logits and attention sinks of the model, for whoever computes softmax weights."""
 
     @property
     def num_key_value_groups(self) -> int:
@@ -89,6 +92,7 @@ class Observation:
             positions=self.positions,
             valid=self.valid,
             scaling=self.scaling,
+            terms=self.terms,
         )
 
     def in_window(self, window: int) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from learnkv.core.component import Component
+from learnkv.ops.softmax_terms import SoftmaxTerms
 
 Parts = Mapping[str, Tensor]
 """Stored tensors [B, H, …] by name."""
@@ -27,12 +28,13 @@ class ResidualStore(Component, ABC):
         """Summary of the entries of both."""
 
     @abstractmethod
-    def attend(self, query: Tensor, parts: Parts, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, parts: Parts, scaling: float, terms: SoftmaxTerms) -> tuple[Tensor, Tensor]:
         """Estimated attention [B, H*G, T, D] to the evicted entries alone, and its log-sum-exp [B, H*G, T], float32.
 
         Args:
             query: [B, H*G, T, D].
             scaling: factor on query-key products.
+            terms: soft cap of their logits; sinks belong to the kept entries.
         """
 
     @abstractmethod

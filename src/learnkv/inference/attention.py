@@ -17,7 +17,10 @@ from learnkv.errors import UserError
 from learnkv.inference import moving_rope
 from learnkv.inference.layer_arguments import embeddings_of, named_arguments
 from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer
+from learnkv.inference.layer_softmax import eager_attention, has_terms, softmax_terms
 from learnkv.inference.passes import EMBEDDINGS, NAME, CheckedInputs, begin_pass, end_pass
+from learnkv.ops.prompt_attention import prompt_attention
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 _PREPARE = "prepare_inputs_for_generation"
 _STATE = "_learnkv_detach"
@@ -31,24 +34,29 @@ def compressed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     cache_layer: CompressedLayer | None = None,
+    plain_layer: bool = False,
     evict_if_due: Callable[[], None] | None = None,
     attend: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention interface of transformers; returns [B, T, H*G, D] and no weights.
 
-    Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. `evict_if_due` is called after
-    the last layer of a cache with online eviction. `attend`, if given, makes the result instead.
+    Without a `cache_layer`, or while it reads the prompt, this is transformers' sdpa. Layers with a soft cap or sinks
+    run their own eager attention with other caches, and block by block with a compressed one, in its `plain_layer`s
+    too. `evict_if_due` is called after the last layer of a cache with online eviction. `attend`, if given, makes the
+    result instead.
 
     Raises:
-        UserError: for logit soft-capping, attention sinks as weights, an exceeded sliding window and dropout.
+        UserError: for a bias of positions, an exceeded sliding window and dropout.
     """
     if attend is not None:
         return attend(query, key), None
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise UserError(f"{type(module).__name__} uses {name}, which learnkv's attention does not support")
+    if kwargs.get("position_bias") is not None:
+        raise UserError(f"{type(module).__name__} uses position_bias, which learnkv's attention does not support")
+    terms = softmax_terms(module, softcap, s_aux)
     if cache_layer is not None:
         if dropout:
             raise UserError(f"{type(module).__name__} drops out {dropout:g} of its attention: call model.eval()")
@@ -57,14 +65,19 @@ def compressed_attention(
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:
-        unchanged: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        inputs, compressed = (query, key, value, attention_mask), plain_layer or cache_layer is not None
+        if terms is not NO_TERMS and compressed and not dropout:
+            prompt = prompt_attention(*inputs, scale, terms).transpose(1, 2).contiguous()
+        elif terms is not NO_TERMS or (has_terms(module) and not compressed):
+            prompt = eager_attention(module, *inputs, scaling=scale, dropout=dropout, softcap=softcap, **kwargs)
+        else:
+            prompt, _ = sdpa_attention_forward(module, *inputs, dropout=dropout, scaling=scaling, **kwargs)
         if cache_layer is not None:
-            cache_layer.capture.scaling = scale
+            cache_layer.capture.scaling, cache_layer.capture.terms = scale, terms
             cache_layer.observe(query, attention_mask)
-        return unchanged
-    output = cache_layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous()
+        return prompt, None
+    _check_frozen(module, cache_layer, terms)
+    output = cache_layer.attend(query, attention_mask, scale, terms).transpose(1, 2).contiguous()
     if evict_if_due is not None:
         evict_if_due()
     return output, None
@@ -76,6 +89,14 @@ def _check_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
         raise UserError(f"{name}: attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
     if mask is None and 1 < query.shape[2] < key.shape[2]:  # sdpa would align their first ones
         raise UserError(f"{name} has no mask for tokens after others: read its prompts whole")
+
+
+def _check_frozen(module: nn.Module, layer: CompressedLayer, terms: SoftmaxTerms) -> None:
+    if layer.relaxed and terms.sinks is not None and terms.sinks.requires_grad and torch.is_grad_enabled():
+        raise UserError(
+            f"{type(module).__name__}: its attention sinks require gradients, which training policies does not "
+            "compute: freeze the model"
+        )
 
 
 def _refuse_exceeded_window(module: Any, layer: CompressedLayer, window: int | None) -> None:
@@ -97,7 +118,7 @@ def _pass_cache_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if module.layer_idx >= len(cache.layers):
         raise UserError(f"{type(module).__name__} {module.layer_idx} attends to keys of another layer: not supported")
     if module.layer_idx not in cache.compressible:
-        return None
+        return (args, {**kwargs, "plain_layer": True}) if has_terms(module) else None
     layer = cache.layers[module.layer_idx]
     layer.expects_attention = True
     if not layer.sealed:
@@ -125,19 +146,15 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Switch `model` to learnkv's attention; with ordinary caches its outputs do not change.
 
     Raises:
-        UserError: for an attention that cannot be expressed (soft-capping, sinks as weights), for compiled models and
-            for models whose layers do not follow transformers' attention interface; each is named.
+        UserError: for compiled models and for models whose layers do not follow transformers' attention interface; each
+            is named.
     """
     if hasattr(model, _STATE):
         return model
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"attach: expected a transformers model, got {type(model).__name__} (compile it after attach)")
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise UserError(f"{config.model_type}: attention logit soft-capping is not supported by learnkv")
     layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
-    if any(hasattr(module, "sinks") for module in layers):
-        raise UserError(f"{config.model_type}: attention sinks as weights (s_aux) are not supported by learnkv")
     if len(layers) != config.num_hidden_layers:
         raise UserError(
             f"{config.model_type}: found {len(layers)} attention layers of {config.num_hidden_layers}; learnkv "
@@ -148,9 +165,10 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         raise UserError(f"{config.model_type}: {type(own).__name__} does not use transformers' attention interface")
     CompressedCache(model.config)  # raises for layers that it has no state for
     before = config._attn_implementation
-    if before not in ("sdpa", NAME):
+    kind = "eager" if any(has_terms(module) for module in layers) else "sdpa"
+    if before not in (kind, NAME):
         warnings.warn(
-            f"attention implementation {before!r} is replaced by sdpa while learnkv is attached", stacklevel=2
+            f"attention implementation {before!r} is replaced by {kind} while learnkv is attached", stacklevel=2
         )
     AttentionInterface.register(NAME, compressed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

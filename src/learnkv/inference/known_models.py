@@ -134,7 +134,7 @@ def _convert(wheel: Path, model: KnownModel, target: Path) -> None:
 
 
 def read_gguf(
-    file: Path, dtype: torch.dtype | str, attn: str = "sdpa"
+    file: Path, dtype: torch.dtype | str, attn: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
     """Dequantise a GGUF file: the model, its tokenizer and transformers' loading report.
 

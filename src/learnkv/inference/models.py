@@ -49,7 +49,7 @@ def load_model(
         dtype: float32, bfloat16, float16, or auto: as stored; on a CPU float32, or bfloat16 where the model is stored
             so and the processor has instructions for it.
         device: cpu, cuda, cuda:N, mps, or auto: the first GPU if there is one.
-        attn: transformers' attention implementation.
+        attn: transformers' attention implementation; sdpa is eager for models that have no sdpa.
 
     Raises:
         UserError: one line for a missing folder, missing or corrupt files, missing weights, not a causal LM.
@@ -62,19 +62,22 @@ def load_model(
     fault = None if folder else hub_fault()
     local_only = folder is not None or fault is not None
     options = {"revision": revision, "local_files_only": local_only, "trust_remote_code": False}
+    implementation = None if attn == "sdpa" else attn  # None: sdpa, or eager for models that have none
     try:
         if dtype == "auto" and target.type == "cpu":
             number_format = cpu_dtype(None if gguf else AutoConfig.from_pretrained(source, **options))
         if gguf:
-            lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, attn)
+            lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, implementation)
             lm.config._name_or_path = model  # transformers' is the folder, which cannot be loaded
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             lm, report = AutoModelForCausalLM.from_pretrained(
-                source, dtype=number_format, attn_implementation=attn, output_loading_info=True, **options
+                source, dtype=number_format, attn_implementation=implementation, output_loading_info=True, **options
             )
     except _UNREADABLE as error:
         raise UserError(f"model={model}: {_reason(error, folder, fault)}") from error
+    if attn == "sdpa" and getattr(lm.config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None:
+        lm.set_attn_implementation("eager")  # sdpa of transformers 5.17 leaves the cap out
     _check_vocabulary(lm, tokenizer, model)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -94,7 +97,7 @@ def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16"
         local_only = folder is not None or fault is not None
         config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=local_only)
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # with sdpa where it can
     except (OSError, ValueError, KeyError) as error:
         enough = "; a folder with the model's config.json is enough" if fault else ""
         raise UserError(f"model={model}: {_reason(error, folder, fault)}{enough}") from error

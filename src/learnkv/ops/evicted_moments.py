@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms, times
+
 
 def weighted_moments(keys: Tensor, values: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Moments in float32 (float64 of float64) over entries [B, H, S, D] with weights [B, H, S].
@@ -42,21 +44,26 @@ def estimated_attention(
     mean_value: Tensor,
     covariance: Tensor | None,
     scaling: float,
+    terms: SoftmaxTerms = NO_TERMS,
 ) -> tuple[Tensor, Tensor]:
     """Attention [B, H*G, T, D] of queries to entries of which only moments are known, and its log-sum-exp [B, H*G, T].
 
     The output is mean_value + scaling * covariance q, exact for jointly normal keys and values; the log-sum-exp is
     log(count) + scaling * q mean_key, a lower bound of the true one.
+
+    A soft cap c bends both around the mean: with z = scaling * q mean_key, the log-sum-exp has c tanh(z / c), and the
+    covariance is multiplied by its slope there, to first order in the spread of keys. Sinks are no entries.
     """
     batch, heads, _ = mean_key.shape
     exact = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(exact).reshape(batch, heads, -1, query.shape[-1])  # [B, H, G*T, D]
-    logits = (grouped @ mean_key.to(exact).unsqueeze(-1)).squeeze(-1) * scaling
+    logits = terms.capped((grouped @ mean_key.to(exact).unsqueeze(-1)).squeeze(-1) * scaling)
     count = count.to(exact).unsqueeze(-1)
     lse = torch.where(count > 0, logits + count.clamp(min=0.5).log(), -torch.inf)
     output = mean_value.to(exact).unsqueeze(2).expand_as(grouped)
     if covariance is not None:
-        output = output + grouped @ covariance.to(exact).mT * scaling
+        slope = terms.slope(logits.unsqueeze(-1))
+        output = output + times(grouped @ covariance.to(exact).mT * scaling, slope)
     return output.reshape(query.shape), lse.reshape(query.shape[:3])
 
 

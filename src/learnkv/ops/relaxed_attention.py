@@ -12,6 +12,7 @@ from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.dispatch import Impl, resolve
 from learnkv.ops.evicted_moments import merged_attention
 from learnkv.ops.mask_gradient import mask_gradient
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 
 def relaxed_attention(
@@ -23,6 +24,7 @@ def relaxed_attention(
     tail: Tail,
     scaling: float,
     others: tuple[Tensor, Tensor] | None = None,
+    terms: SoftmaxTerms = NO_TERMS,
     *,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -46,6 +48,7 @@ def relaxed_attention(
         tail: [B*C, H, M, D], all M slots in use.
         scaling: factor on query-key products.
         others: attention [B*C, H*G, T, D] to further entries and its log-sum-exp [B*C, H*G, T], which get gradients.
+        terms: soft cap of the logits, and sinks, which get no gradient.
 
     Returns:
         [B*C, H*G, T, D].
@@ -58,7 +61,7 @@ def relaxed_attention(
         tail.values,
         *(others or (None, None)),
         (*stored, kept, tail.mask),
-        scaling,
+        (scaling, terms),
         resolve(impl),
     )
     return output
@@ -75,18 +78,25 @@ class _RelaxedAttention(torch.autograd.Function):
         other: Tensor | None,
         other_lse: Tensor | None,
         constants: tuple[tuple[Tensor, ...], tuple[Tensor, ...], Ragged, Tensor | None],
-        scaling: float,
+        logits: tuple[float, SoftmaxTerms],
         impl: Impl,
     ) -> Tensor:
-        keys, values, kept, mask = constants
-        output, lse = decode_attention(query, kept, Tail(tail_keys, tail_values, mask), scaling, impl=impl)
+        (keys, values, kept, mask), (scaling, terms) = constants, logits
+        tail = Tail(tail_keys, tail_values, mask)
+        output, lse = decode_attention(query, kept, tail, scaling, terms=terms, impl=impl)
         if other is not None and other_lse is not None:
             # A softmax over both sets: with its output and log-sum-exp the gradients below are those of the union.
             output, lse = merged_attention(output, lse, other, other_lse)
         saved = (query, output, lse, other, other_lse, tail_keys, tail_values, mask)
         ctx.save_for_backward(*saved, *kept[:4], *keys, *values)
         ctx.longest, ctx.spans = kept.longest, kept.spans
-        ctx.scaling, ctx.impl, ctx.gate_type, ctx.by_level = scaling, impl, gates.dtype, gates.dim() == 4
+        ctx.scaling, ctx.terms, ctx.impl, ctx.gate_type, ctx.by_level = (
+            scaling,
+            terms,
+            impl,
+            gates.dtype,
+            gates.dim() == 4,
+        )
         return output
 
     @staticmethod
@@ -96,7 +106,9 @@ class _RelaxedAttention(torch.autograd.Function):
         kept = Ragged(pool[0], pool[1], pool[2], pool[3], ctx.longest, ctx.spans)
         tail, levels = Tail(tail_keys, tail_values, mask), (len(pool) - 4) // 2
         results = [
-            mask_gradient(grads[0], query, output, lse, keys, values, kept, tail, ctx.scaling, impl=ctx.impl)
+            mask_gradient(
+                grads[0], query, output, lse, keys, values, kept, tail, ctx.scaling, terms=ctx.terms, impl=ctx.impl
+            )
             for keys, values in zip(pool[4 : 4 + levels], pool[4 + levels :], strict=True)
         ]
         _, query_gradient, *tails = results[0]  # these are the same for all levels

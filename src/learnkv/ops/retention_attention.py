@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms, softmax
 from learnkv.ops.window_attention import window_logits
 
 
@@ -15,6 +16,7 @@ def retention_attention(
     log_retention: Tensor,
     scaling: float,
     on: Literal["weight", "logit"] = "weight",
+    terms: SoftmaxTerms = NO_TERMS,
 ) -> Tensor:
     """Causal attention of T queries to T entries, of which entry j has faded by beta_j^(i - j) for query i.
 
@@ -27,6 +29,7 @@ def retention_attention(
         log_retention: [B, H, T] log beta, at most 0; only this has a gradient.
         scaling: factor on query-key products.
         on: what is multiplied.
+        terms: soft cap, of what is multiplied, and sinks, which do not fade.
 
     Returns:
         [B, H*G, T, D] float32, or float64 from such inputs.
@@ -41,11 +44,14 @@ def retention_attention(
             positions=place.expand(batch, heads, -1),
             valid=torch.ones(batch, heads, slots, dtype=torch.bool, device=keys.device),
             scaling=scaling,
+            terms=terms,
         )  # [B, H, G, T, T] and [B, H, T, T]
     age = (place.unsqueeze(-1) - place).clamp(min=0)
     fading = (log_retention.unsqueeze(2) * age).unsqueeze(2)  # [B, H, 1, T, T]
     visible = mask.unsqueeze(2)
     logits = logits.masked_fill(~visible, 0.0)
     faded = logits + fading if on == "weight" else logits * fading.exp()
-    weights = faded.masked_fill(~visible, -torch.inf).softmax(-1)
+    sinks = terms.of_heads(heads)
+    faded = faded.masked_fill(~visible, -torch.inf)
+    weights = softmax(faded, None if sinks is None else sinks.unsqueeze(-1))
     return (weights @ values.to(weights.dtype).unsqueeze(2)).flatten(1, 2)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms, with_sinks
+
 
 def window_attention(
     queries: Tensor,
@@ -12,6 +14,7 @@ def window_attention(
     positions: Tensor,
     valid: Tensor,
     scaling: float,
+    terms: SoftmaxTerms = NO_TERMS,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax weights [B, H, G, W, S] in float32 or better, and the mask of which query attends to which entry.
@@ -25,28 +28,38 @@ def window_attention(
         positions: [B, H, S] prompt position of each entry.
         valid: [B, H, S] bool, False where there is no entry.
         scaling: factor on query-key products.
-        lse: [B, H*G, W] log-sum-exp of every query's masked scaled products; None: computed.
+        terms: soft cap and sinks of the model.
+        lse: [B, H*G, W] log-sum-exp of every query's masked logits and its sink; None: computed.
     """
     logits, mask = window_logits(
-        queries, keys, query_positions=query_positions, positions=positions, valid=valid, scaling=scaling
+        queries, keys, query_positions=query_positions, positions=positions, valid=valid, scaling=scaling, terms=terms
     )
-    lse = logits.logsumexp(-1) if lse is None else lse.view(logits.shape[:-1])
+    if lse is None:
+        lse = with_sinks(logits.logsumexp(-1), terms.of_heads(keys.shape[1]))
+    lse = lse.view(logits.shape[:-1])
     # A query that attends to nothing has weights of 0.
     return logits.sub_(lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)).exp_(), mask
 
 
 def window_logits(
-    queries: Tensor, keys: Tensor, *, query_positions: Tensor, positions: Tensor, valid: Tensor, scaling: float
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    query_positions: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    scaling: float,
+    terms: SoftmaxTerms = NO_TERMS,
 ) -> tuple[Tensor, Tensor]:
-    """Scaled products [B, H, G, W, S] in float32 or better, -inf where masked, and the mask [B, H, W, S].
+    """Logits [B, H, G, W, S] in float32 or better, -inf where masked, and the mask [B, H, W, S].
 
-    Arguments as in `window_attention`.
+    Arguments as in `window_attention`. Sinks are no logits of entries: they are not among the result.
     """
     # In float64, float64 inputs give the truth that kernels are compared with.
     exact = torch.promote_types(keys.dtype, torch.float32)
     grouped = queries.to(exact).unflatten(1, (keys.shape[1], -1))  # [B, H, G, W, D]
     products = grouped.flatten(2, 3) @ keys.to(exact).transpose(-1, -2)  # einsum would copy strided keys
-    logits = products.mul_(scaling).unflatten(2, grouped.shape[2:4])
+    logits = terms.capped(products.mul_(scaling)).unflatten(2, grouped.shape[2:4])
     own = query_positions[:, None, :, None]
     mask = (positions.unsqueeze(2) <= own) & (own >= 0) & valid.unsqueeze(2)
     return logits.masked_fill_(~mask.unsqueeze(2), -torch.inf), mask

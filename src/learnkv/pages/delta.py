@@ -76,7 +76,7 @@ class DELTA(EntrySelector):
 
     def forward(self, lookup: Lookup, state: State) -> tuple[Tensor | None, State]:
         if lookup.layer_idx in self.full_layers:
-            scores = self.scores(lookup.logits.softmax(-1).flatten(1, 2))
+            scores = self.scores(lookup.weights.flatten(1, 2))
             count = (lookup.tokens // self.page_size).clamp(min=1)
             lookup.shared["pages"] = self.choose(scores, lookup.entries[:, 0], count)
             return None, state

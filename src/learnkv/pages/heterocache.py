@@ -12,6 +12,7 @@ from learnkv.errors import UserError
 from learnkv.formats import heterocache
 from learnkv.formats.files import locate
 from learnkv.ops.head_taxonomy import base_entries
+from learnkv.ops.softmax_terms import softmax
 
 POOLED = 5
 """Entries over which attention is averaged."""
@@ -131,10 +132,12 @@ class HeteroCache(EntrySelector):
         length = lookup.prompt_entries[:, 0]
         capacity = self.capacity(lookup.layer_idx, length, state["base"], lookup.tokens)
         stored = sorted(order) if self.loading == "original" else order
+        sinks = lookup.terms.of_heads(heads)
         for pivot, place in zip(order, stored, strict=True):
             grouped = queries.unflatten(2, (heads, -1))[:, :, pivot].float()  # [B, I, G, D]
             logits = torch.einsum("bigd,bsd->bigs", grouped, lookup.keys[:, pivot, :slots].float()) * lookup.scaling
-            weights = logits.masked_fill(~exists[:, None, None], -torch.inf).softmax(-1)
+            logits = lookup.terms.capped(logits).masked_fill(~exists[:, None, None], -torch.inf)
+            weights = softmax(logits, None if sinks is None else sinks[pivot])
             ranking = pooled(weights, exists.sum(-1, keepdim=True))  # [B, I, S]
             current = best(ranking, state["base"].unsqueeze(-1).expand(-1, self.interval))
             shared = (current & state["reference"][:, place].unsqueeze(1)).sum(-1).double()

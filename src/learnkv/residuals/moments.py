@@ -8,6 +8,7 @@ from torch import Tensor
 from learnkv.core.residual_store import Parts, ResidualStore
 from learnkv.errors import UserError
 from learnkv.ops.evicted_moments import estimated_attention, merged_moments, weighted_moments
+from learnkv.ops.softmax_terms import SoftmaxTerms
 
 
 class Moments(ResidualStore):
@@ -17,7 +18,8 @@ class Moments(ResidualStore):
     with keys. A query q with scaling s is answered by v + s C q, with the weight of n exp(s q k) beside the softmax
     denominator of the kept entries. That is a lower bound of what the entries would have weighed; with another
     implementation it was a thirteenth in the median. Adding half the variance of s q k to the exponent, as for normal
-    keys, weighs them far too much: on the reference model the KL then becomes several times as large.
+    keys, weighs them far too much: on the reference model the KL then becomes several times as large. With soft-capped
+    logits the exponent is the cap of s q k, and C is multiplied by the cap's slope there.
 
     `order: 0` has no covariance: the estimation zone of RetroInfer (arXiv 2505.02922) with one cluster per head.
     MomentKV also prefers to evict what the moments already describe; that rule is not public, and the policy's scorer
@@ -44,9 +46,9 @@ class Moments(ResidualStore):
     def _of_order(self, parts: Parts) -> Parts:
         return {name: part for name, part in parts.items() if self.order or name != "covariance"}
 
-    def attend(self, query: Tensor, parts: Parts, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, parts: Parts, scaling: float, terms: SoftmaxTerms) -> tuple[Tensor, Tensor]:
         known = (parts["count"], parts["mean_key"], parts["mean_value"], parts.get("covariance"))
-        return estimated_attention(query, *known, scaling)
+        return estimated_attention(query, *known, scaling, terms)
 
     def rounded(self, parts: Parts) -> Parts:
         most = torch.finfo(torch.float16).max

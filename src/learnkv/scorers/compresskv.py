@@ -63,6 +63,7 @@ class CompressKV(Scorer):
             positions=obs.positions[:, kv_heads],
             valid=obs.valid[:, kv_heads],
             scaling=obs.scaling,
+            terms=obs.terms.of_query_heads(chosen),
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             window_reduce="sum",

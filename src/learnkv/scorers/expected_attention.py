@@ -8,6 +8,7 @@ from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.formats import tensors
 from learnkv.formats.files import locate
+from learnkv.ops.softmax_terms import softmax
 from learnkv.scorers.query_moments import QueryMoments
 
 
@@ -20,7 +21,8 @@ class ExpectedAttention(Scorer):
     * |v_j|_2. The first `sinks` entries take no part and come before all others; recent ones are not favoured.
 
     In kvpress the mean is over all prompt queries but the first four, and epsilon is 0; its evaluations use 0.01 under
-    AdaKV, and no value norm under CriticalKV, which has one of its own.
+    AdaKV, and no value norm under CriticalKV, which has one of its own. A softmax with learned attention sinks has them
+    here, too. Of soft-capped logits exp has no expectation in closed form: only the mean query can be scored with.
 
     Args:
         future: number of positions after the prompt whose rotations are averaged.
@@ -61,6 +63,11 @@ class ExpectedAttention(Scorer):
             self.measured = tensors.read(locate(moments, "query_moments.safetensors"), tensors.MOMENTS)
 
     def forward(self, obs: Observation) -> Tensor:
+        if self.covariance and obs.terms.softcap is not None:
+            raise UserError(
+                "ExpectedAttention: the expectation over queries has no closed form with soft-capped logits, expected "
+                "covariance=false"
+            )
         mean, covariance = self.future_queries(obs)
         heads = obs.keys.shape[1]
         keys = obs.keys.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0)
@@ -71,7 +78,8 @@ class ExpectedAttention(Scorer):
                 turned = keys @ spread[:, :, member]
                 logits[:, :, member] += obs.scaling**2 / 2 * (turned * keys).sum(-1)
         among = (obs.valid & (obs.positions >= self.sinks)).unsqueeze(2)
-        scores = logits.masked_fill(~among, -torch.inf).softmax(-1).masked_fill(~among, 0.0).mean(2)
+        logits = obs.terms.capped(logits).masked_fill(~among, -torch.inf)
+        scores = softmax(logits, obs.terms.of_heads(heads)).masked_fill(~among, 0.0).mean(2)
         if self.value_norm:
             scores = (scores + self.epsilon) * obs.values.float().masked_fill(~obs.valid.unsqueeze(-1), 0.0).norm(
                 dim=-1

@@ -69,4 +69,5 @@ class H2O(Scorer):
             positions=obs.positions,
             valid=obs.valid,
             scaling=obs.scaling,
+            terms=obs.terms,
         )

@@ -40,6 +40,7 @@ class LAVa(Scorer):
             positions=obs.positions,
             valid=obs.valid,
             scaling=obs.scaling,
+            terms=obs.terms,
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             group_reduce="max",

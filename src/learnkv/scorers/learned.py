@@ -132,6 +132,7 @@ class LearnedScorer(Residual):
             positions=obs.positions,
             valid=obs.valid,
             scaling=obs.scaling,
+            terms=obs.terms,
             kernel_size=1,
             group_reduce="none",
         )

@@ -20,6 +20,7 @@ class ReceivedAttention(Statistic):
             positions=chunk.positions,
             valid=chunk.valid,
             scaling=chunk.scaling,
+            terms=chunk.terms,
         ).transpose(2, 3)
         if gathered is not None:
             received[:, :, : gathered.shape[2]] += gathered

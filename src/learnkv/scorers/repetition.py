@@ -85,6 +85,7 @@ class Repetition(PromptPass):
             positions=positions,
             valid=among.unsqueeze(1).expand_as(positions),
             scaling=obs.scaling,
+            terms=obs.terms,
             reduce="max",
             query_weight=self._query_weight(obs, tokens),
         )  # [B, H, G, J]

@@ -3,13 +3,13 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.ops.pool_apart import pool_apart
+from learnkv.ops.softmax_terms import softmax
 
 _ROWS = 256
 
@@ -19,10 +19,11 @@ class RKV(Scorer):
 
     score_j = mix_lambda * pool_max(attention_j) - (1 - mix_lambda) * softmax_j(mean_i sim_ij), sim the cosines between
     the keys of a head. The largest logit of a kv head's query heads goes into a softmax over the entries before the
-    window, averaged over the window's queries. Entries are not redundant to themselves, nor to one key that they
-    resemble (cosine above `threshold`), so that of several copies one stays: the last (`keep_copy`), or, as the code
-    does under the name `first`, the prompt's first entry, whatever it resembles. The paper weighs attention with 0.1
-    and compresses what was generated; the authors' code has 0.07, the default here.
+    window, averaged over the window's queries; of learned attention sinks the largest, too. Entries are not redundant
+    to themselves, nor to one key that they resemble (cosine above `threshold`), so that of several copies one stays:
+    the last (`keep_copy`), or, as the code does under the name `first`, the prompt's first entry, whatever it
+    resembles. The paper weighs attention with 0.1 and compresses what was generated; the authors' code has 0.07, the
+    default here.
 
     Args:
         window: number of last queries.
@@ -62,12 +63,15 @@ class RKV(Scorer):
         """[B, H, S]; the window's own entries have their part in a softmax over all entries up to a query."""
         grouped = obs.queries[:, :, -self.window :].float().unflatten(1, (obs.keys.shape[1], -1))
         logits = torch.einsum("bhgwd,bhsd->bhgws", grouped, obs.keys.float()).amax(2) * obs.scaling
+        logits, sinks = obs.terms.capped(logits), obs.terms.of_heads(obs.keys.shape[1])
+        if sinks is not None:
+            sinks = sinks.amax(1, keepdim=True)  # [H, 1, 1]
         queries = obs.query_positions[:, -self.window :]  # [B, W]
         sees = (obs.positions.unsqueeze(2) <= queries[:, None, :, None]) & obs.valid.unsqueeze(2)
         sees = sees & (queries >= 0)[:, None, :, None]
         inside = obs.in_window(self.window)
         weights = torch.where(
-            inside.unsqueeze(2), _softmax(logits, sees), _softmax(logits, sees & ~inside.unsqueeze(2))
+            inside.unsqueeze(2), _softmax(logits, sees, sinks), _softmax(logits, sees & ~inside.unsqueeze(2), sinks)
         )
         attention = weights.sum(2) / sees.sum(2).clamp(min=1)
         return pool_apart(attention, inside, obs.valid, self.kernel_size, "max")
@@ -90,6 +94,6 @@ class RKV(Scorer):
         return _softmax(mean, obs.valid)
 
 
-def _softmax(logits: Tensor, among: Tensor) -> Tensor:
+def _softmax(logits: Tensor, among: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Over those `among` only, 0 elsewhere."""
-    return F.softmax(logits.masked_fill(~among, -torch.inf), -1).masked_fill(~among, 0.0)
+    return softmax(logits.masked_fill(~among, -torch.inf), sinks).masked_fill(~among, 0.0)

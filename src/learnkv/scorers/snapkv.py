@@ -59,6 +59,7 @@ class SnapKV(Scorer):
             positions=obs.positions,
             valid=obs.valid,
             scaling=obs.scaling,
+            terms=obs.terms,
             kernel_size=self.kernel_size,
             pooling=self.pooling,
             window_reduce=self.window_reduce,

@@ -13,6 +13,7 @@ from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.stored_prompt import stored_prompt
 from learnkv.core.observation import Observation
 from learnkv.core.plan import Plan
+from learnkv.ops.softmax_terms import with_sinks
 from learnkv.ops.window_attention import window_logits
 from learnkv.policy.policy import Policy
 from learnkv.precision.learned import LearnedPrecision
@@ -99,8 +100,9 @@ def _layer_distortion(layer: CompressedLayer, precision: LearnedPrecision, idx: 
 def _logits(obs: Observation, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Scaled products [B, H, G*W, S] of the last queries, and their log-sum-exp [B, H, G*W, 1]."""
     parts = {"query_positions": obs.query_positions, "positions": obs.positions, "valid": obs.valid}
-    logits = window_logits(obs.queries, keys, **parts, scaling=obs.scaling)[0].flatten(2, 3)
-    lse = logits.logsumexp(-1, keepdim=True)
+    logits = window_logits(obs.queries, keys, **parts, scaling=obs.scaling, terms=obs.terms)[0].flatten(2, 3)
+    sinks = obs.terms.of_rows(1, keys.shape[1], obs.queries.shape[2])
+    lse = with_sinks(logits.logsumexp(-1, keepdim=True), sinks)
     return logits, lse.masked_fill(lse == -torch.inf, torch.inf)  # padding attends to nothing
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from learnkv.ops.dispatch import Impl, implementation
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 
 def attention_columns(
@@ -15,6 +16,7 @@ def attention_columns(
     positions: Tensor,
     valid: Tensor,
     scaling: float,
+    terms: SoftmaxTerms = NO_TERMS,
     reduce: Literal["sum", "max"] = "sum",
     query_weight: Tensor | None = None,
     impl: Impl = "auto",
@@ -31,6 +33,7 @@ def attention_columns(
         positions: [B, H, S] prompt position of each entry.
         valid: [B, H, S] bool, False where there is no entry.
         scaling: factor on query-key products.
+        terms: soft cap and sinks of the model.
         reduce: over the queries.
         query_weight: [B, T] float32, not negative, multiplies a query's attention; None: 1.
     """
@@ -42,6 +45,7 @@ def attention_columns(
         positions=positions,
         valid=valid,
         scaling=scaling,
+        terms=terms,
         reduce=reduce,
         query_weight=query_weight,
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.dispatch import Impl, implementation
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 
 def decode_attention(
@@ -15,6 +16,7 @@ def decode_attention(
     scaling: float,
     pages: Pages | None = None,
     tiers: Sequence[Tier] = (),
+    terms: SoftmaxTerms = NO_TERMS,
     *,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -28,6 +30,7 @@ def decode_attention(
         pages: for T = 1, the pages that are read; None: everything is read.
         tiers: further kept entries of the same rows, stored in fewer bits; without pages. The kernel reads tiers that
             share one tensor `key_basis` and one `value_basis`; others are read by the reference.
+        terms: soft cap of all logits, and sinks, which join every query's softmax and its log-sum-exp once.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
@@ -36,7 +39,7 @@ def decode_attention(
     assert pages is None or not tiers, "pages are of entries at full precision"
     inputs = (query, kept.keys, kept.values, tail.keys, tail.values, *_tensors(tiers))
     chosen = implementation("decode_attention", impl, ("reference", "triton"), *inputs, lacks=_lacks(tiers))
-    output, lse = chosen.decode_attention(query, kept, tail, scaling, pages, tiers)
+    output, lse = chosen.decode_attention(query, kept, tail, scaling, pages, tiers, terms)
     return output, lse
 
 

@@ -14,6 +14,7 @@ from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.basis import rotated
 from learnkv.ops.device import upload
 from learnkv.ops.quantize import Quantized, dequantize
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms, with_sinks
 from learnkv.ops.tail_slots import tail_slots
 
 _WORTH_A_CALL = 8192
@@ -21,22 +22,29 @@ _WORTH_A_CALL = 8192
 
 
 def decode_attention(
-    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None, tiers: Sequence[Tier] = ()
+    query: Tensor,
+    kept: Ragged,
+    tail: Tail,
+    scaling: float,
+    pages: Pages | None,
+    tiers: Sequence[Tier] = (),
+    terms: SoftmaxTerms = NO_TERMS,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` in PyTorch."""
     if pages is not None:
-        return _paged_attention(query, kept, tail, scaling, pages)
+        return _paged_attention(query, kept, tail, scaling, pages, terms)
     batch, query_heads, new, dim = query.shape
     rows = batch * tail.keys.shape[1]
     # In float64, float64 inputs give the truth that kernels are compared with.
     exact = torch.promote_types(query.dtype, torch.float32)
     packed = query.reshape(rows, -1, dim)
-    past, past_lse = _segment_attention(packed, kept, scaling, exact)
+    past, past_lse = _segment_attention(packed, kept, scaling, exact, terms)
     for tier in tiers:
-        past, past_lse = _merged(past, past_lse, *_tier_attention(packed, tier, scaling, exact))
-    logits = _products(packed, tail.keys.reshape(rows, -1, dim), scaling, exact)
+        past, past_lse = _merged(past, past_lse, *_tier_attention(packed, tier, scaling, exact, terms))
+    logits = terms.capped(_products(packed, tail.keys.reshape(rows, -1, dim), scaling, exact))
     logits, tail_values = _masked(logits, tail, new)
     lse = torch.logaddexp(past_lse, logits.logsumexp(-1, keepdim=True))
+    lse = with_sinks(lse, terms.of_rows(batch, tail.keys.shape[1], new))
     floor = lse.masked_fill(lse == float("-inf"), 0)
     weight = (logits - floor).exp().to(query.dtype)
     output = past * (past_lse - floor).exp() + weight @ tail_values.reshape(rows, -1, dim)
@@ -47,7 +55,9 @@ def _products(query: Tensor, keys: Tensor, scaling: float, exact: torch.dtype) -
     return torch.baddbmm(query.new_zeros(()), query, keys.transpose(1, 2), beta=0, alpha=scaling).to(exact)
 
 
-def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+def _segment_attention(
+    packed: Tensor, kept: Ragged, scaling: float, exact: torch.dtype, terms: SoftmaxTerms
+) -> tuple[Tensor, Tensor]:
     """Attention [R, G*T, D] of packed queries to the segments alone, and its log-sum-exp [R, G*T, 1]."""
     spans, device, dim = kept.host_spans(), packed.device, packed.shape[-1]
     assert all(length <= kept.longest for _, length in spans)
@@ -60,7 +70,7 @@ def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torc
         if first in short:
             continue
         keys, values = (strided(pool, rows, *view) for pool in (kept.keys, kept.values))
-        logits = _products(packed[first : first + rows], keys, scaling, exact)
+        logits = terms.capped(_products(packed[first : first + rows], keys, scaling, exact))
         sums.append(logits.logsumexp(-1, keepdim=True))
         outputs.append(logits.softmax(-1).to(packed.dtype) @ values)
         order += range(first, first + rows)
@@ -70,7 +80,8 @@ def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torc
             pool.index_select(0, entry.flatten()).view(*entry.shape, dim) for pool in (kept.keys, kept.values)
         )
         queries = packed if len(short) == len(spans) else packed[upload(short, device)]
-        logits = _products(queries, keys, scaling, exact).masked_fill(absent.unsqueeze(1), float("-inf"))
+        logits = terms.capped(_products(queries, keys, scaling, exact))
+        logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
         sums.append(logits.logsumexp(-1, keepdim=True))
         outputs.append(logits.softmax(-1).to(packed.dtype) @ values)
         order += short
@@ -82,12 +93,14 @@ def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torc
     return output[back], lse[back]
 
 
-def _tier_attention(packed: Tensor, tier: Tier, scaling: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+def _tier_attention(
+    packed: Tensor, tier: Tier, scaling: float, exact: torch.dtype, terms: SoftmaxTerms
+) -> tuple[Tensor, Tensor]:
     """As `_segment_attention`, to the entries of a tier, which are decoded for it."""
     dim = packed.shape[-1]
     keys, values = (decoded(part, dim).to(packed.dtype) for part in (tier.keys, tier.values))
     rows = Ragged(keys, values, tier.offset.long(), tier.length.long(), tier.longest, tier.host_spans())
-    output, lse = _segment_attention(rotated(packed, tier.key_basis), rows, scaling, exact)
+    output, lse = _segment_attention(rotated(packed, tier.key_basis), rows, scaling, exact, terms)
     return rotated(output, None if tier.value_basis is None else tier.value_basis.mT), lse
 
 
@@ -150,7 +163,9 @@ def strided(pool: Tensor, rows: int, offset: int, distance: int, length: int) ->
     )
 
 
-def _paged_attention(query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages) -> tuple[Tensor, Tensor]:
+def _paged_attention(
+    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages, terms: SoftmaxTerms
+) -> tuple[Tensor, Tensor]:
     """Attention of one token to the entries of the pages; each list is read by G query heads or by one."""
     batch, heads, slots, dim = tail.keys.shape
     exact = torch.promote_types(query.dtype, torch.float32)
@@ -171,9 +186,10 @@ def _paged_attention(query: Tensor, kept: Ragged, tail: Tail, scaling: float, pa
         return torch.where(in_tail, new, pool[source]) if len(pool) else new
 
     keys, values = read(kept.keys, tail.keys), read(kept.values, tail.values)
-    logits = (query.view(lists, -1, dim) @ keys.transpose(-1, -2)).to(exact) * scaling
+    logits = terms.capped((query.view(lists, -1, dim) @ keys.transpose(-1, -2)).to(exact) * scaling)
     logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
-    lse = logits.logsumexp(-1, keepdim=True)
+    sinks = None if terms.sinks is None else terms.sinks.expand(batch, -1).reshape(lists, -1, 1)
+    lse = with_sinks(logits.logsumexp(-1, keepdim=True), sinks)
     weight = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp().to(query.dtype)
     output = weight @ values.masked_fill(~valid.unsqueeze(-1), 0)
     return output.view(query.shape), lse.view(query.shape[:3])

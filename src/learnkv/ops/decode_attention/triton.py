@@ -21,14 +21,21 @@ from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.basis import rotated
 from learnkv.ops.device import processors
 from learnkv.ops.quantize.triton import MAGIC, load_codes, packed_words
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
+from learnkv.ops.softmax_terms.triton import cap, first_logits, kernel_terms
 from learnkv.ops.tail_slots import tail_slots
 
-_LOG2E = 1.4426950408889634
 _PROGRAMS_PER_PROCESSOR = 2  # two of them fit into shared memory, and one wave leaves nothing to schedule
 
 
 def decode_attention(
-    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None, tiers: Sequence[Tier] = ()
+    query: Tensor,
+    kept: Ragged,
+    tail: Tail,
+    scaling: float,
+    pages: Pages | None,
+    tiers: Sequence[Tier] = (),
+    terms: SoftmaxTerms = NO_TERMS,
 ) -> tuple[Tensor, Tensor]:
     """`decode_attention` in Triton."""
     batch, query_heads, new, dim = query.shape
@@ -89,7 +96,7 @@ def decode_attention(
         lse,
         partial,
         partial_lse,
-        scaling * _LOG2E,
+        *kernel_terms(terms, scaling),
         MAGIC,
         rows,
         slots,
@@ -251,6 +258,7 @@ def _attend_tier(
     begin,
     end,
     scale,
+    softcap,
     magic,
     top,
     mass,
@@ -285,6 +293,7 @@ def _attend_tier(
         next_v = _load_steps(tier[5], tier[6], segment + ahead, ahead + n < entries, VALUE_BITS, BLOCK_N)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (k_step * scale)[None, :]
         scores += query_sum[:, None] * (k_low * scale)[None, :]
+        scores = cap(scores, softcap)
         scores = tl.where(valid[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -302,6 +311,16 @@ def _attend_tier(
         k_step, k_low = next_k
         v_step, v_low = next_v
     return top, mass, acc, shift
+
+
+@triton.jit
+def _begin(sinks, query_head, valid, is_first, BLOCK_M: tl.constexpr):
+    """Largest logit and mass before a program's part of a row: the sink is in the part that begins the row."""
+    top, mass = first_logits(sinks, query_head, valid, BLOCK_M)
+    if sinks is not None:
+        top = tl.where(is_first, top, float("-inf"))
+        mass = tl.where(is_first, mass, 0.0)
+    return top, mass
 
 
 @triton.jit(do_not_specialize=["tail", "listed"])
@@ -326,6 +345,8 @@ def _attend(
     partial,
     partial_lse,
     scale,
+    softcap,
+    sinks,
     magic,
     rows,
     tail,
@@ -390,8 +411,7 @@ def _attend(
         for tier in tl.static_range(TIERS):
             count += tl.cdiv(tl.load(lengths[tier] + pool_row).to(tl.int32), BLOCK_N)
 
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        mass = tl.zeros([BLOCK_M], tl.float32)
+        top, mass = _begin(sinks, head * (packed // new) + m // new, m < packed, current == first, BLOCK_M)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for block in range(current - first, tl.minimum(stop - first, plain)):
             if PAGE:
@@ -431,7 +451,7 @@ def _attend(
                 mask_row = tail_mask + batch.to(tl.int64) * mask_stride[0]
                 mask_row += (token * mask_stride[2])[:, None] + (slot * mask_stride[3])[None, :]
                 attended = valid[None, :] & (~in_tail | tl.load(mask_row, in_mask, other=0))
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = cap(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap)
             scores = tl.where(attended, scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)
@@ -462,6 +482,7 @@ def _attend(
                     tl.maximum(current - first - before, 0),
                     tl.minimum(stop - first - before, own),
                     scale,
+                    softcap,
                     magic,
                     tiers_top,
                     tiers_mass,

@@ -10,14 +10,22 @@ from torch.autograd.function import once_differentiable
 
 from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.mask_gradient import mask_gradient
+from learnkv.ops.softmax_terms import SoftmaxTerms
+from learnkv.ops.softmax_terms.triton import cap, first_logits, kernel_terms
 
-_LOG2E = 1.4426950408889634
 
-
-def gated_attention(query: Tensor, keys: Tensor, values: Tensor, gates: Tensor, tail: Tail, scaling: float) -> Tensor:
+def gated_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gates: Tensor,
+    tail: Tail,
+    scaling: float,
+    terms: SoftmaxTerms,
+) -> Tensor:
     """`gated_attention` in Triton."""
     output: Tensor = _GatedAttention.apply(
-        query, gates, tail.keys, tail.values, keys.contiguous(), values.contiguous(), tail.mask, scaling
+        query, gates, tail.keys, tail.values, keys.contiguous(), values.contiguous(), tail.mask, scaling, terms
     )
     return output
 
@@ -34,10 +42,12 @@ class _GatedAttention(torch.autograd.Function):
         values: Tensor,
         tail_mask: Tensor | None,
         scaling: float,
+        terms: SoftmaxTerms,
     ) -> Tensor:
-        output, lse = _forward(query, keys, values, gates, Tail(tail_keys, tail_values, tail_mask), scaling)
+        tail = Tail(tail_keys, tail_values, tail_mask)
+        output, lse = _forward(query, keys, values, gates, tail, scaling, terms)
         ctx.save_for_backward(query, gates, tail_keys, tail_values, keys, values, tail_mask, output, lse)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.terms = scaling, terms
         return output
 
     @staticmethod
@@ -60,13 +70,14 @@ class _GatedAttention(torch.autograd.Function):
             Tail(tail_keys, tail_values, tail_mask),
             ctx.scaling,
             gates.contiguous().view(-1),
+            ctx.terms,
             impl="triton",
         )
-        return query_gradient, mask.to(gates.dtype), *tails, None, None, None, None
+        return query_gradient, mask.to(gates.dtype), *tails, None, None, None, None, None
 
 
 def _forward(
-    query: Tensor, keys: Tensor, values: Tensor, gates: Tensor, tail: Tail, scaling: float
+    query: Tensor, keys: Tensor, values: Tensor, gates: Tensor, tail: Tail, scaling: float, terms: SoftmaxTerms
 ) -> tuple[Tensor, Tensor]:
     """Output [B*C, H*G, T, D] and log-sum-exp [B*C, H*G, T]."""
     rows, query_heads, new, dim = query.shape
@@ -92,7 +103,7 @@ def _forward(
         mask,
         output,
         lse,
-        scaling * _LOG2E,
+        *kernel_terms(terms, scaling),
         slots,
         rows // batch,
         tail_slots,
@@ -113,13 +124,13 @@ def _forward(
 
 
 @triton.jit
-def _softmax_step(q, keys, values, source, present, bias, top, mass, acc, scale, UPCAST: tl.constexpr):
+def _softmax_step(q, keys, values, source, present, bias, top, mass, acc, scale, softcap, UPCAST: tl.constexpr):
     """Take one block of entries, whose scores get `bias`, into the running softmax."""
     k = tl.load(keys + source, present, other=0)
     v = tl.load(values + source, present, other=0)
     if UPCAST:
         k, v = k.to(tl.float32), v.to(tl.float32)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias
+    scores = cap(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap) + bias
     higher = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)
     weight = tl.exp2(scores - base[:, None])
@@ -140,6 +151,8 @@ def _attend_gated(
     output,
     lse,
     scale,
+    softcap,
+    sinks,
     slots,
     copies,
     tail,
@@ -170,15 +183,14 @@ def _attend_gated(
         q = q.to(tl.float32)
 
     first = (batch // copies * HEADS + head) * slots
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_M], tl.float32)
+    top, mass = first_logits(sinks, head * (packed // new) + m // new, is_query, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for begin in range(0, slots, BLOCK_N):
         valid = begin + n < slots
         bias = tl.log2(tl.load(gates + first + begin + n, valid, other=0).to(tl.float32))[None, :]
         source = (first + begin) * DIM + n[:, None] * DIM + d[None, :]
         present = valid[:, None] & (d < DIM)[None, :]
-        top, mass, acc = _softmax_step(q, keys, values, source, present, bias, top, mass, acc, scale, UPCAST)
+        top, mass, acc = _softmax_step(q, keys, values, source, present, bias, top, mass, acc, scale, softcap, UPCAST)
     recent = batch * strides[1][0] + head * strides[1][1]
     for begin in range(0, tail, BLOCK_N):
         slot = begin + n
@@ -192,7 +204,9 @@ def _attend_gated(
         bias = tl.where(attended & valid[None, :], 0.0, float("-inf"))
         source = recent + slot[:, None] * DIM + d[None, :]
         present = valid[:, None] & (d < DIM)[None, :]
-        top, mass, acc = _softmax_step(q, tail_keys, tail_values, source, present, bias, top, mass, acc, scale, UPCAST)
+        top, mass, acc = _softmax_step(
+            q, tail_keys, tail_values, source, present, bias, top, mass, acc, scale, softcap, UPCAST
+        )
     acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
     log_mass = tl.where(mass == 0, float("-inf"), top + tl.log2(tl.where(mass == 0, 1.0, mass)))
     target = row.to(tl.int64) * packed + m

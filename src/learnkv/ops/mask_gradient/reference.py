@@ -6,6 +6,7 @@ from torch import Tensor
 from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.decode_attention.reference import causal_tail, row_views, strided
 from learnkv.ops.mask_gradient import OVERFLOW_CLIP
+from learnkv.ops.softmax_terms import SoftmaxTerms, at_least, times
 
 
 def mask_gradient(
@@ -19,6 +20,7 @@ def mask_gradient(
     tail: Tail,
     scaling: float,
     kept_gates: Tensor | None,
+    terms: SoftmaxTerms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`mask_gradient` in PyTorch."""
     rows, query_heads, new, dim = query.shape
@@ -36,10 +38,12 @@ def mask_gradient(
     tail_keys, tail_values = (part.to(exact).reshape(-1, slots, dim) for part in (tail.keys, tail.values))
     mask = tail.mask if tail.mask is not None else causal_tail(new, slots, query.device)
     mask = mask.expand(rows, 1, new, slots).unsqueeze(2).expand(rows, heads, packed // new, new, slots)
-    scores = (scaled_query @ tail_keys.mT).masked_fill(~mask.reshape(-1, packed, slots), -torch.inf)
-    top = scores.amax(-1, keepdim=True)
+    scores = terms.capped(scaled_query @ tail_keys.mT)
+    capped_slope = terms.slope(scores)
+    scores = scores.masked_fill(~mask.reshape(-1, packed, slots), -torch.inf)
+    top = at_least(scores.amax(-1, keepdim=True), terms.of_rows(rows, heads, new))
     weight = (scores - log_mass).exp()
-    slope = weight * (pull @ tail_values.mT - delta)
+    slope = times(weight * (pull @ tail_values.mT - delta), capped_slope)
     query_gradient = slope @ tail_keys
     tail_gradients = [(slope.mT @ scaled_query).view(tail.keys.shape), (weight.mT @ pull).view(tail.values.shape)]
 
@@ -48,17 +52,19 @@ def mask_gradient(
             continue
         own = slice(first, first + count)
         kept_keys, kept_values = (strided(pool, count, *view).to(exact) for pool in (kept.keys, kept.values))
-        scores = scaled_query[own] @ kept_keys.mT
+        scores = terms.capped(scaled_query[own] @ kept_keys.mT)
+        capped_slope = terms.slope(scores)
         if kept_gates is not None:
             scores += strided(kept_gates.unsqueeze(-1), count, *view).to(exact).log().mT
         top[own] = torch.maximum(top[own], scores.amax(-1, keepdim=True))
         weight = scores.sub_(log_mass[own]).exp_()
-        query_gradient[own] += (weight * (pull[own] @ kept_values.mT - delta[own])) @ kept_keys
+        slope = times(weight * (pull[own] @ kept_values.mT - delta[own]), capped_slope)
+        query_gradient[own] += slope @ kept_keys
 
     def by_prompt(tensor: Tensor) -> Tensor:
         return tensor.view(batch, -1, heads, packed, tensor.shape[-1]).transpose(1, 2).flatten(2, 3)
 
-    scores = by_prompt(scaled_query) @ keys.to(exact).mT
+    scores = terms.capped(by_prompt(scaled_query) @ keys.to(exact).mT)
     weight = torch.minimum(scores, by_prompt(top + OVERFLOW_CLIP), out=scores).sub_(by_prompt(log_mass)).exp_()
     gradient = ((weight.mT @ by_prompt(pull)) * values).sum(-1) - (weight.mT @ by_prompt(delta)).squeeze(-1)
     query_gradient = query_gradient.mul_(scaling).to(query.dtype).view(query.shape)

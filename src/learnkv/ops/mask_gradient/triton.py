@@ -10,6 +10,8 @@ from torch import Tensor
 
 from learnkv.ops.arguments import Ragged, Tail
 from learnkv.ops.mask_gradient import OVERFLOW_CLIP
+from learnkv.ops.softmax_terms import SoftmaxTerms
+from learnkv.ops.softmax_terms.triton import cap, first_logits, kernel_terms, steepen
 
 _LOG2E = 1.4426950408889634
 
@@ -25,6 +27,7 @@ def mask_gradient(
     tail: Tail,
     scaling: float,
     kept_gates: Tensor | None,
+    terms: SoftmaxTerms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`mask_gradient` in Triton."""
     rows, query_heads, new, dim = query.shape
@@ -40,7 +43,8 @@ def mask_gradient(
         tail_keys, tail_values = tail_keys.contiguous(), tail_values.contiguous()
     mask = None if tail_mask is None else tail_mask.expand(rows, 1, new, tail_slots)
 
-    by_query, by_entry, by_slot = (_tiles(packed, dim, query.element_size(), outputs) for outputs in (1, 0, 2))
+    capped = terms.softcap is not None
+    by_query, by_entry, by_slot = (_tiles(packed, dim, query.element_size(), outputs, capped) for outputs in (1, 0, 2))
     shared = {
         "HEADS": heads,
         "DIM": dim,
@@ -49,7 +53,8 @@ def mask_gradient(
     }
     queries = (grad, query)
     recent = (tail_keys, tail_values, mask)
-    sizes = (scaling * _LOG2E, tail_slots, new, packed)
+    scale, softcap, sinks = kernel_terms(terms, scaling)
+    sizes = (scale, softcap, tail_slots, new, packed)
     strides = (grad.stride(), query.stride(), tail_keys.stride(), None if mask is None else mask.stride())
     query_gradient = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     ceiling, delta = (torch.empty(lse.shape, dtype=torch.float32, device=query.device) for _ in range(2))
@@ -61,6 +66,7 @@ def mask_gradient(
         kept.keys,
         kept.values,
         kept_gates,
+        sinks,
         kept.offset,
         kept.length,
         *recent,
@@ -85,7 +91,8 @@ def mask_gradient(
         keys,
         values,
         gradient,
-        scaling * _LOG2E,
+        scale,
+        softcap,
         slots,
         rows // batch,
         new,
@@ -111,14 +118,18 @@ def mask_gradient(
     return gradient, query_gradient, tail_gradients[0], tail_gradients[1]
 
 
-def _tiles(packed: int, dim: int, element_size: int, outputs: int) -> dict[str, int]:
+def _tiles(packed: int, dim: int, element_size: int, outputs: int, capped: bool) -> dict[str, int]:
     """Tile sizes and launch options of a kernel that gathers `outputs` tiles of vectors: what stays in registers."""
     block_d = max(triton.next_power_of_2(dim), 16)
     wide = block_d > 128 or element_size == 4
+    small = wide or outputs * block_d >= 256 or (capped and outputs == 2)  # slopes take as much room as weights
+    many = wide or outputs * block_d >= 128
+    if capped and not wide and block_d <= 64:
+        many = outputs == 1
     return {
-        "BLOCK_M": min(max(triton.next_power_of_2(packed), 16), 32 if wide or outputs * block_d >= 256 else 64),
+        "BLOCK_M": min(max(triton.next_power_of_2(packed), 16), 32 if small else 64),
         "BLOCK_N": 32 if wide else 64,
-        "num_warps": 8 if wide or outputs * block_d >= 128 else 4,
+        "num_warps": 8 if many else 4,
         "num_stages": 2,
     }
 
@@ -153,6 +164,7 @@ def _query_gradient(
     keys,
     values,
     gates,
+    sinks,
     offset,
     length,
     tail_keys,
@@ -162,6 +174,7 @@ def _query_gradient(
     ceiling,
     delta,
     scale,
+    softcap,
     tail,
     new,
     packed,
@@ -199,7 +212,7 @@ def _query_gradient(
     first = tl.load(offset + row).to(tl.int64)
     recent = batch * strides[2][0] + head * strides[2][1]
     tile = n[:, None] * DIM + d[None, :]
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    top, _ = first_logits(sinks, head * (packed // new) + m // new, is_query, BLOCK_M)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for block in range(0, kept_blocks + tl.cdiv(tail, BLOCK_N)):
         in_tail = block >= kept_blocks
@@ -220,7 +233,8 @@ def _query_gradient(
             attended = valid[None, :] & (
                 ~in_tail | tl.load(mask_entry, in_tail & valid[None, :] & is_query[:, None], other=0)
             )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        capped = cap(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap)
+        scores = capped
         if GATED:
             gate = tl.load(gates + first + slot, valid & ~in_tail, other=1).to(tl.float32)
             scores += tl.log2(gate)[None, :]
@@ -228,6 +242,7 @@ def _query_gradient(
         top = tl.maximum(top, tl.max(scores, 1))
         weight = tl.exp2(scores - log_mass[:, None])
         slope = weight * (tl.dot(g, tl.trans(v), input_precision="ieee") - back[:, None])
+        slope = steepen(slope, capped, softcap)
         acc = tl.dot(slope.to(k.dtype), k, acc, input_precision="ieee")
     tl.store(query_gradient + where, (acc * scaling).to(query_gradient.dtype.element_ty), inside)
     tl.store(ceiling + index, top + clip, is_query)
@@ -245,6 +260,7 @@ def _entry_gradient(
     values,
     gradient,
     scale,
+    softcap,
     slots,
     copies,
     new,
@@ -281,7 +297,8 @@ def _entry_gradient(
         log_mass = _log_mass(lse, index, is_query)
         highest = tl.load(ceiling + index, is_query, other=0)
         back = tl.load(delta + index, is_query, other=0)
-        scores = tl.minimum(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, highest[None, :])
+        scores = cap(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, softcap)
+        scores = tl.minimum(scores, highest[None, :])
         weight = tl.exp2(scores - log_mass[None, :])
         acc += tl.sum(weight * (tl.dot(v, tl.trans(g), input_precision="ieee") - back[None, :]), 1)
     tl.store(gradient + row.to(tl.int64) * slots + slot, acc, valid)
@@ -299,6 +316,7 @@ def _slot_gradient(
     keys_gradient,
     values_gradient,
     scale,
+    softcap,
     tail,
     new,
     packed,
@@ -341,9 +359,10 @@ def _slot_gradient(
                 tail_mask + batch * strides[3][0] + (slot * strides[3][3])[:, None] + (token * strides[3][2])[None, :]
             )
             attended = tl.load(mask_entry, valid[:, None] & is_query[None, :], other=0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        scores = cap(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, softcap)
         weight = tl.exp2(tl.where(attended, scores, float("-inf")) - log_mass[None, :])
         slope = weight * (tl.dot(v, tl.trans(g), input_precision="ieee") - back[None, :])
+        slope = steepen(slope, scores, softcap)
         values_acc = tl.dot(weight.to(g.dtype), g, values_acc, input_precision="ieee")
         keys_acc = tl.dot(slope.to(q.dtype), q, keys_acc, input_precision="ieee")
     where = (row.to(tl.int64) * tail + slot)[:, None] * DIM + d[None, :]

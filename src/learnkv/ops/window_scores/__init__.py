@@ -7,6 +7,7 @@ from torch import Tensor
 from learnkv.ops.dispatch import Impl, implementation
 from learnkv.ops.pool_apart import Pooling
 from learnkv.ops.reduce_group import GroupReduce
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 WindowReduce = Literal["mean", "sum"]
 
@@ -24,6 +25,7 @@ def window_scores(
     window_reduce: WindowReduce = "mean",
     group_reduce: GroupReduce | Literal["none"] = "mean",
     group_first: bool = True,
+    terms: SoftmaxTerms = NO_TERMS,
     lse: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -45,15 +47,13 @@ def window_scores(
         queries: [B, H*G, W, D] after RoPE; query heads h*G .. h*G+G-1 read kv head h.
         keys: [B, H, S, D] after RoPE, slots in position order.
         query_positions: [B, W] prompt position of each query, negative where it is padding.
-        positions: [B, H, S] prompt position of each entry.
-        valid: [B, H, S] bool, False where there is no entry.
-        scaling: factor on query-key products.
+        positions, valid: [B, H, S] prompt position of each entry; False where there is none.
+        scaling, terms: factor on query-key products; soft cap and sinks of the model.
         kernel_size, pooling: mean or maximum over an odd number of slots.
         window_reduce: mean or sum over the queries of the window.
         group_reduce: mean, maximum or sum over the query heads of a kv head; none: no reduction.
         group_first: reduce heads before pooling slots.
-        lse: [B, H*G, W] log-sum-exp of every query's masked scaled products, where attention to the prompt returned
-            them; None: computed, with one more pass over the keys.
+        lse: [B, H*G, W] log-sum-exp of every query's masked logits and its sink; None: one more pass computes it.
     """
     assert (kernel_size % 2, queries.shape[1] % keys.shape[1]) == (1, 0), (kernel_size, queries.shape, keys.shape)
     scores: Tensor = implementation("window_scores", impl, ("reference", "triton"), queries, keys).window_scores(
@@ -68,6 +68,7 @@ def window_scores(
         window_reduce=window_reduce,
         group_reduce=group_reduce,
         group_first=group_first,
+        terms=terms,
         lse=lse,
     )
     return scores

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnkv.ops.pool_apart import Pooling, pool_apart
 from learnkv.ops.reduce_group import GroupReduce, reduce_group
+from learnkv.ops.softmax_terms import SoftmaxTerms, with_sinks
 from learnkv.ops.window_attention import in_window, window_attention, window_logits
 
 _FEW = 2**18
@@ -31,6 +32,7 @@ def window_scores(
     window_reduce: str,
     group_reduce: GroupReduce | Literal["none"],
     group_first: bool,
+    terms: SoftmaxTerms,
     lse: Tensor | None,
 ) -> Tensor:
     """`window_scores` in PyTorch."""
@@ -41,10 +43,11 @@ def window_scores(
         dict(zip(("keys", "positions", "valid"), part, strict=True))
         for part in zip(keys.split(step, 2), positions.split(step, 2), valid.split(step, 2), strict=True)
     ]
-    same: dict[str, Any] = {"queries": queries.contiguous(), "query_positions": query_positions, "scaling": scaling}
+    same: dict[str, Any] = {"queries": queries.contiguous(), "query_positions": query_positions}
+    same |= {"scaling": scaling, "terms": terms}
     if lse is None and not once:
         sums = [window_logits(**same, **part)[0].logsumexp(-1) for part in parts]
-        lse = torch.stack(sums, -1).logsumexp(-1)
+        lse = with_sinks(torch.stack(sums, -1).logsumexp(-1), terms.of_heads(keys.shape[1]))
 
     queries_of_row = (query_positions >= 0).sum(-1).clamp(min=1)[:, None, None]
     read = []

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from learnkv.ops.device import processors
+from learnkv.ops.softmax_terms import SoftmaxTerms, with_sinks
+from learnkv.ops.softmax_terms.triton import cap, kernel_terms
 
 _Sizes = tuple[int, int, tuple[tuple[int, ...], ...]]
-_LOG2E = 1.4426950408889634
 _WAVES = 4  # programs per processor in the first pass
 
 
@@ -29,6 +30,7 @@ def window_scores(
     window_reduce: str,
     group_reduce: str,
     group_first: bool,
+    terms: SoftmaxTerms,
     lse: Tensor | None,
 ) -> Tensor:
     """`window_scores` in Triton."""
@@ -50,9 +52,10 @@ def window_scores(
         "UPCAST": keys.device.type == "cpu",
     }
     inputs = (queries, keys, *places)
-    scale = scaling * _LOG2E
+    scale, softcap, sinks = kernel_terms(terms, scaling)
     if lse is None:
-        lse = _normalisers(inputs, sizes, scale, constants)
+        lse = _normalisers(inputs, sizes, (scale, softcap), constants)
+        lse = with_sinks(lse, None if sinks is None else sinks.unsqueeze(-1))
 
     # Means over slots and over heads may change places, with a maximum they may not.
     per_head = apart or (not group_first and kernel_size > 1 and "max" in (pooling, group_reduce))
@@ -62,7 +65,7 @@ def window_scores(
     tiles["num_warps"] = 8 if constants["BLOCK_D"] * keys.element_size() > 256 else 4
     how = {"MEAN": window_reduce == "mean", "GROUP_REDUCE": "none" if per_head else group_reduce}
     grid = (triton.cdiv(slots, tiles["BLOCK_N"]), batch * heads)
-    _reduce_weights[grid](*inputs, lse.contiguous(), attention, scale, *sizes, **how, **tiles, **constants)
+    _reduce_weights[grid](*inputs, lse.contiguous(), attention, scale, softcap, *sizes, **how, **tiles, **constants)
     if kernel_size > 1:
         tiles = {"BLOCK_N": 1024, "WINDOW": triton.next_power_of_2(window)}
         how = {"KERNEL": kernel_size, "MAX_SLOTS": pooling == "max", "PARTS": parts, "GROUP_REDUCE": group_reduce}
@@ -72,7 +75,9 @@ def window_scores(
     return scores
 
 
-def _normalisers(inputs: tuple[Tensor, ...], sizes: _Sizes, scale: float, constants: dict[str, int]) -> Tensor:
+def _normalisers(
+    inputs: tuple[Tensor, ...], sizes: _Sizes, scale: tuple[float, float | None], constants: dict[str, int]
+) -> Tensor:
     """Natural log-sum-exp [B, H*G, W] of every query over the entries it attends to."""
     queries, keys = inputs[:2]
     rows, slots = keys.shape[0] * keys.shape[1], keys.shape[2]
@@ -84,7 +89,7 @@ def _normalisers(inputs: tuple[Tensor, ...], sizes: _Sizes, scale: float, consta
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8 if block_m == 128 else 4, "num_stages": 3}
     partial = torch.empty(rows, splits, packed, dtype=torch.float32, device=keys.device)
     share = triton.cdiv(blocks, splits)
-    _split_normalisers[(splits, tiles, rows)](*inputs, partial, scale, *sizes, share, **options, **constants)
+    _split_normalisers[(splits, tiles, rows)](*inputs, partial, *scale, *sizes, share, **options, **constants)
     lse = torch.empty(queries.shape[:3], dtype=torch.float32, device=keys.device)
     _join_normalisers[(triton.cdiv(packed, 128), rows)](partial, lse, splits, packed, BLOCK_M=128)
     return lse
@@ -118,6 +123,7 @@ def _split_normalisers(
     valid,
     partial,
     scale,
+    softcap,
     slots,
     window,
     strides,
@@ -149,7 +155,7 @@ def _split_normalisers(
     for block in range(first, tl.minimum(first + blocks, tl.cdiv(slots, BLOCK_N))):
         slot = (block * BLOCK_N + n).to(tl.int64)
         is_entry, position, k = _entries(keys, positions, valid, batch, head, slot, slots, strides, d, DIM, UPCAST)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = cap(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap)
         attended = is_entry[None, :] & (position[None, :] <= query_position[:, None]) & (query_position >= 0)[:, None]
         scores = tl.where(attended, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -186,6 +192,7 @@ def _reduce_weights(
     lse,
     attention,
     scale,
+    softcap,
     slots,
     window,
     strides,
@@ -231,7 +238,7 @@ def _reduce_weights(
         if UPCAST:
             q = q.to(tl.float32)
         log_mass = tl.load(lse + (batch * HEADS * GROUP + query) * window + w, w < window, other=0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        scores = cap(tl.dot(k, tl.trans(q), input_precision="ieee") * scale, softcap)
         attended = is_entry[:, None] & (position[:, None] <= query_position[None, :]) & (query_position >= 0)[None, :]
         weight = tl.where(attended, tl.exp2(scores - (log_mass * 1.4426950408889634)[None, :]), 0.0)
         summed += tl.sum(weight, 1)

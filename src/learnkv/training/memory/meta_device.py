@@ -13,6 +13,8 @@ from learnkv.ops.arguments import Pages, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import reference as attention
 from learnkv.ops.gather_kv import reference as gather
 from learnkv.ops.mask_gradient import reference as mask
+from learnkv.ops.prompt_attention import reference as prompt
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 from learnkv.ops.window_scores import reference as window
 from learnkv.training.memory.operations import OperationCount, bytes_of
 
@@ -35,6 +37,7 @@ def on_meta_device(
     ops = _Ops(layers, prompts, kernels, count)
     with ExitStack() as stack:
         stack.enter_context(patch.object(attention, "decode_attention", ops.decode_attention))
+        stack.enter_context(patch.object(prompt, "prompt_attention", ops.prompt_attention))
         stack.enter_context(patch.object(mask, "mask_gradient", ops.mask_gradient))
         stack.enter_context(patch.object(gather, "gather_kv", ops.gather_kv))
         stack.enter_context(patch.object(window, "window_scores", ops.window_scores))
@@ -49,6 +52,7 @@ class _Ops:
         self.layers, self.prompts, self.kernels, self.count = layers, prompts, kernels, count
         self.attend, self.differentiate = attention.decode_attention, mask.mask_gradient
         self.score: Callable[..., Tensor] = window.window_scores
+        self.read: Callable[..., Tensor] = prompt.prompt_attention
 
     def decode_attention(
         self,
@@ -58,6 +62,7 @@ class _Ops:
         scaling: float,
         pages: Pages | None,
         tiers: Sequence[Tier] = (),
+        terms: SoftmaxTerms = NO_TERMS,
     ) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp."""
         assert not tiers, "students read the entries of all levels as one segment"
@@ -65,7 +70,15 @@ class _Ops:
             return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
         spans = self._equal_segments(len(kept.offset), tail.keys.shape[1], kept.keys, kept.longest)
         with self._kernel(query, query, tail.keys, tail.values, kept=spans):
-            return self.attend(query, kept._replace(spans=spans), tail, scaling, pages)
+            return self.attend(query, kept._replace(spans=spans), tail, scaling, pages, (), terms)
+
+    def prompt_attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+        """Output of full attention."""
+        if self.count is not None:
+            self.count.add(*_full_attention(query, keys, values, is_causal=mask is None), query.dtype)
+        if self.kernels or self.count is not None:
+            return torch.empty_like(query)
+        return self.read(query, keys, values, mask, *rest)
 
     def mask_gradient(
         self, grad: Tensor, query: Tensor, output: Tensor, lse: Tensor, keys: Tensor, values: Tensor, *rest: Any
