@@ -40,6 +40,7 @@ def masked_logits(
     model(input_ids=prompt.unsqueeze(0), past_key_values=cache)
     model.set_attn_implementation(NAME)
     try:
-        return model(input_ids=new_tokens.unsqueeze(0), past_key_values=cache).logits[0]
+        positions = torch.arange(entries, entries + len(new_tokens)).unsqueeze(0)
+        return model(input_ids=new_tokens.unsqueeze(0), position_ids=positions, past_key_values=cache).logits[0]
     finally:
         model.set_attn_implementation(before)

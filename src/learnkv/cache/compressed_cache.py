@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache
 
 from learnkv.cache.accounting import Accounting
 from learnkv.cache.evicted import Evicted, evicted_entries
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
-from learnkv.cache.plain_layers import refuse_others
+from learnkv.cache.plain_layers import fork_of, layout
 from learnkv.cache.reader import Reader
 from learnkv.cache.schedule import EvictionSchedule
+from learnkv.cache.state_layer import StateLayer, state_layers
 from learnkv.cache.states import Kept
 from learnkv.cache.storage import DecodeBuffer, rows_of
 from learnkv.cache.tiered_eviction import compact_levels
@@ -33,19 +33,13 @@ class CompressedCache(Accounting):
     """A `past_key_values` that holds, per layer and kv head, only the entries of the prompt that a policy keeps.
 
     While the prompt is read nothing is evicted. `seal` ends the prompt, `evict` keeps a part of it; tokens read
-    afterwards are appended to tails. Sliding-window layers of a hybrid model are transformers' own.
+    afterwards are appended to tails. Of hybrid models, sliding-window layers are transformers' own, and states of linear
+    attention and convolution are carried along: no policy compresses them.
     """
 
     def __init__(self, config: PretrainedConfig, capture_spec: CaptureSpec | None = None) -> None:
-        layers = DynamicCache(config=config).layers
-        text = config.get_text_config(decoder=True)
-        hybrid = len(set(getattr(text, "layer_types", None) or ())) > 1
-        refuse_others(text, layers)
-        self.compressible = [
-            index for index, layer in enumerate(layers) if not (hybrid and getattr(layer, "is_sliding", False))
-        ]
-        for layer_idx, index in enumerate(self.compressible):
-            layers[index] = CompressedLayer(layer_idx, capture_spec or CaptureSpec())
+        layers, self.compressible, attending = layout(config, capture_spec or CaptureSpec())
+        self.sliding = [index for index in attending if index not in self.compressible]
         super().__init__(layers=layers)
         self.model_name: str = getattr(config, "_name_or_path", "")
         self.read_by = Reader()
@@ -152,14 +146,17 @@ class CompressedCache(Accounting):
         """An independent cache that shares storage with this one until either changes."""
         twin = copy.copy(self)
         twin.decode_loop, twin.no_entries = None, {}
-        compressible = self.compressible
-        twin.layers = [layer.fork() if i in compressible else copy.copy(layer) for i, layer in enumerate(self.layers)]
+        twin.layers = [fork_of(layer) for layer in self.layers]
         return twin
 
+    def state_layers(self) -> list[StateLayer]:
+        """The layers with a state, in order."""
+        return list(state_layers(self.layers))
+
     @property
-    def has_sliding_layers(self) -> bool:
-        """True for hybrid models, whose sliding layers are transformers' own."""
-        return len(self.compressible) < len(self.layers)
+    def is_hybrid(self) -> bool:
+        """True where layers keep a sliding window, or a state: nothing that a policy compresses."""
+        return bool(self.sliding) or bool(self.state_layers())
 
     @property
     def tail_length(self) -> int:
@@ -204,21 +201,21 @@ class CompressedCache(Accounting):
     @property
     def can_crop(self) -> bool:
         """Whether the last tokens can be removed."""
-        return self.schedule is None and not self.has_sliding_layers
+        return self.schedule is None and not self.is_hybrid
 
     @property
     def needs_mask(self) -> bool:
-        """Whether new tokens need a mask: for padding in the tail or in sliding layers, or for online eviction."""
+        """Whether new tokens need a mask: for padding in the tail or in a hybrid's layers, or for online eviction."""
         if self.schedule is not None:
             return True
         slots = self.compressed_layers()[0].prompt_slots
-        return self.tail_padded or (self.has_sliding_layers and min(self.prompt_lengths) < slots)
+        return self.tail_padded or (self.is_hybrid and min(self.prompt_lengths) < slots)
 
     def decode_mask(self, slots: int) -> Tensor:
         """Mask [B, 1, 1, slots] of a new token over a tail; in a hybrid model [B, S + slots] over everything."""
         is_token = self.is_token()
         unused = is_token.new_ones(is_token.shape[0], slots - self.tail_length)  # count as tokens
-        if self.has_sliding_layers:
+        if self.is_hybrid:
             return torch.cat([self.prompt_mask.to(is_token.device), is_token, unused], 1)
         return torch.cat([is_token[:, is_token.shape[1] - self.tail_length :], unused], 1)[:, None, None]
 
@@ -245,6 +242,8 @@ class CompressedCache(Accounting):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of the tail, given as a negative number; the prompt stays."""
+        if self.state_layers():
+            raise UserError(f"crop({tokens_to_remove}): states of linear attention cannot be taken back: use a fork")
         for layer in self.layers:
             if layer.is_sliding and layer.get_seq_length() >= layer.sliding_window:
                 raise UserError(f"crop({tokens_to_remove}): the sliding window of {layer.sliding_window} has moved on")

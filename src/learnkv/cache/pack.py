@@ -80,11 +80,11 @@ def pack(cache: CompressedCache) -> tuple[dict[str, Any], dict[str, Tensor], lis
         "token_ids": [packed.add("ids", part.to(torch.int32)) for part in cache.token_ids or ()],
         "budgets": packed.add("budgets", cache.budgets),
         "layers": [_layer(layer, packed, classes, pools) for layer in layers],
-        "sliding": {
-            str(index): _sliding(layer, packed)
-            for index, layer in enumerate(cache.layers)
-            if index not in cache.compressible
-        },
+        "sliding": {str(index): _sliding(cache.layers[index], packed) for index in cache.sliding},
+        "states": [
+            {name: packed.add(f"states.{name}", part) for name, part in layer.states().items()}
+            for layer in cache.state_layers()
+        ],
     }
     description["sizes"] = packed.sizes()
     return description, packed.tensors(), classes.components

@@ -75,6 +75,10 @@ def unpack(
         keys, values = (parts.get(place, devices[int(index)]) for place in described["entries"])
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.cumulative_length = keys, values, int(described["length"])
+    device_of = {id(layer): device for layer, device in zip(cache.layers, devices, strict=True)}
+    for state_layer, stored in zip(cache.state_layers(), description.get("states", ()), strict=True):
+        device = device_of[id(state_layer)]
+        state_layer.restore_states({name: parts.get(place, device) for name, place in stored.items()})
     return cache
 
 

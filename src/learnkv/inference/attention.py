@@ -1,6 +1,5 @@
 """The attention function of attached models: full attention while a prompt is read, then attention to kept entries."""
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +12,14 @@ from transformers.masking_utils import sdpa_mask
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.plain_layers import layout
 from learnkv.errors import UserError
 from learnkv.inference import moving_rope
+from learnkv.inference.attention_modules import attention_modules, uses_interface
 from learnkv.inference.layer_arguments import embeddings_of, named_arguments
 from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer
 from learnkv.inference.passes import EMBEDDINGS, NAME, CheckedInputs, begin_pass, end_pass
+from learnkv.inference.state_checks import PADDED, check_states
 
 _PREPARE = "prepare_inputs_for_generation"
 _STATE = "_learnkv_detach"
@@ -135,18 +137,19 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise UserError(f"{config.model_type}: attention logit soft-capping is not supported by learnkv")
-    layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
+    attending = layout(model.config).attending  # raises for layers that the cache has no place for
+    layers = [module for _, module in attention_modules(model, attending)]
     if any(hasattr(module, "sinks") for module in layers):
         raise UserError(f"{config.model_type}: attention sinks as weights (s_aux) are not supported by learnkv")
-    if len(layers) != config.num_hidden_layers:
+    if len(layers) != len(attending) or not layers:
         raise UserError(
-            f"{config.model_type}: found {len(layers)} attention layers of {config.num_hidden_layers}; learnkv "
-            "supports decoder-only models that attend in every layer"
+            f"{config.model_type}: found {len(layers)} attention layers of {len(attending) or 'some'}; learnkv "
+            "supports decoder-only models with attention layers of transformers"
         )
-    own = next((module for module in layers if not _uses_interface(module)), None)
+    own = next((module for module in layers if not uses_interface(module)), None)
     if own is not None:
         raise UserError(f"{config.model_type}: {type(own).__name__} does not use transformers' attention interface")
-    CompressedCache(model.config)  # raises for layers that it has no state for
+    check_states(model)
     before = config._attn_implementation
     if before not in ("sdpa", NAME):
         warnings.warn(
@@ -167,12 +170,6 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    """Whether a layer looks up its attention function, as those do that can be given another."""
-    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in type(module).__mro__ if "forward" in vars(kind))
-    return any("ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names for forward in forwards)
-
-
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`."""
     if hasattr(model, _STATE):
@@ -183,7 +180,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             for name in (CONVENTION, PLAIN, moving_rope.ROTATION):
                 vars(module).pop(name, None)
         model.set_attn_implementation(before)
-        for name in (_STATE, EMBEDDINGS, *({_PREPARE} & vars(model).keys())):
+        for name in (_STATE, EMBEDDINGS, PADDED, *({_PREPARE} & vars(model).keys())):
             delattr(model, name)
     return model
 

@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from learnkv.cache.plain_layers import layout
 from learnkv.errors import UserError
 from learnkv.formats.hub_network import hub_fault
+from learnkv.inference.attention_modules import attention_modules
 from learnkv.inference.known_models import KNOWN_MODELS, fetched_folder, read_gguf
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "model"
@@ -248,11 +250,7 @@ def attention_layers(model: str, expected_hash: str) -> list[str]:
     lm = empty_model(model)
     if config_hash(lm) != expected_hash:
         raise UserError(f"model={model}: the policy was trained for a model of other sizes")
-    kinds = getattr(lm.config.get_text_config(decoder=True), "layer_types", None) or ()
-    hybrid = len(set(kinds)) > 1
-    named = [(name, module) for name, module in lm.named_modules() if hasattr(module, "layer_idx")]
-    attention: list[tuple[str, Any]] = [(name, module) for name, module in named if hasattr(module, "o_proj")]
-    return [name for name, layer in attention if not hybrid or kinds[layer.layer_idx] != "sliding_attention"]
+    return [name for name, _ in attention_modules(lm, layout(lm.config).compressible)]
 
 
 def _known_name(path: str) -> str:
@@ -267,16 +265,12 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """The model as a policy's manifest has it: id, config hash, and the sizes that a policy needs."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    sliding = (
-        kinds.count("sliding_attention") if len(set(kinds)) > 1 else 0
-    )  # layers of a hybrid model that are not compressed
     name = model.config._name_or_path
     return {
         "id": _known_name(name),
         "config_hash": config_hash(model),
         "shapes": {
-            "layers": config.num_hidden_layers - sliding,
+            "layers": len(layout(model.config).compressible),  # of a hybrid model, those that are compressed
             "heads": heads,
             "head_dim": _size(config, "head_dim") or config.hidden_size // config.num_attention_heads,
             "hidden_size": config.hidden_size,

@@ -14,6 +14,7 @@ from learnkv.inference.attention import attach
 from learnkv.inference.extra_passes import run_extra_pass, scores_of
 from learnkv.inference.models import context_length, describe_model
 from learnkv.inference.protected_spans import Anchors, Protect, protection_of, unpadded
+from learnkv.inference.state_checks import refuse_padding
 from learnkv.inference.token_ids import check_ids, check_mask
 from learnkv.policy.byte_budget import ByteCount
 from learnkv.policy.layerwise import compress_when_read
@@ -69,6 +70,8 @@ def prefill(
     if protect is not None or protect_after is not None:
         cache.protection = protection_of(unpadded(input_ids, lengths), protect, protect_after, tokenizer)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    if mask is not None:
+        refuse_padding(model)
     one_shot = policy if policy is not None and policy.reads_once and (keep != 1 or policy.precision) else None
     for begin in range(0, slots := input_ids.shape[1], step := chunk_size or slots):
         end = min(begin + step, slots)
