@@ -21,6 +21,7 @@ from learnkv.cache.storage import DecodeBuffer, rows_of
 from learnkv.cache.tiered_eviction import compact_levels
 from learnkv.core.adapter import Adapter
 from learnkv.core.finite import Invalid, refuse_invalid
+from learnkv.core.images import ImageTokens
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.core.precision import LevelPlan
 from learnkv.core.protection import Protection
@@ -33,13 +34,11 @@ class CompressedCache(Accounting):
     """A `past_key_values` that holds, per layer and kv head, only the entries of the prompt that a policy keeps.
 
     While the prompt is read nothing is evicted. `seal` ends the prompt, `evict` keeps a part of it; tokens read
-    afterwards are appended to tails. Of hybrid models, sliding-window layers are transformers' own, and states of linear
-    attention and convolution are carried along: no policy compresses them.
+    afterwards are appended to tails. Sliding windows and states of a hybrid model's other layers are carried along.
     """
 
     def __init__(self, config: PretrainedConfig, capture_spec: CaptureSpec | None = None) -> None:
-        layers, self.compressible, attending = layout(config, capture_spec or CaptureSpec())
-        self.sliding = [index for index in attending if index not in self.compressible]
+        layers, self.compressible, self.sliding = layout(config, capture_spec or CaptureSpec())
         super().__init__(layers=layers)
         self.model_name: str = getattr(config, "_name_or_path", "")
         self.read_by = Reader()
@@ -53,6 +52,7 @@ class CompressedCache(Accounting):
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
         self.token_ids: tuple[Tensor, Tensor] | None = None  # of the prompt's slots and of later ones; None: not known
         self.invalid: tuple[Invalid, ...] = ()  # heads to look at when the host waits for the device next
+        self.images: ImageTokens | None = None  # which slots of the prompt are images; None: all are text
         self.rotation: object = None  # of its keys, where RoPE depends on the number of tokens; forks share it
         self.expected_pass: tuple[Tensor, int] | None = None  # positions and a bound that the host knows
         self.decode_loop: object = None  # buffers of the last turn, with their graph, while tails keep their addresses
@@ -66,14 +66,15 @@ class CompressedCache(Accounting):
         """True once the prompt is complete."""
         return all(layer.sealed for layer in self.compressed_layers())
 
-    def set_prompt(self, lengths: Sequence[int], input_ids: Tensor | None = None) -> None:
-        """Set how many tokens each row of the prompt has; what precedes them in `input_ids` [B, S] is padding."""
-        self.prompt_lengths = list(lengths)
-        if input_ids is None:
+    def set_prompt(self, lengths: Sequence[int], ids: Tensor | None = None, images: ImageTokens | None = None) -> None:
+        """Set how many tokens each row of the prompt has; what precedes them in `ids` [B, S] is padding."""
+        self.prompt_lengths, self.images = list(lengths), images
+        if ids is None:
             return
-        self.token_ids = (input_ids, input_ids[:, :0])
+        self.token_ids = (ids, ids[:, :0])
         for layer in self.compressed_layers():
-            layer.capture.token_ids = input_ids if layer.capture.capture_spec.token_ids else None
+            layer.capture.images = images
+            layer.capture.token_ids = ids if layer.capture.capture_spec.token_ids else None
 
     @property
     def prompt_mask(self) -> Tensor:
@@ -171,7 +172,8 @@ class CompressedCache(Accounting):
     def next_positions(self) -> Tensor:
         """[B] position of the next token of every row."""
         tokens = self.is_token().sum(-1)
-        return upload(self.prompt_lengths, tokens.device) + tokens
+        after = self.prompt_lengths if self.images is None else self.images.positions_after(self.prompt_lengths)
+        return upload(after, tokens.device) + tokens
 
     def extend_tail_mask(self, mask: Tensor, padded: bool) -> Tensor:
         """Record which of the next T slots [B, T] are tokens, and whether any is padding; returns all slots [B, M]."""
@@ -258,7 +260,7 @@ class CompressedCache(Accounting):
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
         self.token_ids, self.invalid, self.narrow, self.no_entries = None, (), False, {}
-        self.compression, self.protection = None, None
+        self.compression, self.protection, self.images = None, None, None
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""
@@ -274,6 +276,7 @@ class CompressedCache(Accounting):
         self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
         self.schedule = None if self.schedule is None else self.schedule.rows(rows)
         self.protection = None if self.protection is None else self.protection.rows(rows.tolist())
+        self.images = None if self.images is None else self.images.rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies adjacent; the prompt is shared, tails are copied."""

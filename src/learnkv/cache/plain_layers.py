@@ -27,8 +27,8 @@ class Layout(NamedTuple):
     """One per layer of the model."""
     compressible: list[int]
     """Indices of those that a policy compresses."""
-    attending: list[int]
-    """Indices of those with attention; the sliding ones of a hybrid model are among them."""
+    sliding: list[int]
+    """Indices of those that attend to a window, in a model that has others."""
 
 
 def layout(config: PretrainedConfig, capture_spec: CaptureSpec = NOTHING) -> Layout:
@@ -56,7 +56,7 @@ def layout(config: PretrainedConfig, capture_spec: CaptureSpec = NOTHING) -> Lay
     for index, layer in enumerate(layers):
         if type(layer).__name__ == _STATES:
             layers[index] = StateLayer(layer.number_of_states)
-    return Layout(layers, compressible, attending)
+    return Layout(layers, compressible, [index for index in attending if index not in compressible])
 
 
 def layer_types(text: Any) -> tuple[str, ...]:

@@ -95,9 +95,8 @@ class StateLayer(LinearAttentionLayer):
         self.select_states(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for part in self.states().values():
-            self.select_states(torch.arange(part.shape[0]).repeat_interleave(repeats))
-            return
+        rows = next((len(part) for part in self.states().values()), 0)
+        self.select_states(torch.arange(rows).repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.select_states(beam_idx)
@@ -140,8 +139,10 @@ class AttentionStateLayer(StateLayer, CompressedLayer):
         self.select_states(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        relaxed = self.relaxed  # otherwise rows are selected, states among them
         CompressedLayer.batch_repeat_interleave(self, repeats)
-        StateLayer.batch_repeat_interleave(self, repeats)
+        if relaxed:
+            StateLayer.batch_repeat_interleave(self, repeats)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

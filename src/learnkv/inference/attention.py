@@ -137,7 +137,8 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise UserError(f"{config.model_type}: attention logit soft-capping is not supported by learnkv")
-    attending = layout(model.config).attending  # raises for layers that the cache has no place for
+    _, compressible, sliding = layout(model.config)  # raises for layers that the cache has no place for
+    attending = {*compressible, *sliding}
     layers = [module for _, module in attention_modules(model, attending)]
     if any(hasattr(module, "sinks") for module in layers):
         raise UserError(f"{config.model_type}: attention sinks as weights (s_aux) are not supported by learnkv")
@@ -157,7 +158,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         )
     AttentionInterface.register(NAME, compressed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(_of_text(model, NAME))
     handles = [module.register_forward_pre_hook(_pass_cache_layer, with_kwargs=True) for module in layers]
     embeddings = moving_rope.moving_embeddings(model)
     handles += [module.register_forward_hook(moving_rope.rotate, with_kwargs=True) for module in embeddings]
@@ -170,6 +171,14 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _of_text(model: PreTrainedModel, implementation: str) -> Any:
+    """As `set_attn_implementation` takes it for the text decoder alone: a vision tower has no cache."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    names = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    return {names[0]: implementation} if names else implementation
+
+
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `attach`."""
     if hasattr(model, _STATE):
@@ -179,7 +188,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for module in model.modules():
             for name in (CONVENTION, PLAIN, moving_rope.ROTATION):
                 vars(module).pop(name, None)
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(_of_text(model, before))
         for name in (_STATE, EMBEDDINGS, PADDED, *({_PREPARE} & vars(model).keys())):
             delattr(model, name)
     return model

@@ -24,15 +24,16 @@ def uses_interface(module: nn.Module) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names for forward in forwards)
 
 
-def attention_modules(model: nn.Module, indices: Container[int]) -> list[tuple[str, Any]]:
-    """Names and modules of the attention layers whose `layer_idx` is among `indices`, in the order of the model.
+def attention_modules(model: Any, indices: Container[int]) -> list[tuple[str, Any]]:
+    """Names and modules of the text decoder's attention layers whose `layer_idx` is among `indices`, in their order.
 
     A mixer that lies beside the attention of the same layer is left out, as it does not attend.
     """
+    text = model.config.get_text_config(decoder=True)
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if is_attention(module) and module.layer_idx in indices
+        if is_attention(module) and module.layer_idx in indices and getattr(module, "config", text) is text
     ]
     attending = {module.layer_idx for _, module in found if uses_interface(module)}
     return [(name, layer) for name, layer in found if layer.layer_idx not in attending or uses_interface(layer)]
