@@ -92,6 +92,21 @@ def test_evicted_entries_are_masked_ones(name: Any) -> None:
 
 
 @every_family
+def test_a_left_padded_row_is_read_as_alone(name: Any) -> None:
+    if supported(name) is None:
+        return
+    ours, policy = attached(name), Policy(SnapKV(window=8), AdaKV())
+    row = families.prompt(SPLIT - 9)
+    ids, mask = IDS[:, :SPLIT].repeat(2, 1), torch.ones(2, SPLIT, dtype=torch.long)
+    ids[1, 9:], mask[1, :9] = row, 0
+    said = IDS[:, SPLIT:].repeat(2, 1)
+    got = continuation(ours, said, prefill(ours, ids, mask, policy=policy, keep=0.4))
+    for index, alone in enumerate((IDS[:, :SPLIT], row)):
+        expected = continuation(ours, said[:1], prefill(ours, alone, policy=policy, keep=0.4))[0]
+        torch.testing.assert_close(got[index], expected, rtol=0, atol=spread(expected))
+
+
+@every_family
 def test_keys_are_rotated_as_the_layer_rotates_them(name: Any) -> None:
     """Its own code, in double precision, from the hidden states of the kept tokens and embeddings of new positions."""
     policy = Policy(StreamingLLM(sinks=3), sinks=0, recent=0, rerotate="start")

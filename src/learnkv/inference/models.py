@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from learnkv.cache.plain_layers import layout
 from learnkv.errors import UserError
@@ -41,7 +49,7 @@ def load_model(
     device: str = "auto",
     attn: str = "sdpa",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen causal language model in evaluation mode and its tokenizer (left padding).
+    """Load a frozen causal or vision-language model in evaluation mode and its tokenizer (left padding).
 
     Args:
         model: `reference` (the model in this package), `smollm2` once it was fetched, a local folder, a GGUF file,
@@ -65,14 +73,15 @@ def load_model(
     local_only = folder is not None or fault is not None
     options = {"revision": revision, "local_files_only": local_only, "trust_remote_code": False}
     try:
+        config = None if gguf else AutoConfig.from_pretrained(source, **options)
         if dtype == "auto" and target.type == "cpu":
-            number_format = cpu_dtype(None if gguf else AutoConfig.from_pretrained(source, **options))
+            number_format = cpu_dtype(config)
         if gguf:
             lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, attn)
             lm.config._name_or_path = model  # transformers' is the folder, which cannot be loaded
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            lm, report = AutoModelForCausalLM.from_pretrained(
+            lm, report = _auto_class(config).from_pretrained(
                 source, dtype=number_format, attn_implementation=attn, output_loading_info=True, **options
             )
     except _UNREADABLE as error:
@@ -96,11 +105,18 @@ def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16"
         local_only = folder is not None or fault is not None
         config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=local_only)
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+            lm = _auto_class(config).from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     except (OSError, ValueError, KeyError) as error:
         enough = "; a folder with the model's config.json is enough" if fault else ""
         raise UserError(f"model={model}: {_reason(error, folder, fault)}{enough}") from error
     return lm.eval().requires_grad_(False)
+
+
+def _auto_class(config: Any) -> Any:
+    """What builds a model of this config: a causal language model, or one that reads images, too."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _is_gguf(model: str) -> bool:
