@@ -9,6 +9,7 @@ from support.models import (
     HEURISTICS,
     HYBRIDS,
     LEARNED,
+    STATES,
     WINDOW,
     assert_kept_alike,
     assert_logits_close,
@@ -180,7 +181,7 @@ def test_live_caches_do_not_know_each_other(family: str) -> None:
     assert torch.equal(torch.cat(ours[1], 1), expected[1])
 
 
-@every_family
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in STATES])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_questions_of_different_lengths_continue_as_alone(family: str, side: str) -> None:
     model, policy = attached(family), policy_for("snapkv", attached(family))
@@ -203,6 +204,22 @@ def test_gaps_that_a_sliding_layer_would_count_are_refused() -> None:
     continuation(model, ids, cache, mask)  # nothing follows the padding yet
     with pytest.raises(UserError, match=f"last {WINDOW} slots"):
         continuation(model, tokens(2, 1), cache)
+
+
+@pytest.mark.parametrize("family", STATES)
+def test_gaps_that_a_state_would_count_are_refused(family: str) -> None:
+    model, questions = attached(family), [tokens(1, 5)[0], tokens(1, 2)[0]]
+    with pytest.raises(UserError, match="states that padding would change"):
+        continuation(model, *_behind(prefill(model, tokens(2, 9)), *padded(questions, "left")))
+    cache = prefill(model, tokens(2, 9))
+    continuation(model, *_behind(cache, *padded(questions, "right")))  # nothing follows the padding yet
+    with pytest.raises(UserError, match="questions of one length"):
+        continuation(model, tokens(2, 1), cache)
+
+
+def _behind(cache: CompressedCache, ids: Tensor, mask: Tensor) -> tuple[Tensor, CompressedCache, Tensor]:
+    """Arguments of `continuation`."""
+    return ids, cache, mask
 
 
 @every_family

@@ -50,6 +50,7 @@ MADE_OF = {
     "rkv_decode": (scorers.RKV, Uniform),
     "cake_decode": (scorers.CAKE, allocators.CAKE),
     "cake": (scorers.CAKE, allocators.CAKE),
+    "tgv_kv": (scorers.TGVKV, allocators.TGVKV),
     "lava": (scorers.LAVa, AdaKV),
     "knorm": (Knorm, Uniform),
     "random": (Random, Uniform),

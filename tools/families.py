@@ -88,6 +88,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": LATENT | {"num_layers": 2},
     "minicpm3": LATENT,
@@ -209,7 +210,7 @@ def page() -> str:
     return (
         HEAD.format(version=transformers.__version__, built=len(built), supported=supported)
         + "\n".join(table)
-        + f"\n\nRefused, as their attention has other parts than `layer_idx` and `o_proj`: {', '.join(other)}.\n"
+        + f"\n\nRefused, as their attention has no `layer_idx`, or no output projection `o_proj` or `out_proj`: {', '.join(other)}.\n"
         + f"\nNot tried, as they cannot be built small from these settings: {', '.join(left)}.\n"
     )
 

@@ -13,6 +13,7 @@ from support.models import (
     FAMILIES,
     HEURISTICS,
     LEARNED,
+    STATES,
     assert_logits_close,
     attached,
     build,
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from learnkv import CompressedCache, Policy, attach, continuation, prefill
 from learnkv.allocators import Allocator
+from learnkv.cache.state_layer import StateLayer
 from learnkv.cache.states import Prompt
 from learnkv.cache.storage import TAIL_CHUNK
 from learnkv.errors import UserError
@@ -65,7 +67,7 @@ def test_equal_keep_is_equal_bytes_and_the_bytes_of_the_formula(dtype: torch.dty
 
 
 @pytest.mark.parametrize("one_shot", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "lfm2"])
 def test_the_bytes_are_what_a_walk_over_live_tensors_finds(family: str, one_shot: bool) -> None:
     model, policy = attached(family), policy_for("pyramidkv", attached(family))
     ids, mask = padded([tokens(1, 120)[0], tokens(1, 90)[0]])
@@ -81,14 +83,19 @@ def test_the_bytes_are_what_a_walk_over_live_tensors_finds(family: str, one_shot
         gc.collect()
         assert prompt() is None
     new = {address: size for address, size in alive().items() if address not in before}
-    sliding = storages(
+    others = storages(
         tensor
         for layer in cache.layers
-        if layer.is_sliding
-        for tensor in (layer.keys, layer.values, layer._sliding_window_tensor)
+        for tensor in (
+            (layer.keys, layer.values, layer._sliding_window_tensor)
+            if layer.is_sliding
+            else layer.states().values()
+            if isinstance(layer, StateLayer)
+            else ()
+        )
     )
     assert cache.nbytes == held_bytes(cache)
-    assert sum(new.values()) == cache.nbytes + sum(sliding.values())
+    assert sum(new.values()) == cache.nbytes + sum(others.values())
 
 
 def test_the_tail_grows_by_chunks_and_evicted_bytes_do_not_come_back() -> None:
@@ -159,7 +166,7 @@ PHASES = ["dense", "compressed", "relaxed"]
 
 @pytest.mark.compat
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", *STATES])
 def test_rows_are_repeated_and_chosen_in_every_phase(family: str, phase: str) -> None:
     model, policy = attached(family), policy_for("adakv", attached(family))
     prompts = [tokens(1, length)[0] for length in (30, 22, 17)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.models import FAMILIES, HYBRIDS, attached, build, padded, tokens
+from support.models import FAMILIES, HYBRIDS, STATES, attached, build, padded, tokens
 from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, generate, load_cache, prefill, save_cache
@@ -52,7 +52,7 @@ def assert_same(cache: CompressedCache, loaded: CompressedCache, family: str = "
             kept = [part.kept_positions(layer_idx, row, 0) for part in (cache, loaded)]
             assert torch.equal(*kept)
     model, questions = attached(family), [(tokens(2, 4), None), (tokens(2, 1, seed=3), None)]
-    if family not in HYBRIDS:  # whose sliding layers take questions of one length only
+    if family not in (*HYBRIDS, *STATES):  # whose other layers take questions of one length only
         questions.insert(1, padded([tokens(1, 3)[0], tokens(1, 5, seed=2)[0]], side="right"))
     for question, of_tokens in questions:
         logits = [continuation(model, question, part, of_tokens) for part in (cache, loaded)]

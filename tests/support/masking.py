@@ -12,9 +12,19 @@ NAME = "masked_entries"
 
 
 def masked_logits(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: Tensor, kept: Mapping[int, Sequence[Tensor]]
+    model: PreTrainedModel,
+    prompt: Tensor,
+    new_tokens: Tensor,
+    kept: Mapping[int, Sequence[Tensor]],
+    inputs: Mapping[str, Tensor] | None = None,
+    position: int | None = None,
 ) -> Tensor:
-    """Logits [T, V] of tokens [T] after a prompt [S], of which the heads of layers see the positions `kept` only."""
+    """Logits [T, V] of tokens [T] after a prompt [S], of which the heads of layers see the positions `kept` only.
+
+    Args:
+        inputs: what is read of the prompt beside its ids.
+        position: of the first new token; None: S.
+    """
     entries, before = len(prompt), model.config._attn_implementation
 
     def attention(
@@ -43,9 +53,10 @@ def masked_logits(
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     cache = DynamicCache(config=model.config)
-    model(input_ids=prompt.unsqueeze(0), past_key_values=cache)
+    model(input_ids=prompt.unsqueeze(0), past_key_values=cache, **(inputs or {}))
     model.set_attn_implementation(NAME)
     try:
-        return model(input_ids=new_tokens.unsqueeze(0), past_key_values=cache).logits[0]
+        positions = (torch.arange(len(new_tokens)) + (entries if position is None else position)).unsqueeze(0)
+        return model(input_ids=new_tokens.unsqueeze(0), position_ids=positions, past_key_values=cache).logits[0]
     finally:
         model.set_attn_implementation(before)

@@ -51,6 +51,7 @@ def sizes(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int) ->
 
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 WINDOW = 24
+LINEAR = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 HYBRID = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -89,10 +90,35 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **EXPERTS,
         **sizes(32, 3, 4, 2, 16),
     },
+    "qwen3-next": {
+        "model_type": "qwen3_next",
+        "layer_types": LINEAR,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 32,
+        "initializer_range": 0.15,  # its gated norms amplify rounding
+        **EXPERTS,
+        **sizes(32, 4, 4, 2, 16),
+    },
+    "lfm2": {"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2, **sizes(32, 4, 4, 2, 8)},
+    "falcon-h1": {
+        "model_type": "falcon_h1",
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_ssm": 64,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        **sizes(32, 2, 4, 2, 8),
+    },
 }
 FAMILIES = list(CONFIGS)
 HYBRIDS = ("gemma3", "gemma2", "gpt-oss")
 """Families with sliding layers."""
+STATES = ("qwen3-next", "lfm2", "falcon-h1")
+"""Hybrid models with states of linear attention, convolution or a state space, which padding within a row changes."""
 
 
 def build(family: str, attn: str | None = None, **changes: object) -> PreTrainedModel:

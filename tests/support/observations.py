@@ -34,6 +34,8 @@ def observe(
 ) -> Observation:
     """A batch of left-padded rows with these lengths; whatever is padding is NaN. A row depends on its length and seed.
 
+    The second quarter of every row is an image.
+
     `rope` of the result is the identity: tests that care bring their own. `statistics` are gathered from all queries,
     `extra_passes` result in the norms of the keys, and `sample` has the hidden states of its tokens.
     """
@@ -51,6 +53,7 @@ def observe(
         ids[len(rows["keys"]) - 1, slots - length :] = torch.randint(97, (length,), generator=generator)
     made = {name: torch.stack(row) for name, row in rows.items()}
     positions = torch.arange(slots) - slots + torch.tensor(lengths).unsqueeze(-1)
+    quarter = torch.tensor(lengths).unsqueeze(-1) // 4
     window, unrotated = min(window, slots), Layout.halves(dim // 2)
     whole = Observation(
         layer_idx=layer_idx,
@@ -65,6 +68,7 @@ def observe(
         project=lambda: torch.randn(2 * dim, heads * group * dim, generator=torch.Generator().manual_seed(seed)),
         hidden=made["hidden"][:, 0],
         token_ids=ids,
+        is_image=(positions >= quarter) & (positions < 2 * quarter),
         keep=torch.full((len(lengths),), 0.25, dtype=torch.float64),
         rotation=lambda: Rotary(((torch.ones(1, slots, dim // 2), torch.zeros(1, slots, dim // 2)),), unrotated),
     )

@@ -16,6 +16,7 @@ from learnkv.allocators.learned_sequential import LearnedSequentialAllocator
 from learnkv.allocators.lukv import LUKV
 from learnkv.allocators.nll_layers import NLLLayers
 from learnkv.allocators.pyramid import Pyramid
+from learnkv.allocators.tgv_kv import TGVKV
 from learnkv.allocators.threshold import Threshold
 from learnkv.allocators.uniform import Uniform
 from learnkv.core.allocator import Allocator
@@ -23,6 +24,7 @@ from learnkv.core.allocator import Allocator
 __all__ = [
     "CAKE",
     "LUKV",
+    "TGVKV",
     "AdaKV",
     "Allocator",
     "CompressKV",

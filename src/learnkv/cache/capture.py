@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from learnkv.core.images import ImageTokens
 from learnkv.core.observation import (
     CaptureSpec,
     Embeddings,
@@ -14,6 +15,7 @@ from learnkv.core.observation import (
     PromptPass,
     Statistic,
 )
+from learnkv.errors import UserError
 from learnkv.ops.rotary import Rotary
 from learnkv.ops.softmax_terms import NO_TERMS
 
@@ -35,6 +37,7 @@ class Capture:
         self.hidden: Tensor | None = None
         self.token_ids: Tensor | None = None
         """[B, S] of the whole prompt."""
+        self.images: ImageTokens | None = None
         self.statistics: dict[Statistic | PromptPass, Tensor] = {}
         self.embeddings: tuple[Embeddings, ...] = ()
         """Rotary embeddings of every chunk of the prompt."""
@@ -136,6 +139,7 @@ class Capture:
             project=None if self.functions is None else self.functions.projection,
             hidden=self.hidden,
             token_ids=None if self.token_ids is None or not self.aligned else self.token_ids[:, : keys.shape[2]],
+            is_image=None if self.images is None or not self.aligned else self.images.is_image[:, : keys.shape[2]],
             rotation=self._rotation(keys),
             statistics=self.statistics,
             sample=self.capture_spec.sample,
@@ -145,12 +149,14 @@ class Capture:
     def _rotation(self, keys: Tensor) -> Callable[[], Rotary] | None:
         if self.functions is None:
             return None
+        if self.images is not None and self.images.in_space:
+            return _refuse_rotation
         return functools.partial(self.functions.rotary, self.embeddings, keys)
 
     def empty(self, capture_spec: CaptureSpec) -> "Capture":
         """An empty capture of the same layer."""
         capture = Capture(capture_spec)
-        capture.functions = self.functions
+        capture.functions, capture.images = self.functions, self.images
         return capture
 
     def rows(self, batch: Tensor) -> "Capture":
@@ -159,6 +165,7 @@ class Capture:
         chosen.queries, chosen.query_positions = _rows(self.queries, batch), _rows(self.query_positions, batch)
         chosen.unread, chosen.unread_hidden = _rows(self.unread, batch), _rows(self.unread_hidden, batch)
         chosen.hidden, chosen.token_ids = _rows(self.hidden, batch), _rows(self.token_ids, batch)
+        chosen.images = None if self.images is None else self.images.rows(batch)
         chosen.statistics = {key: tensor[batch.to(tensor.device)] for key, tensor in self.statistics.items()}
         chosen.embeddings = tuple(tuple(_shared(part, batch) for part in parts) for parts in self.embeddings)
         chosen.functions, chosen.aligned = self.functions, self.aligned
@@ -188,6 +195,10 @@ class Capture:
         """All tensors."""
         tensors = (self.queries, self.query_positions, self.unread, self.unread_hidden, self.hidden)
         return [tensor for tensor in (*tensors, *self.statistics.values()) if tensor is not None]
+
+
+def _refuse_rotation() -> Rotary:
+    raise UserError("the policy reads the rotation of keys, and the images of this prompt have positions in space")
 
 
 def _rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -7,20 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache
 
 from learnkv.cache.accounting import Accounting
 from learnkv.cache.evicted import Evicted, evicted_entries
 from learnkv.cache.eviction import Rerotate, compact
 from learnkv.cache.layer import CompressedLayer
-from learnkv.cache.plain_layers import refuse_others
+from learnkv.cache.plain_layers import fork_of, layout
 from learnkv.cache.reader import Reader
 from learnkv.cache.schedule import EvictionSchedule
+from learnkv.cache.state_layer import StateLayer, state_layers
 from learnkv.cache.states import Kept
 from learnkv.cache.storage import DecodeBuffer, rows_of
 from learnkv.cache.tiered_eviction import compact_levels
 from learnkv.core.adapter import Adapter
 from learnkv.core.finite import Invalid, refuse_invalid
+from learnkv.core.images import ImageTokens
 from learnkv.core.observation import CaptureSpec, PromptPass
 from learnkv.core.precision import LevelPlan
 from learnkv.core.protection import Protection
@@ -33,19 +34,11 @@ class CompressedCache(Accounting):
     """A `past_key_values` that holds, per layer and kv head, only the entries of the prompt that a policy keeps.
 
     While the prompt is read nothing is evicted. `seal` ends the prompt, `evict` keeps a part of it; tokens read
-    afterwards are appended to tails. Sliding-window layers of a hybrid model are transformers' own.
+    afterwards are appended to tails. Sliding windows and states of a hybrid model's other layers are carried along.
     """
 
     def __init__(self, config: PretrainedConfig, capture_spec: CaptureSpec | None = None) -> None:
-        layers = DynamicCache(config=config).layers
-        text = config.get_text_config(decoder=True)
-        hybrid = len(set(getattr(text, "layer_types", None) or ())) > 1
-        refuse_others(text, layers)
-        self.compressible = [
-            index for index, layer in enumerate(layers) if not (hybrid and getattr(layer, "is_sliding", False))
-        ]
-        for layer_idx, index in enumerate(self.compressible):
-            layers[index] = CompressedLayer(layer_idx, capture_spec or CaptureSpec())
+        layers, self.compressible, self.sliding = layout(config, capture_spec or CaptureSpec())
         super().__init__(layers=layers)
         self.model_name: str = getattr(config, "_name_or_path", "")
         self.read_by = Reader()
@@ -59,6 +52,7 @@ class CompressedCache(Accounting):
         self.adapter: Adapter | None = None  # acts on the tokens that are read from now on
         self.token_ids: tuple[Tensor, Tensor] | None = None  # of the prompt's slots and of later ones; None: not known
         self.invalid: tuple[Invalid, ...] = ()  # heads to look at when the host waits for the device next
+        self.images: ImageTokens | None = None  # which slots of the prompt are images; None: all are text
         self.rotation: object = None  # of its keys, where RoPE depends on the number of tokens; forks share it
         self.expected_pass: tuple[Tensor, int] | None = None  # positions and a bound that the host knows
         self.decode_loop: object = None  # buffers of the last turn, with their graph, while tails keep their addresses
@@ -72,14 +66,15 @@ class CompressedCache(Accounting):
         """True once the prompt is complete."""
         return all(layer.sealed for layer in self.compressed_layers())
 
-    def set_prompt(self, lengths: Sequence[int], input_ids: Tensor | None = None) -> None:
-        """Set how many tokens each row of the prompt has; what precedes them in `input_ids` [B, S] is padding."""
-        self.prompt_lengths = list(lengths)
-        if input_ids is None:
+    def set_prompt(self, lengths: Sequence[int], ids: Tensor | None = None, images: ImageTokens | None = None) -> None:
+        """Set how many tokens each row of the prompt has; what precedes them in `ids` [B, S] is padding."""
+        self.prompt_lengths, self.images = list(lengths), images
+        if ids is None:
             return
-        self.token_ids = (input_ids, input_ids[:, :0])
+        self.token_ids = (ids, ids[:, :0])
         for layer in self.compressed_layers():
-            layer.capture.token_ids = input_ids if layer.capture.capture_spec.token_ids else None
+            layer.capture.images = images
+            layer.capture.token_ids = ids if layer.capture.capture_spec.token_ids else None
 
     @property
     def prompt_mask(self) -> Tensor:
@@ -152,14 +147,17 @@ class CompressedCache(Accounting):
         """An independent cache that shares storage with this one until either changes."""
         twin = copy.copy(self)
         twin.decode_loop, twin.no_entries = None, {}
-        compressible = self.compressible
-        twin.layers = [layer.fork() if i in compressible else copy.copy(layer) for i, layer in enumerate(self.layers)]
+        twin.layers = [fork_of(layer) for layer in self.layers]
         return twin
 
+    def state_layers(self) -> list[StateLayer]:
+        """The layers with a state, in order."""
+        return list(state_layers(self.layers))
+
     @property
-    def has_sliding_layers(self) -> bool:
-        """True for hybrid models, whose sliding layers are transformers' own."""
-        return len(self.compressible) < len(self.layers)
+    def is_hybrid(self) -> bool:
+        """True where layers keep a sliding window, or a state: nothing that a policy compresses."""
+        return bool(self.sliding) or bool(self.state_layers())
 
     @property
     def tail_length(self) -> int:
@@ -174,7 +172,8 @@ class CompressedCache(Accounting):
     def next_positions(self) -> Tensor:
         """[B] position of the next token of every row."""
         tokens = self.is_token().sum(-1)
-        return upload(self.prompt_lengths, tokens.device) + tokens
+        after = self.prompt_lengths if self.images is None else self.images.positions_after(self.prompt_lengths)
+        return upload(after, tokens.device) + tokens
 
     def extend_tail_mask(self, mask: Tensor, padded: bool) -> Tensor:
         """Record which of the next T slots [B, T] are tokens, and whether any is padding; returns all slots [B, M]."""
@@ -204,21 +203,21 @@ class CompressedCache(Accounting):
     @property
     def can_crop(self) -> bool:
         """Whether the last tokens can be removed."""
-        return self.schedule is None and not self.has_sliding_layers
+        return self.schedule is None and not self.is_hybrid
 
     @property
     def needs_mask(self) -> bool:
-        """Whether new tokens need a mask: for padding in the tail or in sliding layers, or for online eviction."""
+        """Whether new tokens need a mask: for padding in the tail or in a hybrid's layers, or for online eviction."""
         if self.schedule is not None:
             return True
         slots = self.compressed_layers()[0].prompt_slots
-        return self.tail_padded or (self.has_sliding_layers and min(self.prompt_lengths) < slots)
+        return self.tail_padded or (self.is_hybrid and min(self.prompt_lengths) < slots)
 
     def decode_mask(self, slots: int) -> Tensor:
         """Mask [B, 1, 1, slots] of a new token over a tail; in a hybrid model [B, S + slots] over everything."""
         is_token = self.is_token()
         unused = is_token.new_ones(is_token.shape[0], slots - self.tail_length)  # count as tokens
-        if self.has_sliding_layers:
+        if self.is_hybrid:
             return torch.cat([self.prompt_mask.to(is_token.device), is_token, unused], 1)
         return torch.cat([is_token[:, is_token.shape[1] - self.tail_length :], unused], 1)[:, None, None]
 
@@ -245,6 +244,8 @@ class CompressedCache(Accounting):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens of the tail, given as a negative number; the prompt stays."""
+        if self.state_layers():
+            raise UserError(f"crop({tokens_to_remove}): states of linear attention cannot be taken back: use a fork")
         for layer in self.layers:
             if layer.is_sliding and layer.get_seq_length() >= layer.sliding_window:
                 raise UserError(f"crop({tokens_to_remove}): the sliding window of {layer.sliding_window} has moved on")
@@ -259,7 +260,7 @@ class CompressedCache(Accounting):
         self.prompt_lengths, self.tail_mask, self.pending, self.budgets, self.decode_loop = [], None, None, None, None
         self.covered, self.schedule, self.tail_padded, self.adapter, self.rotation = [], None, False, None, None
         self.token_ids, self.invalid, self.narrow, self.no_entries = None, (), False, {}
-        self.compression, self.protection = None, None
+        self.compression, self.protection, self.images = None, None, None
 
     def activate_past_recording(self) -> None:
         """Part of assisted decoding, which would read the prompt again: refused."""
@@ -275,6 +276,7 @@ class CompressedCache(Accounting):
         self.covered = [self.covered[int(row)] for row in rows] if self.covered else []
         self.schedule = None if self.schedule is None else self.schedule.rows(rows)
         self.protection = None if self.protection is None else self.protection.rows(rows.tolist())
+        self.images = None if self.images is None else self.images.rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies adjacent; the prompt is shared, tails are copied."""

@@ -13,6 +13,7 @@ from learnkv.cache.states import Kept, Prompt
 from learnkv.cache.storage import Segment
 from learnkv.cache.tiers import StoredTier
 from learnkv.core.component import Component
+from learnkv.core.images import ImageTokens
 from learnkv.errors import UserError
 
 
@@ -80,11 +81,12 @@ def pack(cache: CompressedCache) -> tuple[dict[str, Any], dict[str, Tensor], lis
         "token_ids": [packed.add("ids", part.to(torch.int32)) for part in cache.token_ids or ()],
         "budgets": packed.add("budgets", cache.budgets),
         "layers": [_layer(layer, packed, classes, pools) for layer in layers],
-        "sliding": {
-            str(index): _sliding(layer, packed)
-            for index, layer in enumerate(cache.layers)
-            if index not in cache.compressible
-        },
+        "sliding": {str(index): _sliding(cache.layers[index], packed) for index in cache.sliding},
+        "images": None if cache.images is None else _images(cache.images, packed),
+        "states": [
+            {name: packed.add(f"states.{name}", part) for name, part in layer.states().items()}
+            for layer in cache.state_layers()
+        ],
     }
     description["sizes"] = packed.sizes()
     return description, packed.tensors(), classes.components
@@ -174,6 +176,12 @@ def _tier(tier: StoredTier, packed: PackedTensors, classes: Classes) -> dict[str
         "tables": packed.add("table", torch.stack([rows.offset, rows.length])),
         "longest": rows.longest,
     }
+
+
+def _images(images: ImageTokens, packed: PackedTensors) -> dict[str, Any]:
+    """Which slots are images, and positions."""
+    is_image = packed.add("is_image", images.is_image)
+    return {"is_image": is_image, "shifts": list(images.shifts), "in_space": images.in_space}
 
 
 def _sliding(layer: CacheLayerMixin, packed: PackedTensors) -> dict[str, Any]:

@@ -47,26 +47,26 @@ def copy_tail(draft: CompressedCache, cache: CompressedCache, begin: int) -> Non
         if layer.page_index is not None:
             layer.page_index.crop(begin)
         layer.tail.append(keys, values)
-    copy_sliding(draft, cache)
+    copy_others(draft, cache)
     draft.tail_mask, draft.tail_padded, draft.token_ids = cache.tail_mask, cache.tail_padded, cache.token_ids
 
 
-def copy_sliding(draft: CompressedCache, cache: CompressedCache) -> None:
-    """Give `draft` the sliding layers of `cache`, which are compressed in neither."""
-    for index, layer in enumerate(cache.layers):
-        if index not in cache.compressible:
-            draft.layers[index] = copy.copy(layer)
+def copy_others(draft: CompressedCache, cache: CompressedCache) -> None:
+    """Give `draft` the sliding layers and the states of `cache`, which are compressed in neither."""
+    for index in cache.sliding:
+        draft.layers[index] = copy.copy(cache.layers[index])
+    for layer, other in zip(draft.state_layers(), cache.state_layers(), strict=True):
+        layer.take_states(other)
 
 
 def sliding_layers(cache: CompressedCache) -> list[Any]:
     """Copies of the sliding layers as they are now; transformers replaces their tensors and changes none in place."""
-    return [copy.copy(layer) for index, layer in enumerate(cache.layers) if index not in cache.compressible]
+    return [copy.copy(cache.layers[index]) for index in cache.sliding]
 
 
 def rewind_sliding(cache: CompressedCache, before: Sequence[Any], slots: int, keep: int) -> None:
     """Let sliding layers, which were as `before` and have read `slots` more since, have read `keep` of them only."""
-    layers = [layer for index, layer in enumerate(cache.layers) if index not in cache.compressible]
-    for layer, old in zip(layers, before, strict=True):
+    for layer, old in zip([cache.layers[index] for index in cache.sliding], before, strict=True):
         window = layer.sliding_window - 1
         for name in ("keys", "values"):
             new = getattr(layer, name)[:, :, -slots:][:, :, :keep]

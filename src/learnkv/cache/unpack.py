@@ -14,6 +14,7 @@ from learnkv.cache.states import Kept, Prompt
 from learnkv.cache.storage import DecodeBuffer, Segment
 from learnkv.cache.tiers import StoredTier
 from learnkv.core.codec import Encoded
+from learnkv.core.images import ImageTokens
 from learnkv.core.observation import CaptureSpec
 from learnkv.core.precision import Level
 from learnkv.core.protection import Protection
@@ -71,11 +72,20 @@ def unpack(
     cache.budgets = parts.optional(description["budgets"], main)
     for index, described in zip(cache.compressible, description["layers"], strict=True):
         _fill(cache.layers[index], described, parts, components, devices[index], cache.no_entries)
+    if (images := description.get("images")) is not None:
+        shifts, in_space = tuple(map(int, images["shifts"])), bool(images["in_space"])
+        cache.images = ImageTokens(parts.get(images["is_image"], main), shifts, in_space)
+        for compressed in cache.compressed_layers():
+            compressed.capture.images = cache.images
     for index, described in description["sliding"].items():
         layer: Any = cache.layers[int(index)]
         keys, values = (parts.get(place, devices[int(index)]) for place in described["entries"])
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values, layer.cumulative_length = keys, values, int(described["length"])
+    device_of = {id(layer): device for layer, device in zip(cache.layers, devices, strict=True)}
+    for state_layer, stored in zip(cache.state_layers(), description.get("states", ()), strict=True):
+        device = device_of[id(state_layer)]
+        state_layer.restore_states({name: parts.get(place, device) for name, place in stored.items()})
     return cache
 
 

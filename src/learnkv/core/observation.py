@@ -65,6 +65,8 @@ class Observation:
     """[B, S, E] input of the attention block, for a scorer that needs `hidden`."""
     token_ids: Tensor | None = None
     """[B, S] of the prompt, for a scorer that needs `token_ids`."""
+    is_image: Tensor | None = None
+    """[B, S] True for slots of images and videos; None: all are text."""
     rotation: Callable[[], Rotary] | None = None
     """Computes `rope`; None: nothing is rotated."""
     keep: Tensor | None = None
@@ -130,8 +132,8 @@ class Observation:
     def of_tokens(self, slots: Tensor | slice, hidden: Tensor | None) -> "Observation":
         """The same for the tokens in `slots` [M] alone, with their hidden states [B, M, E]."""
         entries = {name: getattr(self, name)[:, :, slots] for name in ("keys", "values", "valid", "positions")}
-        ids = None if self.token_ids is None else self.token_ids[:, slots]
-        return replace(self, hidden=hidden, token_ids=ids, statistics={}, **entries)
+        ids, is_image = (None if part is None else part[:, slots] for part in (self.token_ids, self.is_image))
+        return replace(self, hidden=hidden, token_ids=ids, is_image=is_image, statistics={}, **entries)
 
 
 class Statistic(ABC):

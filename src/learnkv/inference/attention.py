@@ -1,6 +1,5 @@
 """The attention function of attached models: full attention while a prompt is read, then attention to kept entries."""
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +12,15 @@ from transformers.masking_utils import sdpa_mask
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.layer import CompressedLayer
+from learnkv.cache.plain_layers import layout
 from learnkv.errors import UserError
 from learnkv.inference import moving_rope
+from learnkv.inference.attention_modules import attention_modules, uses_interface
 from learnkv.inference.layer_arguments import embeddings_of, named_arguments
 from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer
 from learnkv.inference.layer_softmax import eager_attention, has_terms, softmax_terms
 from learnkv.inference.passes import EMBEDDINGS, NAME, CheckedInputs, begin_pass, end_pass
+from learnkv.inference.state_checks import PADDED, check_states
 from learnkv.ops.prompt_attention import prompt_attention
 from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
@@ -154,16 +156,18 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"attach: expected a transformers model, got {type(model).__name__} (compile it after attach)")
     config = model.config.get_text_config(decoder=True)
-    layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
-    if len(layers) != config.num_hidden_layers:
+    _, compressible, sliding = layout(model.config)  # raises for layers that the cache has no place for
+    attending = {*compressible, *sliding}
+    layers = [module for _, module in attention_modules(model, attending)]
+    if len(layers) != len(attending) or not layers:
         raise UserError(
-            f"{config.model_type}: found {len(layers)} attention layers of {config.num_hidden_layers}; learnkv "
-            "supports decoder-only models that attend in every layer"
+            f"{config.model_type}: found {len(layers)} attention layers of {len(attending) or 'some'}; learnkv "
+            "supports decoder-only models with attention layers of transformers"
         )
-    own = next((module for module in layers if not _uses_interface(module)), None)
+    own = next((module for module in layers if not uses_interface(module)), None)
     if own is not None:
         raise UserError(f"{config.model_type}: {type(own).__name__} does not use transformers' attention interface")
-    CompressedCache(model.config)  # raises for layers that it has no state for
+    check_states(model)
     before = config._attn_implementation
     kind = "eager" if any(has_terms(module) for module in layers) else "sdpa"
     if before not in (kind, NAME):
@@ -172,7 +176,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         )
     AttentionInterface.register(NAME, compressed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(_of_text(model, NAME))
     handles = [module.register_forward_pre_hook(_pass_cache_layer, with_kwargs=True) for module in layers]
     embeddings = moving_rope.moving_embeddings(model)
     handles += [module.register_forward_hook(moving_rope.rotate, with_kwargs=True) for module in embeddings]
@@ -185,10 +189,12 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _uses_interface(module: nn.Module) -> bool:
-    """Whether a layer looks up its attention function, as those do that can be given another."""
-    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in type(module).__mro__ if "forward" in vars(kind))
-    return any("ALL_ATTENTION_FUNCTIONS" in forward.__code__.co_names for forward in forwards)
+def _of_text(model: PreTrainedModel, implementation: str) -> Any:
+    """As `set_attn_implementation` takes it for the text decoder alone: a vision tower has no cache."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    names = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    return {names[0]: implementation} if names else implementation
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -200,8 +206,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for module in model.modules():
             for name in (CONVENTION, PLAIN, moving_rope.ROTATION):
                 vars(module).pop(name, None)
-        model.set_attn_implementation(before)
-        for name in (_STATE, EMBEDDINGS, *({_PREPARE} & vars(model).keys())):
+        model.set_attn_implementation(_of_text(model, before))
+        for name in (_STATE, EMBEDDINGS, PADDED, *({_PREPARE} & vars(model).keys())):
             delattr(model, name)
     return model
 

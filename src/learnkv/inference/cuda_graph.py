@@ -19,8 +19,8 @@ def refusal(model: nn.Module, cache: CompressedCache, slots: int) -> str | None:
     """Why the decode step of `model` cannot be captured; None where it can.
 
     A CUDA graph repeats its launches at the same addresses. So all tensors have to lie on one CUDA device, and the host
-    may decide nothing: no routing to experts, no RoPE that depends on the length, no sliding windows of a hybrid model,
-    no references in place of kernels.
+    may decide nothing: no routing to experts, no RoPE that depends on the length, no sliding windows or states of a
+    hybrid model, no references in place of kernels.
 
     Args:
         slots: tail slots that will be in use at the end.
@@ -33,8 +33,8 @@ def refusal(model: nn.Module, cache: CompressedCache, slots: int) -> str | None:
         return f"the model is on {', '.join(sorted({device.type for device in devices}))}"
     if len(devices) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "the model is spread over several devices"
-    if cache.has_sliding_layers:
-        return "sliding layers of a hybrid model"
+    if cache.is_hybrid:
+        return f"{'sliding layers' if cache.sliding else 'states'} of a hybrid model"
     if cache.schedule is not None:
         return "the policy evicts while tokens are added"
     if window is not None and max(layer.prompt_slots for layer in cache.compressed_layers()) + slots > window:

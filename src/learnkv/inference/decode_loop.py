@@ -127,7 +127,7 @@ class DecodeLoop:
         self.generated.fill_(self.config.pad)
         for buffer in (self.is_token, self.count):
             buffer.zero_()
-        slots = cache.tail_length + self.config.max_new_tokens if cache.has_sliding_layers else self.config.capacity
+        slots = cache.tail_length + self.config.max_new_tokens if cache.is_hybrid else self.config.capacity
         mask = cache.decode_mask(slots) if self.config.needs_mask else None
         if self.mask is None or mask is None:
             self.mask = mask
@@ -186,7 +186,7 @@ class DecodeLoop:
         if self.mask is None or self.static:
             return self.mask
         used = self.cache.tail_length + 1
-        if self.cache.has_sliding_layers:
+        if self.cache.is_hybrid:
             used = self.cache.compressed_layers()[0].get_seq_length() + 1
             self.mask[:, used - 1] = self.is_token[:, self.steps]
             refuse_gaps(self.cache, self.mask[:, :used])

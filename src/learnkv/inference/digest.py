@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learnkv.errors import UserError
@@ -18,7 +20,7 @@ from learnkv.inference.attention import implementation
 
 _MANTISSA = 11
 """Low bits of a float32 that are dropped from computed buffers: machines differ in the last one."""
-_OTHERS = {"training", "gradient_checkpointing", "max_seq_len_cached", "name_or_path"}
+_OTHERS = {"training", "gradient_checkpointing", "max_seq_len_cached", "name_or_path", "compute_type_is_set"}
 """Attributes of modules that change no number, or that a call leaves behind."""
 
 
@@ -79,13 +81,45 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def _tensors(model: nn.Module, as_is: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by name; computed buffers rounded unless `as_is`."""
-    yield from ((name, weight) for name, weight in model.named_parameters() if not lora.is_adapter_weight(name))
+    packed = {path: module for path, module in model.named_modules() if _packs_weights(module)}
+    for name, weight in model.named_parameters():
+        if not lora.is_adapter_weight(name) and name.rpartition(".")[0] not in packed:
+            yield from plain_tensors(name, weight)
+    for path, module in packed.items():
+        _apply_once(module, getattr(model, "dtype", torch.float32))
+        for name, part in module.state_dict().items():
+            if isinstance(part, Tensor):
+                yield f"{path}.{name}", part.bfloat16().flatten() if part.is_floating_point() else part
     for path, module in model.named_modules():
+        if path in packed:
+            continue
         for name, buffer in module.named_buffers(recurse=False):
             computed = name in module._non_persistent_buffers_set
             if not (computed and _follows_length(module, name)):
                 rounded = computed and buffer.is_floating_point() and not as_is
                 yield f"{path}.{name}", _rounded(buffer) if rounded else buffer
+
+
+def _packs_weights(module: nn.Module) -> bool:
+    """Whether a quantised layer has scales that are no parameters or buffers, and writes them when it is saved."""
+    saves: Any = type(module)._save_to_state_dict
+    return saves is not nn.Module._save_to_state_dict and not any(module.children())
+
+
+@torch.no_grad()
+def _apply_once(layer: Any, dtype: torch.dtype) -> None:
+    """Let a quantised layer rearrange its weights, as some of bitsandbytes do in their first pass on a CPU."""
+    if hasattr(layer, "in_features"):
+        layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
+
+
+def plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a weight is made of: a quantised one has codes and scales."""
+    if not is_traceable_wrapper_subclass(tensor) or isinstance(tensor, DTensor):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def _follows_length(module: nn.Module, name: str) -> bool:

@@ -25,6 +25,7 @@ def run_extra_pass(
     Raises:
         UserError: for a prompt and a pass that are longer than the model's context.
     """
+    shift = 0 if cache.images is None else torch.tensor(cache.images.shifts).unsqueeze(-1).to(ids.device)
     read = torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
     for tokens in prompt_pass.passes(ids, mask):
         check_pass(model, tokens, mask)
@@ -38,7 +39,7 @@ def run_extra_pass(
         model(
             input_ids=tokens.ids,
             attention_mask=None if bool(both.all()) else both,
-            position_ids=(both.cumsum(-1) - 1).clamp_min(0)[:, mask.shape[1] :],
+            position_ids=(both.cumsum(-1) - 1).clamp_min(0)[:, mask.shape[1] :] + shift,
             past_key_values=fork,
             use_cache=True,
             logits_to_keep=1,

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learnkv.inference import lora
+from learnkv.inference.digest import plain_tensors
 from learnkv.inference.models import describe_model
 
 
@@ -19,6 +20,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str | None:
     A model has the same fingerprint in float32 and in bfloat16, but another one after training.
     """
     weights = {name: weight for name, weight in model.named_parameters() if not lora.is_adapter_weight(name)}
+    weights = dict(part for weight in weights.items() for part in plain_tensors(*weight))
     weights = {name.replace(".base_layer.", "."): weight for name, weight in weights.items()}
     if any(weight.is_meta for weight in weights.values()):
         return None

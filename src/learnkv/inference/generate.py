@@ -119,7 +119,7 @@ def read(
 
 def _attention_mask(cache: CompressedCache, tail: Tensor, new: int) -> Tensor | None:
     """Mask [B, 1, T, M] of the tail, None without padding; of prompt and tail [B, S + M] in a hybrid model."""
-    if cache.has_sliding_layers:
+    if cache.is_hybrid:
         mask = torch.cat([cache.prompt_mask.to(tail.device), tail], 1)
         refuse_gaps(cache, mask)
         return mask
@@ -157,7 +157,7 @@ def generate(
     transformers' own `generate()` with the same settings, and the prompt counts for penalties. Settings that are not
     given here are those of the model's generation config, then transformers' defaults; what is not supported is refused
     by name. There is a host sync every 16 steps, to check whether all rows have ended; tokens read after that are
-    dropped. A cache with sliding layers or online eviction cannot be cropped and is checked every step.
+    dropped. A cache of a hybrid model, or with online eviction, cannot be cropped and is checked every step.
 
     Args:
         input_ids: [B, T] the question, left- or right-padded where lengths differ.

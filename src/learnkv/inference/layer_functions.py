@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from learnkv.core.observation import Embeddings
@@ -176,6 +177,7 @@ class ProbedLayer:
         layer = getattr(self.module, "o_proj", None)
         hooks = layer is not None and (layer._forward_hooks or layer._forward_pre_hooks)
         plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not hooks
+        plain = plain and type(layer.weight) in (nn.Parameter, DTensor)  # quantised weights are of other types
         return layer.weight.detach() if plain and layer is not None else None
 
     def _projected(self, outputs: Tensor, hidden: Tensor, dim: int) -> Tensor:
@@ -203,7 +205,7 @@ class ProbedLayer:
         given |= {name: {} for name in self.shared}
         given = dict.fromkeys(self.nothing) | given
         try:
-            with _evaluating(self.module):
+            with evaluating(self.module):
                 output = self.module.forward(
                     hidden_states=hidden.to(self.device, self.dtype),
                     **{**given, "attention_mask": None, "past_key_values": _NoCache(), "attend": attend},
@@ -224,7 +226,21 @@ class ProbedLayer:
 
 
 class _NoCache(DynamicCache):
-    """Returns what it is given."""
+    """Returns what it is given, and has no states."""
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        return None
+
+    get_recurrent_state = get_conv_state
+
+    def update_conv_state(self, conv_states: Tensor, *_: Any, conv_kernel_size: int = 1, **__: Any) -> Tensor:
+        return F.pad(conv_states, (max(conv_kernel_size - conv_states.shape[-1], 0), 0))
+
+    def update_recurrent_state(self, recurrent_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return recurrent_states
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
@@ -246,7 +262,7 @@ def _only_records(hook: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """The module in evaluation mode within the block: no dropout."""
     trained = [part for part in module.modules() if part.training]
     for part in trained:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.offload import offload as offload_prompt
 from learnkv.cache.shared_tail import check_same_text, check_whole, copy_tail, rewind_sliding, sliding_layers
+from learnkv.cache.state_layer import Packed
 from learnkv.errors import UserError
 from learnkv.inference.generate import last_logits, question_of, read
 from learnkv.inference.generation_settings import generation_config, special_tokens
@@ -114,7 +115,7 @@ def _check_caches(cache: CompressedCache, draft: CompressedCache, draft_tokens: 
         raise UserError(f"draft_tokens={draft_tokens}: expected a whole number of tokens, at least 1")
     check_whole(cache)
     check_same_text(cache, draft)
-    windows = [layer.sliding_window for i, layer in enumerate(cache.layers) if i not in cache.compressible]
+    windows = [cache.layers[index].sliding_window for index in cache.sliding]
     if windows and draft_tokens + 1 >= min(windows):
         raise UserError(f"draft_tokens={draft_tokens}: the sliding window of {min(windows)} tokens is too short for it")
     for layer in draft.compressed_layers():
@@ -205,7 +206,7 @@ class _Loop:
         unread, padded = self.is_token[:, -1:], not bool(self.is_token[:, -1].all())
         drafted, proposals = self._draft(count, unread, padded)
         ids = torch.cat([self.generated[:, -1:], drafted], 1)
-        before = sliding_layers(cache)
+        before, states = sliding_layers(cache), [layer.states() for layer in cache.state_layers()]
         logits = self.pair.read(cache, ids, unread.expand(-1, count + 1), padded, last=0)
         check_numbers(logits, self.generated.shape[1])
         scores = torch.stack([self._scores(logits[:, i], i, drafted) for i in range(count + 1)], 1)
@@ -215,8 +216,21 @@ class _Loop:
         rewind_sliding(cache, before, count + 1, committed)
         cache.end_turn(begin, kept, not bool(kept.all()))
         replace_last_ids(cache, begin, ids[:, :committed])
+        if states and committed <= count:
+            self._read_again(begin, ids[:, :committed], kept, before, states)
         self.pair.follow(begin)
         return accepted
+
+    def _read_again(self, begin: int, ids: Tensor, kept: Tensor, windows: list[Any], states: list[Packed]) -> None:
+        """Read committed tokens ids [B, n] after slot `begin` from states as they were: those cannot be rewound."""
+        cache = self.pair.cache
+        for index, window in zip(cache.sliding, windows, strict=True):
+            cache.layers[index] = window
+        for layer, before in zip(cache.state_layers(), states, strict=True):
+            layer.restore_states(before)
+        cache.end_turn(begin, kept[:, :0], False)
+        replace_last_ids(cache, begin, ids[:, :0])
+        self.pair.read(cache, ids, kept, not bool(kept.all()))
 
     def _draft(self, count: int, unread: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
         """Tokens [B, count] of the compressed cache and, where they are sampled, their probabilities [B, count, V]."""

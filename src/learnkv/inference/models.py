@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from learnkv.cache.plain_layers import layout
 from learnkv.errors import UserError
 from learnkv.formats.hub_network import hub_fault
+from learnkv.inference.attention_modules import attention_modules
 from learnkv.inference.known_models import KNOWN_MODELS, fetched_folder, read_gguf
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference" / "model"
@@ -39,7 +49,7 @@ def load_model(
     device: str = "auto",
     attn: str = "sdpa",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen causal language model in evaluation mode and its tokenizer (left padding).
+    """Load a frozen causal or vision-language model in evaluation mode and its tokenizer (left padding).
 
     Args:
         model: `reference` (the model in this package), `smollm2` once it was fetched, a local folder, a GGUF file,
@@ -64,14 +74,15 @@ def load_model(
     options = {"revision": revision, "local_files_only": local_only, "trust_remote_code": False}
     implementation = None if attn == "sdpa" else attn  # None: sdpa, or eager for models that have none
     try:
+        config = None if gguf else AutoConfig.from_pretrained(source, **options)
         if dtype == "auto" and target.type == "cpu":
-            number_format = cpu_dtype(None if gguf else AutoConfig.from_pretrained(source, **options))
+            number_format = cpu_dtype(config)
         if gguf:
             lm, tokenizer, report = read_gguf(Path(model).expanduser(), number_format, implementation)
             lm.config._name_or_path = model  # transformers' is the folder, which cannot be loaded
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            lm, report = AutoModelForCausalLM.from_pretrained(
+            lm, report = _auto_class(config).from_pretrained(
                 source, dtype=number_format, attn_implementation=implementation, output_loading_info=True, **options
             )
     except _UNREADABLE as error:
@@ -97,11 +108,18 @@ def empty_model(model: str, revision: str | None = None, dtype: str = "bfloat16"
         local_only = folder is not None or fault is not None
         config = AutoConfig.from_pretrained(source, revision=revision, local_files_only=local_only)
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # with sdpa where it can
+            lm = _auto_class(config).from_config(config, dtype=getattr(torch, dtype))  # with sdpa where it can
     except (OSError, ValueError, KeyError) as error:
         enough = "; a folder with the model's config.json is enough" if fault else ""
         raise UserError(f"model={model}: {_reason(error, folder, fault)}{enough}") from error
     return lm.eval().requires_grad_(False)
+
+
+def _auto_class(config: Any) -> Any:
+    """What builds a model of this config: a causal language model, or one that reads images, too."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _is_gguf(model: str) -> bool:
@@ -251,11 +269,7 @@ def attention_layers(model: str, expected_hash: str) -> list[str]:
     lm = empty_model(model)
     if config_hash(lm) != expected_hash:
         raise UserError(f"model={model}: the policy was trained for a model of other sizes")
-    kinds = getattr(lm.config.get_text_config(decoder=True), "layer_types", None) or ()
-    hybrid = len(set(kinds)) > 1
-    named = [(name, module) for name, module in lm.named_modules() if hasattr(module, "layer_idx")]
-    attention: list[tuple[str, Any]] = [(name, module) for name, module in named if hasattr(module, "o_proj")]
-    return [name for name, layer in attention if not hybrid or kinds[layer.layer_idx] != "sliding_attention"]
+    return [name for name, _ in attention_modules(lm, layout(lm.config).compressible)]
 
 
 def _known_name(path: str) -> str:
@@ -270,16 +284,12 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """The model as a policy's manifest has it: id, config hash, and the sizes that a policy needs."""
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    sliding = (
-        kinds.count("sliding_attention") if len(set(kinds)) > 1 else 0
-    )  # layers of a hybrid model that are not compressed
     name = model.config._name_or_path
     return {
         "id": _known_name(name),
         "config_hash": config_hash(model),
         "shapes": {
-            "layers": config.num_hidden_layers - sliding,
+            "layers": len(layout(model.config).compressible),  # of a hybrid model, those that are compressed
             "heads": heads,
             "head_dim": _size(config, "head_dim") or config.hidden_size // config.num_attention_heads,
             "hidden_size": config.hidden_size,

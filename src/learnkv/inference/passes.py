@@ -81,6 +81,11 @@ class CheckedInputs:
         if cache is None:
             return inputs
         name = self.model.config.model_type
+        if cache.images is not None and any(cache.images.shifts):
+            raise UserError(
+                f"{name}: generate() of transformers does not know the positions after the images of this cache: use "
+                "learnkv.generate without beams"
+            )
         if kwargs.get("is_first_iteration"):
             _check_beginning(cache, kwargs.get("input_ids", args[0] if args else None))
         if inputs.get("use_cache") is False:

@@ -1,6 +1,7 @@
 """Reading a prompt once with full attention."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
 from learnkv.inference.extra_passes import run_extra_pass, scores_of
+from learnkv.inference.image_prompts import PromptInputs, prompt_inputs
 from learnkv.inference.models import context_length, describe_model
 from learnkv.inference.protected_spans import Anchors, Protect, protection_of, unpadded
+from learnkv.inference.state_checks import refuse_padding
 from learnkv.inference.token_ids import check_ids, check_mask
 from learnkv.policy.byte_budget import ByteCount
 from learnkv.policy.layerwise import compress_when_read
@@ -37,6 +40,7 @@ def prefill(
     protect: Protect | None = None,
     protect_after: Sequence[str] | Anchors | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> CompressedCache:
     """Read prompts with full attention; returns a cache of all entries, or of those that `policy` keeps.
 
@@ -56,40 +60,39 @@ def prefill(
             alike, or a list of them for each, counted without padding; or `system`, the system message of a chat.
         protect_after: words such as "password:" after which tokens are kept as far as a share of the budget goes.
         tokenizer: of `system` and words.
+        inputs: further arguments of the model, as the processor of a vision-language model gives them (`pixel_values`,
+            `image_grid_thw`, `token_type_ids`), or `inputs_embeds` [B, S, E] in place of what the ids are embedded as.
 
     Raises:
         UserError: for an empty prompt, right padding, one longer than the context, a budget below what is protected.
     """
     lengths = _check_prompt(model, input_ids, attention_mask, chunk_size)
     attach(model)
+    prompt = prompt_inputs(model, input_ids, attention_mask, inputs)
+    if not prompt.in_parts and chunk_size is not None:
+        raise UserError(f"chunk_size={chunk_size}: prompts with images are read whole")
     if policy is not None:
         policy.check_spend(keep, budget, bytes)
     capture_spec = _capture_spec(model, _checked_policies(policies, policy), window)
-    cache = _empty_cache(model, input_ids, lengths, capture_spec.with_sample(sample))
+    cache = CompressedCache(model.config, capture_spec.with_sample(sample))
+    cache.set_prompt(lengths, input_ids, prompt.images)
     if protect is not None or protect_after is not None:
         cache.protection = protection_of(unpadded(input_ids, lengths), protect, protect_after, tokenizer)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    if mask is not None:
+        refuse_padding(model)
     one_shot = policy if policy is not None and policy.reads_once and (keep != 1 or policy.precision) else None
     for begin in range(0, slots := input_ids.shape[1], step := chunk_size or slots):
         end = min(begin + step, slots)
         if one_shot is not None and end == slots:
             compress_when_read(one_shot, cache, keep, budget, bytes)
-        _read_chunk(model, cache, input_ids, mask, slice(begin, end))
+        _read_chunk(model, cache, input_ids, mask, slice(begin, end), prompt)
     for prompt_pass in capture_spec.extra_passes:
         run_extra_pass(
             model, cache, prompt_pass, input_ids, torch.ones_like(input_ids).bool() if mask is None else mask
         )
     cache.seal()
     return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget, bytes)
-
-
-def _empty_cache(
-    model: PreTrainedModel, input_ids: Tensor, lengths: list[int], capture_spec: CaptureSpec
-) -> CompressedCache:
-    """A cache that is about to read prompts of these lengths."""
-    cache = CompressedCache(model.config, capture_spec)
-    cache.set_prompt(lengths, input_ids)
-    return cache
 
 
 def _capture_spec(model: PreTrainedModel, policies: Iterable[Policy], window: int) -> CaptureSpec:
@@ -124,16 +127,24 @@ def score_prompt(
 
 
 def _read_chunk(
-    model: PreTrainedModel, cache: CompressedCache, input_ids: Tensor, mask: Tensor | None, chunk: slice
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    input_ids: Tensor,
+    mask: Tensor | None,
+    chunk: slice,
+    prompt: PromptInputs,
 ) -> None:
     """Read the slots `chunk` of prompts [B, S]; `mask` [B, S], None: no padding."""
-    if mask is None:
+    if prompt.positions is not None:
+        positions = prompt.positions[..., chunk]
+    elif mask is None:
         positions = torch.arange(chunk.start, chunk.stop, device=input_ids.device).expand(len(input_ids), -1)
     else:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, chunk]
-    cache.expected_pass = positions, max(cache.prompt_lengths)
+    bound = max(cache.prompt_lengths) if prompt.positions is None else int(positions.max()) + 1
+    cache.expected_pass = positions, bound
     model(
-        input_ids=input_ids[:, chunk],
+        **prompt.chunk(input_ids, chunk),
         attention_mask=None if mask is None else mask[:, : chunk.stop],
         position_ids=positions,
         past_key_values=cache,

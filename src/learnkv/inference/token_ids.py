@@ -107,12 +107,13 @@ def _read_ids(cache: CompressedCache) -> tuple[Tensor, Tensor] | None:
 
 
 def refuse_gaps(cache: CompressedCache, is_token: Tensor) -> None:
-    """Raise where padding within [B, S + M] would count as distance in the sliding layers of a hybrid model."""
-    sliding = [layer for index, layer in enumerate(cache.layers) if index not in cache.compressible]
-    window = min(layer.sliding_window for layer in sliding)
+    """Raise where padding within [B, S + M] would count in a hybrid model: as distance in a window, or in a state."""
+    states = bool(cache.state_layers())
+    window = min((cache.layers[index].sliding_window for index in cache.sliding), default=0)
     slots, gap = is_token.shape[1], ~is_token[:, 1:] & is_token[:, :-1]
-    if slots > window and bool((gap.cumsum(-1).bool() & is_token[:, 1:]).any()):
+    if (states or slots > window) and bool((gap.cumsum(-1).bool() & is_token[:, 1:]).any()):
+        those = "states that padding would change" if states else f"layers that attend to the last {window} slots"
         raise UserError(
-            f"padding between the tokens of a row, {slots} slots, and layers that attend to the last {window} slots: "
-            "continue prompts one by one, or with questions of one length"
+            f"padding between the tokens of a row, {slots} slots, and {those}: continue prompts one by one, or with "
+            "questions of one length"
         )

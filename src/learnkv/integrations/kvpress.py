@@ -96,8 +96,9 @@ class LearnKVPress(BasePress):
         if isinstance(cache, CompressedCache) or (cache is not None and cache.get_seq_length() > 0):
             return read(**kwargs)
         whole = CompressedCache(model.config, policy.capture_spec)
-        if whole.has_sliding_layers:
-            raise UserError(f"{model.config.model_type}: a press does not support layers with a sliding window")
+        if whole.is_hybrid:
+            kind = "a sliding window" if whole.sliding else "states"
+            raise UserError(f"{model.config.model_type}: a press does not support layers with {kind}")
         attach(model)
         try:
             with torch.no_grad():

@@ -8,13 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.pack import pack
+from learnkv.cache.plain_layers import layout
 from learnkv.cache.reader import Reader
 from learnkv.cache.unpack import unpack
 from learnkv.core.adapter import Adapter
@@ -22,6 +22,7 @@ from learnkv.errors import RunError, UserError
 from learnkv.formats.files import FULL_DISK, atomic_write, file_digest, make_folder, read_tensors
 from learnkv.inference import lora, moving_rope
 from learnkv.inference.attention import attach
+from learnkv.inference.attention_modules import layer_devices
 from learnkv.inference.digest import known_weights_digest, tokenizer_digest
 from learnkv.inference.models import describe_model
 from learnkv.persistence.stored_components import built_components, described_components
@@ -122,7 +123,8 @@ def load_cache(
     components = built_components(manifest["components"], allow, path)
     try:
         adapter = _adapter(manifest["adapter"], tensors)
-        cache = unpack(model.config, manifest["cache"], tensors, components, _devices(model))
+        devices = layer_devices(model, layout(model.config))
+        cache = unpack(model.config, manifest["cache"], tensors, components, devices)
     except _BROKEN as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: {MANIFEST} and its tensors do not belong together ({reason})") from None
@@ -224,9 +226,3 @@ def _entries(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     if digest != manifest["sha256"]:
         raise UserError(f"{file}: has changed since it was written, {MANIFEST} has another digest")
     return read_tensors(file)
-
-
-def _devices(model: Any) -> list[torch.device]:
-    """Device of every attention layer."""
-    layers = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "o_proj")]
-    return [next(layer.parameters()).device for layer in sorted(layers, key=lambda layer: int(layer.layer_idx))]

@@ -33,6 +33,7 @@ from learnkv.scorers.shotkv import ShotKV
 from learnkv.scorers.snapkv import SnapKV
 from learnkv.scorers.snapstream import SnapStream
 from learnkv.scorers.streaming_llm import StreamingLLM
+from learnkv.scorers.tgv_kv import TGVKV
 from learnkv.scorers.thought_hierarchy import ThoughtHierarchy
 from learnkv.scorers.tova import TOVA
 from learnkv.scorers.triattention import TriAttention
@@ -46,6 +47,7 @@ __all__ = [
     "H2O",
     "KVEC",
     "RKV",
+    "TGVKV",
     "TOVA",
     "Chunked",
     "CompressKV",

@@ -10,7 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.plain_layers import fork_of
 from learnkv.core.scorer import Scorer
+from learnkv.inference.attention_modules import is_attention
 from learnkv.inference.lora import follow_cache
 
 Method = Callable[..., Any]
@@ -41,11 +43,7 @@ def recomputed(model: nn.Module, scorer: Scorer | None = None) -> Iterator[None]
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The modules that contain an attention module with a layer index."""
-    return [module for module in model.modules() if any(map(_is_attention, module.children()))]
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "layer_idx") and hasattr(module, "o_proj")
+    return [module for module in model.modules() if any(map(is_attention, module.children()))]
 
 
 def _of_scorer(score: Method) -> Method:
@@ -54,7 +52,7 @@ def _of_scorer(score: Method) -> Method:
 
 def _of_layer(model: nn.Module, layer: nn.Module) -> Method:
     forward = layer.forward
-    layer_idx: Any = next(child.layer_idx for child in layer.children() if _is_attention(child))
+    layer_idx: Any = next(child.layer_idx for child in layer.children() if is_attention(child))
 
     def checkpointed(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or not isinstance(past_key_values, CompressedCache):
@@ -77,5 +75,5 @@ def _copy_of(cache: CompressedCache, layer_idx: int) -> CompressedCache:
     """A cache with its own copy of one layer; appending to that layer leaves the original unchanged."""
     twin, layer = copy.copy(cache), cache.layers[layer_idx]
     twin.layers = list(cache.layers)
-    twin.layers[layer_idx] = layer.fork() if layer_idx in cache.compressible else copy.copy(layer)
+    twin.layers[layer_idx] = fork_of(layer)
     return twin
