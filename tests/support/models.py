@@ -245,7 +245,9 @@ heuristic = functools.cache(load_policy)
 
 def read(model: PreTrainedModel, *prompt: Tensor, **more: object) -> CompressedCache:
     """A prompt, read for whatever `policy_for` gives."""
-    return prefill(model, *prompt, policies=[policy_for(name, model) for name in EVICTING + LEARNED], **more)
+    refused = ("kvgrad",) if model.config.model_type == "qwen3_next" else ()  # its pass reads the output projection
+    names = [name for name in EVICTING + LEARNED if name not in refused]
+    return prefill(model, *prompt, policies=[policy_for(name, model) for name in names], **more)
 
 
 @functools.cache

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from learnkv.cache.compressed_cache import CompressedCache
+from learnkv.cache.state_layer import StateLayer
 from learnkv.core.observation import PassTokens
 from learnkv.errors import UserError
+from learnkv.inference.attention_modules import attention_modules
 
 
 def gradient_norms(model: PreTrainedModel, cache: CompressedCache, tokens: PassTokens, mask: Tensor) -> Tensor:
@@ -33,9 +35,8 @@ def gradient_norms(model: PreTrainedModel, cache: CompressedCache, tokens: PassT
     outputs: dict[int, Tensor] = {}
     last: list[Tensor] = []
     hooks = [blocks[-1].register_forward_hook(lambda module, args, output: last.append(_first(output)))]
-    for module in model.modules():
-        if hasattr(module, "layer_idx") and hasattr(module, "o_proj"):
-            hooks.append(module.register_forward_hook(_record(outputs)))
+    for _, module in attention_modules(model, cache.compressible):
+        hooks.append(module.register_forward_hook(_record(outputs)))
     with torch.inference_mode(False), torch.enable_grad():
         past = _constants(cache)
         both = torch.cat([mask, tokens.mask], 1).clone()
@@ -63,13 +64,37 @@ def _constants(cache: CompressedCache) -> DynamicCache:
     past.layers = []
     for layer_idx, source in enumerate(cache.layers):
         if layer_idx in cache.compressible:
-            obs, layer = next(compressed).observation(), DynamicLayer()
+            obs, layer = next(compressed).observation(), _plain(source)
             layer.update(obs.keys.detach().clone(), obs.values.detach().clone())
+        elif isinstance(source, StateLayer):
+            layer = source.fork()
         else:
             layer = copy.copy(source)
             layer.keys, layer.values = (part.detach().clone() for part in (source.keys, source.values))
         past.layers.append(layer)
     return past
+
+
+class _WithState(StateLayer, DynamicLayer):
+    """Keys and values of transformers' own layer beside a state."""
+
+    is_compileable = False
+
+    def __init__(self, number_of_states: int) -> None:
+        DynamicLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        DynamicLayer.lazy_initialization(self, *args, **kwargs)
+
+
+def _plain(source: Any) -> DynamicLayer:
+    """A layer without entries, with copies of a source's states."""
+    if not isinstance(source, StateLayer):
+        return DynamicLayer()
+    layer = _WithState(source.number_of_states)
+    layer.take_states(source)
+    return layer
 
 
 def _record(outputs: dict[int, Tensor]) -> Any:
