@@ -163,7 +163,8 @@ def _section(part: str, kind: type) -> str:
     summary, *rest = _doc(kind).split("\n\n")
     prose = [block for block in rest if not block.startswith(("Args:", "Returns:", "Raises:"))]
     reads = reads_of_class(kind) if part == "scorer" else ()
-    status = f" Status: {STATUS[kind.status]}." if getattr(kind, "status", None) else ""
+    known: Status | None = getattr(kind, "status", None)
+    status = f" Status: {STATUS[known]}." if known else ""
     lines = [f"### {kind.__name__} {{ #{_anchor(part, kind)} }}\n", _prose(summary) + status, ""]
     lines += [f"{_prose(block)}\n" for block in prose]
     if reads:

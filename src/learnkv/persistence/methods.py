@@ -35,8 +35,8 @@ KINDS: dict[str, Callable[[Policy], bool]] = {
 }
 """Kinds of methods: trained by gradient descent; reads a table calibrated for one model; reads the prompt again in
 extra passes; evicts while tokens are generated; reads selected pages; scores by the last queries of the prompt, which
-are the question's where it is compressed with the context; stores fewer bits, which `all` leaves out; remembers moments
-of what it evicts."""
+are the question's where it is compressed with the context; stores fewer bits, which `all` and the other kinds leave
+out; remembers moments of what it evicts."""
 
 
 def kinds_of(policy: Policy) -> frozenset[str]:
