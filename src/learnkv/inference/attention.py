@@ -73,7 +73,7 @@ def compressed_attention(
         else:
             prompt, _ = sdpa_attention_forward(module, *inputs, dropout=dropout, scaling=scaling, **kwargs)
         if cache_layer is not None:
-            cache_layer.capture.scaling, cache_layer.capture.terms = scale, terms
+            cache_layer.capture.scaling, cache_layer.capture.terms = scale, terms.copied()
             cache_layer.observe(query, attention_mask)
         return prompt, None
     _check_frozen(module, cache_layer, terms)
