@@ -102,3 +102,20 @@ def test_the_same_gradients_and_every_kernel_of_training_was_launched(monkeypatc
     for got, want in zip(*gradients[::-1], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
     assert launched == dict.fromkeys([*training["mask_gradient"], "_attend"], 2)  # once in each layer
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_soft_caps_and_sinks_read_and_continue_on_the_kernels(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a layer that is compressed, and in a sliding one."""
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}
+    model, policy = attach(build(family, **kinds).to(DEVICE)), Policy(SnapKV(window=8))
+    ids, new = tokens(2, 40).to(DEVICE), tokens(2, 3, seed=1).to(DEVICE)
+    launched = counted(monkeypatch, {"decode_attention": ["_attend"]})
+    logits = []
+    for impl in ("reference", "triton"):
+        with torch.no_grad(), using(impl):
+            cache = policy.compress(prefill(model, ids, policies=[policy], chunk_size=25), keep=0.4)
+            logits.append(continuation(model, new, cache))
+        assert bool(launched) == (impl == "triton")
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    assert launched["_attend"] == 2 * 3, "two chunks and a question, in both layers"

@@ -109,6 +109,6 @@ def test_attention_is_the_models_own(cls: type[Any], term: str) -> None:
     if cls.__name__ == "ExpectedAttention" and term == "softcap":
         with pytest.raises(UserError, match=r"^ExpectedAttention: .* soft-capped logits, expected covariance=false$"):
             scorer(seen_by(scorer, [40, 25], terms=only))
-        scorer.covariance = False
+        scorer = cls(covariance=False)
     scores, others = (scorer(obs)[plain.valid] for obs in (plain, seen_by(scorer, [40, 25], terms=only)))
     assert torch.equal(scores, others) == (cls.__name__ in READS_NO_ATTENTION)

@@ -56,18 +56,18 @@ def compressed_attention(
     """
     if attend is not None:
         return attend(query, key), None
-    if kwargs.get("position_bias") is not None:
-        raise UserError(f"{type(module).__name__} uses position_bias, which learnkv's attention does not support")
-    terms = softmax_terms(module, softcap, s_aux)
+    terms, compressed = softmax_terms(module, softcap, s_aux), plain_layer or cache_layer is not None
     if cache_layer is not None:
         if dropout:
             raise UserError(f"{type(module).__name__} drops out {dropout:g} of its attention: call model.eval()")
         cache_layer.confirm(type(module).__name__, key, value)
-        _check_mask(module, query, key, attention_mask)
+    if compressed:
+        _check_mask(module, query, key, attention_mask, kwargs.get("position_bias"))
+    if cache_layer is not None:
         _refuse_exceeded_window(module, cache_layer, kwargs.get("sliding_window"))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if cache_layer is None or not cache_layer.sealed:
-        inputs, compressed = (query, key, value, attention_mask), plain_layer or cache_layer is not None
+        inputs = (query, key, value, attention_mask)
         if terms is not NO_TERMS and compressed and not dropout:
             prompt = prompt_attention(*inputs, scale, terms).transpose(1, 2).contiguous()
         elif terms is not NO_TERMS or (has_terms(module) and not compressed):
@@ -75,7 +75,7 @@ def compressed_attention(
         else:
             prompt, _ = sdpa_attention_forward(module, *inputs, dropout=dropout, scaling=scaling, **kwargs)
         if cache_layer is not None:
-            cache_layer.capture.scaling, cache_layer.capture.terms = scale, terms
+            cache_layer.capture.scaling, cache_layer.capture.terms = scale, terms.copied()
             cache_layer.observe(query, attention_mask)
         return prompt, None
     _check_frozen(module, cache_layer, terms)
@@ -85,8 +85,10 @@ def compressed_attention(
     return output, None
 
 
-def _check_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+def _check_mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
     name = type(module).__name__
+    if bias is not None:
+        raise UserError(f"{name} uses position_bias, which learnkv's attention does not support")
     if mask is not None and mask.dtype != torch.bool:
         raise UserError(f"{name}: attention mask of type {mask.dtype}: expected the boolean mask of sdpa")
     if mask is None and 1 < query.shape[2] < key.shape[2]:  # sdpa would align their first ones

@@ -34,7 +34,8 @@ def softmax_terms(module: Any, softcap: float | None, sinks: Tensor | None) -> S
 
 def has_terms(module: Any) -> bool:
     """Whether a layer, or another of its model, has a softmax that sdpa does not compute."""
-    return hasattr(module, "sinks") or getattr(module.config, "attn_logit_softcapping", None) is not None
+    config = getattr(module, "config", None)
+    return hasattr(module, "sinks") or getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def eager_attention(

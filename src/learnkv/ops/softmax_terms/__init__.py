@@ -22,6 +22,10 @@ class SoftmaxTerms(NamedTuple):
         """Derivative of capped logits with respect to scaled products; None: 1."""
         return None if self.softcap is None else 1 - (capped / self.softcap).square()
 
+    def copied(self) -> "SoftmaxTerms":
+        """With sinks that outlive the weights, which may be gathered for one pass only."""
+        return self if self.sinks is None else SoftmaxTerms(self.softcap, self.sinks.detach().clone())
+
     def of_heads(self, heads: int) -> Tensor | None:
         """Sinks [H, G, 1] of the query heads of every kv head."""
         return None if self.sinks is None else self.sinks.view(heads, -1, 1)
