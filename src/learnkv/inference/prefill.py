@@ -72,8 +72,7 @@ def prefill(
     if policy is not None:
         policy.check_spend(keep, budget, bytes)
     capture_spec = _capture_spec(model, _checked_policies(policies, policy), window)
-    cache = CompressedCache(model.config, capture_spec.with_sample(sample))
-    cache.set_prompt(lengths, input_ids, prompt.images)
+    cache = _empty_cache(model, input_ids, lengths, prompt, capture_spec.with_sample(sample))
     if protect is not None or protect_after is not None:
         cache.protection = protection_of(unpadded(input_ids, lengths), protect, protect_after, tokenizer)
     mask = _padding(model, attention_mask)
@@ -85,6 +84,15 @@ def prefill(
     run_extra_passes(model, cache, capture_spec.extra_passes, input_ids, mask)
     cache.seal()
     return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget, bytes)
+
+
+def _empty_cache(
+    model: PreTrainedModel, ids: Tensor, lengths: list[int], prompt: PromptInputs, capture_spec: CaptureSpec
+) -> CompressedCache:
+    """A cache that is about to read prompts of these lengths."""
+    cache = CompressedCache(model.config, capture_spec)
+    cache.set_prompt(lengths, ids, prompt.images)
+    return cache
 
 
 def _padding(model: PreTrainedModel, attention_mask: Tensor | None) -> Tensor | None:
