@@ -210,7 +210,8 @@ def page() -> str:
     return (
         HEAD.format(version=transformers.__version__, built=len(built), supported=supported)
         + "\n".join(table)
-        + f"\n\nRefused, as their attention has no `layer_idx`, or no output projection `o_proj` or `out_proj`: {', '.join(other)}.\n"
+        + "\n\nRefused, as their attention has no `layer_idx`, or no output projection `o_proj` or `out_proj`: "
+        + f"{', '.join(other)}.\n"
         + f"\nNot tried, as they cannot be built small from these settings: {', '.join(left)}.\n"
     )
 

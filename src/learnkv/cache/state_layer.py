@@ -25,6 +25,8 @@ class StateLayer(LinearAttentionLayer):
 
     is_sliding = False
     is_croppable = False
+    conv_states: dict[int, Any]
+    recurrent_states: dict[int, Any]
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **_: object
@@ -44,9 +46,9 @@ class StateLayer(LinearAttentionLayer):
 
     def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **_: object) -> Tensor:
         """Replace a recurrent state [B, …]."""
-        self.recurrent_states[state_idx] = recurrent_states.clone()
+        state = self.recurrent_states[state_idx] = recurrent_states.clone()
         self.is_recurrent_states_initialized[state_idx] = True
-        return self.recurrent_states[state_idx]
+        return state
 
     def states(self) -> Packed:
         """The states that were written so far."""

@@ -30,13 +30,13 @@ def attention_modules(model: Any, indices: Container[int]) -> list[tuple[str, An
     A mixer that lies beside the attention of the same layer is left out, as it does not attend.
     """
     text = model.config.get_text_config(decoder=True)
-    found = [
+    candidates = [
         (name, module)
         for name, module in model.named_modules()
         if is_attention(module) and module.layer_idx in indices and getattr(module, "config", text) is text
     ]
-    attending = {module.layer_idx for _, module in found if uses_interface(module)}
-    return [(name, layer) for name, layer in found if layer.layer_idx not in attending or uses_interface(layer)]
+    attending = {module.layer_idx for _, module in candidates if uses_interface(module)}
+    return [(name, layer) for name, layer in candidates if layer.layer_idx not in attending or uses_interface(layer)]
 
 
 def layer_devices(model: nn.Module, layout: Layout) -> list[torch.device]:

@@ -1,6 +1,7 @@
 """Extra passes of a model over a complete prompt, for scorers that need them."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,19 @@ from learnkv.inference.pass_gradients import gradient_norms
 
 
 @torch.no_grad()
+def run_extra_passes(
+    model: PreTrainedModel,
+    cache: CompressedCache,
+    passes: Iterable[PromptPass],
+    ids: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """`run_extra_pass` of all `passes` over prompts [B, S]; a mask of None: no padding."""
+    of_tokens = torch.ones_like(ids).bool() if mask is None else mask
+    for prompt_pass in passes:
+        run_extra_pass(model, cache, prompt_pass, ids, of_tokens)
+
+
 def run_extra_pass(
     model: PreTrainedModel, cache: CompressedCache, prompt_pass: PromptPass, ids: Tensor, mask: Tensor
 ) -> None:

@@ -28,11 +28,6 @@ class PromptInputs:
     positions: Tensor | None = None
     """[3, B, S] time, height and width of every slot; None: slots are counted."""
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether the prompt can be read in chunks: images that a model embeds itself have to come at once."""
-        return not self.given.keys() - {_EMBEDDINGS}
-
     def chunk(self, ids: Tensor, chunk: slice) -> dict[str, Tensor]:
         """Arguments of a pass over the slots `chunk` of ids [B, S]."""
         if _EMBEDDINGS not in self.given:
@@ -42,16 +37,22 @@ class PromptInputs:
 
 
 def prompt_inputs(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, given: Mapping[str, Any] | None
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    given: Mapping[str, Any] | None,
+    chunk_size: int | None = None,
 ) -> PromptInputs:
     """What beside ids [B, S] is read, from what a processor gave.
 
     Args:
         mask: [B, S] 1 for tokens, 0 for padding; None: no padding.
         given: arguments of the model's forward pass.
+        chunk_size: tokens read at once; None: all.
 
     Raises:
-        UserError: for an argument that the model does not have, and for images whose positions are not known.
+        UserError: for an argument that the model does not have, for images whose positions are not known, and for
+            chunks of images that the model embeds itself.
     """
     if not given:
         return PromptInputs()
@@ -68,6 +69,8 @@ def prompt_inputs(
     positions, shifts = _positions(model, ids, mask, kept, is_image)
     if embeds is not None:  # an argument of positions alone
         kept = {name: value for name, value in kept.items() if not name.endswith("grid_thw")}
+    if chunk_size is not None and kept.keys() - {_EMBEDDINGS}:
+        raise UserError(f"chunk_size={chunk_size}: prompts with images are read whole")
     return PromptInputs(kept, ImageTokens(is_image, shifts, positions is not None), positions)
 
 
@@ -78,8 +81,8 @@ def _image_slots(model: PreTrainedModel, ids: Tensor, given: Mapping[str, Tensor
             kinds: Tensor = given[name] > 0
             return kinds
     markers = [getattr(model.config, name, None) for name in _MARKERS]
-    found = [marker for marker in markers if marker is not None]
-    return torch.isin(ids, torch.tensor(found, dtype=ids.dtype, device=ids.device))
+    known = [marker for marker in markers if marker is not None]
+    return torch.isin(ids, torch.tensor(known, dtype=ids.dtype, device=ids.device))
 
 
 def _positions(

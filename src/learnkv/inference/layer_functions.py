@@ -177,8 +177,10 @@ class ProbedLayer:
         layer = getattr(self.module, "o_proj", None)
         hooks = layer is not None and (layer._forward_hooks or layer._forward_pre_hooks)
         plain = type(layer) is nn.Linear and "forward" not in vars(layer) and not hooks
-        plain = plain and type(layer.weight) in (nn.Parameter, DTensor)  # quantised weights are of other types
-        return layer.weight.detach() if plain and layer is not None else None
+        if layer is None or not plain or type(layer.weight) not in (nn.Parameter, DTensor):
+            return None  # quantised weights are of other types
+        weight: Tensor = layer.weight.detach()
+        return weight
 
     def _projected(self, outputs: Tensor, hidden: Tensor, dim: int) -> Tensor:
         """What the layer returns [T, E] float32 where attention gives `outputs` [T, H*G*D] for tokens [T, E]."""

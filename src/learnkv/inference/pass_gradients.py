@@ -39,12 +39,13 @@ def gradient_norms(model: PreTrainedModel, cache: CompressedCache, tokens: PassT
         hooks.append(module.register_forward_hook(_record(outputs)))
     with torch.inference_mode(False), torch.enable_grad():
         past = _constants(cache)
+        shift = 0 if cache.images is None else torch.tensor(cache.images.shifts).unsqueeze(-1).to(tokens.ids.device)
         both = torch.cat([mask, tokens.mask], 1).clone()
         try:
             model(
                 inputs_embeds=model.get_input_embeddings()(tokens.ids.clone()).detach().requires_grad_(),
                 attention_mask=None if bool(both.all()) else both,
-                position_ids=(both.cumsum(-1) - 1).clamp_min(0)[:, mask.shape[1] :],
+                position_ids=(both.cumsum(-1) - 1).clamp_min(0)[:, mask.shape[1] :] + shift,
                 past_key_values=past,
                 use_cache=True,
                 logits_to_keep=1,

@@ -12,7 +12,7 @@ from learnkv.core.observation import CaptureSpec, HiddenSample
 from learnkv.core.scorer import Scorer
 from learnkv.errors import UserError
 from learnkv.inference.attention import attach
-from learnkv.inference.extra_passes import run_extra_pass, scores_of
+from learnkv.inference.extra_passes import run_extra_passes, scores_of
 from learnkv.inference.image_prompts import PromptInputs, prompt_inputs
 from learnkv.inference.models import context_length, describe_model
 from learnkv.inference.protected_spans import Anchors, Protect, protection_of, unpadded
@@ -56,43 +56,51 @@ def prefill(
             every layer is evicted as soon as it has read the end of the prompt; without chunks, only one layer at a
             time holds all of its entries.
         sample: tokens whose hidden states trained scorers get gradients from; None: the default of `HiddenSample`.
-        protect: tokens that every policy keeps in every head, within the budget: spans (begin, end) of all prompts
-            alike, or a list of them for each, counted without padding; or `system`, the system message of a chat.
+        protect: tokens that every policy keeps within the budget: spans (begin, end) of all prompts alike, or a list of
+            them for each, counted without padding; or `system`, the system message of a chat.
         protect_after: words such as "password:" after which tokens are kept as far as a share of the budget goes.
         tokenizer: of `system` and words.
-        inputs: further arguments of the model, as the processor of a vision-language model gives them (`pixel_values`,
-            `image_grid_thw`, `token_type_ids`), or `inputs_embeds` [B, S, E] in place of what the ids are embedded as.
+        inputs: what the processor of a vision-language model gives besides (`pixel_values`, `image_grid_thw`, …), or
+            `inputs_embeds` [B, S, E] in place of what the ids are embedded as.
 
     Raises:
         UserError: for an empty prompt, right padding, one longer than the context, a budget below what is protected.
     """
     lengths = _check_prompt(model, input_ids, attention_mask, chunk_size)
     attach(model)
-    prompt = prompt_inputs(model, input_ids, attention_mask, inputs)
-    if not prompt.in_parts and chunk_size is not None:
-        raise UserError(f"chunk_size={chunk_size}: prompts with images are read whole")
+    prompt = prompt_inputs(model, input_ids, attention_mask, inputs, chunk_size)
     if policy is not None:
         policy.check_spend(keep, budget, bytes)
     capture_spec = _capture_spec(model, _checked_policies(policies, policy), window)
-    cache = CompressedCache(model.config, capture_spec.with_sample(sample))
-    cache.set_prompt(lengths, input_ids, prompt.images)
+    cache = _empty_cache(model, input_ids, lengths, prompt, capture_spec.with_sample(sample))
     if protect is not None or protect_after is not None:
         cache.protection = protection_of(unpadded(input_ids, lengths), protect, protect_after, tokenizer)
-    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
-    if mask is not None:
-        refuse_padding(model)
+    mask = _padding(model, attention_mask)
     one_shot = policy if policy is not None and policy.reads_once and (keep != 1 or policy.precision) else None
     for begin in range(0, slots := input_ids.shape[1], step := chunk_size or slots):
-        end = min(begin + step, slots)
-        if one_shot is not None and end == slots:
+        if one_shot is not None and begin + step >= slots:
             compress_when_read(one_shot, cache, keep, budget, bytes)
-        _read_chunk(model, cache, input_ids, mask, slice(begin, end), prompt)
-    for prompt_pass in capture_spec.extra_passes:
-        run_extra_pass(
-            model, cache, prompt_pass, input_ids, torch.ones_like(input_ids).bool() if mask is None else mask
-        )
+        _read_chunk(model, cache, input_ids, mask, slice(begin, min(begin + step, slots)), prompt)
+    run_extra_passes(model, cache, capture_spec.extra_passes, input_ids, mask)
     cache.seal()
     return cache if policy is None or one_shot is not None else policy.compress(cache, keep, budget, bytes)
+
+
+def _empty_cache(
+    model: PreTrainedModel, ids: Tensor, lengths: list[int], prompt: PromptInputs, capture_spec: CaptureSpec
+) -> CompressedCache:
+    """A cache that is about to read prompts of these lengths."""
+    cache = CompressedCache(model.config, capture_spec)
+    cache.set_prompt(lengths, ids, prompt.images)
+    return cache
+
+
+def _padding(model: PreTrainedModel, attention_mask: Tensor | None) -> Tensor | None:
+    """The mask [B, S] of prompts with padding; UserError for a model whose states it would change."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    refuse_padding(model)
+    return attention_mask.bool()
 
 
 def _capture_spec(model: PreTrainedModel, policies: Iterable[Policy], window: int) -> CaptureSpec:
