@@ -40,6 +40,9 @@ LM_EVAL := .venv-lm-eval
 # A file's tests stay together: what they share is made once.
 PARALLEL = -n $(workers) --dist loadfile
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
+# torch's files are compiled when they are imported: most never are.
+TORCH_INSTALL := $(PIP_INSTALL) --no-compile
+INSTALL := tools/install.py
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help smollm2 demo quickstart test lint types fidelity docs house walk test-browser test-core test-compat \
@@ -132,39 +135,39 @@ clean:
 
 # torch first and alone: whatever is installed later finds it there and keeps that build.
 $(VENV)/.torch: $(VENV)/.python constraints.txt
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(VENV)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[eval,gguf,train]'
+	$(VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[eval,gguf,train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.installed $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs,eval,gguf,train]'
+	$(VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[docs,eval,gguf,train]'
 	touch $(VENV)/.installed $@
 
 $(CORE)/.torch: $(CORE)/.python constraints.txt
-	$(CORE)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(CORE)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(CORE)/.dev: $(CORE)/.torch pyproject.toml
-	$(CORE)/bin/python $(PIP_INSTALL) -c constraints.txt . pytest
+	$(CORE)/bin/python $(INSTALL) -c constraints.txt . pytest
 	touch $@
 
 $(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt $(TORCH_SOURCE) torch
+	$(COMPAT)/bin/python $(TORCH_INSTALL) -c constraints-compat.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e '.[eval,gguf,train]' pytest pytest-xdist hypothesis
+	$(COMPAT)/bin/python $(INSTALL) -c constraints-compat.txt -e '.[eval,gguf,train]' pytest pytest-xdist hypothesis
 	touch $@
 
 $(KVPRESS)/.torch: $(KVPRESS)/.python constraints.txt
-	$(KVPRESS)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(KVPRESS)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(KVPRESS)/.dev: $(KVPRESS)/.torch pyproject.toml
@@ -172,7 +175,7 @@ $(KVPRESS)/.dev: $(KVPRESS)/.torch pyproject.toml
 	touch $@
 
 $(LM_EVAL)/.torch: $(LM_EVAL)/.python constraints.txt
-	$(LM_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(LM_EVAL)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(LM_EVAL)/.dev: $(LM_EVAL)/.torch pyproject.toml
