@@ -37,14 +37,15 @@ def decode_attention(
     logits = _products(packed, tail.keys.reshape(rows, -1, dim), scaling, exact)
     logits, tail_values = _masked(logits, tail, new)
     lse = torch.logaddexp(past_lse, logits.logsumexp(-1, keepdim=True))
-    floor = lse.masked_fill(lse == float("-inf"), 0)
-    weight = (logits - floor).exp().to(query.dtype)
-    output = past * (past_lse - floor).exp() + weight @ tail_values.reshape(rows, -1, dim)
+    floor = lse if tail.mask is None else lse.masked_fill(lse == float("-inf"), 0)  # causal: every query has a key
+    weight = (logits - floor).exp_().to(query.dtype)
+    output = past * (past_lse - floor).exp_() + weight @ tail_values.reshape(rows, -1, dim)
     return output.to(query.dtype).view(query.shape), lse.view(batch, query_heads, new)
 
 
 def _products(query: Tensor, keys: Tensor, scaling: float, exact: torch.dtype) -> Tensor:
-    return torch.baddbmm(query.new_zeros(()), query, keys.transpose(1, 2), beta=0, alpha=scaling).to(exact)
+    ignored = query.new_empty(())  # by beta=0
+    return torch.baddbmm(ignored, query, keys.transpose(1, 2), beta=0, alpha=scaling).to(exact)
 
 
 def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def _segment_attention(packed: Tensor, kept: Ragged, scaling: float, exact: torc
         sums.append(logits.logsumexp(-1, keepdim=True))
         outputs.append(logits.softmax(-1).to(packed.dtype) @ values)
         order += short
-    output, lse = torch.cat(outputs), torch.cat(sums)
+    output, lse = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outputs, sums))
     if order == sorted(order):
         return output, lse
     inverse = [place for _, place in sorted(zip(order, range(len(order)), strict=True))]
