@@ -170,8 +170,10 @@ class Kept:
         pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask, scaling)
         tiers = [tier.arguments(query.dtype) for tier in self.tiers]
         ragged = self.segment.on(query.device).ragged
-        output, lse = decode_attention(query, ragged, tail.arguments(mask), scaling, pages, tiers)
-        return output if self.evicted is None else self.evicted.added(output, lse, query, scaling)
+        new = tail.arguments(mask)
+        if self.evicted is None:
+            return decode_attention(query, ragged, new, scaling, pages, tiers, needs_lse=False)[0]
+        return self.evicted.added(*decode_attention(query, ragged, new, scaling, pages, tiers), query, scaling)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions of all entries of one row (host sync)."""

@@ -1,11 +1,40 @@
 """Grouped-query attention of new tokens to ragged segments and a tail."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 from torch import Tensor
 
 from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.dispatch import Impl, implementation
+
+
+@overload
+def decode_attention(
+    query: Tensor,
+    kept: Ragged,
+    tail: Tail,
+    scaling: float,
+    pages: Pages | None = None,
+    tiers: Sequence[Tier] = (),
+    *,
+    needs_lse: Literal[True] = True,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def decode_attention(
+    query: Tensor,
+    kept: Ragged,
+    tail: Tail,
+    scaling: float,
+    pages: Pages | None = None,
+    tiers: Sequence[Tier] = (),
+    *,
+    needs_lse: bool,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor | None]: ...
 
 
 def decode_attention(
@@ -16,8 +45,9 @@ def decode_attention(
     pages: Pages | None = None,
     tiers: Sequence[Tier] = (),
     *,
+    needs_lse: bool = True,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of T new tokens to the kept entries of the prompt and to the tail, which ends with the new tokens.
 
     Args:
@@ -28,6 +58,7 @@ def decode_attention(
         pages: for T = 1, the pages that are read; None: everything is read.
         tiers: further kept entries of the same rows, stored in fewer bits; without pages. The kernel reads tiers that
             share one tensor `key_basis` and one `value_basis`; others are read by the reference.
+        needs_lse: whether the log-sum-exp is wanted; without it, None may stand in its place.
 
     Returns:
         Output [B, H*G, T, D] and log-sum-exp [B, H*G, T] (float32).
@@ -36,7 +67,7 @@ def decode_attention(
     assert pages is None or not tiers, "pages are of entries at full precision"
     inputs = (query, kept.keys, kept.values, tail.keys, tail.values, *_tensors(tiers))
     chosen = implementation("decode_attention", impl, ("reference", "triton"), *inputs, lacks=_lacks(tiers))
-    output, lse = chosen.decode_attention(query, kept, tail, scaling, pages, tiers)
+    output, lse = chosen.decode_attention(query, kept, tail, scaling, pages, tiers, needs_lse)
     return output, lse
 
 

@@ -28,9 +28,15 @@ _PROGRAMS_PER_PROCESSOR = 2  # two of them fit into shared memory, and one wave 
 
 
 def decode_attention(
-    query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None, tiers: Sequence[Tier] = ()
+    query: Tensor,
+    kept: Ragged,
+    tail: Tail,
+    scaling: float,
+    pages: Pages | None,
+    tiers: Sequence[Tier] = (),
+    needs_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_attention` in Triton."""
+    """`decode_attention` in Triton, with the log-sum-exp in any case: it is there."""
     batch, query_heads, new, dim = query.shape
     tail_keys, tail_values, _, used = tail
     slots = tail_keys.shape[2]
