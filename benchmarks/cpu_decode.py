@@ -34,7 +34,7 @@ from benchmarks.shapes import Shape
 from learnkv import attach, generate, load_model
 
 THEIRS, FULL, TENTH = "transformers", "learnkv full", "learnkv 0.1"
-SETTINGS = ((1, 1024), (1, 7000), (8, 1024))
+SETTINGS = ["1x1024", "1x7000", "8x1024"]
 """Batch and tokens of the prompt."""
 GOAL = 1.03
 """What the interval of ours over theirs should not exceed."""
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> Part:
         pairs={"type": int, "default": 20},
         new={"type": int, "default": 8},
         threads={"type": int, "default": 1},
+        settings={"nargs": "*", "default": SETTINGS, "metavar": "BATCHxTOKENS"},
         dtypes={"nargs": "+", "default": ["float32", "bfloat16"]},
         kvpress={"metavar": "PYTHON", "help": "interpreter of an environment with kvpress, measured too"},
     )
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> Part:
         attached, plain = models("reference" if options.dry_run else "smollm2", dtype)
         shape = shape_of(attached)
         bandwidth = read_bandwidth(attached.dtype, 2**16 if options.dry_run else 2**26)
-        for batch, prompt in ((2, 64),) if options.dry_run else SETTINGS:
+        for setting in ["2x64"] if options.dry_run else options.settings:
+            batch, prompt = map(int, setting.split("x"))
             for row in measure(attached, plain, shape, batch, prompt, options):
                 row["floor_ms"] = 1e3 * row.pop("bytes") / bandwidth
                 part.add(dtype=dtype, threads=options.threads, bandwidth=bandwidth, **row)
@@ -134,7 +136,8 @@ def measure(
         element = attached.dtype.itemsize
         read = element * (shape.streamed + batch * entries[name] * shape.token_bytes) / 2  # as a Shape counts 2 bytes
         tokens = {f"{kind}_ms": 1e3 * median(seconds, kind) / given.new for kind in ("cpu", "wall")}
-        row = {"kernel": "decode step on a CPU", "impl": name, "B": batch, "T": prompt, **tokens, "bytes": read}
+        about = {"B": batch, "T": prompt, "new": given.new, "pairs": given.pairs}
+        row: Row = {"kernel": "decode step on a CPU", "impl": name, **about, **tokens, "bytes": read}
         for kind in () if name == THEIRS else ("cpu", "wall"):
             row[f"{kind}_ratio"] = interval(ratios(seconds, spent[THEIRS], kind))
         yield row
