@@ -87,14 +87,11 @@ def _segment_attention(
 
     def attend(rows: slice | Tensor | None, keys: Tensor, values: Tensor, absent: Tensor | None = None) -> None:
         queries, new = (packed, newest) if rows is None else (packed[rows], newest and newest.rows(rows))
-        if new is not None and absent is None and exact == packed.dtype and not torch.is_grad_enabled():
-            logits = _joined(queries, keys, scaling, new)
-        else:
-            logits = _products(queries, keys, scaling, exact)
-            if absent is not None:
-                logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
-            if new is not None:
-                logits = torch.cat([logits, new.logits], -1)
+        logits = _products(queries, keys, scaling, exact)
+        if absent is not None:
+            logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
+        if new is not None:
+            logits = torch.cat([logits, new.logits], -1)
         if needs_lse:
             sums.append(logits.logsumexp(-1, keepdim=True))
         outputs.append(_weighted(logits, values, new))
@@ -119,25 +116,15 @@ def _segment_attention(
     return output[back], None if lse is None else lse[back]
 
 
-def _joined(queries: Tensor, keys: Tensor, scaling: float, newest: _Newest) -> Tensor:
-    """Logits of the entries and behind them those of the newest, [R, G*T, S + M], in place: nothing is copied."""
-    entries, new = keys.shape[1], newest.logits.shape[-1]
-    logits = queries.new_empty(*queries.shape[:2], entries + new)
-    ignored = queries.new_empty(())  # by beta=0
-    torch.baddbmm(ignored, queries, keys.transpose(1, 2), beta=0, alpha=scaling, out=logits[..., :entries])
-    logits[..., entries:] = newest.logits
-    return logits
-
-
 def _weighted(logits: Tensor, values: Tensor, newest: _Newest | None) -> Tensor:
     """Values [R, S, D], and those of the newest behind them, weighted by the softmax of logits [R, G*T, S + M]."""
     weight = logits.softmax(-1)
     if newest is None:
-        return weight.to(values.dtype) @ values
+        return torch.bmm(weight.to(values.dtype), values)
     if newest.masked:
         weight = weight.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0)
-    weight, entries = weight.to(values.dtype), values.shape[1]
-    return torch.baddbmm(weight[..., entries:] @ newest.values, weight[..., :entries], values)
+    own, new = weight.to(values.dtype).split([values.shape[1], newest.values.shape[1]], -1)
+    return torch.bmm(own, values).add_(torch.bmm(new, newest.values))
 
 
 def _tier_attention(packed: Tensor, tier: Tier, scaling: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
