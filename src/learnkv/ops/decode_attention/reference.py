@@ -87,11 +87,14 @@ def _segment_attention(
 
     def attend(rows: slice | Tensor | None, keys: Tensor, values: Tensor, absent: Tensor | None = None) -> None:
         queries, new = (packed, newest) if rows is None else (packed[rows], newest and newest.rows(rows))
-        logits = _products(queries, keys, scaling, exact)
-        if absent is not None:
-            logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
-        if new is not None:
-            logits = torch.cat([logits, new.logits], -1)
+        if new is not None and absent is None and exact == packed.dtype and not torch.is_grad_enabled():
+            logits = _joined(queries, keys, scaling, new)
+        else:
+            logits = _products(queries, keys, scaling, exact)
+            if absent is not None:
+                logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
+            if new is not None:
+                logits = torch.cat([logits, new.logits], -1)
         if needs_lse:
             sums.append(logits.logsumexp(-1, keepdim=True))
         outputs.append(_weighted(logits, values, new))
@@ -114,6 +117,16 @@ def _segment_attention(
     inverse = [place for _, place in sorted(zip(order, range(len(order)), strict=True))]
     back = upload(inverse, device)
     return output[back], None if lse is None else lse[back]
+
+
+def _joined(queries: Tensor, keys: Tensor, scaling: float, newest: _Newest) -> Tensor:
+    """Logits of the entries and behind them those of the newest, [R, G*T, S + M], without a copy of the former."""
+    entries, new = keys.shape[1], newest.logits.shape[-1]
+    logits = queries.new_empty(*queries.shape[:2], entries + new)
+    own, last = logits.split([entries, new], -1)
+    torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scaling, out=own)
+    last.copy_(newest.logits)
+    return logits
 
 
 def _weighted(logits: Tensor, values: Tensor, newest: _Newest | None) -> Tensor:
