@@ -6,6 +6,8 @@
 #   make test            install, lint, type-check, run the tests
 #   make lint            the first part of `make test`: ruff and mypy
 #   make types           the second part of `make lint`: mypy
+#   make unit            the second part of `make test`: the tests alone
+#   make environments    the environments of continuous integration
 #   make fidelity        limits on what the reference policy may change in the reference model's output
 #   make docs            build the site in site/, strictly: a broken link is an error
 #   make house           figures of the structure: circles, lengths, names
@@ -37,13 +39,17 @@ CORE := .venv-core
 COMPAT := .venv-compat
 KVPRESS := .venv-kvpress
 LM_EVAL := .venv-lm-eval
-# A file's tests stay together: what they share is made once.
-PARALLEL = -n $(workers) --dist loadfile
+# A file's tests stay together: what they share is made once. In the order of collection: tests/conftest.py puts the slow
+# files first, so that no process waits for the other's last one.
+PARALLEL = -n $(workers) --dist loadfile --no-loadscope-reorder
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
+# torch's files are compiled when they are imported: most never are.
+TORCH_INSTALL := $(PIP_INSTALL) --no-compile
+INSTALL := tools/install.py
 TORCH_SOURCE = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help smollm2 demo quickstart test lint types fidelity docs house walk test-browser test-core test-compat \
-	test-kvpress test-lm-eval format clean
+.PHONY: help smollm2 demo quickstart environments test unit lint types types-src types-tests fidelity docs house walk \
+	test-browser test-core test-compat test-kvpress test-lm-eval format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -60,12 +66,17 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/python eval.py config=quickstart $(if $(samples),samples=$(samples))
 
 # Nothing in the tests may reach for a network. Tests are small: processes of one thread are faster than one of many.
-test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export OMP_NUM_THREADS := 1
-test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export HF_HUB_OFFLINE := 1
-test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export WANDB_MODE := offline
-test fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export TOKENIZERS_PARALLELISM := false
+unit fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export OMP_NUM_THREADS := 1
+unit fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export HF_HUB_OFFLINE := 1
+unit fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export WANDB_MODE := offline
+unit fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export TOKENIZERS_PARALLELISM := false
+
+environments: $(VENV)/.dev $(VENV)/.docs $(CORE)/.dev $(COMPAT)/.dev
 
 test: lint
+	$(MAKE) unit
+
+unit: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "not browser"
 
 # One process: all tests share a browser. Without one they are skipped, and say so.
@@ -81,8 +92,12 @@ lint: $(VENV)/.dev types
 UNCHECKED_IN_TESTS := arg-type attr-defined call-arg call-overload dict-item func-returns-value index list-item misc \
 	operator union-attr
 
-types: $(VENV)/.dev
+types: types-src types-tests
+
+types-src: $(VENV)/.dev
 	$(VENV)/bin/python -m mypy src tools experiments benchmarks train.py eval.py
+
+types-tests: $(VENV)/.dev
 	$(VENV)/bin/python -m mypy --cache-dir .mypy_cache/tests --no-warn-return-any --no-warn-unused-ignores \
 		$(UNCHECKED_IN_TESTS:%=--disable-error-code=%) tests
 
@@ -132,39 +147,40 @@ clean:
 
 # torch first and alone: whatever is installed later finds it there and keeps that build.
 $(VENV)/.torch: $(VENV)/.python constraints.txt
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(VENV)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[eval,gguf,train]'
+	$(VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[eval,gguf,train]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.installed $@
 
-$(VENV)/.docs: $(VENV)/.torch pyproject.toml
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[docs,eval,gguf,train]'
+# After the other one where both are asked for: two installations into one environment must not meet.
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml $(if $(filter environments,$(MAKECMDGOALS)),$(VENV)/.dev)
+	$(VENV)/bin/python $(INSTALL) -c constraints.txt -e '.[docs,eval,gguf,train]'
 	touch $(VENV)/.installed $@
 
 $(CORE)/.torch: $(CORE)/.python constraints.txt
-	$(CORE)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(CORE)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(CORE)/.dev: $(CORE)/.torch pyproject.toml
-	$(CORE)/bin/python $(PIP_INSTALL) -c constraints.txt . pytest
+	$(CORE)/bin/python $(INSTALL) -c constraints.txt . pytest
 	touch $@
 
 $(COMPAT)/.torch: $(COMPAT)/.python constraints-compat.txt
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt $(TORCH_SOURCE) torch
+	$(COMPAT)/bin/python $(TORCH_INSTALL) -c constraints-compat.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(COMPAT)/.dev: $(COMPAT)/.torch pyproject.toml
-	$(COMPAT)/bin/python $(PIP_INSTALL) -c constraints-compat.txt -e '.[eval,gguf,train]' pytest pytest-xdist hypothesis
+	$(COMPAT)/bin/python $(INSTALL) -c constraints-compat.txt -e '.[eval,gguf,train]' pytest pytest-xdist hypothesis
 	touch $@
 
 $(KVPRESS)/.torch: $(KVPRESS)/.python constraints.txt
-	$(KVPRESS)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(KVPRESS)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(KVPRESS)/.dev: $(KVPRESS)/.torch pyproject.toml
@@ -172,7 +188,7 @@ $(KVPRESS)/.dev: $(KVPRESS)/.torch pyproject.toml
 	touch $@
 
 $(LM_EVAL)/.torch: $(LM_EVAL)/.python constraints.txt
-	$(LM_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
+	$(LM_EVAL)/bin/python $(TORCH_INSTALL) -c constraints.txt $(TORCH_SOURCE) torch
 	touch $@
 
 $(LM_EVAL)/.dev: $(LM_EVAL)/.torch pyproject.toml

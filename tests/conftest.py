@@ -24,6 +24,8 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+    items.sort(key=lambda item: item.path not in slow)  # first, or the last of several processes ends long after others
     if torch.cuda.is_available():
         return
     for item in items:

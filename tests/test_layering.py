@@ -272,6 +272,7 @@ def test_measuring_needs_little() -> None:
         "report.py": {"matplotlib"},
         "answers_kept.py": {"yaml"},
         "kvpress_adakv.py": {"kvpress"},
+        "kvpress_prefill.py": {"kvpress"},
         "kvpress.py": {"kvpress"},
         "cpu_gates.py": {"kvpress"},
     }

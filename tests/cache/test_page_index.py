@@ -31,7 +31,13 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     recorded: list[dict[str, Any]] = []
 
     def record(
-        query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None = None, tiers: Sequence[Tier] = ()
+        query: Tensor,
+        kept: Ragged,
+        tail: Tail,
+        scaling: float,
+        pages: Pages | None = None,
+        tiers: Sequence[Tier] = (),
+        **settings: Any,
     ) -> tuple[Tensor, Tensor]:
         if pages is not None:
             step = {"keys": kept.keys, "offset": kept.offset, "length": kept.length, "tail": tail.keys}
@@ -39,7 +45,7 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             recorded.append(
                 {name: None if value is None else value.clone() for name, value in step.items()} | {"query": query}
             )
-        return decode_attention(query, kept, tail, scaling, pages, tiers)
+        return decode_attention(query, kept, tail, scaling, pages, tiers, **settings)
 
     monkeypatch.setattr("learnkv.cache.states.decode_attention", record)
     return recorded

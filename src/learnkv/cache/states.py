@@ -174,8 +174,11 @@ class Kept:
         pages = None if self.page_index is None else self.page_index.choose(query, self.segment, tail, mask, *logits)
         tiers = [tier.arguments(query.dtype) for tier in self.tiers]
         ragged = self.segment.on(query.device).ragged
-        output, lse = decode_attention(query, ragged, tail.arguments(mask), scaling, pages, tiers, terms)
-        return output if self.evicted is None else self.evicted.added(output, lse, query, *logits)
+        new = tail.arguments(mask)
+        if self.evicted is None:
+            return decode_attention(query, ragged, new, scaling, pages, tiers, terms, needs_lse=False)[0]
+        output, lse = decode_attention(query, ragged, new, scaling, pages, tiers, terms)
+        return self.evicted.added(output, lse, query, *logits)
 
     def row_positions(self, row: int) -> Tensor:
         """Ascending prompt positions of all entries of one row (host sync)."""

@@ -139,9 +139,9 @@ class DecodeBuffer:
             self._values = torch.cat([self.values, values], 2)
             self._writable = False
         else:
-            self.reserve(keys.shape[2])
-            self._keys[:, :, self.length : end] = keys
-            self._values[:, :, self.length : end] = values
+            self.reserve(new := keys.shape[2])
+            self._keys.narrow(2, self.length, new).copy_(keys)
+            self._values.narrow(2, self.length, new).copy_(values)
         self.length = end
 
     def reserve(self, slots: int) -> int:
@@ -166,12 +166,12 @@ class DecodeBuffer:
     @property
     def keys(self) -> Tensor:
         """[B, H, length, D]."""
-        return self._keys if self.cursor is not None else self._keys[:, :, : self.length]
+        return self._keys if self.cursor is not None else self._keys.narrow(2, 0, self.length)
 
     @property
     def values(self) -> Tensor:
         """[B, H, length, D]."""
-        return self._values if self.cursor is not None else self._values[:, :, : self.length]
+        return self._values if self.cursor is not None else self._values.narrow(2, 0, self.length)
 
     def arguments(self, mask: Tensor | None) -> Tail:
         """The buffers as ops take them; `mask` [B, 1, T, M]."""

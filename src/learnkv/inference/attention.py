@@ -127,7 +127,7 @@ def _pass_cache_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     layer.expects_attention = True
     if not layer.sealed:
         _capture_functions(layer, module, args, kwargs)
-    if layer.capture.capture_spec.reads_hidden and (layer.decode_capture is not None or not layer.sealed):
+    if (layer.decode_capture is not None or not layer.sealed) and layer.capture.capture_spec.reads_hidden:
         layer.capture.record(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], layer.sealed)
     kwargs = {**kwargs, "cache_layer": layer}
     schedule = cache.schedule

@@ -31,6 +31,7 @@ def run_extra_passes(
         run_extra_pass(model, cache, prompt_pass, ids, of_tokens)
 
 
+@torch.no_grad()
 def run_extra_pass(
     model: PreTrainedModel, cache: CompressedCache, prompt_pass: PromptPass, ids: Tensor, mask: Tensor
 ) -> None:

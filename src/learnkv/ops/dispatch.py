@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -72,4 +73,5 @@ def implementation(
             raise UserError(
                 f"impl='triton': {op} needs a CUDA device, got tensors on the CPU (TRITON_INTERPRET=1 not set)"
             )
-    return importlib.import_module(f"learnkv.ops.{op}.{impl}")
+    name = f"learnkv.ops.{op}.{impl}"
+    return sys.modules.get(name) or importlib.import_module(name)

@@ -6,6 +6,7 @@ copied together.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ def decode_attention(
     pages: Pages | None,
     tiers: Sequence[Tier] = (),
     terms: SoftmaxTerms = NO_TERMS,
-) -> tuple[Tensor, Tensor]:
-    """`decode_attention` in PyTorch."""
+    needs_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`decode_attention` in PyTorch: one softmax over segment and tail, merged with tiers and sinks."""
     if pages is not None:
         return _paged_attention(query, kept, tail, scaling, pages, terms)
     batch, query_heads, new, dim = query.shape
@@ -38,27 +40,52 @@ def decode_attention(
     # In float64, float64 inputs give the truth that kernels are compared with.
     exact = torch.promote_types(query.dtype, torch.float32)
     packed = query.reshape(rows, -1, dim)
-    past, past_lse = _segment_attention(packed, kept, scaling, exact, terms)
-    for tier in tiers:
-        past, past_lse = _merged(past, past_lse, *_tier_attention(packed, tier, scaling, exact, terms))
     logits = terms.capped(_products(packed, tail.keys.reshape(rows, -1, dim), scaling, exact))
     logits, tail_values = _masked(logits, tail, new)
-    lse = torch.logaddexp(past_lse, logits.logsumexp(-1, keepdim=True))
-    lse = with_sinks(lse, terms.of_rows(batch, tail.keys.shape[1], new))
-    floor = lse.masked_fill(lse == float("-inf"), 0)
-    weight = (logits - floor).exp().to(query.dtype)
-    output = past * (past_lse - floor).exp() + weight @ tail_values.reshape(rows, -1, dim)
-    return output.to(query.dtype).view(query.shape), lse.view(batch, query_heads, new)
+    newest = _Newest(logits, tail_values.reshape(rows, -1, dim), tail.mask is not None)
+    sinks = terms.of_rows(batch, tail.keys.shape[1], new)
+    needs_sum = needs_lse or bool(tiers) or sinks is not None
+    output, lse = _segment_attention(packed, kept, scaling, exact, terms, newest, needs_sum)
+    for tier in tiers:
+        assert lse is not None
+        output, lse = _merged(output, lse, *_tier_attention(packed, tier, scaling, exact, terms))
+    if sinks is not None:
+        assert lse is not None
+        alone, lse = lse, with_sinks(lse, sinks)
+        output = (output * (alone - lse).exp()).to(output.dtype)
+    return output.view(query.shape), None if lse is None else lse.view(batch, query_heads, new)
+
+
+class _Newest(NamedTuple):
+    """The tail, for the softmax that it shares with a segment."""
+
+    logits: Tensor
+    """[R, G*T, M], -inf where a token does not attend to a slot."""
+    values: Tensor
+    """[R, M, D]."""
+    masked: bool
+    """Whether a token may attend to nothing; else it attends to itself at least."""
+
+    def rows(self, rows: slice | Tensor) -> "_Newest":
+        """Some rows of the batch and heads."""
+        return _Newest(self.logits[rows], self.values[rows], self.masked)
 
 
 def _products(query: Tensor, keys: Tensor, scaling: float, exact: torch.dtype) -> Tensor:
-    return torch.baddbmm(query.new_zeros(()), query, keys.transpose(1, 2), beta=0, alpha=scaling).to(exact)
+    ignored = query.new_empty(())  # by beta=0
+    return torch.baddbmm(ignored, query, keys.transpose(1, 2), beta=0, alpha=scaling).to(exact)
 
 
 def _segment_attention(
-    packed: Tensor, kept: Ragged, scaling: float, exact: torch.dtype, terms: SoftmaxTerms
-) -> tuple[Tensor, Tensor]:
-    """Attention [R, G*T, D] of packed queries to the segments alone, and its log-sum-exp [R, G*T, 1]."""
+    packed: Tensor,
+    kept: Ragged,
+    scaling: float,
+    exact: torch.dtype,
+    terms: SoftmaxTerms,
+    newest: _Newest | None = None,
+    needs_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention [R, G*T, D] of packed queries to the segments and the newest, and its log-sum-exp [R, G*T, 1]."""
     spans, device, dim = kept.host_spans(), packed.device, packed.shape[-1]
     assert all(length <= kept.longest for _, length in spans)
     views = list(row_views(spans))
@@ -66,31 +93,62 @@ def _segment_attention(
     short = [row for first, rows, *_ in tiny for row in range(first, first + rows)] if len(tiny) > 2 else []
     order: list[int] = []
     outputs, sums = [], []
+
+    def attend(rows: slice | Tensor | None, keys: Tensor, values: Tensor, absent: Tensor | None = None) -> None:
+        queries, new = (packed, newest) if rows is None else (packed[rows], newest and newest.rows(rows))
+        if new is not None and absent is None and exact == packed.dtype and not torch.is_grad_enabled():
+            logits = _joined(queries, keys, scaling, new, terms)
+        else:
+            logits = terms.capped(_products(queries, keys, scaling, exact))
+            if absent is not None:
+                logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
+            if new is not None:
+                logits = torch.cat([logits, new.logits], -1)
+        if needs_lse:
+            sums.append(logits.logsumexp(-1, keepdim=True))
+        outputs.append(_weighted(logits, values, new))
+
     for first, rows, *view in views:
         if first in short:
             continue
-        keys, values = (strided(pool, rows, *view) for pool in (kept.keys, kept.values))
-        logits = terms.capped(_products(packed[first : first + rows], keys, scaling, exact))
-        sums.append(logits.logsumexp(-1, keepdim=True))
-        outputs.append(logits.softmax(-1).to(packed.dtype) @ values)
+        every = slice(first, first + rows) if rows < len(spans) else None
+        attend(every, *(strided(pool, rows, *view) for pool in (kept.keys, kept.values)))
         order += range(first, first + rows)
     if short:
         entry, absent = _padded_rows([spans[row] for row in short], device)
-        keys, values = (
-            pool.index_select(0, entry.flatten()).view(*entry.shape, dim) for pool in (kept.keys, kept.values)
-        )
-        queries = packed if len(short) == len(spans) else packed[upload(short, device)]
-        logits = terms.capped(_products(queries, keys, scaling, exact))
-        logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
-        sums.append(logits.logsumexp(-1, keepdim=True))
-        outputs.append(logits.softmax(-1).to(packed.dtype) @ values)
+        copies = [pool.index_select(0, entry.flatten()).view(*entry.shape, dim) for pool in (kept.keys, kept.values)]
+        attend(None if len(short) == len(spans) else upload(short, device), copies[0], copies[1], absent)
         order += short
-    output, lse = torch.cat(outputs), torch.cat(sums)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    lse = (sums[0] if len(sums) == 1 else torch.cat(sums)) if needs_lse else None
     if order == sorted(order):
         return output, lse
     inverse = [place for _, place in sorted(zip(order, range(len(order)), strict=True))]
     back = upload(inverse, device)
-    return output[back], lse[back]
+    return output[back], None if lse is None else lse[back]
+
+
+def _joined(queries: Tensor, keys: Tensor, scaling: float, newest: _Newest, terms: SoftmaxTerms) -> Tensor:
+    """Logits of the entries and behind them those of the newest, [R, G*T, S + M], without a copy of the former."""
+    entries, new = keys.shape[1], newest.logits.shape[-1]
+    logits = queries.new_empty(*queries.shape[:2], entries + new)
+    own, last = logits.split([entries, new], -1)
+    torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scaling, out=own)
+    if terms.softcap is not None:
+        own.copy_(terms.capped(own))
+    last.copy_(newest.logits)
+    return logits
+
+
+def _weighted(logits: Tensor, values: Tensor, newest: _Newest | None) -> Tensor:
+    """Values [R, S, D], and those of the newest behind them, weighted by the softmax of logits [R, G*T, S + M]."""
+    weight = logits.softmax(-1)
+    if newest is None:
+        return torch.bmm(weight.to(values.dtype), values)
+    if newest.masked:
+        weight = weight.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0)
+    own, new = weight.to(values.dtype).split([values.shape[1], newest.values.shape[1]], -1)
+    return torch.bmm(own, values).add_(torch.bmm(new, newest.values))
 
 
 def _tier_attention(
@@ -101,6 +159,7 @@ def _tier_attention(
     keys, values = (decoded(part, dim).to(packed.dtype) for part in (tier.keys, tier.values))
     rows = Ragged(keys, values, tier.offset.long(), tier.length.long(), tier.longest, tier.host_spans())
     output, lse = _segment_attention(rotated(packed, tier.key_basis), rows, scaling, exact, terms)
+    assert lse is not None
     return rotated(output, None if tier.value_basis is None else tier.value_basis.mT), lse
 
 

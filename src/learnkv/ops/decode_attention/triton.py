@@ -36,8 +36,9 @@ def decode_attention(
     pages: Pages | None,
     tiers: Sequence[Tier] = (),
     terms: SoftmaxTerms = NO_TERMS,
+    needs_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_attention` in Triton."""
+    """`decode_attention` in Triton, with the log-sum-exp in any case: it is there."""
     batch, query_heads, new, dim = query.shape
     tail_keys, tail_values, _, used = tail
     slots = tail_keys.shape[2]
