@@ -14,6 +14,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.ops.arguments import Pages, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 from learnkv.pages import Quest
 from learnkv.policy.policy import Policy
 from learnkv.scorers import SnapKV
@@ -31,7 +32,13 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     recorded: list[dict[str, Any]] = []
 
     def record(
-        query: Tensor, kept: Ragged, tail: Tail, scaling: float, pages: Pages | None = None, tiers: Sequence[Tier] = ()
+        query: Tensor,
+        kept: Ragged,
+        tail: Tail,
+        scaling: float,
+        pages: Pages | None = None,
+        tiers: Sequence[Tier] = (),
+        terms: SoftmaxTerms = NO_TERMS,
     ) -> tuple[Tensor, Tensor]:
         if pages is not None:
             step = {"keys": kept.keys, "offset": kept.offset, "length": kept.length, "tail": tail.keys}
@@ -39,7 +46,7 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             recorded.append(
                 {name: None if value is None else value.clone() for name, value in step.items()} | {"query": query}
             )
-        return decode_attention(query, kept, tail, scaling, pages, tiers)
+        return decode_attention(query, kept, tail, scaling, pages, tiers, terms)
 
     monkeypatch.setattr("learnkv.cache.states.decode_attention", record)
     return recorded
