@@ -14,6 +14,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.ops.arguments import Pages, Ragged, Tail, Tier
 from learnkv.ops.decode_attention import decode_attention
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 from learnkv.pages import Quest
 from learnkv.policy.policy import Policy
 from learnkv.scorers import SnapKV
@@ -37,6 +38,7 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         scaling: float,
         pages: Pages | None = None,
         tiers: Sequence[Tier] = (),
+        terms: SoftmaxTerms = NO_TERMS,
         **settings: Any,
     ) -> tuple[Tensor, Tensor]:
         if pages is not None:
@@ -45,7 +47,7 @@ def page_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             recorded.append(
                 {name: None if value is None else value.clone() for name, value in step.items()} | {"query": query}
             )
-        return decode_attention(query, kept, tail, scaling, pages, tiers, **settings)
+        return decode_attention(query, kept, tail, scaling, pages, tiers, terms, **settings)
 
     monkeypatch.setattr("learnkv.cache.states.decode_attention", record)
     return recorded

@@ -25,6 +25,7 @@ from learnkv.cache.states import Relaxed
 from learnkv.core.observation import Observation
 from learnkv.errors import UserError
 from learnkv.ops.gated_attention import gated_attention
+from learnkv.ops.softmax_terms import SoftmaxTerms
 from learnkv.scorers import Scorer, SnapKV
 
 every_policy = pytest.mark.parametrize("name", HEURISTICS + LEARNED)
@@ -132,7 +133,7 @@ def test_the_gradient_reaches_every_learned_parameter(name: str) -> None:
     policy.requires_grad_(False)
 
 
-def gated(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def gated(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float, terms: SoftmaxTerms) -> Tensor:
     """What `attend` computes, by reading all of the prompt with gates of zero and one."""
     assert isinstance(layer.state, Relaxed)
     assert layer.tail is not None
@@ -141,7 +142,9 @@ def gated(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: f
         for head in range(layer.heads):
             hard[prompt, head] = torch.isin(positions, layer.kept_positions(prompt * layer.state.copies, head)).float()
     straight = hard + layer.state.gates - layer.state.gates.detach()
-    return gated_attention(query, layer.prompt.keys, layer.prompt.values, straight, layer.tail.arguments(mask), scaling)
+    return gated_attention(
+        query, layer.prompt.keys, layer.prompt.values, straight, layer.tail.arguments(mask), scaling, terms
+    )
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -13,6 +13,7 @@ from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.states import Relaxed
 from learnkv.ops.gated_attention import gated_attention
+from learnkv.ops.softmax_terms import SoftmaxTerms
 from learnkv.scorers import H2O, LearnedScorer, SnapKV
 from learnkv.training.continuation import continuation_outputs
 
@@ -71,7 +72,7 @@ def test_a_student_keeps_and_says_what_is_deployed(name: str) -> None:
     assert whole.continuation_length == 0
 
 
-def straight(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def straight(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling: float, terms: SoftmaxTerms) -> Tensor:
     """What `attend` computes, by reading all entries that could be kept with gates of zero and one."""
     assert isinstance(layer.state, Relaxed)
     assert layer.tail is not None
@@ -82,7 +83,9 @@ def straight(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling
         for head in range(layer.heads):
             hard[row, head] = torch.isin(positions[head], layer.kept_positions(row * layer.state.copies, head)).float()
     gates = hard + layer.state.gates - layer.state.gates.detach()
-    return gated_attention(query, layer.prompt.keys, layer.prompt.values, gates, layer.tail.arguments(mask), scaling)
+    return gated_attention(
+        query, layer.prompt.keys, layer.prompt.values, gates, layer.tail.arguments(mask), scaling, terms
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,7 @@ from learnkv.core.entry_selector import AnySelector
 from learnkv.core.observation import CaptureSpec, Observation
 from learnkv.errors import UserError
 from learnkv.ops.rotary import Layout
-from learnkv.ops.softmax_terms import SoftmaxTerms
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 NOTHING = CaptureSpec()
 
@@ -268,7 +268,7 @@ class CompressedLayer(CacheLayerMixin):
         index = index_of(selector, tokens, self.state.segment, self.layer_idx, self.observation, shared)
         self.state = replace(self.state, page_index=index)
 
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, terms: SoftmaxTerms) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, terms: SoftmaxTerms = NO_TERMS) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens to the kept entries and to the tail."""
         assert self.tail is not None
         assert isinstance(self.state, Kept | Relaxed)

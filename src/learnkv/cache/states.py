@@ -16,7 +16,7 @@ from learnkv.errors import UserError
 from learnkv.ops.decode_attention import decode_attention
 from learnkv.ops.gated_attention import gated_attention
 from learnkv.ops.relaxed_attention import relaxed_attention
-from learnkv.ops.softmax_terms import SoftmaxTerms
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 
 class StoredPrompt(NamedTuple):
@@ -167,7 +167,12 @@ class Kept:
         return self.prompt
 
     def attend(
-        self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float, terms: SoftmaxTerms
+        self,
+        query: Tensor,
+        tail: DecodeBuffer,
+        mask: Tensor | None,
+        scaling: float,
+        terms: SoftmaxTerms = NO_TERMS,
     ) -> Tensor:
         """Attention [B, H*G, T, D] of the newest T tokens; `mask` [B, 1, T, M] of the tail."""
         logits = (scaling, terms)
@@ -239,7 +244,12 @@ class Relaxed:
     tiers = ()
 
     def attend(
-        self, query: Tensor, tail: DecodeBuffer, mask: Tensor | None, scaling: float, terms: SoftmaxTerms
+        self,
+        query: Tensor,
+        tail: DecodeBuffer,
+        mask: Tensor | None,
+        scaling: float,
+        terms: SoftmaxTerms = NO_TERMS,
     ) -> Tensor:
         """Attention [B*C, H*G, T, D] of the newest T tokens; `mask` [B*C, 1, T, M] of the tail."""
         prompt, new = (self.complete.keys, self.complete.values, self.gates), tail.arguments(mask)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from learnkv.core.component import Component
-from learnkv.ops.softmax_terms import SoftmaxTerms
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 Parts = Mapping[str, Tensor]
 """Stored tensors [B, H, …] by name."""
@@ -28,7 +28,9 @@ class ResidualStore(Component, ABC):
         """Summary of the entries of both."""
 
     @abstractmethod
-    def attend(self, query: Tensor, parts: Parts, scaling: float, terms: SoftmaxTerms) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, query: Tensor, parts: Parts, scaling: float, terms: SoftmaxTerms = NO_TERMS
+    ) -> tuple[Tensor, Tensor]:
         """Estimated attention [B, H*G, T, D] to the evicted entries alone, and its log-sum-exp [B, H*G, T], float32.
 
         Args:

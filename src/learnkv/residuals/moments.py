@@ -8,7 +8,7 @@ from torch import Tensor
 from learnkv.core.residual_store import Parts, ResidualStore
 from learnkv.errors import UserError
 from learnkv.ops.evicted_moments import estimated_attention, merged_moments, weighted_moments
-from learnkv.ops.softmax_terms import SoftmaxTerms
+from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
 
 
 class Moments(ResidualStore):
@@ -46,7 +46,9 @@ class Moments(ResidualStore):
     def _of_order(self, parts: Parts) -> Parts:
         return {name: part for name, part in parts.items() if self.order or name != "covariance"}
 
-    def attend(self, query: Tensor, parts: Parts, scaling: float, terms: SoftmaxTerms) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, query: Tensor, parts: Parts, scaling: float, terms: SoftmaxTerms = NO_TERMS
+    ) -> tuple[Tensor, Tensor]:
         known = (parts["count"], parts["mean_key"], parts["mean_value"], parts.get("covariance"))
         return estimated_attention(query, *known, scaling, terms)
 
