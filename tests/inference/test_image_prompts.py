@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from learnkv import Policy, continuation, generate, load_cache, load_policy, prefill, save_cache
 from learnkv.allocators import AdaKV
 from learnkv.errors import UserError
+from learnkv.inference.models import attention_layers, config_hash, describe_model, empty_model
 from learnkv.scorers import SnapKV
 
 SPLIT, NEW = 40, 6
@@ -160,3 +161,12 @@ def test_refusals() -> None:
         load_policy("expected_attention").compress(
             prefill(model, ids, policies=[load_policy("expected_attention")], inputs=inputs), keep=0.5
         )
+
+
+def test_a_vision_language_model_is_built_from_its_config(tmp_path: Path) -> None:
+    plain("qwen2_5_vl").config.save_pretrained(tmp_path)
+    model = empty_model(str(tmp_path))
+    assert type(model) is type(plain("qwen2_5_vl"))
+    assert describe_model(model)["shapes"] == describe_model(plain("qwen2_5_vl"))["shapes"]
+    names = [f"model.language_model.layers.{layer}.self_attn" for layer in range(2)]
+    assert attention_layers(str(tmp_path), config_hash(model)) == names

@@ -21,11 +21,10 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}  # what the packages' kerne
 
 
 def torchao_int8() -> Any:
-    pytest.importorskip("torchao", reason="torchao is not installed")
-    from torchao.quantization import Int8WeightOnlyConfig
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(torchao.Int8WeightOnlyConfig())
 
 
 def bitsandbytes_int8() -> Any:
