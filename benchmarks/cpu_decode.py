@@ -182,7 +182,8 @@ def in_turns(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[Seconds]]
 
 def median(seconds: Sequence[Seconds], kind: str) -> float:
     """Of one kind of seconds."""
-    return statistics.median(getattr(one, kind) for one in seconds)
+    middle: float = statistics.median(getattr(one, kind) for one in seconds)
+    return middle
 
 
 def ratios(first: Sequence[Seconds], second: Sequence[Seconds], kind: str) -> list[float]:

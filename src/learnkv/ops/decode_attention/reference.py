@@ -112,12 +112,15 @@ def _segment_attention(
         if first in short:
             continue
         every = slice(first, first + rows) if rows < len(spans) else None
-        attend(every, *(strided(pool, rows, *view) for pool in (kept.keys, kept.values)))
+        keys, values = (strided(pool, rows, *view) for pool in (kept.keys, kept.values))
+        attend(every, keys, values)
         order += range(first, first + rows)
     if short:
         entry, absent = _padded_rows([spans[row] for row in short], device)
-        copies = [pool.index_select(0, entry.flatten()).view(*entry.shape, dim) for pool in (kept.keys, kept.values)]
-        attend(None if len(short) == len(spans) else upload(short, device), copies[0], copies[1], absent)
+        keys, values = (
+            pool.index_select(0, entry.flatten()).view(*entry.shape, dim) for pool in (kept.keys, kept.values)
+        )
+        attend(None if len(short) == len(spans) else upload(short, device), keys, values, absent)
         order += short
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     lse = (sums[0] if len(sums) == 1 else torch.cat(sums)) if needs_lse else None
