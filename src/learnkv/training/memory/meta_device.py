@@ -63,14 +63,15 @@ class _Ops:
         pages: Pages | None,
         tiers: Sequence[Tier] = (),
         terms: SoftmaxTerms = NO_TERMS,
-    ) -> tuple[Tensor, Tensor]:
+        needs_lse: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         """Output and log-sum-exp."""
         assert not tiers, "students read the entries of all levels as one segment"
         if self.kernels:
             return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
         spans = self._equal_segments(len(kept.offset), tail.keys.shape[1], kept.keys, kept.longest)
         with self._kernel(query, query, tail.keys, tail.values, kept=spans):
-            return self.attend(query, kept._replace(spans=spans), tail, scaling, pages, (), terms)
+            return self.attend(query, kept._replace(spans=spans), tail, scaling, pages, (), terms, needs_lse)
 
     def prompt_attention(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
         """Output of full attention."""
