@@ -1,5 +1,7 @@
 """KVgrad against its definition, with the gradient at the residual stream of a plain model."""
 
+from typing import Any
+
 import torch
 from support.models import attached, build, padded, tokens
 from transformers import DynamicCache
@@ -18,7 +20,9 @@ def defined(prompt: torch.Tensor, begin: int, end: int, lead: int) -> torch.Tens
     with torch.no_grad():
         model(prompt, past_key_values=past)
     keys = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
-    streams, attended, last = {}, {}, []
+    streams: dict[int, Any] = {}
+    attended: dict[int, Any] = {}
+    last: list[Any] = []
     for number, layer in enumerate(model.model.layers):
         layer.post_attention_layernorm.register_forward_pre_hook(
             lambda module, args, number=number: streams.__setitem__(number, args[0])
