@@ -1,7 +1,10 @@
 """KVgrad against its definition, with the gradient at the residual stream of a plain model."""
 
+from typing import Any
+
 import torch
 from support.models import attached, build, padded, tokens
+from torch import Tensor
 from transformers import DynamicCache
 
 from learnkv import Policy, prefill
@@ -18,7 +21,9 @@ def defined(prompt: torch.Tensor, begin: int, end: int, lead: int) -> torch.Tens
     with torch.no_grad():
         model(prompt, past_key_values=past)
     keys = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
-    streams, attended, last = {}, {}, []
+    streams: dict[int, Tensor] = {}
+    attended: dict[int, Any] = {}
+    last: list[Any] = []
     for number, layer in enumerate(model.model.layers):
         layer.post_attention_layernorm.register_forward_pre_hook(
             lambda module, args, number=number: streams.__setitem__(number, args[0])
