@@ -21,11 +21,7 @@ def defined(prompt: torch.Tensor, begin: int, end: int, lead: int) -> torch.Tens
     with torch.no_grad():
         model(prompt, past_key_values=past)
     keys = [(layer.keys.clone(), layer.values.clone()) for layer in past.layers]
-<<<<<<< HEAD
-    streams: dict[int, Any] = {}
-=======
     streams: dict[int, Tensor] = {}
->>>>>>> methods
     attended: dict[int, Any] = {}
     last: list[Any] = []
     for number, layer in enumerate(model.model.layers):
