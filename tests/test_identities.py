@@ -4,13 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.configs import FAMILIES, HYBRIDS, STATES, WINDOW
 from support.models import (
-    FAMILIES,
     HEURISTICS,
-    HYBRIDS,
     LEARNED,
-    STATES,
-    WINDOW,
     assert_kept_alike,
     assert_logits_close,
     attached,

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.configs import FAMILIES, STATES
 from support.live_tensors import alive, storages
 from support.models import (
-    FAMILIES,
     HEURISTICS,
     LEARNED,
-    STATES,
     assert_logits_close,
     attached,
     build,

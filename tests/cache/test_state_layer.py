@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import STATES, assert_logits_close, attached, build, compressible, padded, policy_for, tokens
+from support.configs import STATES
+from support.models import assert_logits_close, attached, build, compressible, padded, policy_for, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import FAMILIES, assert_logits_close, attached, build, padded, plain, tokens
+from support.configs import FAMILIES
+from support.models import assert_logits_close, attached, build, padded, plain, tokens
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer

@@ -5,18 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import (
-    FAMILIES,
-    assert_logits_close,
-    attached,
-    build,
-    kept_mask,
-    oracle,
-    padded,
-    plain,
-    policy_for,
-    tokens,
-)
+from support.configs import FAMILIES
+from support.models import assert_logits_close, attached, build, kept_mask, oracle, padded, plain, policy_for, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import FAMILIES, LEARNED, assert_logits_close, attached, padded, plain, policy_for, tokens
+from support.configs import FAMILIES
+from support.models import LEARNED, assert_logits_close, attached, padded, plain, policy_for, tokens
 from torch import Tensor
 
 from learnkv import CompressedCache, continuation, generate, generate_lossless, load_model, prefill

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.models import FAMILIES, HYBRIDS, STATES, attached, build, padded, tokens
+from support.configs import FAMILIES, HYBRIDS, STATES
+from support.models import attached, build, padded, tokens
 from torch import Tensor
 
 from learnkv import CompressedCache, Policy, continuation, generate, load_cache, prefill, save_cache

@@ -94,8 +94,21 @@ def test_permuted_heads_give_permuted_scores(cls: type[Any]) -> None:
 
 
 READS_NO_ATTENTION = {
-    *("Constant", "FastKVzip", "KVec", "KeyDiff", "Knorm", "PromptOrder", "Random", "StreamingLLM", "TokenwiseMLP"),
-    *("KVzip", "KVzipPlus", "Repetition", "SnapStream", "TriAttention", "TrimKV"),  # extra passes are made up here
+    *(
+        "Constant",
+        "DKV",
+        "FastKVzip",
+        "IndexMem",
+        "KVec",
+        "KeyDiff",
+        "Knorm",
+        "PromptOrder",
+        "Random",
+        "StreamingLLM",
+        "TokenwiseMLP",
+    ),
+    *("KVgrad", "KVzip", "KVzipPlus", "Repetition", "SnapStream"),  # extra passes are made up here
+    *("TriAttention", "TrimKV"),
 }
 
 

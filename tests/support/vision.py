@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from learnkv import attach
-from support.models import COMMON, HYBRID, WINDOW, sizes, tokens
+from support.configs import COMMON, HYBRID, WINDOW, sizes
+from support.models import tokens
 
 IMAGE = 96
 TEXT: dict[str, Any] = {**COMMON, **sizes(32, 2, 4, 2, 8)}

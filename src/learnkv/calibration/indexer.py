@@ -79,6 +79,7 @@ def indexer_loss(weights: dict[str, Tensor], obs: Observation, plain: Tensor, en
             positions=obs.positions[:, :, :end],
             valid=obs.valid[:, :, :end],
             scaling=obs.scaling,
+            terms=obs.terms,
         )
         target = logits.amax((1, 2, 3))[0, SINKS:].float().log_softmax(-1)
     keys, gates = index_keys(weights, obs.hidden[:, :end].float())

@@ -82,6 +82,6 @@ class ThinK(Codec):
         latest = [count - older for count, older in zip(encoded.entries, pruned, strict=True)]
         rows = [recent[:0].float()]
         for index, part, whole in zip(channels.long(), old.split(pruned), recent.split(latest), strict=True):
-            zeros = torch.zeros(len(part), encoded.head_dim, device=part.device)
+            zeros = torch.zeros(len(part), encoded.head_dim, dtype=torch.float32, device=part.device)
             rows += [zeros.index_copy(1, index, part.float()), whole.float()]
         return torch.cat(rows)

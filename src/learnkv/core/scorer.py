@@ -45,7 +45,7 @@ class Scorer(Component, ABC):
     """
 
     needs: frozenset[str] = frozenset()
-    """Parts of the observation that exist for a prompt only: `rope`, and on demand `hidden` and `token_ids`."""
+    """Parts of the observation that exist for a prompt only: `rope`, `is_image`, on demand `hidden` and `token_ids`."""
     functions: frozenset[str] = frozenset()
     """Functions of the layer that the scorer applies: `rotation` for `obs.rope`, `projection` for `obs.projection`."""
     window: int = 0

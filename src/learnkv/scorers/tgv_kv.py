@@ -24,6 +24,9 @@ class TGVKV(Scorer):
         window: number of last prompt queries.
     """
 
+    status = "description"
+    needs = frozenset({"is_image"})
+
     def __init__(self, window: int = 64) -> None:
         super().__init__()
         if window < 1:

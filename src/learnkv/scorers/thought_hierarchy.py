@@ -28,6 +28,7 @@ class LatestAttention(Statistic):
             positions=chunk.positions,
             valid=chunk.valid,
             scaling=chunk.scaling,
+            terms=chunk.terms,
         ).mean(2)
         received = received.unsqueeze(-1)
         if gathered is not None and not chunk.aligned:

@@ -107,7 +107,8 @@ def test_the_shipped_study_names_every_variant_and_every_method() -> None:
     assert below == set(config.variants) - {"learned"}
     comparison = yaml.safe_load((CONFIGS / "eval" / "method_comparison.yaml").read_text())
     assert (list(config.baselines), list(config.tasks)) == (comparison["baselines"], comparison["tasks"])
-    assert sorted(config.trained) == ["dbtrimkv", "duo_attention", "fast_kvzip", "flux_attention", "trimkv"]
+    trained = ["dbtrimkv", "duo_attention", "fast_kvzip", "flux_attention", "indexmem", "trimkv"]
+    assert sorted(config.trained) == trained
     assert differing("haystack", ["niah_single_1", "niah_single_2", "vt"]) == ("niah_single_2",)
     assert differing("greek", comparison["tasks"])[-1] == "niah_multiquery"
 
