@@ -6,7 +6,6 @@ from torch import Tensor
 
 from learnkv.core.observation import Observation
 from learnkv.core.scorer import Scorer
-from learnkv.errors import UserError
 from learnkv.scorers.repetition import Repetition
 
 
@@ -42,11 +41,6 @@ class KVgrad(Scorer):
         after: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if min(prefix, sinks, overlap) < 0 or chunk < 1:
-            raise UserError(
-                f"prefix={prefix} sinks={sinks} overlap={overlap} chunk={chunk}: expected numbers of tokens >= 0, "
-                "a chunk of at least 1"
-            )
         self.prefix = prefix
         lead = (tuple(before), tuple(after))
         self.repetition = Repetition(prefix, sinks, chunk, overlap, *lead, gradients=True)

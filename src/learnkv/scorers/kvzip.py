@@ -66,11 +66,6 @@ class KVzip(Scorer):
         heads: str | None = None,
     ) -> None:
         super().__init__()
-        if min(prefix, sinks, overlap) < 0 or chunk < 1:
-            raise UserError(
-                f"prefix={prefix} sinks={sinks} overlap={overlap} chunk={chunk}: expected numbers of tokens >= 0, "
-                "a chunk of at least 1"
-            )
         self.prefix, self.sinks, self.log, self.first = prefix, sinks, log, first
         self.repetition = Repetition(
             prefix, sinks, chunk, overlap, tuple(before), tuple(after), normalized, softmax, queries

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from learnkv.core.observation import Observation, PassTokens, PromptPass
+from learnkv.errors import UserError
 from learnkv.ops.attention_columns import attention_columns
 from learnkv.ops.output_projection import projected_l2
 
@@ -43,6 +44,13 @@ class Repetition(PromptPass):
     softmax: Literal["chunk", "all"] = "chunk"
     queries: Literal["all", "repeated"] = "all"
     gradients: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.prefix, self.sinks, self.overlap) < 0 or self.chunk < 1:
+            raise UserError(
+                f"prefix={self.prefix} sinks={self.sinks} overlap={self.overlap} chunk={self.chunk}: expected numbers "
+                "of tokens >= 0, a chunk of at least 1"
+            )
 
     @property
     def hidden(self) -> bool:  # type: ignore[override]
