@@ -56,8 +56,8 @@ def prefill(
             every layer is evicted as soon as it has read the end of the prompt; without chunks, only one layer at a
             time holds all of its entries.
         sample: tokens whose hidden states trained scorers get gradients from; None: the default of `HiddenSample`.
-        protect: tokens that every policy keeps within the budget: spans (begin, end) of all prompts alike, or a list of
-            them for each, counted without padding; or `system`, the system message of a chat.
+        protect: tokens that every policy keeps in every head, within the budget: spans (begin, end) of all prompts
+            alike, or a list of them for each, counted without padding; or `system`, the system message of a chat.
         protect_after: words such as "password:" after which tokens are kept as far as a share of the budget goes.
         tokenizer: of `system` and words.
         inputs: what the processor of a vision-language model gives besides (`pixel_values`, `image_grid_thw`, …), or

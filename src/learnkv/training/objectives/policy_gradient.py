@@ -23,8 +23,8 @@ class PolicyGradient(Objective):
     log p is divided by the draws.
 
     A student is read once for each sample, without a backward pass through the model; budgets get no gradient. One
-    number per sample has to do for all entries: with the same number of passes, the default training, which has
-    d loss / d mask of every entry, learns faster.
+    number per sample has to do for all entries, where the default training has d loss / d mask of every entry; which of
+    them learns faster has not been measured.
 
     Args:
         loss: objective whose loss is measured; it must not read the plan.
