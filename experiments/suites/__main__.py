@@ -37,8 +37,9 @@ def suites(config: SuitesConfig, resolved: str) -> None:
     for page, name in config.parts:
         config.keys_of(page, name)  # an error in one of them comes before the first is measured
     if "measure" in config.stages:
-        for page, name in config.parts:
+        for page in dict.fromkeys(page for page, _ in config.parts):
             take_over(config, page)
+        for page, name in config.parts:
             print(f"{page}.{name}", file=sys.stderr)
             keys = config.keys_of(page, name)
             evaluate(keys, yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(keys))), sort_keys=False))
@@ -81,7 +82,7 @@ def write(config: SuitesConfig, resolved: str) -> None:
         environment=results["environment"],
         records=records,
         rows=rows_of(records),
-        command=COMMAND,
+        command=f"{COMMAND} config={config.name}",
         config=resolved,
     )
     write_page(out / REPORT, contents)
@@ -99,7 +100,7 @@ def in_table(folder: Path) -> Iterator[Record]:
 def smallest_maps(records: Sequence[Record], page: str, out: Path) -> list[str]:
     """Heat maps of needles at the smallest budget alone, policies side by side; gives the files' names."""
     budgets = sorted({budget_of(one) for one in records if one["policy"] != FULL}, key=lambda budget: budget.order)
-    maps = needle_maps(one for one in records if one["policy"] == FULL or budget_of(one) == budgets[-1])
+    maps = needle_maps(one for one in records if one["policy"] == FULL or budget_of(one) in budgets[-1:])
     files = {f"{page}-smallest-{name.removeprefix('needles-')}": figure for name, figure in maps.items()}
     for name, figure in files.items():
         pictures.save(figure, out / name)
@@ -110,7 +111,8 @@ def text_of(config: SuitesConfig, page: str, commit: str | None, pictures: Seque
     """Lines of a page: the tables of its evaluation without times, which say more about the machine than the method."""
     yield f"# {page} on {config.model}"
     yield ""
-    yield f"Written by `{COMMAND}` at commit {commit}, with the samples of {file_of(page)}; rows are in {page}.json."
+    command = f"{COMMAND} config={config.name}"
+    yield f"Written by `{command}` at commit {commit}, with the samples of {file_of(page)}; rows are in {page}.json."
     findings = f"{page}_findings.md"
     if (Path(config.out) / findings).is_file():
         yield f"What was learned from it: [{findings}]({findings})."

@@ -65,6 +65,7 @@ class SuitesConfig:
         haystack: text that needles are hidden in.
         seed: of the prompts.
         stages: measure, write, or both.
+        name: of the YAML in configs/study, for the pages.
         output: folder of samples, with one of each page.
         out: folder for NAME.md, NAME.json and pictures of every page, and for report.html.
         views: prompts of a page whose tokens report.html shows, by page; of benchmarks' rows none.
@@ -82,6 +83,7 @@ class SuitesConfig:
     haystack: str | None = None
     seed: int = 42
     stages: tuple[Stage, ...] = ("measure", "write")
+    name: str = "suites"
     output: str = "runs/suites"
     out: str = "docs/results"
     views: dict[str, int] = field(default_factory=dict)
