@@ -5,8 +5,8 @@ from torch import Tensor
 
 from learnkv.ops.softmax_terms import SoftmaxTerms, softmax
 
-_BLOCK = 2**22  # attention weights in memory at once: 16 MiB on a CPU, whose caches are small,
-_FACTOR = 16  # and this many times more on other devices, where small blocks would cost launches only
+_BLOCK = 2**19  # attention weights in memory at once: 2 MiB on a CPU, whose caches are small, one kv head at a time,
+_FACTOR = 128  # and this many times more on other devices, where small blocks would cost launches only
 
 
 def attention_columns(
@@ -23,22 +23,87 @@ def attention_columns(
 ) -> Tensor:
     """`attention_columns` in PyTorch."""
     batch, heads, entries, _ = keys.shape
-    total = queries.new_zeros(batch, heads, queries.shape[1] // heads, entries, dtype=torch.float32)
-    keys = keys.float()
-    block_size = _BLOCK * (1 if keys.device.type == "cpu" else _FACTOR)
-    sinks = terms.of_heads(heads)
-    sinks = None if sinks is None else sinks.unsqueeze(-1)  # [H, G, 1, 1]
-    step = max(block_size // max(total.numel(), 1), 1)
-    for begin in range(0, queries.shape[2], step):
+    group = queries.shape[1] // heads
+    grouped = queries.unflatten(1, (heads, group))
+    total = queries.new_zeros(batch, heads, group, entries, dtype=torch.float32)
+    sinks = terms.of_heads(heads)  # [H, G, 1]
+    if total.device.type != "cpu":
+        _add(total, grouped, keys, query_positions, positions, valid, scaling, terms, sinks, reduce, query_weight)
+        return total
+    for b in range(batch):
+        row = slice(b, b + 1)
+        weight = None if query_weight is None else query_weight[row]
+        for h in range(heads):
+            head = slice(h, h + 1)
+            own_sinks = None if sinks is None else sinks[head]
+            own = grouped[row, head], keys[row, head], query_positions[row], positions[row, head], valid[row, head]
+            if bool(own[-1].all()):
+                _add(total[row, head], *own, scaling, terms, own_sinks, reduce, weight)
+                continue
+            there = own[-1][0, 0].nonzero().squeeze(-1)
+            columns = total.new_zeros(1, 1, group, len(there))
+            entry = (part[:, :, there] for part in (own[1], *own[3:]))
+            their_keys, their_positions, their_valid = entry
+            about = (own[0], their_keys, own[2], their_positions, their_valid)
+            _add(columns, *about, scaling, terms, own_sinks, reduce, weight)
+            total[row, head].index_copy_(3, there, columns)
+    return total
+
+
+def _add(
+    total: Tensor,
+    grouped: Tensor,
+    keys: Tensor,
+    query_positions: Tensor,
+    positions: Tensor,
+    valid: Tensor,
+    scaling: float,
+    terms: SoftmaxTerms,
+    sinks: Tensor | None,
+    reduce: str,
+    query_weight: Tensor | None,
+) -> None:
+    """Add columns to `total` [B, H, G, S] of the queries [B, H, G, T, D], for some rows and heads."""
+    transposed = keys.float().flatten(0, 1).transpose(1, 2)
+    sinks = None if sinks is None else sinks.unsqueeze(-1)
+    size = _BLOCK * (1 if total.device.type == "cpu" else _FACTOR)
+    step = max(size // max(total.numel(), 1), 1)
+    ascending = _ascending(positions, valid)
+    for begin in range(0, grouped.shape[3], step):
         block = slice(begin, begin + step)
-        own = query_positions[:, None, block, None]
-        mask = (positions.unsqueeze(2) <= own) & (own >= 0) & valid.unsqueeze(2)
-        hidden = ~mask.unsqueeze(2)  # [B, H, 1, block, S]
-        grouped = queries[:, :, block].float().unflatten(1, (heads, -1))
-        logits = terms.capped(torch.einsum("bhgwd,bhsd->bhgws", grouped, keys).mul_(scaling))
-        # The second fill is for queries that attend to nothing, whose softmax is 0/0.
-        weights = softmax(logits.masked_fill_(hidden, -torch.inf), sinks).masked_fill_(hidden, 0.0)
+        own, query = query_positions[:, block], grouped[:, :, :, block].float()
+        seen, reached = _reach(own, positions) if ascending else (0, positions.shape[2])
+        flat = query.flatten(2, 3).flatten(0, 1)
+        logits = torch.baddbmm(query.new_empty(()), flat, transposed[..., :reached], beta=0, alpha=scaling)
+        logits = terms.capped(logits).view(*query.shape[:-1], reached)
+        hidden, later = None, slice(seen, reached)
+        if seen < reached:
+            asking = own[:, None, :, None]
+            mask = (positions[:, :, None, later] <= asking) & (asking >= 0) & valid[:, :, None, later]
+            hidden = ~mask.unsqueeze(2)  # [B, H, 1, block, S']
+            logits[..., later].masked_fill_(hidden, -torch.inf)
+        weights = softmax(logits, sinks)
+        if hidden is not None:  # again, for queries that attend to nothing, whose softmax is 0/0
+            weights[..., later].masked_fill_(hidden, 0.0)
         if query_weight is not None:
             weights = weights * query_weight[:, None, None, block, None]
-        total = total + weights.sum(3) if reduce == "sum" else torch.maximum(total, weights.amax(3))
-    return total
+        reachable = total[..., :reached]
+        if reduce == "sum":
+            reachable += weights.sum(3)
+        else:
+            torch.maximum(reachable, weights.amax(3), out=reachable)
+
+
+def _ascending(positions: Tensor, valid: Tensor) -> bool:
+    """Whether these are entries of one head on a CPU, all valid and in order: then few of them need a mask."""
+    if positions.device.type != "cpu" or positions.shape[:2] != (1, 1):
+        return False
+    row = positions[0, 0]
+    return bool(valid.all()) and not bool((row[1:] < row[:-1]).any())
+
+
+def _reach(own: Tensor, positions: Tensor) -> tuple[int, int]:
+    """Leading entries that every query at `own` [1, T] attends to, and those that any does; positions ascend."""
+    first, last = (int(end) for end in own.aminmax())
+    seen, reached = (int(torch.searchsorted(positions[0, 0], end, right=True)) for end in (first, last))
+    return seen if first >= 0 else 0, reached
