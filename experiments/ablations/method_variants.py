@@ -23,6 +23,7 @@ from learnkv.evaluation import runner
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.results import Record, estimate, mean_of_tasks, paired_difference
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks import Answers, ruler
@@ -94,7 +95,7 @@ def measure(changed: Variants, samples: int, model: object, tokenizer: object, o
     policies = {**plain, **{name: policy for name, (_, policy) in changed.items()}}
     config = EvalConfig(samples=samples, setting=("query_agnostic", "query_aware"))
     family = Answers(ruler.prompts(config, TASKS, 1024, tokenizer), tokenizer)
-    jobs = runner.jobs_of(model, policies, [Budget(keep=keep) for keep in KEEPS])[1:]
+    jobs = jobs_of(model, policies, [Budget(keep=keep) for keep in KEEPS])[1:]
     store = Store(output / "samples.jsonl")
     runner.run(model, [family], jobs, store, Packing(60))
     return runner.finished([family], jobs, store)

@@ -23,6 +23,7 @@ from learnkv.evaluation import runner, tasks
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.results import FULL, Estimate, Record, estimate
 from learnkv.evaluation.store import Store
 from learnkv.inference.models import load_model
@@ -101,7 +102,7 @@ def measure(
 ) -> list[Record]:
     """What every policy loses on every window."""
     families = tasks.load(config, tokenizer, None)
-    jobs = runner.jobs_of(model, policies, [Budget(keep=keep) for keep in KEEPS])
+    jobs = jobs_of(model, policies, [Budget(keep=keep) for keep in KEEPS])
     store = Store(folder / "samples.jsonl")
     runner.run(model, families, jobs, store, Packing(config.batch_size))
     return runner.finished(families, jobs, store)

@@ -16,6 +16,7 @@ from learnkv.errors import UserError
 from learnkv.evaluation import runner, tasks
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.results import Record
 from learnkv.evaluation.run import load_policies
 from learnkv.evaluation.store import Store
@@ -130,7 +131,7 @@ class Comparisons:
         folder = self.config.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         families = tasks.load(keys, self.tokenizer, self.context)
-        jobs = runner.jobs_of(self.model, policies, keys.budgets)
+        jobs = jobs_of(self.model, policies, keys.budgets)
         store = Store(folder / "samples.jsonl")
         wanted = {job.fingerprint(prompt) for family in families for prompt in family.prompts for job in jobs}
         taken = [one for one in self.earlier if one["fingerprint"] in wanted and one["fingerprint"] not in store]

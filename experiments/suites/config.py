@@ -28,6 +28,7 @@ class Part:
         baselines: methods in place of those of all parts.
         batch_size: prompts read at once; default: as many as fit into eval's default of tokens.
         max_new_tokens: most tokens of an answer, where a task would allow more.
+        answers: prompts whose answers are written at once, policies side by side; default: one policy after the other.
     """
 
     tasks: tuple[str, ...]
@@ -41,6 +42,7 @@ class Part:
     baselines: tuple[str, ...] | None = None
     batch_size: int | None = None
     max_new_tokens: int | None = None
+    answers: int | None = None
 
     def __post_init__(self) -> None:
         if bool(self.keep) == bool(self.budget):
@@ -130,6 +132,7 @@ class SuitesConfig:
             score=part.score,
             samples=ceil(part.samples * self.portion),
             batch_size=part.batch_size,
+            answers=part.answers,
             haystack=self.haystack,
             suite=suite,
             output=str(self.folder / page),

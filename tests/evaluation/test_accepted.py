@@ -14,6 +14,7 @@ from learnkv.evaluation import pictures, report, runner
 from learnkv.evaluation.accepted import check_drafts
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.results import Record, rows_of
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.answers import Answers
@@ -24,7 +25,7 @@ BUDGETS = [Budget(keep=1), Budget(keep=0.3)]
 
 def compared(loaded: Loaded, path: Path, draft_tokens: int, batch_size: int = 3) -> list[Record]:
     families = [Answers(question_prompts(loaded[1], 3), loaded[1])]
-    jobs = runner.jobs_of(loaded[0], policies("random", "h2o_decode"), BUDGETS, draft_tokens)
+    jobs = jobs_of(loaded[0], policies("random", "h2o_decode"), BUDGETS, draft_tokens)
     path.mkdir(exist_ok=True)
     store = Store(path / "samples.jsonl")
     runner.run(loaded[0], families, jobs, store, Packing(batch_size))

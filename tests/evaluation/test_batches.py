@@ -11,8 +11,9 @@ from support.evaluation import KEEPS, policies, question_prompts, text_prompts
 from support.models import Loaded
 
 from learnkv.data.sample import Sample
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs, runner
 from learnkv.evaluation.batches import Packing, is_out_of_memory
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.answers import Answers
 from learnkv.evaluation.tasks.base import Prompt
@@ -59,7 +60,7 @@ def test_keys_of_the_command_line(keys: tuple[Any, Any], packing: Packing) -> No
 
 def run(loaded: Loaded, family: Any, path: Path, packing: Packing, names: tuple[str, ...] = ("snapkv", "quest")) -> Any:
     path.mkdir(exist_ok=True)
-    jobs, store = runner.jobs_of(loaded[0], policies(*names), KEEPS), Store(path / "samples.jsonl")
+    jobs, store = jobs_of(loaded[0], policies(*names), KEEPS), Store(path / "samples.jsonl")
     skipped = runner.run(loaded[0], [family], jobs, store, packing)
     return runner.finished([family], jobs, store), skipped
 
@@ -80,7 +81,7 @@ def test_results_do_not_depend_on_the_packing(loaded: Loaded, tmp_path: Path) ->
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, slots: int) -> list[tuple[int, ...]]:
     """Let a prefill of more than `slots` slots fail; shapes of the prefills that were tried."""
-    plain, shapes = runner.prefill, []
+    plain, shapes = measured_jobs.prefill, []
 
     def limited(model: Any, ids: torch.Tensor, *given: Any, **options: Any) -> Any:
         shapes.append(tuple(ids.shape))
@@ -88,7 +89,7 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, slots: int) -> list[tuple[i
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return plain(model, ids, *given, **options)
 
-    monkeypatch.setattr(runner, "prefill", limited)
+    monkeypatch.setattr(measured_jobs, "prefill", limited)
     return shapes
 
 
@@ -143,7 +144,7 @@ def test_other_errors_are_not_taken_for_it(loaded: Loaded, tmp_path: Path, monke
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("the size of tensor a must match")
 
-    monkeypatch.setattr(runner, "prefill", fails)
+    monkeypatch.setattr(measured_jobs, "prefill", fails)
     with pytest.raises(RuntimeError, match="must match"):
         run(loaded, Text(text_prompts(2)), tmp_path, Packing())
     assert not is_out_of_memory(ValueError("not enough memory: you tried to allocate"))
@@ -153,14 +154,14 @@ def test_other_errors_are_not_taken_for_it(loaded: Loaded, tmp_path: Path, monke
 def test_the_table_names_it(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = runner.prefill
+    plain = measured_jobs.prefill
 
     def limited(model: Any, ids: torch.Tensor, *given: Any, **options: Any) -> Any:
         if ids.numel() > 50:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return plain(model, ids, *given, **options)
 
-    monkeypatch.setattr(runner, "prefill", limited)
+    monkeypatch.setattr(measured_jobs, "prefill", limited)
     words = ["--ckpt", "snapkv", f"model={model_folder}", "tasks=text", f"text={text_file}", "lengths=64,96"]
     assert eval([*words, "samples=2", "keep=0.5", f"output={tmp_path / 'run'}"]) == 0
     result = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -14,6 +14,7 @@ from learnkv.allocators import LearnedAllocator, Uniform
 from learnkv.evaluation import runner
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.precisions import at_precisions
 from learnkv.evaluation.results import rows_of
 from learnkv.evaluation.sharing import for_one_prompt
@@ -29,7 +30,7 @@ HALF, COUNT = Budget(bytes=0.5), Budget(bytes=3 * 2**10)
 
 
 def run(loaded: Loaded, family: Any, made: dict[str, Policy], path: Path, budgets: list[Budget], size: int = 4) -> Any:
-    jobs, store = runner.jobs_of(loaded[0], made, budgets), Store(path / "samples.jsonl")
+    jobs, store = jobs_of(loaded[0], made, budgets), Store(path / "samples.jsonl")
     runner.run(loaded[0], [family], jobs, store, Packing(size))
     return runner.finished([family], jobs, store)
 
@@ -99,7 +100,7 @@ def test_a_fingerprint_knows_the_kind_and_the_precision(loaded: Loaded) -> None:
     (prompt,) = text_prompts(1)
     made = at_precisions(policies("knorm"), [16, 4, "K4V3"])
     budgets = [Budget(keep=0.5), HALF, Budget(bytes=0.5000001), Budget(keep=0.5000001), COUNT, Budget(bytes=3073)]
-    jobs = runner.jobs_of(loaded[0], {**policies("knorm"), **made}, budgets)
+    jobs = jobs_of(loaded[0], {**policies("knorm"), **made}, budgets)
     assert len({job.fingerprint(prompt) for job in jobs}) == len(jobs) == 1 + 4 * len(budgets)
 
 

@@ -11,7 +11,7 @@ from support.commands import eval
 
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs, runner
 from learnkv.evaluation.folder import check_folder, evaluation_folder
 
 ROW = {"policy", "task", "length", "setting", "keep", "spent", "bytes", "bytes_full", "n", "score", "score_full", "kl"}
@@ -74,7 +74,7 @@ def test_the_resolved_config_alone_repeats_the_run(
 ) -> None:
     assert eval([*words, "--ckpt", "snapkv"]) == 0
     first = values(tmp_path)
-    monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
+    monkeypatch.setattr(measured_jobs, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
     (tmp_path / "run" / "results.json").unlink()
     assert eval([f"config={tmp_path / 'run' / 'config.yaml'}"]) == 0
     assert values(tmp_path) == first
@@ -83,7 +83,7 @@ def test_the_resolved_config_alone_repeats_the_run(
 def test_an_interrupted_run_leaves_a_report_and_goes_on(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain, calls = runner.prefill, []
+    plain, calls = measured_jobs.prefill, []
 
     def stops(*given: Any, **options: Any) -> CompressedCache:
         calls.append(1)
@@ -92,7 +92,7 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on(
         return plain(*given, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "prefill", stops)
+        patched.setattr(measured_jobs, "prefill", stops)
         assert eval([*words, "--ckpt", "snapkv", "batch_size=1"]) == 130
     assert {row["n"] for row in results(tmp_path)["rows"]} == {2}
     assert f"6 samples are stored in {tmp_path / 'run'}: the same command continues" in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_a_moved_model_and_folder_continue(
     first = values(tmp_path)
     shutil.move(tmp_path / "run", tmp_path / "moved")
     copy = shutil.copytree(model_folder, tmp_path / "model")
-    monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
+    monkeypatch.setattr(measured_jobs, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
     assert eval([*words, "--ckpt", "snapkv", f"model={copy}", f"output={tmp_path / 'moved'}"]) == 0
     shutil.move(tmp_path / "moved", tmp_path / "run")
     assert values(tmp_path) == first

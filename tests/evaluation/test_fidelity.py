@@ -16,6 +16,7 @@ from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
 from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.fidelity import Gate, fidelity_report
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.results import FIDELITY, rows_of
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.fidelity import CUE, NEW_TOKENS, QUOTE, _agreement, _common, _passage
@@ -28,7 +29,7 @@ def records(loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> list[An
     folder = tmp_path_factory.mktemp("fidelity")
     (family,) = tasks.load(EvalConfig(tasks=("fidelity",), lengths=(128,), samples=3), loaded[1], 512)
     budgets = [Budget(keep=1.0), Budget(keep=0.5), Budget(keep=0.1)]
-    jobs, store = runner.jobs_of(loaded[0], policies("snapkv"), budgets), Store(folder / "samples.jsonl")
+    jobs, store = jobs_of(loaded[0], policies("snapkv"), budgets), Store(folder / "samples.jsonl")
     runner.run(loaded[0], [family], jobs, store, Packing())
     return runner.finished([family], jobs, store)
 

@@ -10,9 +10,10 @@ from support.evaluation import compare, policies, question_prompts, text_prompts
 from support.models import Loaded
 
 from learnkv.core.precision import POSITION_BYTES, TABLE_BYTES
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs, runner
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.budget import Budget
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.kept_entries import VIEW, kept_view, packed, prompt_view, token_texts, unpacked, viewed_prompts
 from learnkv.evaluation.precisions import at_precision
 from learnkv.evaluation.store import Store
@@ -107,14 +108,14 @@ def test_only_viewed_prompts_have_views_and_more_are_measured_when_asked_for(
     plain = compare(loaded, prompts, tmp_path, ("snapkv",), HALF, family=Answers)
     assert not any(VIEW in record for record in plain)
     read: list[int] = []
-    prefill = runner.prefill
+    prefill = measured_jobs.prefill
     monkeypatch.setattr(
-        runner, "prefill", lambda model, ids, *a, **k: read.append(len(ids)) or prefill(model, ids, *a, **k)
+        measured_jobs, "prefill", lambda model, ids, *a, **k: read.append(len(ids)) or prefill(model, ids, *a, **k)
     )
 
     def views(count: int) -> list[int]:
         read.clear()
-        families, jobs = [Answers(prompts, loaded[1])], runner.jobs_of(loaded[0], policies("snapkv"), HALF)
+        families, jobs = [Answers(prompts, loaded[1])], jobs_of(loaded[0], policies("snapkv"), HALF)
         store = Store(tmp_path / "samples.jsonl")
         runner.run(loaded[0], families, jobs, store, Packing(4), viewer=count)
         records = runner.finished(families, jobs, store)
@@ -132,7 +133,7 @@ def test_only_viewed_prompts_have_views_and_more_are_measured_when_asked_for(
 
 def test_views_of_the_full_cache_have_the_prompt(loaded: Loaded, tmp_path: Path) -> None:
     prompts = question_prompts(loaded[1], 1)
-    families, jobs = [Answers(prompts, loaded[1])], runner.jobs_of(loaded[0], policies("adakv"), HALF)
+    families, jobs = [Answers(prompts, loaded[1])], jobs_of(loaded[0], policies("adakv"), HALF)
     store = Store(tmp_path / "samples.jsonl")
     runner.run(loaded[0], families, jobs, store, Packing(4), viewer=1)
     full, adakv = runner.finished(families, jobs, store)
@@ -143,7 +144,7 @@ def test_views_of_the_full_cache_have_the_prompt(loaded: Loaded, tmp_path: Path)
 
 
 def test_text_without_a_tokenizer_is_viewed_too(loaded: Loaded, tmp_path: Path) -> None:
-    jobs = runner.jobs_of(loaded[0], policies("snapkv"), HALF)
+    jobs = jobs_of(loaded[0], policies("snapkv"), HALF)
     store = Store(tmp_path / "samples.jsonl")
     runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, Packing(4), viewer=1)
     assert sum(VIEW in record for record in store.records.values()) == 2

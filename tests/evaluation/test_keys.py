@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from learnkv.errors import UserError
-from learnkv.evaluation import runner, sources
+from learnkv.evaluation import sources
 from learnkv.evaluation.config import Budget
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.keys import policy_digest
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
@@ -199,7 +200,7 @@ def test_every_shipped_policy_has_its_own_digest_and_keeps_it() -> None:
 
 
 def fingerprints(family: Any, model: Any) -> Any:
-    (job,) = runner.jobs_of(model, {"knorm": load_policy("knorm")}, [Budget(keep=0.5)])[1:]
+    (job,) = jobs_of(model, {"knorm": load_policy("knorm")}, [Budget(keep=0.5)])[1:]
     return {job.fingerprint(prompt) for prompt in family.prompts}
 
 

@@ -20,6 +20,7 @@ from torch import distributed
 from learnkv.errors import RunError, UserError
 from learnkv.evaluation import processes, runner
 from learnkv.evaluation.batches import Packing
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.processes import Processes
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.text import Text
@@ -69,7 +70,7 @@ def measure(loaded: Loaded, folder: Path, count: int, rows: int = 9) -> list[dic
     path = folder / "samples.jsonl"
 
     def work(group: Processes) -> None:
-        families, jobs = [Text(text_prompts(rows))], runner.jobs_of(loaded[0], policies("snapkv"), KEEPS)
+        families, jobs = [Text(text_prompts(rows))], jobs_of(loaded[0], policies("snapkv"), KEEPS)
         store = Store(path, group.shard)
         with torch.no_grad():
             runner.run(loaded[0], families, jobs, store, Packing(2), group)
@@ -90,7 +91,7 @@ def test_three_processes_have_the_records_of_one(loaded: Loaded, tmp_path: Path)
 
 def test_another_number_of_processes_continues(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = measure(loaded, tmp_path / "alone", 1)
-    plain, batches = runner._read, []
+    plain, batches = runner.read, []
 
     def stops(*given: Any) -> Any:
         batches.append(given)
@@ -99,7 +100,7 @@ def test_another_number_of_processes_continues(loaded: Loaded, tmp_path: Path, m
         return plain(*given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "_read", stops)
+        patched.setattr(runner, "read", stops)
         with pytest.raises(RunError, match="enough"):
             measure(loaded, tmp_path / "shared", 1)
         before = (tmp_path / "shared" / "samples.jsonl").read_text().splitlines()
@@ -107,7 +108,7 @@ def test_another_number_of_processes_continues(loaded: Loaded, tmp_path: Path, m
     shard.write_text(f"{before[0]}\n{before.pop()}\n{before[1][:50]}")
     (tmp_path / "shared" / "samples.jsonl").write_text("\n".join(before[2:]) + "\n")
     batches.clear()
-    monkeypatch.setattr(runner, "_read", lambda *given: batches.append(given) or plain(*given))
+    monkeypatch.setattr(runner, "read", lambda *given: batches.append(given) or plain(*given))
     resumed = measure(loaded, tmp_path / "shared", 2)
     assert [one["fingerprint"] for one in resumed] == [one["fingerprint"] for one in alone]
     for one, other in zip(resumed, alone, strict=True):
@@ -243,7 +244,7 @@ def test_a_killed_run_that_is_resumed_equals_an_uninterrupted_one(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         monkeypatch.setattr(Store, "add", dies)
-        families, jobs = [Text(text_prompts(9))], runner.jobs_of(loaded[0], policies("snapkv"), KEEPS)
+        families, jobs = [Text(text_prompts(9))], jobs_of(loaded[0], policies("snapkv"), KEEPS)
         runner.run(loaded[0], families, jobs, Store(tmp_path / "killed" / "samples.jsonl"), Packing(2))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

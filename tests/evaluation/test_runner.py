@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from learnkv.allocators import AdaKV, LearnedAllocator, Uniform
 from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.core.observation import Observation
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs, runner
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import Budget
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.results import rows_of
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tabled import tabled
@@ -32,13 +33,13 @@ from learnkv.scorers import Knorm, Scorer, SnapKV
 @pytest.fixture
 def prefills(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """How many prompts were read in each prefill."""
-    counts, plain = [], runner.prefill
+    counts, plain = [], measured_jobs.prefill
 
     def counted(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> CompressedCache:
         counts.append(len(ids))
         return plain(model, ids, mask, **options)
 
-    monkeypatch.setattr(runner, "prefill", counted)
+    monkeypatch.setattr(measured_jobs, "prefill", counted)
     return counts
 
 
@@ -186,7 +187,7 @@ def test_an_interrupted_run_continues_where_it_was(
 def test_only_prompts_that_every_policy_finished_are_compared(loaded: Loaded, tmp_path: Path) -> None:
     prompts = text_prompts(3)
     compare(loaded, prompts[:2], tmp_path)
-    jobs = runner.jobs_of(loaded[0], policies(*NAMES), KEEPS)
+    jobs = jobs_of(loaded[0], policies(*NAMES), KEEPS)
     found = runner.finished([Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"))
     assert {record["index"] for record in found} == {0, 1}
 
@@ -196,11 +197,11 @@ def test_other_prompts_in_the_place_of_earlier_ones_are_not_in_one_table(loaded:
     first, second = text_prompts(4)[:2], [replace(prompt, index=i) for i, prompt in enumerate(text_prompts(4)[1:3])]
     compare(loaded, first, tmp_path, ("snapkv",))
     compare(loaded, second, tmp_path, ("adakv",))
-    jobs = runner.jobs_of(loaded[0], policies("adakv"), KEEPS)
+    jobs = jobs_of(loaded[0], policies("adakv"), KEEPS)
     records = tabled([Text(second)], jobs, Store(tmp_path / "samples.jsonl"))
     assert {record["policy"] for record in records} == {"full", "adakv"}
     compare(loaded, second[:1], tmp_path, ("knorm",))
-    jobs = runner.jobs_of(loaded[0], policies("knorm"), KEEPS)
+    jobs = jobs_of(loaded[0], policies("knorm"), KEEPS)
     records = tabled([Text(second[:1])], jobs, Store(tmp_path / "samples.jsonl"))
     assert {(record["policy"], record["index"]) for record in records} == {(n, 0) for n in ("full", "adakv", "knorm")}
 
@@ -213,7 +214,7 @@ def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded: Loa
     seen = set()
 
     def note(policy: Policy, budget: Budget = KEEPS[0], prompt: Prompt = here) -> None:
-        (job,) = runner.jobs_of(model, {"x": policy}, [budget])[1:]
+        (job,) = jobs_of(model, {"x": policy}, [budget])[1:]
         assert job.fingerprint(prompt) not in seen
         seen.add(job.fingerprint(prompt))
 
@@ -234,7 +235,7 @@ def test_a_fingerprint_covers_model_prompt_policy_weights_and_budget(loaded: Loa
 def test_budgets_are_recorded_for_policies_that_learned_them(loaded: Loaded, tmp_path: Path) -> None:
     learned = Policy(Knorm())
     learned.register_parameter("weight", torch.nn.Parameter(torch.zeros(2)))
-    jobs = runner.jobs_of(loaded[0], {"learned": learned, "knorm": load_policy("knorm")}, KEEPS[:1])
+    jobs = jobs_of(loaded[0], {"learned": learned, "knorm": load_policy("knorm")}, KEEPS[:1])
     store = Store(tmp_path / "samples.jsonl")
     runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, Packing(2))
     for record in store.records.values():
@@ -262,7 +263,7 @@ class HiddenSize(Scorer):
 
 
 def test_a_scorer_gets_the_hidden_states_that_it_needs(loaded: Loaded, tmp_path: Path) -> None:
-    jobs = runner.jobs_of(loaded[0], {"hidden": Policy(HiddenSize())}, KEEPS[:1])
+    jobs = jobs_of(loaded[0], {"hidden": Policy(HiddenSize())}, KEEPS[:1])
     store = Store(tmp_path / "samples.jsonl")
     runner.run(loaded[0], [Text(text_prompts(2))], jobs, store, Packing(2))
     assert sum(record["policy"] == "hidden" and record["kl"] > 0 for record in store.records.values()) == 2

@@ -14,6 +14,7 @@ from learnkv.core.observation import Observation
 from learnkv.evaluation import runner
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import Budget
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.sharing import for_one_prompt
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.base import Prompt
@@ -61,7 +62,7 @@ def test_a_layer_is_scored_once_for_all_budgets_unless_scores_depend_on_them(
     scorer.reads_budget = reads_budget
     ids = list(range(2, 42))
     prompts = [Prompt("text", 40, "query_agnostic", 0, ids[:30], ids[30:])]
-    jobs = runner.jobs_of(loaded[0], {"counting": Policy(scorer)}, KEEPS)
+    jobs = jobs_of(loaded[0], {"counting": Policy(scorer)}, KEEPS)
     runner.run(loaded[0], [Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"), Packing(4))
     layers = range(loaded[0].config.num_hidden_layers)
     assert scorer.calls == [(layer, reads_budget) for _ in (KEEPS if reads_budget else [0]) for layer in layers]
@@ -77,7 +78,7 @@ def test_what_does_not_depend_on_the_budget_is_computed_once(
     monkeypatch.setattr(policy.scorer, "prepare", lambda obs: prepared.append(obs.layer_idx) or once(obs))
     ids = list(range(2, 42))
     prompts = [Prompt("text", 40, "query_agnostic", 0, ids[:30], ids[30:])]
-    jobs = runner.jobs_of(loaded[0], {name: policy}, KEEPS)
+    jobs = jobs_of(loaded[0], {name: policy}, KEEPS)
     runner.run(loaded[0], [Text(prompts)], jobs, Store(tmp_path / "samples.jsonl"), Packing(4))
     assert prepared == list(range(loaded[0].config.num_hidden_layers))
 

@@ -11,7 +11,7 @@ from evaluation.conftest import model_folder
 
 from experiments.study.listed.archive import LEFT_OUT
 from experiments.suites.__main__ import main
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs
 
 __all__ = ["model_folder"]
 
@@ -62,7 +62,7 @@ def test_pages_are_measured_once_and_written(words: list[str], tmp_path: Path, m
     assert '"samples":[{' in page  # prompts of `views`
 
     shutil.rmtree(tmp_path / "run")  # another machine has what was written alone
-    monkeypatch.setattr(runner, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
+    monkeypatch.setattr(measured_jobs, "prefill", lambda *a, **k: pytest.fail("finished samples were read again"))
     assert main([*words, "views.needles=0"]) == 0
     assert rows_in(docs / "needles.json") == rows
 

@@ -17,7 +17,7 @@ from learnkv import attach, continuation, generate, load_policy, prefill, save_p
 from learnkv.core.adapter import Adapter
 from learnkv.errors import UserError
 from learnkv.evaluation.config import Budget
-from learnkv.evaluation.runner import jobs_of
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.inference import lora
 from learnkv.inference.digest import model_digest
 from learnkv.inference.models import describe_model

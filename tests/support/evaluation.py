@@ -11,6 +11,7 @@ from learnkv.data.sample import Sample
 from learnkv.evaluation import runner
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import Budget
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.store import Store
 from learnkv.evaluation.tasks.answers import Answers, tokenised
 from learnkv.evaluation.tasks.base import Prompt
@@ -46,10 +47,11 @@ def compare(
     keeps: list[Budget] = KEEPS,
     batch_size: int = 4,
     family: type[Any] = Text,
+    answers: int | None = None,
 ) -> list[Mapping[str, Any]]:
     families = [family(prompts)] if family is Text else [Answers(prompts, loaded[1])]
-    jobs = runner.jobs_of(loaded[0], policies(*names), keeps)
+    jobs = jobs_of(loaded[0], policies(*names), keeps)
     path.mkdir(exist_ok=True)
     store = Store(path / "samples.jsonl")
-    runner.run(loaded[0], families, jobs, store, Packing(batch_size))
+    runner.run(loaded[0], families, jobs, store, Packing(batch_size, answers=answers))
     return runner.finished(families, jobs, store)

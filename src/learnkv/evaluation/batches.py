@@ -23,15 +23,17 @@ class Packing:
     Args:
         rows: prompts; None: any number.
         tokens: prompts times the tokens of the longest, question and room for its answer included; None: any number.
+        answers: rows whose answers are written at once, policies side by side; None: one policy after the other.
     """
 
     rows: int | None = None
     tokens: int | None = None
+    answers: int | None = None
 
     @classmethod
-    def of_keys(cls, batch_size: int | None, batch_tokens: int | None) -> "Packing":
-        """Of the keys `batch_size=` and `batch_tokens=`; without both, `DEFAULT_TOKENS` tokens."""
-        return cls(batch_size, DEFAULT_TOKENS if batch_size is None and batch_tokens is None else batch_tokens)
+    def of_keys(cls, batch_size: int | None, batch_tokens: int | None, answers: int | None = None) -> "Packing":
+        """Of the keys `batch_size=`, `batch_tokens=` and `answers=`; without the first two, `DEFAULT_TOKENS` tokens."""
+        return cls(batch_size, DEFAULT_TOKENS if batch_size is None and batch_tokens is None else batch_tokens, answers)
 
     def batches(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
         """Consecutive prompts, as many as fit together."""

@@ -54,6 +54,8 @@ class EvalConfig:
         batch_size: most prompts per prefill.
         batch_tokens: most tokens per prefill: prompts times the longest, its answer included; 16384 where neither this
             nor batch_size is given.
+        answers: prompts whose answers are written at once, policies side by side: faster where most of a token's time
+            goes into reading weights; tokens per second are then not measured. Default: one policy after the other.
         devices: processes that share out the prompts, each with a GPU of its own where there are GPUs.
         text: hub id or text, jsonl or parquet file for the task `text`.
         haystack: text file that needles are hidden in, for the niah tasks with essays; default: CPython's help topics.
@@ -89,6 +91,7 @@ class EvalConfig:
     samples: int = 50
     batch_size: int | None = None
     batch_tokens: int | None = None
+    answers: int | None = None
     devices: int = 1
     text: str | None = None
     haystack: str | None = None
@@ -108,7 +111,7 @@ class EvalConfig:
         for keep in self.keep:
             if not 0 < keep <= 1:
                 raise UserError(f"keep={keep:g}: expected a fraction of the prompt's entries, above 0 and at most 1")
-        for key in ("budget", "lengths", "samples", "batch_size", "batch_tokens", "devices"):
+        for key in ("budget", "lengths", "samples", "batch_size", "batch_tokens", "answers", "devices"):
             value = getattr(self, key)
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and number < 1:

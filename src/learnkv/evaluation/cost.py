@@ -63,11 +63,11 @@ def _peak(device: torch.device) -> int | None:
     return None if peak is None else 1024 * int(peak[1])
 
 
-def cost_per_prompt(prompts: int, seconds: float, decode: Cost, parts: Sequence[Cost]) -> dict[str, Any]:
-    """Seconds of a prompt's share of its batch, and the peak of the whole batch."""
+def cost_per_prompt(prompts: int, seconds: float, decode: Cost | None, parts: Sequence[Cost]) -> dict[str, Any]:
+    """Seconds of a prompt's share of its batch, and the peak of the whole batch; `decode` of None was not timed."""
     peaks = [part.peak_bytes for part in parts if part.peak_bytes is not None]
     return {
         "prefill_seconds": round(seconds / prompts, 6),
-        "decode_seconds": round(decode.seconds / prompts, 6),
+        "decode_seconds": None if decode is None else round(decode.seconds / prompts, 6),
         "peak_bytes": max(peaks, default=None),
     }

@@ -13,6 +13,7 @@ from learnkv.evaluation import runner
 from learnkv.evaluation.batches import Packing
 from learnkv.evaluation.config import EvalConfig, Setting
 from learnkv.evaluation.html.page import Contents, write_page
+from learnkv.evaluation.jobs import jobs_of
 from learnkv.evaluation.results import Record
 from learnkv.evaluation.run import environment, load_policies, policy_paths
 from learnkv.evaluation.store import Store
@@ -151,7 +152,7 @@ def _prompts(config: InspectConfig, context: str, tokenizer: Any, longest: int |
 
 def _measured(config: InspectConfig, model: Any, family: Answers, policies: Mapping[str, Policy]) -> list[Record]:
     """Records of every policy and budget with what was kept."""
-    jobs = runner.jobs_of(model, policies, config.evaluation.budgets)
+    jobs = jobs_of(model, policies, config.evaluation.budgets)
     with TemporaryDirectory() as folder:
         store = Store(Path(folder) / "samples.jsonl")
         runner.run(model, [family], jobs, store, Packing(1), viewer=len(family.prompts))

@@ -224,7 +224,8 @@ def _costs(rows: Sequence[Row]) -> Iterator[str]:
     yield from (COSTS, "")
     yield "Prefill: seconds per prompt to read, score and evict; of a batch, which is read once for all policies, its"
     yield "share, and scores are shared by a policy's budgets. Tokens per second of a whole batch: generated, on text"
-    yield "read. Peak: most memory during both, the model included (on a CPU of the whole process)."
+    yield "read; not known where answers of several policies are written at once (`answers=`). Peak: most memory during"
+    yield "both, the model included (on a CPU of the whole process)."
     yield ""
     for panel, chosen in panels(timed).items():
         yield f"### {panel.title}, {panel.length:,} tokens"

@@ -129,10 +129,11 @@ def _cost(group: list[Record]) -> dict[str, Any]:
     """Time and memory of the records that have them; None where none has."""
     timed = [record for record in group if record.get("prefill_seconds") is not None]
     peaks = [record["peak_bytes"] for record in timed if record["peak_bytes"] is not None]
-    decoded = sum(record["decode_seconds"] for record in timed)
+    written = [record for record in timed if record["decode_seconds"] is not None]
+    decoded = sum(record["decode_seconds"] for record in written)
     return {
         "prefill_seconds": fmean(record["prefill_seconds"] for record in timed) if timed else None,
-        "tokens_per_second": sum(record["tokens"] for record in timed) / decoded if decoded else None,
+        "tokens_per_second": sum(record["tokens"] for record in written) / decoded if decoded else None,
         "peak_bytes": max(peaks, default=None),
     }
 

@@ -19,6 +19,7 @@ from learnkv.evaluation.config import EvalConfig
 from learnkv.evaluation.fidelity import fidelity_report
 from learnkv.evaluation.folder import CONFIG, check_folder, evaluation_folder
 from learnkv.evaluation.html.page import REPORT, Contents, write_page
+from learnkv.evaluation.jobs import Job, jobs_of
 from learnkv.evaluation.leaderboard import leaderboard, text_of
 from learnkv.evaluation.needle_pictures import needle_maps
 from learnkv.evaluation.precisions import at_precisions, without_precision
@@ -101,7 +102,7 @@ class _Prepared(NamedTuple):
     tokenizer: Any
     policies: Mapping[str, Policy]
     families: Sequence[tasks.Family]
-    jobs: Sequence[runner.Job]
+    jobs: Sequence[Job]
     packing: Packing
 
 
@@ -112,10 +113,9 @@ def _prepare(config: EvalConfig, group: Processes) -> _Prepared:
     policies = load_policies(config, model)
     families = tasks.load(config, tokenizer, context_length(model))
     check_drafts(config.draft_tokens, families)
-    jobs = runner.jobs_of(model, policies, config.budgets, config.draft_tokens)
-    return _Prepared(
-        model, tokenizer, policies, families, jobs, Packing.of_keys(config.batch_size, config.batch_tokens)
-    )
+    jobs = jobs_of(model, policies, config.budgets, config.draft_tokens)
+    packing = Packing.of_keys(config.batch_size, config.batch_tokens, config.answers)
+    return _Prepared(model, tokenizer, policies, families, jobs, packing)
 
 
 def policy_paths(config: EvalConfig) -> list[str]:

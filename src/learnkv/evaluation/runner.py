@@ -1,76 +1,23 @@
 """One prefill per batch, then every policy and every budget on a fork of it."""
 
-import hashlib
 import itertools
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.errors import UserError
-from learnkv.evaluation.accepted import accepted_lengths
 from learnkv.evaluation.batches import Packing, halves, is_out_of_memory, name_of
-from learnkv.evaluation.budget import WHOLE, Budget
-from learnkv.evaluation.cost import Cost, cost_per_prompt, measured, now
-from learnkv.evaluation.kept_entries import VIEW, kept_view, prompt_view, viewed_prompts
-from learnkv.evaluation.keys import policy_digest
+from learnkv.evaluation.jobs import Job
+from learnkv.evaluation.kept_entries import VIEW, viewed_prompts
+from learnkv.evaluation.measured_jobs import measured_jobs, read
 from learnkv.evaluation.processes import Processes
 from learnkv.evaluation.provenance import digest_of
-from learnkv.evaluation.results import FULL, Record
-from learnkv.evaluation.sharing import for_one_prompt
-from learnkv.evaluation.sizes import full_sizes, release_captured, sizes_of
-from learnkv.evaluation.sources import rooms_digest
-from learnkv.evaluation.store import SLOT, Store
-from learnkv.evaluation.tasks.base import Family, Prompt, pad
-from learnkv.inference.digest import model_digest
-from learnkv.inference.prefill import prefill
+from learnkv.evaluation.results import Record
+from learnkv.evaluation.store import Store
+from learnkv.evaluation.tasks.base import Family, Prompt
 from learnkv.policy.policy import Policy
-
-
-@dataclass(frozen=True)
-class Job:
-    """A policy at a budget; without a policy, the full cache."""
-
-    name: str
-    policy: Policy | None
-    budget: Budget
-    digest: str
-    """Hash of the conditions, the policy with its weights, and the budget."""
-    conditions: str = ""
-    """Hash of the model, the libraries' versions and the package's code: what all samples of a table share."""
-    draft_tokens: int = 0
-    """Tokens per round of lossless decoding; 0: its accepted length is not measured."""
-
-    def fingerprint(self, prompt: Prompt) -> str:
-        """Hash of everything that determines the record of this job on a prompt."""
-        return hashlib.sha256(f"{self.digest}{prompt.digest}".encode()).hexdigest()[:20]
-
-    def slot(self, prompt: Prompt) -> dict[str, Any]:
-        """The keys `SLOT` of a record of this job on a prompt."""
-        about = (self.name, prompt.metric, prompt.task, prompt.length, prompt.setting, prompt.index)
-        budget = (self.budget.keep, self.budget.tokens, self.budget.bytes)
-        return dict(zip(SLOT, (*about, *budget), strict=True))
-
-
-def jobs_of(model: Any, policies: Mapping[str, Policy], budgets: Sequence[Budget], draft_tokens: int = 0) -> list[Job]:
-    """The full cache, then every policy at every budget; one that evicts nothing is measured once, at keep=1.
-
-    Args:
-        draft_tokens: per round of lossless decoding; 0: its accepted length is not measured.
-    """
-    conditions = hashlib.sha256(f"{model_digest(model)}{rooms_digest()}".encode()).hexdigest()[:20]
-    jobs = [Job(FULL, None, WHOLE, f"{conditions}{FULL}", conditions)]
-    for name, policy in policies.items():
-        digest = policy_digest(policy)
-        own = [WHOLE] if policy.scorer is None and policy.pages is None else budgets
-        drafting = f"draft {draft_tokens}" if draft_tokens else ""
-        digests = {budget: f"{conditions}{digest}{budget!r}{drafting}" for budget in own}
-        jobs += [Job(name, policy, budget, digests[budget], conditions, draft_tokens) for budget in own]
-    return jobs
 
 
 def baselines_of(policies: Mapping[str, Policy]) -> dict[str, str]:
@@ -116,7 +63,7 @@ def run(
         for number in group.shared(len(batches)):
             progress.update(counts[number] - progress.n)  # what other processes took
             family, pending, prompts = batches[number]
-            skipped += _measure(model, family, prompts, pending, policies, store, progress, viewed)
+            skipped += _measure(model, family, prompts, pending, policies, store, progress, viewed, packing.answers)
         progress.update(counts[-1] - progress.n)
     return group.finish(skipped)
 
@@ -130,9 +77,10 @@ def _measure(
     store: Store,
     progress: Any,
     viewed: Collection[str],
+    answers: int | None,
 ) -> Iterator[str]:
     """Measure a batch, in halves where it does not fit in memory; a line about every prompt that never does."""
-    failed = _failed(model, family, prompts, jobs, policies, store, progress, viewed)
+    failed = _failed(model, family, prompts, jobs, policies, store, progress, viewed, answers)
     if failed is None:
         return
     if model.device.type == "cuda":
@@ -144,7 +92,7 @@ def _measure(
         return
     for part in halves(prompts):
         pending = [job for job in jobs if _lacks(store, job, part[0], viewed)]
-        yield from _measure(model, family, part, pending, policies, store, progress, viewed)
+        yield from _measure(model, family, part, pending, policies, store, progress, viewed, answers)
 
 
 def _failed(
@@ -156,13 +104,14 @@ def _failed(
     store: Store,
     progress: Any,
     viewed: Collection[str],
+    answers: int | None,
 ) -> str | None:
     """Measure a batch; None, or what did not fit in memory. Nothing of the batch is alive afterwards."""
     rest = list(jobs)
     progress.set_description(f"prefill of {len(prompts)} prompts, {prompts[0].setting}")
     try:
-        prefilled = _read(model, prompts, policies)
-        for job, sizes, scores in _measured(model, family, prompts, jobs, prefilled, viewed):
+        prefilled = read(model, prompts, policies)
+        for job, sizes, scores in measured_jobs(model, family, prompts, jobs, prefilled, viewed, answers):
             store.add([_record(job, *row) for row in zip(prompts, sizes, scores, strict=True)])
             rest = rest[1:]
             progress.set_description(f"{prompts[0].setting} {job.name} {job.budget}")
@@ -172,84 +121,6 @@ def _failed(
             raise
         return "prefill" if len(rest) == len(jobs) else f"{rest[0].name} {rest[0].budget}"
     return None
-
-
-class _Prefilled(NamedTuple):
-    """Prompts that were read for all policies."""
-
-    cache: CompressedCache
-    cost: Cost
-    extra_seconds: float
-    """Part of the seconds that extra passes over the prompts took."""
-
-    def seconds_for(self, policy: Policy | None) -> float:
-        """Seconds without the extra passes that `policy` does not need; passes are charged by their tokens."""
-        own = frozenset() if policy is None else policy.capture_spec.extra_passes
-        tokens = {extra: sum(rows) for extra, rows in self.cache.extra_pass_tokens.items()}
-        share = sum(tokens[extra] for extra in own) / max(1, sum(tokens.values()))
-        return self.cost.seconds - self.extra_seconds * (1 - share)
-
-
-def _read(model: Any, prompts: Sequence[Prompt], policies: Sequence[Policy]) -> _Prefilled:
-    """One prefill of a batch."""
-    ids, mask = pad([prompt.prefill_ids for prompt in prompts], "left", model.device)
-    passes: list[float] = []  # when each pass of the model ended
-    hook = model.register_forward_hook(lambda *_: passes.append(now(model.device)))
-    try:
-        with measured(model.device) as cost:
-            cache = prefill(model, ids, mask, window=0, policies=policies)
-    finally:
-        hook.remove()
-    return _Prefilled(cache, cost, passes[-1] - passes[0] if cache.extra_pass_tokens else 0.0)
-
-
-def _measured(
-    model: Any,
-    family: Family,
-    prompts: list[Prompt],
-    jobs: Sequence[Job],
-    prefilled: _Prefilled,
-    viewed: Collection[str],
-) -> Iterator[tuple[Job, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Each job with the sizes, costs and scores of the prompts that were read, on forks of their cache."""
-    cache, full, decode = prefilled.cache, None, Cost()
-    rows = [row for row, prompt in enumerate(prompts) if prompt.digest in viewed]
-    if jobs[0].policy is None or family.needs_full:
-        with measured(model.device) as decode:
-            scores, full = family.measure(model, prompts, cache.fork(), None)
-    for _, same_policy in itertools.groupby(jobs, key=lambda job: job.name):
-        group = list(same_policy)
-        policy = None if group[0].policy is None else for_one_prompt(group[0].policy)
-        seconds = prefilled.seconds_for(group[0].policy)
-        for job in group:
-            sizes, compress = full_sizes(cache), Cost()
-            views = [prompt_view(family.tokenizer, prompts[row]) for row in rows]
-            if policy is not None:
-                with measured(model.device) as compress:
-                    fork = _compressed(policy, cache, job)
-                seconds += compress.seconds if job is group[0] else 0.0  # later budgets share its scores
-                release_captured(fork)
-                sizes = sizes_of(fork, policy, job.budget)
-                views = [kept_view(fork, row) for row in rows]
-                if job.draft_tokens:
-                    lengths = accepted_lengths(model, prompts, cache, fork, job.draft_tokens)
-                    sizes = [{**size, **accepted} for size, accepted in zip(sizes, lengths, strict=True)]
-                with measured(model.device) as decode:
-                    scores, _ = family.measure(model, prompts, fork, full)
-                if policy.pages is not None:  # some choose how much they read, token by token
-                    sizes = [{**size, "read": read} for size, read in zip(sizes, fork.read, strict=True)]
-            for row, view in zip(rows, views, strict=True):
-                sizes[row][VIEW] = view
-            cost = cost_per_prompt(len(prompts), seconds, decode, (prefilled.cost, compress, decode))
-            yield job, [{**size, **cost} for size in sizes], scores
-
-
-def _compressed(policy: Policy, cache: CompressedCache, job: Job) -> CompressedCache:
-    """A compressed fork of a cache; an error names the policy, one of many."""
-    try:
-        return policy.compress(cache.fork(), keep=job.budget.keep, budget=job.budget.tokens, bytes=job.budget.bytes)
-    except UserError as error:
-        raise UserError(f"{job.name}: {error}") from None
 
 
 def finished(families: Sequence[Family], jobs: Sequence[Job], store: Store) -> list[Record]:

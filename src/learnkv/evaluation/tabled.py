@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 
+from learnkv.evaluation.jobs import Job
 from learnkv.evaluation.results import FULL, Record, prompt_key
-from learnkv.evaluation.runner import Job, finished
+from learnkv.evaluation.runner import finished
 from learnkv.evaluation.store import Store, slot_of
 from learnkv.evaluation.tasks.base import Family
 

@@ -12,7 +12,7 @@ from experiments.study.config import StudyConfig
 from experiments.study.listed.archive import FILE
 from experiments.study.listed.criteria import LONGER, MAIN
 from learnkv.cli.parser import parse
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_listed_comparisons_are_measured_once_and_written(
         assert (docs / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in page
     capsys.readouterr()
-    monkeypatch.setattr(runner, "prefill", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(measured_jobs, "prefill", lambda *_, **__: 1 / 0)
     assert main(listed) == 0
     assert capsys.readouterr().err.count(" 0 to measure") == 5
     assert (docs / "study.md").read_text() == page

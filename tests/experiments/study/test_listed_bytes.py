@@ -13,7 +13,7 @@ from experiments.study.config import StudyConfig
 from experiments.study.listed.criteria import GENERATED, MAIN, PARTS, TEXT
 from learnkv.cli.parser import parse
 from learnkv.errors import UserError
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs
 
 LISTED = """
 choice: {policies: [baselines], tasks: [vt], lengths: [400], bytes: [0.4, 0.2], precision: [16, K4V2], samples: 1,
@@ -59,7 +59,7 @@ def test_comparisons_of_bytes_are_measured_once_and_written_under_their_name(
     assert {line["verdict"] for line in report["must_hold"]} <= {"not measured", "met", "missed"}
     assert "needles and chains: readings of the prompt" in page
     capsys.readouterr()
-    monkeypatch.setattr(runner, "prefill", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(measured_jobs, "prefill", lambda *_, **__: 1 / 0)
     assert main(listed) == 0
     assert capsys.readouterr().err.count(" 0 to measure") == 2
     assert (docs / "bytes.md").read_text() == page

@@ -12,7 +12,7 @@ from experiments.study.config import StudyConfig
 from experiments.study.measure import differing
 from experiments.study.variants import trainings
 from learnkv.cli.parser import parse
-from learnkv.evaluation import runner
+from learnkv.evaluation import measured_jobs
 from learnkv.evaluation.store import Store
 from learnkv.persistence.named_configs import CONFIGS
 from learnkv.scorers import KVzip
@@ -54,7 +54,7 @@ def test_a_study_trains_measures_writes_and_goes_on(
 
     # The same command again: nothing is trained or measured, and the page is the same.
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "prefill", lambda *_, **__: 1 / 0)
+        patched.setattr(measured_jobs, "prefill", lambda *_, **__: 1 / 0)
         assert main(words) == 0
     said = capsys.readouterr()
     assert said.err.count("finished before") == 2
