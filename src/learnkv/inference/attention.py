@@ -14,7 +14,7 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.cache.layer import CompressedLayer
 from learnkv.cache.plain_layers import layout
 from learnkv.errors import UserError
-from learnkv.inference import moving_rope
+from learnkv.inference import moving_rope, padded_prompts
 from learnkv.inference.attention_modules import attention_modules, uses_interface
 from learnkv.inference.layer_arguments import embeddings_of, named_arguments
 from learnkv.inference.layer_functions import CONVENTION, PLAIN, Attend, ProbedLayer
@@ -72,6 +72,8 @@ def compressed_attention(
             prompt = prompt_attention(*inputs, scale, terms).transpose(1, 2).contiguous()
         elif terms is not NO_TERMS or (has_terms(module) and not compressed):
             prompt = eager_attention(module, *inputs, scaling=scale, dropout=dropout, softcap=softcap, **kwargs)
+        elif compressed:
+            prompt = padded_prompts.prompt_attention(module, *inputs, dropout=dropout, scaling=scaling, **kwargs)
         else:
             prompt, _ = sdpa_attention_forward(module, *inputs, dropout=dropout, scaling=scaling, **kwargs)
         if cache_layer is not None:
