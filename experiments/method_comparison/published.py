@@ -63,7 +63,7 @@ class Pair:
     published: tuple[float, float]
     ours: tuple[float, float]
     difference: float
-    """Mean over tasks of the score of `better` minus that of `worse`, on the same prompts."""
+    """Mean over tasks of the score of `better` minus that of `worse`, on the same prompts; of KL reversed."""
     stderr: float
     n: int
 
@@ -78,7 +78,11 @@ class Pair:
 
 
 def pairs(records: Sequence[Record], orders: Sequence[Published] = ORDERS) -> Iterator[Pair]:
-    """Every pair of every published order of which both methods are among the records, at the nearest fraction."""
+    """Every pair of every published order of which both methods are among the records, at the nearest fraction.
+
+    Of answers that were read, the method with less KL from the full cache is the better one: few are exact.
+    """
+    value = "kl" if any(record["metric"] == "forced" for record in records) else "score"
     cells: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         cells.setdefault((record["setting"], record["policy"], record["keep"]), []).append(record)
@@ -91,7 +95,7 @@ def pairs(records: Sequence[Record], orders: Sequence[Published] = ORDERS) -> It
         present = [name for name in ranked if (order.setting, name, keep) in cells]
         for better, worse in combinations(present, 2):
             upper, lower = (cells[order.setting, name, keep] for name in (better, worse))
-            difference = paired_difference(upper, lower)
+            difference = paired_difference(*((upper, lower) if value == "score" else (lower, upper)), value)
             yield Pair(
                 order.source,
                 order.setting,
@@ -100,15 +104,15 @@ def pairs(records: Sequence[Record], orders: Sequence[Published] = ORDERS) -> It
                 better,
                 worse,
                 (order.scores[better], order.scores[worse]),
-                (_mean(upper), _mean(lower)),
+                (_mean(upper, value), _mean(lower, value)),
                 difference.mean,
                 difference.stderr,
                 difference.n,
             )
 
 
-def _mean(records: Sequence[Record]) -> float:
+def _mean(records: Sequence[Record], value: str) -> float:
     by_task: dict[str, list[float]] = {}
     for record in records:
-        by_task.setdefault(record["task"], []).append(record["score"])
+        by_task.setdefault(record["task"], []).append(record[value])
     return sum(map(fmean, by_task.values())) / len(by_task)

@@ -22,7 +22,7 @@ from learnkv.persistence.methods import select_methods
 from learnkv.persistence.policies import load_policy
 
 COMMAND = "python eval.py config=method_comparison"
-FINDINGS = "method_comparison_findings.md"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "eval" / "method_comparison.yaml"
 LEAST = 10
 """Finished prompts from which on a task counts."""
 VERDICTS = ("agrees", "disagrees", "undecided", "tied")
@@ -30,16 +30,18 @@ VERDICTS = ("agrees", "disagrees", "undecided", "tied")
 
 @dataclass(frozen=True)
 class TablesConfig:
-    """Write method_comparison.md and method_comparison.json from finished samples.
+    """Write NAME.md and NAME.json from finished samples.
 
     Args:
         results: folder that `eval.py config=method_comparison` writes to, also while it runs.
-        out: folder for both files; the page links to a method_comparison_findings.md there, written by hand.
+        out: folder for both files; the page links to a NAME_findings.md there, written by hand.
+        name: of both files.
         commit: commit of the comparison; default: the one that is checked out.
     """
 
     results: str = "runs/method_comparison"
     out: str = "docs/results"
+    name: str = "method_comparison"
     commit: str | None = None
 
 
@@ -57,19 +59,31 @@ def write(config: TablesConfig, resolved: str) -> None:
     orders = list(pairs(records))
     rows = rows_of(records)
     out.mkdir(parents=True, exist_ok=True)
-    findings = FINDINGS if (out / FINDINGS).is_file() else None
-    write_text(out / "method_comparison.md", "\n".join(page(comparison, records, orders, commit, findings)))
+    written = f"{config.name}_findings.md"
+    findings = written if (out / written).is_file() else None
+    write_text(out / f"{config.name}.md", "\n".join(page(comparison, records, orders, commit, findings)))
     report_json = {
         "schema": 1,
         "model": comparison["model"],
-        "command": COMMAND,
+        "command": typed(comparison),
         "commit": commit,
         "config": comparison,
         "rows": rows,
         "orders": [{**dataclasses.asdict(pair), "verdict": pair.verdict} for pair in orders],
     }
-    write_text(out / "method_comparison.json", _json(report_json))
-    print(f"{out / 'method_comparison.md'}\n{out / 'method_comparison.json'}")
+    write_text(out / f"{config.name}.json", _json(report_json))
+    print(f"{out / config.name}.md\n{out / config.name}.json")
+
+
+def typed(comparison: Mapping[str, Any]) -> str:
+    """The command of a comparison, with the keys that are not those of its YAML."""
+    usual = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    parts = []
+    for key in ("baselines", "model", "keep", "tasks", "lengths", "setting", "score", "samples", "text"):
+        value = comparison.get(key)
+        if value is not None and value != usual.get(key, {"score": "generated"}.get(key, value)):
+            parts.append(f" {key}=" + (",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
+    return COMMAND + "".join(parts)
 
 
 def complete(records: Sequence[Record]) -> list[Record]:
@@ -106,7 +120,7 @@ def page(
     yield "# Every method on one model"
     yield ""
     prompts = len({prompt_key(record) for record in records})
-    yield f"Written by `python -m experiments.method_comparison` from the results of `{COMMAND}` at commit"
+    yield f"Written by `python -m experiments.method_comparison` from the results of `{typed(config)}` at commit"
     yield f"{commit}: model `{model}`, {prompts:,} prompts that every method has finished,"
     yield f"of tasks with {LEAST} or more."
     wanted = math.prod(len(config.get(key, ())) for key in ("tasks", "lengths", "setting")) * config.get("samples", 0)
@@ -118,20 +132,23 @@ def page(
     yield from _protected((*config.get("ckpt", ()), *select_methods(config.get("baselines", ()))))
     yield from _full(records)
     yield ""
-    yield from _orders(orders)
+    yield from _orders(orders, any(record["metric"] == "forced" for record in records))
     settings = dict.fromkeys(record["setting"] for record in records)
     of_setting = [[record for record in records if record["setting"] == setting] for setting in settings]
     tables = report.markdown(model, [row for some in of_setting for row in rows_of(some)], records, {})
     yield tables.split("\n", 2)[2]
 
 
-def _orders(orders: Sequence[Pair]) -> Iterator[str]:
+def _orders(orders: Sequence[Pair], forced: bool) -> Iterator[str]:
     """Published orders of methods beside the measured ones."""
     yield "## The order of methods, beside the orders that others published"
     yield ""
     yield "Every pair of a published order, on the same prompts at our nearest fraction kept. Ours is clear beyond"
     yield f"{CLEAR:g} standard errors of the paired difference; published scores less than {TIE:g} point apart tie. The"
     yield "published models have 7 or 8 billion parameters: what disagrees is a property of this model, or an error."
+    if forced:
+        yield "Published are scores of generated answers; ours are KL from the full cache on the correct answer that is"
+        yield "read, less is better, and a difference above 0 is one for the method published as better."
     yield ""
     sources = list(dict.fromkeys((pair.source, pair.setting, pair.published_keep, pair.keep) for pair in orders))
     yield f"| published by | setting | keep: theirs, ours | {' | '.join(VERDICTS)} |"
@@ -148,7 +165,7 @@ def _orders(orders: Sequence[Pair]) -> Iterator[str]:
             yield ""
             yield "| better, as published | than | keep | published | ours | difference of ours, paired |"
             yield "| --- | --- | ---: | ---: | ---: | ---: |"
-            yield from map(_line, chosen)
+            yield from (_line(pair, 3 if forced else 1) for pair in chosen)
             yield ""
 
 
@@ -176,12 +193,13 @@ def _full(records: Sequence[Record]) -> Iterator[str]:
         yield f"Full cache, {setting.replace('_', '-')}: {', '.join(means)}."
 
 
-def _line(pair: Pair) -> str:
-    published, ours = (f"{better:.1f} : {worse:.1f}" for better, worse in (pair.published, pair.ours))
+def _line(pair: Pair, digits: int) -> str:
+    published = "{:.1f} : {:.1f}".format(*pair.published)
+    ours = " : ".join(f"{value:.{digits}f}" for value in pair.ours)
     aware = ", query-aware" if pair.setting == "query_aware" else ""
     return (
         f"| {pair.better} | {pair.worse}{aware} | {pair.keep:g} | {published} | {ours} | "
-        f"{pair.difference:+.1f} ± {pair.stderr:.1f} |"
+        f"{pair.difference:+.{digits}f} ± {pair.stderr:.{digits}f} |"
     )
 
 

@@ -110,9 +110,12 @@ def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path) -> 
     assert "the first 4 tokens of a prompt\nand the last 8 (every method that evicts)." in text
     assert "Full cache, query-agnostic: vt 100.0." in text
     assert "4 prompts that every method has finished,\nof tasks with 10 or more.\n8 are requested" in text
-    assert "cwe" not in text
+    assert "cwe" not in text.split("at commit")[1]
     assert "method_comparison_findings.md" not in text
-    assert "`python eval.py config=method_comparison` at commit\nabc: model `reference`" in text
+    typed = (
+        "`python eval.py config=method_comparison baselines=snapkv,knorm tasks=vt,cwe setting=query_agnostic samples=4`"
+    )
+    assert f"{typed} at commit\nabc: model `reference`" in text
     assert "| keydiff | snapkv | 0.1 | 65.3 : 23.6 | 18.8 : 25.0 | -6.2 ± 6.2 |" in text.split("### Undecided")[1]
     assert "| kvzip | snapkv | 0.1 | 92.3 : 23.6 | 87.5 : 25.0 | +62.5 ± 7.2 |" in text
     assert "| snapkv | **25.0 ± 14.4** · 10 B · 0.100 |" in text
@@ -131,3 +134,16 @@ def test_the_page_says_what_made_it_and_names_what_disagrees(tmp_path: Path) -> 
 def test_a_folder_without_results_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(f"results={tmp_path}: expected a folder of")):
         tables.write(tables.TablesConfig(results=str(tmp_path), out=str(tmp_path), commit="abc"), "")
+
+
+def test_answers_that_were_read_are_ordered_by_kl_under_a_name_of_their_own(tmp_path: Path) -> None:
+    asked = {"baselines": ["snapkv"], "score": "forced", "keep": [0.1], "samples": 4}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": "reference", **asked}))
+    few = [one | {"metric": "forced", "kl": 0.01 * (100 - one["score"])} for one in records()]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in few))
+    tables.write(tables.TablesConfig(results=str(tmp_path), out=str(tmp_path), name="forced", commit="abc"), "")
+    text = (tmp_path / "forced.md").read_text(encoding="utf-8")
+    assert "config=method_comparison baselines=snapkv keep=0.1 score=forced samples=4` at commit" in text
+    assert "ours are KL from the full cache" in text
+    assert "| kvzip | snapkv | 0.1 | 92.3 : 23.6 | 0.125 : 0.750 | +0.625 ± 0.072 |" in text.split("### Agrees")[1]
+    assert (tmp_path / "forced.json").is_file()
