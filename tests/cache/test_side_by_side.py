@@ -6,9 +6,10 @@ import pytest
 import torch
 from support.models import assert_logits_close, attached, kept, padded, tokens
 
-from learnkv import CompressedCache, continuation, generate, prefill
-from learnkv.cache.side_by_side import can_join, side_by_side
+from learnkv import CompressedCache, Policy, continuation, generate, prefill
+from learnkv.cache.side_by_side import joinable, side_by_side
 from learnkv.errors import UserError
+from learnkv.evaluation.precisions import at_precision
 from learnkv.persistence.policies import load_policy
 
 NAMES = ("adakv", "pyramidkv", "knorm")
@@ -20,18 +21,34 @@ def without_gradients() -> Iterator[None]:
         yield
 
 
-def compressed(family: str = "llama", lengths: tuple[int, int] = (40, 31)) -> list[CompressedCache]:
+def at(precision: str | None, name: str) -> Policy:
+    policy = load_policy(name)
+    return policy if precision is None else at_precision(policy, precision)
+
+
+def compressed(
+    family: str = "llama", lengths: tuple[int, int] = (40, 31), precision: str | None = None
+) -> list[CompressedCache]:
     """Two prompts of unequal length, compressed by three policies."""
     model = attached(family)
     ids, mask = padded([tokens(1, length, seed=length)[0] for length in lengths])
-    policies = [load_policy(name) for name in NAMES]
+    policies = [at(precision, name) for name in NAMES]
     cache = prefill(model, ids, mask, policies=policies)
-    return [policy.compress(cache.fork(), keep=0.3) for policy in policies]
+    budget = {"keep": 0.3} if precision is None else {"bytes": 0.3}
+    return [policy.compress(cache.fork(), **budget) for policy in policies]
 
 
+PRECISIONS = {
+    "as read": None,
+    "4 bits": "4",
+    "two tiers": "K4V2:0.75+K8V3:0.25",
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_each_row_goes_on_as_it_does_alone(family: str) -> None:
-    model, caches = attached(family), compressed(family)
+def test_each_row_goes_on_as_it_does_alone(family: str, precision: str | None) -> None:
+    model, caches = attached(family), compressed(family, precision=precision)
     questions = tokens(6, 5, seed=1)
     joined = side_by_side(caches)
     alone = [cache.fork() for cache in caches]
@@ -54,8 +71,9 @@ def test_rows_leave_the_batch_and_the_others_go_on() -> None:
     assert kept(joined, 1) == kept(caches[2], 0)
 
 
-def test_a_row_holds_the_bytes_that_it_holds_alone() -> None:
-    model, caches = attached("llama"), compressed()
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+def test_a_row_holds_the_bytes_that_it_holds_alone(precision: str | None) -> None:
+    model, caches = attached("llama"), compressed(precision=precision)
     joined = side_by_side(caches)
     for cache in (joined, *caches):
         continuation(model, tokens(len(cache.prompt_lengths), 4), cache)
@@ -71,10 +89,12 @@ def test_what_cannot_be_joined_is_refused() -> None:
         quest.compress(prefill(model, tokens(2, 40), policies=[quest]), keep=0.5),
         online.compress(prefill(model, tokens(2, 40), policies=[online]), budget=20),
     ]
-    assert [can_join(cache) for cache in (*caches, *other)] == [True] * 3 + [False] * 3
+    assert [joinable(cache) is None for cache in (*caches, *other)] == [False] * 3 + [True] * 3
     with pytest.raises(UserError, match="cache 1 cannot be joined"):
         side_by_side([caches[0], other[0]])
-    with pytest.raises(UserError, match="cache 1 has other layers, slots or number formats"):
+    with pytest.raises(UserError, match="cache 1 has other layers, slots, formats or tiers"):
         side_by_side([caches[0], compressed(lengths=(20, 30))[0]])
+    with pytest.raises(UserError, match="cache 1 has other layers, slots, formats or tiers"):
+        side_by_side([caches[0], compressed(precision="4")[0]])
     continuation(model, tokens(2, 1), caches[2])
-    assert not can_join(caches[2])
+    assert joinable(caches[2]) is None

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from learnkv.cache.compressed_cache import CompressedCache
-from learnkv.cache.side_by_side import can_join, side_by_side
+from learnkv.cache.side_by_side import joinable, side_by_side
 from learnkv.errors import UserError
 from learnkv.evaluation.accepted import accepted_lengths
 from learnkv.evaluation.cost import Cost, cost_per_prompt, measured, now
@@ -86,12 +86,11 @@ def measured_jobs(
             if job.draft_tokens:
                 lengths = accepted_lengths(model, prompts, prefilled.cache, fork, job.draft_tokens)
                 sizes = [{**size, **accepted} for size, accepted in zip(sizes, lengths, strict=True)]
-            joins = answers is not None and not family.needs_full and can_join(fork)
-            if not joins or (len(batch.waiting) + 1) * len(prompts) > (answers or 0):
+            alike = joinable(fork) if answers is not None and not family.needs_full else None
+            full = (len(batch.waiting) + 1) * len(prompts) > (answers or 0)
+            if full or alike is None or any(other.alike != alike for other in batch.waiting):
                 yield from batch.answered()
-            batch.waiting.append(_Waiting(job, fork, sizes, seconds, compress))
-            if not joins:
-                yield from batch.answered()
+            batch.waiting.append(_Waiting(job, fork, sizes, seconds, compress, alike))
     yield from batch.answered()
 
 
@@ -104,6 +103,8 @@ class _Waiting(NamedTuple):
     seconds: float
     """To read, score and evict."""
     compress: Cost
+    alike: tuple[str, ...] | None
+    """What those have in common whose answers are written at once; None: it is alone."""
 
 
 class _Batch:
@@ -123,7 +124,7 @@ class _Batch:
         cache = waiting[0].cache if alone else side_by_side([job.cache for job in waiting])
         with measured(self.model.device) as decode:
             scores, _ = self.family.measure(self.model, self.prompts * len(waiting), cache, self.full)
-        for number, (job, fork, sizes, seconds, compress) in enumerate(waiting):
+        for number, (job, fork, sizes, seconds, compress, _) in enumerate(waiting):
             if alone and job.policy is not None and job.policy.pages is not None:
                 # Some choose how much they read, token by token.
                 sizes = [{**size, "read": read} for size, read in zip(sizes, fork.read, strict=True)]
