@@ -32,6 +32,7 @@ class Comparison:
         setting: query_agnostic or query_aware.
         samples: prompts per task and length.
         batch_size: prompts read at once.
+        answers: prompts whose answers are written at once, policies side by side; default: one policy after the other.
         template: wording of needles and questions.
         keys: language of the needles' keys.
         haystack: text to hide needles in; `docstrings` for those of the standard library that nothing is trained on.
@@ -50,6 +51,7 @@ class Comparison:
     setting: tuple[Setting, ...] = ("query_agnostic",)
     samples: int = 50
     batch_size: int = 4
+    answers: int | None = None
     template: Template = "secret"
     keys: Language = "english"
     haystack: str | None = None

@@ -139,7 +139,7 @@ class Comparisons:
             store.add([dict(one) for one in {one["fingerprint"]: one for one in taken}.values()])
         missing = sum(one not in store for one in wanted)
         print(f"{name}: {len(wanted):,} samples, {len(taken):,} taken over, {missing:,} to measure", file=sys.stderr)
-        runner.run(self.model, families, jobs, store, Packing(keys.batch_size))
+        runner.run(self.model, families, jobs, store, Packing(keys.batch_size, answers=keys.answers))
 
     def _load(self, paths: Iterable[str]) -> dict[str, Policy]:
         return load_policies(self.config.comparison(ckpt=tuple(paths), tasks=("text",)), self.model)
