@@ -59,7 +59,7 @@ def evicting(name: str, evict_interval: int, family: str = "llama", **changes: A
 
 def budgeted_bytes(cache: CompressedCache, name: str) -> int:
     """What may be held: entries within the budget with their positions and features, tables, a tail of so many slots
-    with its queries and hidden states, and the last queries before it."""
+    with its last queries, or all where statistics read them, and hidden states, and the last queries before it."""
     schedule, layer = cache.schedule, cache.compressed_layers()[0]
     layers, batch, heads = cache.budgets.shape
     dim, size = layer.segment.keys.shape[1], layer.segment.keys.element_size()
@@ -67,9 +67,9 @@ def budgeted_bytes(cache: CompressedCache, name: str) -> int:
     features = 4 * FEATURES.get(name, (query_heads // heads) * len(schedule.capture_spec.statistics))
     entries = sum(schedule.budget) * (2 * dim * size + 4 + features)
     tail = layers * batch * heads * (-(-schedule.evict_interval // 64) * 64) * 2 * dim * size
-    recorded = schedule.capture_spec.window > 0 or features > 0
-    unread = layers * batch * query_heads * schedule.evict_interval * dim * size * recorded
-    window = layers * batch * schedule.capture_spec.window * (query_heads * dim * size + 8)
+    token, window = query_heads * dim * size + 8, schedule.capture_spec.window  # with its slot or position
+    held = schedule.evict_interval if schedule.capture_spec.statistics else min(window, schedule.evict_interval)
+    unread, window = layers * batch * held * token, layers * batch * window * token
     hidden = layers * batch * schedule.evict_interval * 48 * size * schedule.capture_spec.reads_hidden
     return entries + tail + unread + hidden + window + layers * batch * heads * 2 * 8
 
