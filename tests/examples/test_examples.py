@@ -1,12 +1,15 @@
 """The notebooks in examples/ run as scripts, away from the repository, and show what they say."""
 
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+from support.forked import Fork
+
+import learnkv  # noqa: F401, before the forks: each would import it
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = [
@@ -21,18 +24,17 @@ NAMES = [
 
 def output_of(name: str, folder: Path) -> str:
     """What a notebook prints."""
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")],
-        cwd=folder,
-        env={**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets"), "TMPDIR": str(folder)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+
+    def run() -> None:
+        for path in (EXAMPLES.parent, EXAMPLES.parent / "tests"):  # they need nothing of the repository
+            sys.path[:] = [other for other in sys.path if Path(other).resolve() != path]
+        datasets.config.HF_DATASETS_CACHE = str(folder / "datasets")
+        sys.argv = [str(EXAMPLES / f"{name}.py")]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    done = Fork(run, folder, TMPDIR=str(folder)).wait()
+    assert done.code == 0, done.err
+    return done.out
 
 
 @pytest.mark.slow
