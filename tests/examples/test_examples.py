@@ -1,13 +1,10 @@
 """The notebooks in examples/ run as scripts, away from the repository, and show what they say."""
 
 import re
-import runpy
-import sys
 from pathlib import Path
 
-import datasets
 import pytest
-from support.forked import Fork
+from support.forked import run_program
 
 import learnkv  # noqa: F401, before the forks: each would import it
 
@@ -24,17 +21,7 @@ NAMES = [
 
 def output_of(name: str, folder: Path) -> str:
     """What a notebook prints."""
-
-    def run() -> None:
-        for path in (EXAMPLES.parent, EXAMPLES.parent / "tests"):  # they need nothing of the repository
-            sys.path[:] = [other for other in sys.path if Path(other).resolve() != path]
-        datasets.config.HF_DATASETS_CACHE = str(folder / "datasets")
-        sys.argv = [str(EXAMPLES / f"{name}.py")]
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-    done = Fork(run, folder, TMPDIR=str(folder)).wait()
-    assert done.code == 0, done.err
-    return done.out
+    return run_program(EXAMPLES / f"{name}.py", folder)
 
 
 @pytest.mark.slow

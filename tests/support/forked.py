@@ -6,6 +6,7 @@ Most of a short program's time are its imports, which a fork has made already.
 import contextlib
 import os
 import random
+import runpy
 import signal
 import sys
 import tempfile
@@ -74,3 +75,20 @@ class Fork:
             status = os.waitpid(self._pid, 0)
         out, err = (file.read_text(encoding="utf-8") for file in self._streams)
         return Done(os.waitstatus_to_exitcode(status[1]), out, err)
+
+
+def run_program(file: Path, folder: Path) -> str:
+    """What a program prints that is run in `folder`, away from the repository, of which it may import nothing."""
+    repository = Path(__file__).parents[2]
+
+    def run() -> None:
+        inside = (repository, repository / "tests")
+        sys.path[:] = [str(folder), *(path for path in sys.path if Path(path).resolve() not in inside)]
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_DATASETS_CACHE = str(folder / "datasets")
+        sys.argv = [str(file)]
+        runpy.run_path(str(file), run_name="__main__")
+
+    done = Fork(run, folder, TMPDIR=str(folder), HF_DATASETS_CACHE=str(folder / "datasets")).wait()
+    assert done.code == 0, done.err
+    return done.out
