@@ -22,7 +22,7 @@ def softmax_terms(module: Any, softcap: float | None, sinks: Tensor | None) -> S
     """
     if softcap is None and sinks is None:
         return NO_TERMS
-    name, computed = type(module).__name__, _computes(_eager(module))
+    name, computed = type(module).__name__, _computes(_eager(type(module)))
     if softcap is not None and "softcap" not in computed:
         raise UserError(f"{name} uses softcap, which its own attention function does not have: not supported")
     if sinks is not None and ("sinks" not in computed or getattr(module, "sinks", None) is not sinks):
@@ -46,7 +46,7 @@ def eager_attention(
     Args:
         mask: boolean mask of sdpa; None: causal.
     """
-    eager = _eager(module)
+    eager = _eager(type(module))
     if eager is None:
         raise UserError(f"{type(module).__name__} has no attention function of its own: not supported")
     new, entries = query.shape[2], key.shape[2]
@@ -59,9 +59,10 @@ def eager_attention(
     return output
 
 
-def _eager(module: Any) -> Callable[..., Any] | None:
+@functools.cache
+def _eager(layer: type) -> Callable[..., Any] | None:
     """The eager attention function beside a layer's class."""
-    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in type(module).__mro__ if "forward" in vars(kind))
+    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in layer.__mro__ if "forward" in vars(kind))
     return next((forward.__globals__[_EAGER] for forward in forwards if _EAGER in forward.__globals__), None)
 
 
