@@ -195,5 +195,5 @@ $(LM_EVAL)/.torch: $(LM_EVAL)/.python constraints.txt
 	touch $@
 
 $(LM_EVAL)/.dev: $(LM_EVAL)/.torch pyproject.toml
-	$(LM_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[lm-eval]' pytest hypothesis
+	$(LM_EVAL)/bin/python $(INSTALL) -c constraints.txt -e '.[lm-eval]' pytest hypothesis
 	touch $@
