@@ -71,6 +71,9 @@ unit fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-
 unit fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export WANDB_MODE := offline
 unit fidelity docs walk test-browser test-core test-compat test-kvpress test-lm-eval: export TOKENIZERS_PARALLELISM := false
 
+# Even where the caller forbids it: torch is installed uncompiled, and each of many processes would compile it anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 environments: $(VENV)/.dev $(VENV)/.docs $(CORE)/.dev $(COMPAT)/.dev
 
 test: lint
@@ -192,5 +195,5 @@ $(LM_EVAL)/.torch: $(LM_EVAL)/.python constraints.txt
 	touch $@
 
 $(LM_EVAL)/.dev: $(LM_EVAL)/.torch pyproject.toml
-	$(LM_EVAL)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[lm-eval]' pytest hypothesis
+	$(LM_EVAL)/bin/python $(INSTALL) -c constraints.txt -e '.[lm-eval]' pytest hypothesis
 	touch $@

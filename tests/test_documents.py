@@ -3,13 +3,12 @@
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from support.forked import run_program
 
 from learnkv.cli.main import COMMANDS
 from learnkv.cli.parser import parse
@@ -28,9 +27,8 @@ def blocks(document: str, language: str) -> list[str]:
 
 def run(code: str, folder: Path) -> str:
     """What a program prints."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    (folder / "program.py").write_text(code, encoding="utf-8")
+    return run_program(folder / "program.py", folder)
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/index.md"])

@@ -230,6 +230,7 @@ def layers_of(name: str) -> dict[int, OwnLayer]:
     return {module.layer_idx: OwnLayer(model, module) for module in modules[:3]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PINNED, reason="the page is that of the transformers in constraints.txt")
 def test_the_page_is_up_to_date() -> None:
     assert families.PAGE.read_text(encoding="utf-8") == families.page(), "run python -m tools.families --write"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support.models import Oracle, assert_logits_close, attached, padded, tokens
+from support.models import Oracle, assert_logits_close, attached, build, padded, tokens
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
@@ -95,7 +95,7 @@ def test_attention_reads_the_decoded_entries(name: str) -> None:
             parts = [torch.stack([part[row, :, -length:] for part in side]) for side in zip(*at_levels, strict=True)]
             keys, values = (part.gather(0, pick.expand(1, *part.shape[1:]))[0] for part in parts)
             entries.append((keys, values))
-        want = StoredOracle("llama").after(prompt, chosen[:, row, :, -length:] > 0, entries, question[row])
+        want = StoredOracle(build("llama")).after(prompt, chosen[:, row, :, -length:] > 0, entries, question[row])
         assert_logits_close(got[row], want)
 
 

@@ -9,8 +9,8 @@ import pytest
 from learnkv.cli import allocator
 
 CHILD = """
-import ctypes, resource
-from learnkv.cli.allocator import keep_freed_memory
+import ctypes, resource, runpy
+keep_freed_memory = runpy.run_path({file!r})["keep_freed_memory"]  # without torch
 {call}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -29,7 +29,8 @@ print(sum(touch() for _ in range(4)))
 
 def page_faults(call: str) -> int:
     """Of a child that touches and frees the same six blocks of 20 MB four more times."""
-    found = subprocess.run([sys.executable, "-c", CHILD.format(call=call)], capture_output=True, text=True, check=True)
+    code = CHILD.format(call=call, file=allocator.__file__)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(found.stdout)
 
 

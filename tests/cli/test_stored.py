@@ -1,11 +1,10 @@
 """`learnkv compress` and `learnkv ask`."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.forked import Fork
 
 from learnkv import generate, load_cache, load_model
 from learnkv.cli.main import main
@@ -62,11 +61,9 @@ def test_mistakes_are_one_line(words: list[str], line: str, capsys: pytest.Captu
     assert line in error
 
 
-@pytest.mark.slow
-def test_two_processes_ask_at_once(story: Path) -> None:
-    command = [sys.executable, "-m", "learnkv", "ask", str(story / "story"), QUESTION, "max_new_tokens=9"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert "4817293" in output
+def test_two_processes_ask_at_once(story: Path, tmp_path: Path) -> None:
+    words = ["ask", str(story / "story"), QUESTION, "max_new_tokens=9"]
+    for process in [Fork(lambda: main(words), tmp_path) for _ in range(2)]:
+        done = process.wait()
+        assert done.code == 0, done.err
+        assert "4817293" in done.out

@@ -1,12 +1,12 @@
 """The notebooks in examples/ run as scripts, away from the repository, and show what they say."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.forked import run_program
+
+import learnkv  # noqa: F401, before the forks: each would import it
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = [
@@ -21,18 +21,7 @@ NAMES = [
 
 def output_of(name: str, folder: Path) -> str:
     """What a notebook prints."""
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")],
-        cwd=folder,
-        env={**os.environ, "HF_DATASETS_CACHE": str(folder / "datasets"), "TMPDIR": str(folder)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    return run_program(EXAMPLES / f"{name}.py", folder)
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
 """One program per output folder."""
 
-import subprocess
-import sys
+import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked import Fork
 
 from learnkv.errors import UserError
 from learnkv.formats.folder_lock import file_lock, folder_lock
@@ -25,9 +25,11 @@ def test_the_second_is_refused_until_the_first_ends(tmp_path: Path) -> None:
 
 
 def test_it_ends_with_a_killed_process(tmp_path: Path) -> None:
-    code = "import os, sys, pathlib; from learnkv.formats.folder_lock import file_lock, folder_lock\n"
-    code += "with folder_lock(pathlib.Path(sys.argv[1]), 'output'): os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
+    def killed() -> None:
+        with folder_lock(tmp_path, "output"):
+            os._exit(9)
+
+    assert Fork(killed, tmp_path).wait().code == 9
     with folder_lock(tmp_path, "output"):
         pass
 

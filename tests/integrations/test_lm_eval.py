@@ -11,8 +11,6 @@ import pytest
 import torch
 from support.models import Oracle, kept_mask
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from learnkv import Policy, attach, load_model, load_policy, prefill
 from learnkv.cli.main import main
@@ -114,13 +112,8 @@ def masked_model(harness: Any, policy: Policy) -> Any:
     """HFLM whose model is dense, with the entries masked that the policy evicts of a context."""
     from lm_eval.models.huggingface import HFLM
 
-    class Masked(Oracle):
-        def __init__(self) -> None:
-            AttentionInterface.register(self.NAME, self._attention)
-            AttentionMaskInterface.register(self.NAME, sdpa_mask)
-            self.model, self.kept = load_model("reference")[0], None
-
-    reader, plain, tokenizer, oracle = attach(load_model("reference")[0]), *load_model("reference"), Masked()
+    reader, (plain, tokenizer) = attach(load_model("reference")[0]), load_model("reference")
+    oracle = Oracle(load_model("reference")[0])
 
     @functools.cache
     def of_context(*ids: int) -> tuple[Tensor, Tensor]:

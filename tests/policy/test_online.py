@@ -25,8 +25,6 @@ from learnkv.cache.compressed_cache import CompressedCache
 from learnkv.errors import UserError
 from learnkv.scorers import TOVA, GateScorer, HiddenScorer, SnapKV, StreamingLLM
 
-pytestmark = pytest.mark.compat
-
 
 def scores_later_tokens(policy: Policy) -> bool:
     """Whether nothing that the policy reads of a prompt is missing of later tokens."""
@@ -59,19 +57,18 @@ def evicting(name: str, evict_interval: int, family: str = "llama", **changes: A
 
 def budgeted_bytes(cache: CompressedCache, name: str) -> int:
     """What may be held: entries within the budget with their positions and features, tables, a tail of so many slots
-    with its queries and hidden states, and the last queries before it."""
+    with its last queries, or all where statistics read them, and hidden states, and the last queries before it."""
     schedule, layer = cache.schedule, cache.compressed_layers()[0]
+    spec, interval = schedule.capture_spec, schedule.evict_interval
     layers, batch, heads = cache.budgets.shape
     dim, size = layer.segment.keys.shape[1], layer.segment.keys.element_size()
-    query_heads = 4  # of the tiny Llama, two for each kv head
-    features = 4 * FEATURES.get(name, (query_heads // heads) * len(schedule.capture_spec.statistics))
+    features = 4 * FEATURES.get(name, 4 // heads * len(spec.statistics))  # of the tiny Llama's 4 query heads
     entries = sum(schedule.budget) * (2 * dim * size + 4 + features)
-    tail = layers * batch * heads * (-(-schedule.evict_interval // 64) * 64) * 2 * dim * size
-    recorded = schedule.capture_spec.window > 0 or features > 0
-    unread = layers * batch * query_heads * schedule.evict_interval * dim * size * recorded
-    window = layers * batch * schedule.capture_spec.window * (query_heads * dim * size + 8)
-    hidden = layers * batch * schedule.evict_interval * 48 * size * schedule.capture_spec.reads_hidden
-    return entries + tail + unread + hidden + window + layers * batch * heads * 2 * 8
+    tail = layers * batch * heads * (-(-interval // 64) * 64) * 2 * dim * size
+    held = spec.window + (interval if spec.statistics else min(spec.window, interval))
+    token = 4 * dim * size + 8  # queries with their slot or position
+    hidden = layers * batch * interval * 48 * size * spec.reads_hidden
+    return entries + tail + hidden + layers * batch * (held * token + heads * 2 * 8)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +127,7 @@ def test_what_is_kept_of_prompt_and_tail_is_what_would_be_kept_of_a_prompt(name:
         assert_logits_close(continuation(model, said, cache)[0], continuation(model, said, whole)[0])
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["h2o", "adakv"])
 def test_evicting_from_the_tail_is_masking(name: str) -> None:
     model, policy = attached("llama"), evicting(name, evict_interval=20)
@@ -169,6 +167,7 @@ def test_streaming_llm_keeps_the_first_and_the_latest_for_ever() -> None:
         assert cache.kept_positions(0, 0, 0).tolist() == [0, 1, 2, *latest]
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize(("name", "evict_interval"), [("h2o", 1), ("snapkv", 6), ("tokens", 6), ("tova", 16)])
 def test_transformers_generates_the_same(family: str, name: str, evict_interval: int) -> None:
@@ -183,6 +182,7 @@ def test_transformers_generates_the_same(family: str, name: str, evict_interval:
     assert cache.continuation_length == 34
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "rkv", "conditioned", "hidden", "ranked"])
 @pytest.mark.parametrize(("evict_interval", "lengths"), [(1, (9, 2, 5)), (6, (4, 4, 4))])
 def test_rows_of_a_batch_continue_as_alone(name: str, evict_interval: int, lengths: tuple[int, int, int]) -> None:
@@ -208,6 +208,7 @@ def test_rows_of_a_batch_continue_as_alone(name: str, evict_interval: int, lengt
     assert together.next_positions().tolist() == [at - one for at, one in zip(positions, unread, strict=True)]
 
 
+@pytest.mark.compat
 def test_padding_within_the_tail_is_no_distance() -> None:
     """Neighbours that are pooled are the tokens next to each other, whatever stands between them in a batch."""
     model, policy = attached("llama"), Policy(SnapKV(window=4, kernel_size=7), sinks=0, recent=0, evict_interval=100)
@@ -227,6 +228,7 @@ def test_padding_within_the_tail_is_no_distance() -> None:
         assert kept_of(together, row) == kept_of(alone, 0)
 
 
+@pytest.mark.compat
 def test_a_fork_is_not_touched_and_rows_may_be_repeated() -> None:
     model, policy = attached("llama"), evicting("h2o", evict_interval=4)
     cache = prefill(model, tokens(2, 40), policy=policy, keep=0.3)
@@ -248,6 +250,7 @@ def test_a_fork_is_not_touched_and_rows_may_be_repeated() -> None:
         assert kept_of(fork, row) == kept_of(alone, 0)
 
 
+@pytest.mark.compat
 def test_beams_stay_within_the_budget() -> None:
     model, policy = attached("llama"), evicting("snapkv", evict_interval=5)
     ids, question = tokens(1, 40), tokens(1, 3, seed=1)
@@ -264,6 +267,7 @@ def test_beams_stay_within_the_budget() -> None:
     assert torch.equal(beams, theirs[:, 43:])
 
 
+@pytest.mark.compat
 def test_only_what_was_read_since_can_be_taken_back() -> None:
     model, policy = attached("llama"), evicting("h2o", evict_interval=10)
     cache, said = prefill(model, tokens(1, 40), policy=policy, keep=0.3), tokens(1, 8, seed=1)

@@ -1,5 +1,6 @@
 """What policies spend, protect and learn from."""
 
+import functools
 import math
 from typing import Any
 
@@ -39,11 +40,15 @@ def read(*lengths: int, seed: int = 0) -> CompressedCache:
         return models.read(attached("llama"), *padded([tokens(1, length, seed=seed)[0] for length in lengths]))
 
 
+read_once = functools.cache(read)
+"""For forks: heuristics and untrained policies find everything in it."""
+
+
 @every_policy
 def test_every_policy_spends_exactly_the_budget_at_any_length(name: str) -> None:
     policy, heads = policy_for(name, attached("llama")), LAYERS * HEADS
-    for length, whole in zip(LENGTHS, map(read, LENGTHS), strict=True):
-        for keep in (0.02, 0.07, 0.1, 0.25, 0.331, 0.5, 0.6, 0.9, 0.999):
+    for length, whole in zip(LENGTHS, map(read_once, LENGTHS), strict=True):
+        for keep in (0.02, 0.1, 0.331, 0.6, 0.999):
             total = round(keep * length * heads)
             if total < heads:
                 with pytest.raises(UserError, match=rf"^keep={keep:g}: leaves .* of a prompt of {length} tokens"):
@@ -59,13 +64,13 @@ def test_every_policy_spends_exactly_the_budget_at_any_length(name: str) -> None
 
 @every_policy
 def test_rows_spend_their_own_budgets(name: str) -> None:
-    small = policy_for(name, attached("llama")).compress(read(90, 41, 20), keep=0.15)
+    small = policy_for(name, attached("llama")).compress(read_once(90, 41, 20).fork(), keep=0.15)
     assert small.budgets.sum((0, 2)).tolist() == [round(0.15 * n * 6) for n in (90, 41, 20)]
 
 
 @every_policy
 def test_a_budget_in_tokens_is_an_average_over_the_heads(name: str) -> None:
-    whole, policy = read(90, 20), policy_for(name, attached("llama"))
+    whole, policy = read_once(90, 20), policy_for(name, attached("llama"))
     for budget in (1, 7, 12.5, 20, 33, 90, 500):
         small = policy.compress(whole.fork(), budget=budget)
         assert small.budgets.sum((0, 2)).tolist() == [round(6 * min(budget, n)) for n in (90, 20)]
@@ -104,13 +109,13 @@ def test_each_protection_is_optional(sinks: int, recent: int) -> None:
 
 @pytest.mark.parametrize("name", ["full", *HEURISTICS, *LEARNED])
 def test_relaxing_computes_what_compressing_does_and_leaves_the_cache_alone(name: str) -> None:
-    policy, whole = policy_for(name, attached("llama")), read(70, 33)
+    policy, whole = policy_for(name, attached("llama")), read_once(70, 33)
     said = tokens(2, 9, seed=1)
     with torch.no_grad():
         relaxed = policy.relax(whole, keep=0.2)
         ours = continuation(attached("llama"), said, relaxed)
         theirs = continuation(attached("llama"), said, policy.compress(whole.fork(), keep=0.2))
-        untouched = continuation(attached("llama"), said, load_policy("full").compress(whole, keep=0.2))
+        untouched = continuation(attached("llama"), said, load_policy("full").compress(whole.fork(), keep=0.2))
     assert_logits_close(ours, theirs)
     assert (name == "full") == torch.equal(ours, untouched)
 

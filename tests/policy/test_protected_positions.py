@@ -32,11 +32,15 @@ def assert_kept(cache: CompressedCache, spans: list[list[tuple[int, int]]] = SPA
                 assert wanted <= set(cache.kept_positions(layer_idx, row, head).tolist())
 
 
+@pytest.fixture(scope="module")
+def cache() -> CompressedCache:
+    """Read once for all methods."""
+    return read(attached("llama"), *prompt(), protect=SPANS)
+
+
 @pytest.mark.parametrize("name", [*EVICTING, *LEARNED])
-def test_every_policy_keeps_them_within_the_budget(name: str) -> None:
-    model = attached("llama")
-    policy = policy_for(name, model)
-    cache = read(model, *prompt(), protect=SPANS)
+def test_every_policy_keeps_them_within_the_budget(name: str, cache: CompressedCache) -> None:
+    policy = policy_for(name, attached("llama"))
     small = policy.compress(cache.fork(), keep=0.3)
     assert_kept(small)
     layers = len(small.compressible)

@@ -78,10 +78,10 @@ class Oracle:
 
     NAME = "oracle"
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         AttentionInterface.register(self.NAME, self._attention)
         AttentionMaskInterface.register(self.NAME, sdpa_mask)
-        self.model = build(family)
+        self.model = model
         self.before = self.model.config._attn_implementation
         self.compressible = compressible(self.model)
         self.kept: Tensor | None = None
@@ -130,7 +130,7 @@ class Oracle:
 
 @functools.cache
 def oracle(family: str) -> Oracle:
-    return Oracle(family)
+    return Oracle(build(family))
 
 
 def heads_of(model: PreTrainedModel) -> int:

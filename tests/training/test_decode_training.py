@@ -77,7 +77,7 @@ def straight(layer: CompressedLayer, query: Tensor, mask: Tensor | None, scaling
     assert isinstance(layer.state, Relaxed)
     assert layer.tail is not None
     if layer.decode_capture is not None:
-        layer.capture.hold_back(query)
+        layer.capture.hold_back(query, layer.tail.length, None if mask is None else mask[:, 0, -1])
     hard = torch.zeros_like(layer.state.gates)
     for row, positions in enumerate(layer.prompt.entry_positions()):
         for head in range(layer.heads):

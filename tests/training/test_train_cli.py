@@ -2,10 +2,9 @@
 
 import csv
 import errno
+import functools
 import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ import pytest
 import torch
 import yaml
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from support.commands import eval, export, train
+from support.forked import Fork
 from support.training import assert_same, stored_tensors, weights
 from torch import Tensor
 
@@ -169,6 +170,21 @@ def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(
     assert without[1]["kl"] != with_adapter[1]["kl"]
 
 
+def in_two_processes(words: list[str], folder: Path) -> None:
+    """Train as torchrun's processes do; test_preemption.py has those that Lightning starts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> int:
+        rank_zero_only.rank = rank  # read when Lightning is imported
+        return train([*words, "trainer.devices=2"])
+
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    both = [Fork(functools.partial(work, rank), folder, **place, LOCAL_RANK=str(rank)) for rank in range(2)]
+    for done in [process.wait() for process in both]:
+        assert done.code == 0, done.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "strategies"), [("kl", ["ddp"]), ("all", ["ddp", "fsdp"])])
 def test_two_processes_equal_one_with_accumulation(
@@ -181,10 +197,7 @@ def test_two_processes_equal_one_with_accumulation(
     file = "checkpoints/last.ckpt"
     one = torch.load(tmp_path / "one" / file, weights_only=True)
     for strategy in strategies:
-        command = [sys.executable, "-m", "learnkv", "train", *words, f"output={tmp_path / strategy}"]
-        command += ["trainer.devices=2", f"trainer.strategy={strategy}"]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        in_two_processes([*words, f"output={tmp_path / strategy}", f"trainer.strategy={strategy}"], tmp_path)
         assert_same(weights(tmp_path / strategy / "policy"), weights(tmp_path / "one/policy"), rtol=1e-4, atol=1e-5)
         held = torch.load(tmp_path / strategy / file, weights_only=True)
         assert_same(held["state_dict"], one["state_dict"], rtol=1e-4, atol=1e-5)

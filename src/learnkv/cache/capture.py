@@ -18,12 +18,16 @@ from learnkv.core.observation import (
 from learnkv.errors import UserError
 from learnkv.ops.rotary import Rotary
 from learnkv.ops.softmax_terms import NO_TERMS
+from learnkv.ops.tail_slots import padding_first
 
 
 class Capture:
     """The last queries of the prompt, hidden states and statistics, as far as `capture_spec` requires them.
 
-    Queries and hidden states of tokens after the prompt are kept back until entries are scored again (`resume`).
+    Queries and hidden states of tokens after the prompt are kept back until entries are scored again (`resume`): of
+    queries only the last `window` tokens of every row, unless statistics read all of them. The tail may be cropped and
+    grown again: what is cropped was read before the eviction is due, and so lies before its window. A row whose
+    window is padding after a crop would need what was dropped before it: `resume` refuses that.
     """
 
     def __init__(self, capture_spec: CaptureSpec) -> None:
@@ -31,7 +35,11 @@ class Capture:
         self.queries: Tensor | None = None
         self.query_positions: Tensor | None = None
         self.unread: Tensor | None = None
-        """[B, H*G, M, D] queries of the tail."""
+        """[B, H*G, M, D] queries of the tail, or of the last tokens of every row."""
+        self.unread_slots: Tensor | None = None
+        """[B, M] slots of the tail that `unread` belongs to, negative for none; None: it belongs to all of them."""
+        self.cropped = False
+        """Whether the tail was cropped since queries were dropped."""
         self.unread_hidden: Tensor | None = None
         """[B, M, E] hidden states of the tail."""
         self.hidden: Tensor | None = None
@@ -64,26 +72,65 @@ class Capture:
         if window := self.capture_spec.window:
             self._set_queries(*self._with_last(new[:, :, -window:], query_positions[:, -window:]))
 
-    def hold_back(self, queries: Tensor) -> None:
-        """Append the queries [B, H*G, T, D] of tokens after the prompt."""
-        if self.capture_spec.window or self.capture_spec.statistics:
-            new = queries.detach()
-            self.unread = new if self.unread is None else torch.cat([self.unread, new], 2)
+    def hold_back(self, queries: Tensor, slots: int, is_token: Tensor | None) -> None:
+        """Append the queries [B, H*G, T, D] of tokens after the prompt, the last of `slots` slots of the tail.
+
+        Args:
+            queries: of the newest tokens.
+            slots: M, slots of the tail with the newest.
+            is_token: [B, M] False for padding; None: there is none.
+        """
+        if not (self.capture_spec.window or self.capture_spec.statistics):
+            return
+        new, before = queries.detach(), self.unread
+        self.unread = new if before is None else torch.cat([before, new], 2)
+        if self.capture_spec.statistics:
+            return
+        length = new.shape[2]
+        places = torch.arange(slots - length, slots, device=new.device).repeat(new.shape[0], 1)
+        if is_token is not None:
+            places = torch.where(is_token[:, slots - length : slots], places, -1)
+        if before is not None:
+            assert self.unread_slots is not None
+            places = torch.cat([self.unread_slots, places], 1)
+        self.unread_slots = places
+        if places.shape[1] > self.capture_spec.window:
+            order = padding_first(places >= 0)[:, -self.capture_spec.window :]
+            self.unread, self.unread_slots = _ordered(self.unread, order), places.gather(1, order)
 
     def resume(self, tail_positions: Tensor, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Capture the queries that were kept back, at `tail_positions` [B, M]; as `observe`, but entries have holes."""
+        """Capture the queries that were kept back, at `tail_positions` [B, M]; as `observe`, but entries have holes.
+
+        Raises:
+            UserError: where the last tokens of a row were cropped, and their place was taken by padding.
+        """
         self.aligned = False
         if self.unread is None:
             return
+        if self.unread_slots is not None:
+            tail_positions = self._positions_of_unread(tail_positions)
         self.hidden, self.unread_hidden = self.unread_hidden, None
         self._gather(self.unread, tail_positions, layer_idx, keys, values, positions)
         self.hidden = None
         if self.capture_spec.window:
             queries, query_positions = self._with_last(self.unread, tail_positions)
-            order = (query_positions >= 0).to(torch.int8).argsort(dim=-1, stable=True)  # padding first
-            queries = queries.gather(2, order[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
-            self._set_queries(queries, query_positions.gather(1, order))
-        self.unread = None
+            order = padding_first(query_positions >= 0)
+            self._set_queries(_ordered(queries, order), query_positions.gather(1, order))
+        self.unread, self.unread_slots, self.cropped = None, None, False
+
+    def _positions_of_unread(self, tail_positions: Tensor) -> Tensor:
+        """Positions [B, M] of the queries that were kept back, of those of all slots of the tail."""
+        assert self.unread_slots is not None
+        positions = tail_positions.gather(1, self.unread_slots.clamp(min=0))
+        positions = positions.masked_fill(self.unread_slots < 0, -1)
+        if self.cropped:
+            needed = (tail_positions >= 0).sum(-1).clamp(max=self.capture_spec.window)
+            if bool(((positions >= 0).sum(-1) < needed).any()):
+                raise UserError(
+                    f"online eviction reads the last {self.capture_spec.window} queries of every row, and some were "
+                    "dropped before tokens were cropped: fork the cache before tokens that may be taken back"
+                )
+        return positions
 
     def _gather(
         self,
@@ -164,6 +211,7 @@ class Capture:
         chosen = Capture(self.capture_spec)
         chosen.queries, chosen.query_positions = _rows(self.queries, batch), _rows(self.query_positions, batch)
         chosen.unread, chosen.unread_hidden = _rows(self.unread, batch), _rows(self.unread_hidden, batch)
+        chosen.unread_slots, chosen.cropped = _rows(self.unread_slots, batch), self.cropped
         chosen.hidden, chosen.token_ids = _rows(self.hidden, batch), _rows(self.token_ids, batch)
         chosen.images = None if self.images is None else self.images.rows(batch)
         chosen.statistics = {key: tensor[batch.to(tensor.device)] for key, tensor in self.statistics.items()}
@@ -174,7 +222,10 @@ class Capture:
 
     def crop(self, slots: int) -> None:
         """Drop what was kept back of tokens after the first `slots` of the tail."""
-        self.unread = None if self.unread is None else self.unread[:, :, :slots]
+        if self.unread_slots is not None:
+            self.unread_slots, self.cropped = self.unread_slots.masked_fill(self.unread_slots >= slots, -1), True
+        elif self.unread is not None:
+            self.unread = self.unread[:, :, :slots]
         self.unread_hidden = None if self.unread_hidden is None else self.unread_hidden[:, :slots]
 
     def forget(self, decode_capture: CaptureSpec | None = None) -> None:
@@ -193,12 +244,18 @@ class Capture:
 
     def tensors(self) -> list[Tensor]:
         """All tensors."""
-        tensors = (self.queries, self.query_positions, self.unread, self.unread_hidden, self.hidden)
+        of_tail = (self.unread, self.unread_slots, self.unread_hidden)
+        tensors = (self.queries, self.query_positions, *of_tail, self.hidden)
         return [tensor for tensor in (*tensors, *self.statistics.values()) if tensor is not None]
 
 
 def _refuse_rotation() -> Rotary:
     raise UserError("the policy reads the rotation of keys, and the images of this prompt have positions in space")
+
+
+def _ordered(queries: Tensor, order: Tensor) -> Tensor:
+    """Queries [B, H*G, M, D] in another order [B, N]."""
+    return queries.gather(2, order[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))
 
 
 def _rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -274,7 +274,7 @@ class CompressedLayer(CacheLayerMixin):
         assert isinstance(self.state, Kept | Relaxed)
         self.tail.visible = None if mask is None else mask[:, 0, -1].expand(query.shape[0], -1)
         if self.decode_capture is not None:
-            self.capture.hold_back(query)
+            self.capture.hold_back(query, self.tail.length, self.tail.visible)
         return self.state.attend(query, self.tail, mask, scaling, terms)
 
     def fork(self) -> "CompressedLayer":

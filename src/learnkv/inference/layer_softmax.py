@@ -22,7 +22,8 @@ def softmax_terms(module: Any, softcap: float | None, sinks: Tensor | None) -> S
     """
     if softcap is None and sinks is None:
         return NO_TERMS
-    name, computed = type(module).__name__, _computes(_eager(module))
+    layer: Any = type(module)
+    name, computed = layer.__name__, _computes(_eager(layer))
     if softcap is not None and "softcap" not in computed:
         raise UserError(f"{name} uses softcap, which its own attention function does not have: not supported")
     if sinks is not None and ("sinks" not in computed or getattr(module, "sinks", None) is not sinks):
@@ -46,9 +47,10 @@ def eager_attention(
     Args:
         mask: boolean mask of sdpa; None: causal.
     """
-    eager = _eager(module)
+    layer: Any = type(module)
+    eager = _eager(layer)
     if eager is None:
-        raise UserError(f"{type(module).__name__} has no attention function of its own: not supported")
+        raise UserError(f"{layer.__name__} has no attention function of its own: not supported")
     new, entries = query.shape[2], key.shape[2]
     if mask is None and new > 1:
         mask = torch.ones(1, 1, new, entries, dtype=torch.bool, device=query.device).tril(entries - new)
@@ -59,9 +61,10 @@ def eager_attention(
     return output
 
 
-def _eager(module: Any) -> Callable[..., Any] | None:
+@functools.cache
+def _eager(layer: type) -> Callable[..., Any] | None:
     """The eager attention function beside a layer's class."""
-    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in type(module).__mro__ if "forward" in vars(kind))
+    forwards = (inspect.unwrap(vars(kind)["forward"]) for kind in layer.__mro__ if "forward" in vars(kind))
     return next((forward.__globals__[_EAGER] for forward in forwards if _EAGER in forward.__globals__), None)
 
 
