@@ -10,6 +10,7 @@ from torch import Tensor
 
 from learnkv.core.observation import Statistic
 from learnkv.ops.arguments import Ragged, Tail
+from learnkv.ops.spans import Spans
 
 TAIL_CHUNK = 64
 
@@ -57,7 +58,7 @@ class Segment:
         """The rows as ops take them; on a CPU with the host's copy of both tables, read once."""
         spans = None
         if self.offset.device.type == "cpu":
-            spans = list(zip(self.offset.tolist(), self.length.tolist(), strict=True))
+            spans = Spans(zip(self.offset.tolist(), self.length.tolist(), strict=True))
         return Ragged(self.keys, self.values, self.offset, self.length, self.longest, spans)
 
     def rows(self, batch: Tensor, heads: int) -> "Segment":

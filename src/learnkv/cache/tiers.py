@@ -1,7 +1,6 @@
 """Tiers: the kept entries of one layer that are stored at one level of precision."""
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from learnkv.cache.storage import Segment
 from learnkv.core.codec import Codec, Encoded, Rows
 from learnkv.core.precision import Level
 from learnkv.ops.arguments import Tier
+from learnkv.ops.spans import Spans
 
 
 class Carried(NamedTuple):
@@ -82,7 +82,7 @@ class StoredTier:
         return basis.repeat(len(self.entries.offset) // len(basis), 1, 1)
 
     @functools.cached_property
-    def _spans(self) -> Sequence[tuple[int, int]] | None:
+    def _spans(self) -> Spans | None:
         return self.entries.ragged.spans
 
     def rows(self, batch: Tensor) -> "StoredTier":

@@ -1,9 +1,10 @@
 """Arguments that several attention ops share: ragged segments, tails and page lists."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from learnkv.ops.spans import Spans
 
 
 class Ragged(NamedTuple):
@@ -22,15 +23,15 @@ class Ragged(NamedTuple):
     """[R] int64."""
     longest: int
     """Upper bound of `length`, known on the host."""
-    spans: Sequence[tuple[int, int]] | None = None
+    spans: Spans | None = None
     """(offset, length) of every row where the host knows them. Kernels do not need them; without them references read
     both tables, which is a host sync on a GPU."""
 
-    def host_spans(self) -> Sequence[tuple[int, int]]:
+    def host_spans(self) -> Spans:
         """(offset, length) of every row; a host sync where the host does not know them."""
         if self.spans is not None:
             return self.spans
-        return list(zip(self.offset.tolist(), self.length.tolist(), strict=True))
+        return Spans(zip(self.offset.tolist(), self.length.tolist(), strict=True))
 
 
 class Codes(NamedTuple):
@@ -61,14 +62,14 @@ class Tier(NamedTuple):
     """Orthogonal [R or 1, D, D] float32: stored key = key @ basis, so queries are rotated alike; None: identity."""
     value_basis: Tensor | None = None
     """As of keys; outputs are turned back."""
-    spans: Sequence[tuple[int, int]] | None = None
+    spans: Spans | None = None
     """As of `Ragged`."""
 
-    def host_spans(self) -> Sequence[tuple[int, int]]:
+    def host_spans(self) -> Spans:
         """(offset, length) of every row; a host sync where the host does not know them."""
         if self.spans is not None:
             return self.spans
-        return list(zip(self.offset.tolist(), self.length.tolist(), strict=True))
+        return Spans(zip(self.offset.tolist(), self.length.tolist(), strict=True))
 
 
 class Tail(NamedTuple):

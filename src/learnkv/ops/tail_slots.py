@@ -1,4 +1,4 @@
-"""Which slots of a tail hold tokens, where rows of a batch have padding between theirs."""
+"""Which slots of a tail hold tokens, where rows of a batch have padding between theirs, and which a token may read."""
 
 import torch
 from torch import Tensor
@@ -24,3 +24,10 @@ def tail_slots(mask: Tensor, used: Tensor | None = None) -> tuple[Tensor, Tensor
     if used is not None:
         mask = mask & (torch.arange(mask.shape[1], device=mask.device) < used)
     return padding_last(mask), mask.sum(-1)
+
+
+def causal_tail(new: int, slots: int, device: torch.device, used: Tensor | None = None) -> Tensor:
+    """[1, 1, new, slots] True where the i-th of the last `new` slots in use may attend."""
+    slot = torch.arange(slots, device=device)
+    own = torch.arange(new, device=device) - new + (slots if used is None else used)
+    return (slot <= own.unsqueeze(-1)).view(1, 1, new, slots)

@@ -5,7 +5,7 @@ read are the bytes kept, however unequal the heads are. Only rows so short that 
 copied together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,9 +14,13 @@ from torch import Tensor
 from learnkv.ops.arguments import Codes, Pages, Ragged, Tail, Tier
 from learnkv.ops.basis import rotated
 from learnkv.ops.device import upload
+from learnkv.ops.fused_attention import fused_attention, is_available
 from learnkv.ops.quantize import Quantized, dequantize
 from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms, with_sinks
-from learnkv.ops.tail_slots import tail_slots
+from learnkv.ops.tail_slots import causal_tail, tail_slots
+
+_Part = tuple[Tensor, Tensor | None]
+"""Output [R, G*T, D] and log-sum-exp [R, G*T, 1] of some rows, None where it is not wanted."""
 
 _WORTH_A_CALL = 8192
 """Elements of keys; reading fewer takes less time than the calls for it (some 30 us on a CPU)."""
@@ -32,20 +36,21 @@ def decode_attention(
     terms: SoftmaxTerms = NO_TERMS,
     needs_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """`decode_attention` in PyTorch: one softmax over segment and tail, merged with tiers and sinks."""
+    """`decode_attention` in PyTorch: segment and tail in one softmax or fused apart, merged with tiers and sinks."""
     if pages is not None:
         return _paged_attention(query, kept, tail, scaling, pages, terms)
     batch, query_heads, new, dim = query.shape
-    rows = batch * tail.keys.shape[1]
+    heads = tail.keys.shape[1]
     # In float64, float64 inputs give the truth that kernels are compared with.
     exact = torch.promote_types(query.dtype, torch.float32)
-    packed = query.reshape(rows, -1, dim)
-    logits = terms.capped(_products(packed, tail.keys.reshape(rows, -1, dim), scaling, exact))
-    logits, tail_values = _masked(logits, tail, new)
-    newest = _Newest(logits, tail_values.reshape(rows, -1, dim), tail.mask is not None)
-    sinks = terms.of_rows(batch, tail.keys.shape[1], new)
+    packed = query.reshape(batch * heads, -1, dim)
+    sinks = terms.of_rows(batch, heads, new)
     needs_sum = needs_lse or bool(tiers) or sinks is not None
-    output, lse = _segment_attention(packed, kept, scaling, exact, terms, newest, needs_sum)
+    if new == 1 and tail.mask is None and tail.used is None and _is_fused(query, terms):
+        output, lse = _fused_attention(query, kept, tail, scaling, needs_sum)
+    else:
+        newest = _Newest.of(tail, new)
+        output, lse = _segment_attention(packed, kept, scaling, exact, terms, newest, needs_sum)
     for tier in tiers:
         assert lse is not None
         output, lse = _merged(output, lse, *_tier_attention(packed, tier, scaling, exact, terms))
@@ -56,24 +61,60 @@ def decode_attention(
     return output.view(query.shape), None if lse is None else lse.view(batch, query_heads, new)
 
 
+def _is_fused(query: Tensor, terms: SoftmaxTerms) -> bool:
+    return terms.softcap is None and is_available(query)
+
+
+def _fused_attention(query: Tensor, kept: Ragged, tail: Tail, scaling: float, needs_lse: bool) -> _Part:
+    """Attention of one token [B, H*G, 1, D] to the segments and to the whole tail, in few operations."""
+    batch, heads, _, dim = tail.keys.shape
+    grouped, views = query.view(batch, heads, -1, dim), kept.host_spans().views
+    if len(views) == 1 and views[0].length:
+        keys, values = (views[0].of_heads(pool, heads) for pool in (kept.keys, kept.values))
+        output, lse = fused_attention(grouped, keys, values, scaling)
+    else:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        rows, sums = _segment_attention(grouped.flatten(0, 1), kept, scaling, exact, NO_TERMS)
+        assert sums is not None
+        output, lse = rows.view(grouped.shape), sums.view(grouped.shape[:3])
+    newest, newest_lse = fused_attention(grouped, tail.keys, tail.values, scaling)
+    # Every token attends to itself, so only the log-sum-exp of the segment may be -inf.
+    share = (newest_lse - lse).sigmoid_().unsqueeze(-1).to(output.dtype)
+    output = torch.lerp(output, newest, share).view(batch * heads, -1, dim)
+    return output, torch.logaddexp(lse, newest_lse).view(batch * heads, -1, 1) if needs_lse else None
+
+
 class _Newest(NamedTuple):
     """The tail, for the softmax that it shares with a segment."""
 
-    logits: Tensor
-    """[R, G*T, M], -inf where a token does not attend to a slot."""
+    keys: Tensor
+    """[R, M, D]."""
     values: Tensor
     """[R, M, D]."""
+    hidden: Tensor | None
+    """[R or 1, 1, T, M] True where a token does not attend to a slot; None: it attends to all."""
     masked: bool
     """Whether a token may attend to nothing; else it attends to itself at least."""
 
+    @classmethod
+    def of(cls, tail: Tail, new: int) -> "_Newest":
+        """The tail, which ends with `new` tokens."""
+        batch, heads, slots, dim = tail.keys.shape
+        keys, values, hidden = tail.keys, tail.values, None
+        if new > 1 or tail.mask is not None or tail.used is not None:
+            seen = causal_tail(new, slots, keys.device, tail.used) if tail.mask is None else tail.mask
+            if tail.used is not None:
+                unused = torch.arange(slots, device=keys.device) >= tail.used
+                # Slots that were never written may be NaN, and 0 * NaN is NaN.
+                seen, values = seen & ~unused, values.masked_fill(unused.unsqueeze(-1), 0)
+            hidden = ~seen if len(seen) == 1 else ~seen.expand(batch, heads, -1, -1).reshape(-1, 1, new, slots)
+        rows = batch * heads
+        return cls(keys.reshape(rows, -1, dim), values.reshape(rows, -1, dim), hidden, tail.mask is not None)
+
     def rows(self, rows: slice | Tensor) -> "_Newest":
         """Some rows of the batch and heads."""
-        return _Newest(self.logits[rows], self.values[rows], self.masked)
-
-
-def _products(query: Tensor, keys: Tensor, scaling: float, exact: torch.dtype) -> Tensor:
-    ignored = query.new_empty(())  # by beta=0
-    return torch.baddbmm(ignored, query, keys.transpose(1, 2), beta=0, alpha=scaling).to(exact)
+        hidden = self.hidden if self.hidden is None or len(self.hidden) == 1 else self.hidden[rows]
+        return _Newest(self.keys[rows], self.values[rows], hidden, self.masked)
 
 
 def _segment_attention(
@@ -84,63 +125,94 @@ def _segment_attention(
     terms: SoftmaxTerms,
     newest: _Newest | None = None,
     needs_lse: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention [R, G*T, D] of packed queries to the segments and the newest, and its log-sum-exp [R, G*T, 1]."""
+) -> _Part:
+    """Attention of packed queries [R, G*T, D] to the segments and the newest."""
     spans, device, dim = kept.host_spans(), packed.device, packed.shape[-1]
-    assert all(length <= kept.longest for _, length in spans)
-    views = list(row_views(spans))
-    tiny = [view for view in views if 0 < view[1] * view[4] * dim < _WORTH_A_CALL]
-    short = [row for first, rows, *_ in tiny for row in range(first, first + rows)] if len(tiny) > 2 else []
+    assert spans.longest <= kept.longest
+    constants = (scaling, exact, terms, needs_lse)
+    views = spans.views
+    if len(views) == 1:
+        return _attend(packed, views[0].of(kept.keys), views[0].of(kept.values), newest, *constants)
+    tiny = [view for view in views if 0 < view.rows * view.length * dim < _WORTH_A_CALL]
+    short = [row for view in tiny for row in range(view.first, view.first + view.rows)] if len(tiny) > 2 else []
     order: list[int] = []
-    outputs, sums = [], []
-
-    def attend(rows: slice | Tensor | None, keys: Tensor, values: Tensor, absent: Tensor | None = None) -> None:
-        queries, new = (packed, newest) if rows is None else (packed[rows], newest and newest.rows(rows))
-        if new is not None and absent is None and exact == packed.dtype and not torch.is_grad_enabled():
-            logits = _joined(queries, keys, scaling, new, terms)
-        else:
-            logits = terms.capped(_products(queries, keys, scaling, exact))
-            if absent is not None:
-                logits = logits.masked_fill(absent.unsqueeze(1), float("-inf"))
-            if new is not None:
-                logits = torch.cat([logits, new.logits], -1)
-        if needs_lse:
-            sums.append(logits.logsumexp(-1, keepdim=True))
-        outputs.append(_weighted(logits, values, new))
-
-    for first, rows, *view in views:
-        if first in short:
+    parts = []
+    for view in views:
+        if view.first in short:
             continue
-        every = slice(first, first + rows) if rows < len(spans) else None
-        keys, values = (strided(pool, rows, *view) for pool in (kept.keys, kept.values))
-        attend(every, keys, values)
-        order += range(first, first + rows)
+        rows = slice(view.first, view.first + view.rows)
+        keys, values = view.of(kept.keys), view.of(kept.values)
+        parts.append(_attend(packed[rows], keys, values, newest and newest.rows(rows), *constants))
+        order += range(rows.start, rows.stop)
     if short:
         entry, absent = _padded_rows([spans[row] for row in short], device)
         keys, values = (
             pool.index_select(0, entry.flatten()).view(*entry.shape, dim) for pool in (kept.keys, kept.values)
         )
-        attend(None if len(short) == len(spans) else upload(short, device), keys, values, absent)
+        queries, new = packed, newest
+        if len(short) < len(spans):
+            chosen = upload(short, device)
+            queries, new = packed[chosen], newest and newest.rows(chosen)
+        parts.append(_attend(queries, keys, values, new, *constants, absent))
         order += short
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    lse = (sums[0] if len(sums) == 1 else torch.cat(sums)) if needs_lse else None
-    if order == sorted(order):
-        return output, lse
+    output = _joined([output for output, _ in parts])
+    lse = _joined([lse for _, lse in parts if lse is not None]) if needs_lse else None
     inverse = [place for _, place in sorted(zip(order, range(len(order)), strict=True))]
+    if inverse == list(range(len(order))):
+        return output, lse
     back = upload(inverse, device)
     return output[back], None if lse is None else lse[back]
 
 
-def _joined(queries: Tensor, keys: Tensor, scaling: float, newest: _Newest, terms: SoftmaxTerms) -> Tensor:
-    """Logits of the entries and behind them those of the newest, [R, G*T, S + M], without a copy of the former."""
-    entries, new = keys.shape[1], newest.logits.shape[-1]
-    logits = queries.new_empty(*queries.shape[:2], entries + new)
-    own, last = logits.split([entries, new], -1)
-    torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scaling, out=own)
-    if terms.softcap is not None:
-        own.copy_(terms.capped(own))
-    last.copy_(newest.logits)
-    return logits
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    newest: _Newest | None,
+    scaling: float,
+    exact: torch.dtype,
+    terms: SoftmaxTerms,
+    needs_lse: bool,
+    absent: Tensor | None = None,
+) -> _Part:
+    """Attention of queries [R, G*T, D] to rows [R, S, D] but what is `absent` [R, S], and to the newest."""
+    if newest is None and absent is None and keys.shape[1] and _is_fused(queries, terms):
+        output, fused_lse = fused_attention(queries[None], keys[None], values[None], scaling)
+        return output[0], fused_lse[0].unsqueeze(-1)
+    parts = [(keys, None if absent is None else absent[:, None, None])]
+    if newest is not None:
+        parts.append((newest.keys, newest.hidden))
+    logits = _logits(queries, parts, scaling, exact, terms)
+    lse = logits.logsumexp(-1, keepdim=True) if needs_lse else None
+    return _weighted(logits, values, newest), lse
+
+
+def _logits(
+    queries: Tensor,
+    parts: Sequence[tuple[Tensor, Tensor | None]],
+    scaling: float,
+    exact: torch.dtype,
+    terms: SoftmaxTerms,
+) -> Tensor:
+    """Logits [R, G*T, S + …] of keys [R, S, D], …, -inf where `hidden` [R or 1, 1, T or 1, S]."""
+    ignored = queries.new_empty(())  # by beta=0
+    if exact != queries.dtype or torch.is_grad_enabled():
+        logits = []
+        for keys, hidden in parts:
+            products = torch.baddbmm(ignored, queries, keys.mT, beta=0, alpha=scaling).to(exact)
+            logits.append(_masked(terms.capped(products), hidden))
+        return _joined(logits, -1)
+    sizes = [keys.shape[1] for keys, _ in parts]
+    buffer = queries.new_empty(*queries.shape[:2], sum(sizes))
+    for target, (keys, hidden) in zip(buffer.split(sizes, -1), parts, strict=True):
+        torch.baddbmm(ignored, queries, keys.mT, beta=0, alpha=scaling, out=target)
+        if hidden is not None or terms.softcap is not None:
+            target.copy_(_masked(terms.capped(target), hidden))
+    return buffer
 
 
 def _weighted(logits: Tensor, values: Tensor, newest: _Newest | None) -> Tensor:
@@ -150,8 +222,8 @@ def _weighted(logits: Tensor, values: Tensor, newest: _Newest | None) -> Tensor:
         return torch.bmm(weight.to(values.dtype), values)
     if newest.masked:
         weight = weight.masked_fill((logits == float("-inf")).all(-1, keepdim=True), 0)
-    own, new = weight.to(values.dtype).split([values.shape[1], newest.values.shape[1]], -1)
-    return torch.bmm(own, values).add_(torch.bmm(new, newest.values))
+    weight, entries = weight.to(values.dtype), values.shape[1]
+    return torch.bmm(weight[..., :entries], values).baddbmm_(weight[..., entries:], newest.values)
 
 
 def _tier_attention(
@@ -181,33 +253,12 @@ def _merged(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tu
     return mixed.to(output.dtype), both
 
 
-def _masked(logits: Tensor, tail: Tail, new: int) -> tuple[Tensor, Tensor]:
-    """Logits [R, G*T, M] of the tail, -inf where a token does not attend to a slot, and the values to be weighted."""
-    batch, heads, slots, _ = tail.keys.shape
-    if new == 1 and tail.mask is None and tail.used is None:
-        return logits, tail.values
-    mask, values = tail.mask, tail.values
-    if mask is None:
-        mask = causal_tail(new, slots, logits.device, tail.used)
-    if tail.used is not None:
-        unused = torch.arange(slots, device=logits.device) >= tail.used
-        # Slots that were never written may be NaN, and 0 * NaN is NaN.
-        mask, values = mask & ~unused, values.masked_fill(unused.unsqueeze(-1), 0)
-    grouped = logits.view(batch, heads, -1, new, slots)
-    return grouped.masked_fill(~mask.unsqueeze(2), float("-inf")).view_as(logits), values
-
-
-def row_views(spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int, int]]:
-    """Groups of rows that are one strided view: first row, rows, offset, distance from row to row, length."""
-    first = 0
-    while first < len(spans):
-        offset, length = spans[first]
-        distance = max(spans[first + 1][0] - offset, 0) if first + 1 < len(spans) else 0
-        rows = 1
-        while first + rows < len(spans) and spans[first + rows] == (offset + rows * distance, length):
-            rows += 1
-        yield first, rows, offset, distance, length
-        first += rows
+def _masked(logits: Tensor, hidden: Tensor | None) -> Tensor:
+    """Logits [R, G*T, S], -inf where `hidden` [R or 1, 1, T or 1, S]."""
+    if hidden is None:
+        return logits
+    grouped = logits.view(len(logits), -1, hidden.shape[2], logits.shape[-1])
+    return grouped.masked_fill(hidden, float("-inf")).flatten(1, 2)
 
 
 def _padded_rows(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -215,14 +266,6 @@ def _padded_rows(spans: Sequence[tuple[int, int]], device: torch.device) -> tupl
     offset, length = (upload(column, device).unsqueeze(-1) for column in zip(*spans, strict=True))
     slot = torch.arange(max(count for _, count in spans), device=device)
     return offset + torch.minimum(slot, length - 1), slot >= length
-
-
-def strided(pool: Tensor, rows: int, offset: int, distance: int, length: int) -> Tensor:
-    """[rows, length, D] of the pool [N, D], not copied."""
-    entry, channel = pool.stride()
-    return pool.as_strided(
-        (rows, length, pool.shape[1]), (distance * entry, entry, channel), pool.storage_offset() + offset * entry
-    )
 
 
 def _paged_attention(
@@ -255,10 +298,3 @@ def _paged_attention(
     weight = (logits - lse.masked_fill(lse == float("-inf"), 0)).exp().to(query.dtype)
     output = weight @ values.masked_fill(~valid.unsqueeze(-1), 0)
     return output.view(query.shape), lse.view(query.shape[:3])
-
-
-def causal_tail(new: int, slots: int, device: torch.device, used: Tensor | None = None) -> Tensor:
-    """[1, 1, new, slots] True where the i-th of the last `new` slots in use may attend."""
-    slot = torch.arange(slots, device=device)
-    own = torch.arange(new, device=device) - new + (slots if used is None else used)
-    return (slot <= own.unsqueeze(-1)).view(1, 1, new, slots)

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from learnkv.ops.arguments import Tail
-from learnkv.ops.decode_attention.reference import causal_tail
 from learnkv.ops.mask_gradient import OVERFLOW_CLIP
 from learnkv.ops.softmax_terms import SoftmaxTerms, at_least
+from learnkv.ops.tail_slots import causal_tail
 
 
 def gated_attention(

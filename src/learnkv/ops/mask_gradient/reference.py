@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from learnkv.ops.arguments import Ragged, Tail
-from learnkv.ops.decode_attention.reference import causal_tail, row_views, strided
 from learnkv.ops.mask_gradient import OVERFLOW_CLIP
 from learnkv.ops.softmax_terms import SoftmaxTerms, at_least, times
+from learnkv.ops.tail_slots import causal_tail
 
 
 def mask_gradient(
@@ -47,15 +47,15 @@ def mask_gradient(
     query_gradient = slope @ tail_keys
     tail_gradients = [(slope.mT @ scaled_query).view(tail.keys.shape), (weight.mT @ pull).view(tail.values.shape)]
 
-    for first, count, *view in row_views(kept.host_spans()):
-        if view[-1] == 0:  # rows without entries
+    for view in kept.host_spans().views:
+        if view.length == 0:  # rows without entries
             continue
-        own = slice(first, first + count)
-        kept_keys, kept_values = (strided(pool, count, *view).to(exact) for pool in (kept.keys, kept.values))
+        own = slice(view.first, view.first + view.rows)
+        kept_keys, kept_values = (view.of(pool).to(exact) for pool in (kept.keys, kept.values))
         scores = terms.capped(scaled_query[own] @ kept_keys.mT)
         capped_slope = terms.slope(scores)
         if kept_gates is not None:
-            scores += strided(kept_gates.unsqueeze(-1), count, *view).to(exact).log().mT
+            scores += view.of(kept_gates.unsqueeze(-1)).to(exact).log().mT
         top[own] = torch.maximum(top[own], scores.amax(-1, keepdim=True))
         weight = scores.sub_(log_mass[own]).exp_()
         slope = times(weight * (pull[own] @ kept_values.mT - delta[own]), capped_slope)

@@ -15,10 +15,9 @@ from learnkv.ops.gather_kv import reference as gather
 from learnkv.ops.mask_gradient import reference as mask
 from learnkv.ops.prompt_attention import reference as prompt
 from learnkv.ops.softmax_terms import NO_TERMS, SoftmaxTerms
+from learnkv.ops.spans import Spans
 from learnkv.ops.window_scores import reference as window
 from learnkv.training.memory.operations import OperationCount, bytes_of
-
-Spans = Sequence[tuple[int, int]]
 
 
 @contextmanager
@@ -108,15 +107,15 @@ class _Ops:
         group = (queries.shape[1] // heads,) if group_reduce == "none" else ()
         return keys.new_empty(batch, heads, *group, slots, dtype=torch.float32)
 
-    def _kernel(self, *tensors: Tensor, kept: Spans = ()) -> AbstractContextManager[None]:
+    def _kernel(self, *tensors: Tensor, kept: Sequence[tuple[int, int]] = ()) -> AbstractContextManager[None]:
         pairs = sum(length for _, length in kept) * 2 * tensors[0].shape[-1] * tensors[0].element_size()
         return nullcontext() if self.count is None else self.count.kernel(bytes_of(*tensors) + pairs, tensors[0].dtype)
 
-    def _equal_segments(self, rows: int, heads: int, pool: Tensor, slots: int) -> list[tuple[int, int]]:
+    def _equal_segments(self, rows: int, heads: int, pool: Tensor, slots: int) -> Spans:
         is_prompt = pool.shape[0] == self.prompts * heads * slots  # one layer's; kept entries of all share a pool
         kept = slots if is_prompt else pool.shape[0] // (self.layers * self.prompts * heads)
         copies = rows // (self.prompts * heads)
-        return [((row // (copies * heads) * heads + row % heads) * kept, kept) for row in range(rows)]
+        return Spans(((row // (copies * heads) * heads + row % heads) * kept, kept) for row in range(rows))
 
 
 class _Values(TorchFunctionMode):
