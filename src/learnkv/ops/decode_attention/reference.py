@@ -58,7 +58,7 @@ def decode_attention(
         assert lse is not None
         alone, lse = lse, with_sinks(lse, sinks)
         output = (output * (alone - lse).exp()).to(output.dtype)
-    return output.view(query.shape), None if lse is None else lse.view(batch, query_heads, new)
+    return output.reshape(query.shape), None if lse is None else lse.reshape(batch, query_heads, new)
 
 
 def _is_fused(query: Tensor, terms: SoftmaxTerms) -> bool:
@@ -68,7 +68,7 @@ def _is_fused(query: Tensor, terms: SoftmaxTerms) -> bool:
 def _fused_attention(query: Tensor, kept: Ragged, tail: Tail, scaling: float, needs_lse: bool) -> _Part:
     """Attention of one token [B, H*G, 1, D] to the segments and to the whole tail, in few operations."""
     batch, heads, _, dim = tail.keys.shape
-    grouped, views = query.view(batch, heads, -1, dim), kept.host_spans().views
+    grouped, views = query.reshape(batch, heads, -1, dim), kept.host_spans().views
     if len(views) == 1 and views[0].length:
         keys, values = (views[0].of_heads(pool, heads) for pool in (kept.keys, kept.values))
         output, lse = fused_attention(grouped, keys, values, scaling)
@@ -80,8 +80,8 @@ def _fused_attention(query: Tensor, kept: Ragged, tail: Tail, scaling: float, ne
     newest, newest_lse = fused_attention(grouped, tail.keys, tail.values, scaling)
     # Every token attends to itself, so only the log-sum-exp of the segment may be -inf.
     share = (newest_lse - lse).sigmoid_().unsqueeze(-1).to(output.dtype)
-    output = torch.lerp(output, newest, share).view(batch * heads, -1, dim)
-    return output, torch.logaddexp(lse, newest_lse).view(batch * heads, -1, 1) if needs_lse else None
+    output = torch.lerp(output, newest, share).reshape(batch * heads, -1, dim)
+    return output, torch.logaddexp(lse, newest_lse).reshape(batch * heads, -1, 1) if needs_lse else None
 
 
 class _Newest(NamedTuple):
