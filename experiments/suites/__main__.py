@@ -57,7 +57,10 @@ def take_over(config: SuitesConfig, page: str) -> None:
 
 
 def write(config: SuitesConfig, resolved: str) -> None:
-    """NAME.md, NAME.json, pictures and samples of every page, and one report.html; each file replaced in one step."""
+    """NAME.md, NAME.json, pictures and samples of every page, and one report.html; each file replaced in one step.
+
+    Pages that were measured elsewhere stay as they are; report.html has their samples, too.
+    """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     pages = [page for page in config.pages if (config.folder / page / RESULTS).is_file()]
@@ -76,6 +79,8 @@ def write(config: SuitesConfig, resolved: str) -> None:
         write_text(out / f"{page}.json", json.dumps(results) + "\n")
         write_archive(out / file_of(page), {page: measured})
         records += measured
+    for page in config.pages.keys() - {*pages}:
+        records += [one for those in read_archive(out / file_of(page)).values() for one in those]
     contents = Contents(
         title=f"Suites of tasks on {config.model}",
         model=config.model,

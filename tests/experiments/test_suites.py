@@ -76,6 +76,19 @@ def test_one_part_with_a_portion(words: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "docs" / "needles.md").exists()
 
 
+def test_the_report_has_pages_that_were_measured_elsewhere(words: list[str], tmp_path: Path) -> None:
+    assert main([*words, "only=needles"]) == 0
+    shutil.rmtree(tmp_path / "run")
+    needles = (tmp_path / "docs" / "needles.md").read_text()
+    assert main([*words, "only=read"]) == 0
+    assert (tmp_path / "docs" / "needles.md").read_text() == needles
+    page = (tmp_path / "docs" / "report.html").read_text()
+    assert "Query-aware" in page  # of needles
+    assert "the correct answer is read, not generated" in page  # of read
+    samples = json.loads(page.split('"samples":', 1)[1].split("</script>")[0].rstrip().removesuffix("}"))
+    assert all(answer["answer"] is not None for one in samples for answer in one["answers"])
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

@@ -1,6 +1,6 @@
 """Samples of a study in its results, so that another machine goes on with them and readers compare by prompt.
 
-The prompts' texts, the answers, and seconds stay behind; budgets are rounded.
+The prompts' texts, the answers, and seconds stay behind, answers unless a page shows the prompt; budgets are rounded.
 """
 
 import gzip
@@ -11,11 +11,13 @@ from typing import Any
 
 from experiments.study.config import NAME
 from learnkv.errors import UserError
+from learnkv.evaluation.kept_entries import VIEW
 from learnkv.evaluation.results import Record
 from learnkv.formats.files import atomic_write
 
 FILE = "samples.jsonl.gz"
 LEFT_OUT = frozenset({"prompt", "expected", "answer", "prefill_seconds", "decode_seconds", "peak_bytes"})
+SHOWN = frozenset({"expected", "answer"})
 DIGITS = 4
 """Decimals of budgets and bytes."""
 
@@ -48,7 +50,8 @@ def read_archive(path: Path) -> dict[str, list[Record]]:
 
 
 def _short(record: Record) -> dict[str, Any]:
-    short = {key: value for key, value in record.items() if key not in LEFT_OUT}
+    shown = SHOWN if VIEW in record else frozenset[str]()
+    short = {key: value for key, value in record.items() if key not in LEFT_OUT - shown}
     if "budgets" in short:
         short["budgets"] = [[round(share, DIGITS) for share in layer] for layer in short["budgets"]]
     return {key: round(value, DIGITS) if key in ("bytes", "bytes_full") else value for key, value in short.items()}
