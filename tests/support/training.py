@@ -1,14 +1,17 @@
 """Policies, batches and modules of small training runs, and what several tests compare of them."""
 
+import functools
 import itertools
 import os
 import signal
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,6 +28,8 @@ from learnkv.training.data.text_windows import Pool
 from learnkv.training.losses import forward_kl
 from learnkv.training.module import Distillation
 from learnkv.training.settings import DistillationSettings
+from support.commands import train
+from support.forked import Fork
 
 POOL = Pool(torch.randint(3, 100, (3000,), generator=torch.Generator().manual_seed(0)), [0])
 
@@ -117,3 +122,18 @@ def stored_tensors(checkpoint: Path) -> list[tuple[str, int]]:
     """Names and bytes of all tensors in a checkpoint; what else it holds names its strategy and folder."""
     with zipfile.ZipFile(checkpoint) as archive:
         return [(file.filename, file.file_size) for file in archive.infolist() if "/data/" in file.filename]
+
+
+def in_two_processes(words: list[str], folder: Path) -> None:
+    """Train as torchrun's processes do; test_preemption.py has those that Lightning starts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def work(rank: int) -> int:
+        rank_zero_only.rank = rank  # read when Lightning is imported
+        return train([*words, "trainer.devices=2"])
+
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    both = [Fork(functools.partial(work, rank), folder, **place, LOCAL_RANK=str(rank)) for rank in range(2)]
+    for done in [process.wait() for process in both]:
+        assert done.code == 0, done.err

@@ -2,9 +2,7 @@
 
 import csv
 import errno
-import functools
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,8 @@ import pytest
 import torch
 import yaml
 from lightning import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from support.commands import eval, export, train
-from support.forked import Fork
-from support.training import assert_same, stored_tensors, weights
+from support.training import assert_same, in_two_processes, stored_tensors, weights
 from torch import Tensor
 
 from learnkv.persistence.policies import fill_sizes, load_policy
@@ -168,21 +164,6 @@ def test_an_adapter_goes_from_the_run_to_whoever_uses_its_policy(
     assert [row["policy"] for row in without] == [row["policy"] for row in with_adapter]
     assert without[0]["score"] == with_adapter[0]["score"]  # the full cache
     assert without[1]["kl"] != with_adapter[1]["kl"]
-
-
-def in_two_processes(words: list[str], folder: Path) -> None:
-    """Train as torchrun's processes do; test_preemption.py has those that Lightning starts."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
-    def work(rank: int) -> int:
-        rank_zero_only.rank = rank  # read when Lightning is imported
-        return train([*words, "trainer.devices=2"])
-
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    both = [Fork(functools.partial(work, rank), folder, **place, LOCAL_RANK=str(rank)) for rank in range(2)]
-    for done in [process.wait() for process in both]:
-        assert done.code == 0, done.err
 
 
 @pytest.mark.slow

@@ -91,6 +91,8 @@ def measured_jobs(
             if full or alike is None or any(other.alike != alike for other in batch.waiting):
                 yield from batch.answered()
             batch.waiting.append(_Waiting(job, fork, sizes, seconds, compress, alike))
+            if alike is None:
+                yield from batch.answered()
     yield from batch.answered()
 
 

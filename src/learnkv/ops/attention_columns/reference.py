@@ -27,7 +27,7 @@ def attention_columns(
     grouped = queries.unflatten(1, (heads, group))
     total = queries.new_zeros(batch, heads, group, entries, dtype=torch.float32)
     sinks = terms.of_heads(heads)  # [H, G, 1]
-    if total.device.type != "cpu":
+    if not _by_head(total):
         _add(total, grouped, keys, query_positions, positions, valid, scaling, terms, sinks, reduce, query_weight)
         return total
     for b in range(batch):
@@ -37,17 +37,23 @@ def attention_columns(
             head = slice(h, h + 1)
             own_sinks = None if sinks is None else sinks[head]
             own = grouped[row, head], keys[row, head], query_positions[row], positions[row, head], valid[row, head]
-            if bool(own[-1].all()):
+            there = own[-1][0, 0].numpy().nonzero()[0]
+            if len(there) == entries:
                 _add(total[row, head], *own, scaling, terms, own_sinks, reduce, weight)
                 continue
-            there = own[-1][0, 0].nonzero().squeeze(-1)
             columns = total.new_zeros(1, 1, group, len(there))
-            entry = (part[:, :, there] for part in (own[1], *own[3:]))
+            index = torch.from_numpy(there)
+            entry = (part.index_select(2, index) for part in (own[1], *own[3:]))
             their_keys, their_positions, their_valid = entry
             about = (own[0], their_keys, own[2], their_positions, their_valid)
             _add(columns, *about, scaling, terms, own_sinks, reduce, weight)
-            total[row, head].index_copy_(3, there, columns)
+            total[row, head].index_copy_(3, index, columns)
     return total
+
+
+def _by_head(total: Tensor) -> bool:
+    """Whether kv heads are computed one after the other, where calls are cheap and the host may look at tables."""
+    return total.is_cpu
 
 
 def _add(
@@ -66,9 +72,9 @@ def _add(
     """Add columns to `total` [B, H, G, S] of the queries [B, H, G, T, D], for some rows and heads."""
     transposed = keys.float().flatten(0, 1).transpose(1, 2)
     sinks = None if sinks is None else sinks.unsqueeze(-1)
-    size = _BLOCK * (1 if total.device.type == "cpu" else _FACTOR)
+    size = _BLOCK * (1 if total.is_cpu else _FACTOR)
     step = max(size // max(total.numel(), 1), 1)
-    ascending = _ascending(positions, valid)
+    ascending = total.shape[:2] == (1, 1) and _ascending(positions, valid)
     for begin in range(0, grouped.shape[3], step):
         block = slice(begin, begin + step)
         own, query = query_positions[:, block], grouped[:, :, :, block].float()
@@ -95,15 +101,15 @@ def _add(
 
 
 def _ascending(positions: Tensor, valid: Tensor) -> bool:
-    """Whether these are entries of one head on a CPU, all valid and in order: then few of them need a mask."""
-    if positions.device.type != "cpu" or positions.shape[:2] != (1, 1):
+    """Whether the entries of one head are in order and all valid, on a CPU: then few of them need a mask."""
+    if not positions.is_cpu:
         return False
-    row = positions[0, 0]
-    return bool(valid.all()) and not bool((row[1:] < row[:-1]).any())
+    row = positions[0, 0].numpy()
+    return bool(valid.numpy().all()) and not bool((row[1:] < row[:-1]).any())
 
 
 def _reach(own: Tensor, positions: Tensor) -> tuple[int, int]:
     """Leading entries that every query at `own` [1, T] attends to, and those that any does; positions ascend."""
-    first, last = (int(end) for end in own.aminmax())
-    seen, reached = (int(torch.searchsorted(positions[0, 0], end, right=True)) for end in (first, last))
-    return seen if first >= 0 else 0, reached
+    asking = own.numpy()
+    seen, reached = positions[0, 0].numpy().searchsorted([asking.min(), asking.max()], side="right").tolist()
+    return seen if asking.min() >= 0 else 0, reached
