@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from benchmarks.meters import Counts, Meter, nbytes, slope
 from learnkv import CompressedCache, Policy, attach, generate, prefill
 from learnkv.allocators import Allocator
+from learnkv.ops.attention_columns import reference as columns
 from learnkv.scorers import Knorm
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 128
@@ -158,8 +159,9 @@ def test_one_host_sync_in_sixteen_steps() -> None:
 
 
 @pytest.mark.parametrize("name", HEURISTICS + LEARNED)
-def test_compression_waits_for_nothing(name: str) -> None:
+def test_compression_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read on the host are the tables of the references, of which a CPU has them there; kernels do not ask."""
+    monkeypatch.setattr(columns, "_by_head", lambda total: False)  # as on a GPU; a CPU looks at positions
     policy = policy_for(name, attached("llama"))
     whole = prefill(attached("llama"), tokens(2, 90), policies=[policy])
     tables = 2 * 3
