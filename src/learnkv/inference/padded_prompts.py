@@ -40,13 +40,11 @@ def _tokens_of_rows(query: Tensor, key: Tensor, mask: Tensor | None) -> list[int
         return None
     if slots < 2 or mask.shape != (query.shape[0], 1, slots, slots):
         return None
-    valid = mask[:, 0, -1]
-    tokens = valid.sum(-1)
-    slot = torch.arange(slots)
-    of_row = slot >= slots - tokens.unsqueeze(-1)
-    expected = torch.ones(slots, slots, dtype=torch.bool).tril() & of_row[:, None, :]
-    real = of_row[:, :, None]  # rows of padding may look like anything
-    if not bool((tokens > 0).all()) or not bool(((mask[:, 0] == expected) | ~real).all()):
-        return None
-    counts: list[int] = tokens.tolist()
+    counts: list[int] = mask[:, 0, -1].sum(-1).tolist()
+    causal = torch.ones(slots, slots, dtype=torch.bool).tril()
+    for row, count in enumerate(counts):
+        first = slots - count  # what padding attends to does not matter
+        seen, own = mask[row, 0, first:, :first], mask[row, 0, first:, first:]
+        if not count or bool(seen.any()) or not torch.equal(own, causal[first:, first:]):
+            return None
     return counts

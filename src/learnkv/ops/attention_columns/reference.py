@@ -36,18 +36,16 @@ def attention_columns(
         for h in range(heads):
             head = slice(h, h + 1)
             own_sinks = None if sinks is None else sinks[head]
-            own = grouped[row, head], keys[row, head], query_positions[row], positions[row, head], valid[row, head]
-            there = own[-1][0, 0].numpy().nonzero()[0]
-            if len(there) == entries:
-                _add(total[row, head], *own, scaling, terms, own_sinks, reduce, weight)
-                continue
+            entry = keys[row, head], positions[row, head], valid[row, head]
+            there = torch.from_numpy(entry[-1][0, 0].numpy().nonzero()[0])
             columns = total.new_zeros(1, 1, group, len(there))
-            index = torch.from_numpy(there)
-            entry = (part.index_select(2, index) for part in (own[1], *own[3:]))
-            their_keys, their_positions, their_valid = entry
-            about = (own[0], their_keys, own[2], their_positions, their_valid)
+            if len(there) < entries:
+                own_keys, own_positions, own_valid = (part.index_select(2, there) for part in entry)
+            else:
+                own_keys, own_positions, own_valid = entry
+            about = (grouped[row, head], own_keys, query_positions[row], own_positions, own_valid)
             _add(columns, *about, scaling, terms, own_sinks, reduce, weight)
-            total[row, head].index_copy_(3, index, columns)
+            total[row, head].index_copy_(3, there, columns)
     return total
 
 
